@@ -1,0 +1,102 @@
+"""The write/read pair of LoRA adapters: which one is active, without side effects.
+
+PEFT's own `set_adapter` also freezes the other adapter, so that the gradients of a write are lost when a read follows
+in the same graph. Here a switch only says which adapter a layer uses, and outside of a `with` none is: the base model
+stays the plain one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WRITE, READ = "write", "read"
+
+
+class Adapters:
+    """The adapters "write" and "read" inside a model, or none.
+
+    Args:
+        model: a model into which PEFT has put LoRA layers that know the adapters "write" and "read".
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self.layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        self._stamp, self._identity = -1, ""
+        for layer in self.layers:
+            layer._disable_adapters = True
+
+    @contextlib.contextmanager
+    def use(self, name: str | None) -> Iterator[None]:
+        """Make one adapter active, or none; it nests, and gradients flow to every adapter that was used."""
+        before = [(layer._active_adapter, layer._disable_adapters) for layer in self.layers]
+        for layer in self.layers:
+            layer._disable_adapters = name is None
+            if name is not None:
+                layer._active_adapter = [name]
+        try:
+            yield
+        finally:
+            for layer, (active, disabled) in zip(self.layers, before, strict=True):
+                layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The weights of both adapters, named by layer number, in a fixed order."""
+        for i, layer in enumerate(self.layers):
+            for kind in layer.adapter_layer_names:
+                for name, part in sorted(getattr(layer, kind).items()):
+                    for key, weight in part.named_parameters() if isinstance(part, nn.Module) else [("", part)]:
+                        yield f"{i}.{kind}.{name}.{key}", weight
+
+    @property
+    def stamp(self) -> int:
+        """Grows whenever a weight of an adapter is changed in place, for example by an optimizer's step."""
+        return sum(weight._version for _, weight in self.parameters())
+
+    @property
+    def identity(self) -> str:
+        """Hash of all adapter weights and their scaling; computed anew after they changed."""
+        if self._stamp != self.stamp:
+            digest = hashlib.sha256()
+            for name, weight in self.parameters():
+                digest.update(name.encode())
+                digest.update(bits(weight))
+            digest.update(str([sorted(layer.scaling.items()) for layer in self.layers]).encode())
+            self._stamp, self._identity = self.stamp, digest.hexdigest()
+        return self._identity
+
+
+def bits(tensor: Tensor) -> bytes:
+    """A tensor's values in bfloat16, as bytes: equal for a model that was loaded in another dtype."""
+    return tensor.detach().to("cpu", torch.bfloat16).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def insert(model: PreTrainedModel, *, r: int, alpha: float, dropout: float, target_modules: list[str]) -> Adapters:
+    """Put a fresh write/read pair into a model, its weights to be loaded or trained.
+
+    Args:
+        r: rank.
+        alpha: the LoRA scale is alpha / r.
+        dropout: on the input of the adapters, in training.
+        target_modules: names of the linear layers that get one.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # two are meant here
+        for name in (WRITE, READ):
+            config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules)
+            inject_adapter_in_model(config, model, adapter_name=name)
+    model.eval()
+    return Adapters(model)

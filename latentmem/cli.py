@@ -1,0 +1,444 @@
+"""The command line: write, ask, chat, list, show, undo, rm, doctor. It parses, calls and prints; nothing else."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from latentmem.core.memory import Memory
+    from latentmem.model import MemoryModel
+
+app = typer.Typer(
+    help="A memory for language models: write text into it, ask for it later.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Name = Annotated[str, typer.Option("--memory", "-m", help="Name of the memory.")]
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", help="smollm2-135m, a folder, a .gguf file or a hub id; by default what wrote the memory."),
+]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps; by default the fastest.")]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
+
+
+def main() -> None:
+    """Run the command line; what is wrong with the input is one sentence and exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        _error(str(error))
+        sys.exit(2)
+    except OSError as error:
+        _error(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}. Nothing was changed.")
+        sys.exit(1)
+
+
+@app.command()
+def write(
+    texts: Annotated[list[str], typer.Argument(help="Files, a text in quotes, or - for standard input.")],
+    memory: Name = "default",
+    role: Annotated[
+        str | None, typer.Option(help="How it is wrapped: raw, system, user or assistant; by default as measured.")
+    ] = None,
+    capacity: Annotated[
+        int | None, typer.Option("--capacity", "-N", help="New memory: slots per layer [2048].")
+    ] = None,
+    per_update: Annotated[
+        int | None, typer.Option("--per-update", "-K", help="New memory: slots that one update may write [256].")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="New memory: exact or paper [exact].")] = None,
+    compression: Annotated[int | None, typer.Option(help="New memory: tokens per slot, exact only [1].")] = None,
+    seed: Annotated[int | None, typer.Option(help="New memory: seed of its random drops [0].")] = None,
+    model: ModelName = None,
+    device: Device = None,
+) -> None:
+    """Write texts into a memory; it is made if it does not exist."""
+    from latentmem.files import NamedMemory
+
+    sources = [_read(text) for text in texts]
+    place = NamedMemory(memory)
+    wanted = {"N": capacity, "K": per_update, "preset": preset, "compression": compression, "seed": seed}
+    given: dict[str, Any] = {key: value for key, value in wanted.items() if value is not None}
+    with place.writing():
+        before = place.load() if place.exists else None
+        for key, value in given.items():
+            if before is not None and getattr(before, key) != value:
+                raise ValueError(
+                    f"the memory {memory!r} was made with {key}={getattr(before, key)}, not {value}. "
+                    f"Leave it out, or choose a new name."
+                )
+        llm = _load(before, model, device)
+        start = before if before is not None else llm.empty(**given)
+        llm.check(start)
+        prompts = llm.prompts_or_raise()
+        written = [(name, prompts.written(text, role)) for name, text in sources]
+        now = start
+        with _progress() as progress:
+            task = progress.add_task("writing", total=sum(len(ids) for _, ids in written))
+            for i, (name, ids) in enumerate(written):
+                before_it = sum(len(earlier) for _, earlier in written[:i])
+
+                def show(n: int, _: int, before_it: int = before_it) -> None:
+                    progress.update(task, completed=before_it + n)
+
+                now = llm.write_ids(now, ids, name, show)
+                if i == 0:
+                    place.keep_for_undo(start)
+                now = place.save(now)
+    for name, ids in written:
+        typer.echo(f"{name}: {len(ids)} tokens")
+    typer.echo(f"{memory}: {now.M} of {now.N} slots per layer, {now.updates} updates" + _forgetting(now))
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="The question.")],
+    memory: Name = "default",
+    compare: Annotated[bool, typer.Option("--compare", help="Answer without the memory as well.")] = False,
+    max_new_tokens: NewTokens = 128,
+    model: ModelName = None,
+    device: Device = None,
+) -> None:
+    """Ask a memory; the answer comes as it is made."""
+    from latentmem.files import NamedMemory
+
+    now = NamedMemory(memory).load()
+    llm = _load(now, model, device)
+    if compare:
+        typer.echo("with memory:    ", nl=False)
+    _speak(llm.stream(now, question, max_new_tokens=max_new_tokens))
+    if compare:
+        typer.echo("without memory: ", nl=False)
+        _speak(llm.stream(llm.empty(), question, max_new_tokens=max_new_tokens))
+
+
+@app.command()
+def chat(
+    memory: Name = "default", max_new_tokens: NewTokens = 256, model: ModelName = None, device: Device = None
+) -> None:
+    """Talk with a memory; what leaves the conversation is written into it, the rest at the end (Ctrl-D or /exit)."""
+    from latentmem.chat import Conversation
+    from latentmem.files import NamedMemory
+
+    place = NamedMemory(memory)
+    with place.writing():
+        before = place.load() if place.exists else None
+        llm = _load(before, model, device)
+        start = before if before is not None else llm.empty()
+        pending = place.pending(start)
+        talk = Conversation(llm, start, pending)
+        if pending:
+            typer.echo(f"(going on with {len(pending)} turns of a chat that was cut off)", err=True)
+        written = start
+        saved = False
+
+        def keep() -> None:
+            """After each turn: the memory if turns were written, then the turns that were not."""
+            nonlocal written, saved
+            if talk.memory is not written:
+                if not saved:
+                    place.keep_for_undo(start)
+                written, saved = talk.memory, True
+                place.save(written)
+            place.keep_pending(talk.memory, talk.messages)
+
+        while True:
+            try:
+                line = input("you> " if sys.stdin.isatty() else "").strip()
+            except (EOFError, KeyboardInterrupt):
+                break
+            if line in ("/exit", "/quit"):
+                break
+            if not line:
+                continue
+            try:
+                _speak(talk.stream(line, max_new_tokens=max_new_tokens))
+            except ValueError as error:
+                _error(str(error))
+            except KeyboardInterrupt:
+                typer.echo(" (stopped)")
+            keep()
+        turns = len(talk.messages)
+        talk.close()
+        keep()
+        place.drop_pending()
+    if sys.stdin.isatty():
+        typer.echo()
+    typer.echo(f"(wrote {turns} turns into the memory {memory!r})" if turns else "(nothing to write)", err=True)
+
+
+@app.command("list")
+def list_() -> None:
+    """List all memories."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from latentmem.core.snapshot import read_header
+    from latentmem.files import NamedMemory, names
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("memory", "updates", "tokens", "sources", "size", "model"):
+        table.add_column(column, justify="left" if column in ("memory", "model") else "right")
+    for name in names():
+        path = NamedMemory(name).path
+        try:
+            header, _ = read_header(path)
+        except ValueError as error:
+            table.add_row(name, "", "", "", "", Text(f"damaged: {error}"))
+            continue
+        size = f"{path.stat().st_size / 2**20:.1f} MiB"
+        row = (header["updates"], header["tokens"], len(header["sources"]))
+        table.add_row(name, *map(str, row), size, Text(header["model_name"]))
+    if not table.rows:
+        typer.echo("No memories yet. `latentmem write notes.txt --memory work` makes one.")
+        return
+    _print(table)
+
+
+@app.command()
+def show(
+    memory: Name = "default",
+    text: Annotated[bool, typer.Option("--text", help="Print the text that layer 0 still holds.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print all of it as JSON, with every layer.")] = False,
+    model: ModelName = None,
+) -> None:
+    """Show what a memory holds: fill, updates, sources and how much of each is left per layer, half-life."""
+    import json
+
+    from latentmem.files import NamedMemory
+
+    now = NamedMemory(memory).load()
+    left = now.left()
+    if json_:
+        facts: dict[str, Any] = {key: getattr(now, key) for key in ("N", "K", "M", "L", "d", *_SHOWN)}
+        facts["half_life"] = now.half_life
+        facts["sources"] = [{**asdict(s), "left": left[i].tolist()} for i, s in enumerate(now.sources)]
+        typer.echo(json.dumps(facts))
+        return
+    if text:
+        _show_text(now, _load(now, model, "cpu"))
+        return
+    _show_tables(memory, now, left)
+
+
+@app.command()
+def undo(memory: Name = "default") -> None:
+    """Go back to the memory before the last write or chat; one step is kept."""
+    from latentmem.files import NamedMemory
+
+    place = NamedMemory(memory)
+    with place.writing():
+        now = place.undo()
+    typer.echo(f"{memory}: back to {now.updates} updates, {now.M} of {now.N} slots per layer")
+
+
+@app.command()
+def rm(memory: Annotated[str, typer.Option("--memory", "-m", help="Name of the memory.")]) -> None:
+    """Delete a memory for good, with its undo step."""
+    from latentmem.files import NamedMemory
+
+    place = NamedMemory(memory)
+    with place.writing():
+        place.remove()
+    typer.echo(f"{memory}: deleted")
+
+
+@app.command()
+def doctor(
+    memory: Annotated[str | None, typer.Option("--memory", "-m", help="Look at this memory too.")] = None,
+    question: Annotated[str | None, typer.Option(help="With --memory: what to ask it.")] = None,
+    model: ModelName = None,
+    device: Device = None,
+) -> None:
+    """Is memory alive? Answers with the real memory, a zeroed one and another's, side by side; exit code 1 if not."""
+    from latentmem import doctor as examine
+    from latentmem.files import NamedMemory
+
+    if (memory is None) != (question is None):
+        raise ValueError("--memory and --question go together: name the memory and what to ask it.")
+    now = NamedMemory(memory).load() if memory is not None else None
+    llm = _load(now, model, device)
+    typer.echo(f"model: {llm.name}, {str(llm.decoder.dtype)[6:]} on {llm.decoder.device.type}, {_versions()}")
+    difference = examine.law(llm)
+    if difference is not None:
+        typer.echo(f"memory against the same text in the context: largest logit difference {difference:.1e}")
+    cases = examine.planted(llm)
+    _print(_side_by_side(cases))
+    if now is not None and question is not None:
+        other = llm.write(llm.empty(), examine.fact(0), source="doctor")
+        _print(_side_by_side([examine.ask(llm, now, other, question)]))
+    alive = examine.alive(cases)
+    hits = {row: sum(case.hits(row) for case in cases) for row in examine.ROWS}
+    typer.echo("right answers: " + ", ".join(f"{row} {count} of {len(cases)}" for row, count in hits.items()))
+    typer.echo("The memory is alive." if alive else "The memory is DEAD: what is written makes no difference.")
+    raise typer.Exit(0 if alive else 1)
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+_SHOWN = ("preset", "compression", "seed", "updates", "tokens", "model_name", "model", "adapters", "version", "parent")
+
+
+def _read(text: str) -> tuple[str, str]:
+    """An argument of `write` -> (source, text): standard input, a file, or the argument itself if it has blanks."""
+    if text == "-":
+        return "standard input", _decoded("standard input", sys.stdin.buffer.read())
+    path = Path(text)
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError:  # too long for a path: it is a text
+        is_file = is_folder = False
+    if is_file:
+        return path.name, _decoded(text, path.read_bytes())
+    if is_folder:
+        raise ValueError(f"{text} is a folder; name its files, for example {text.rstrip('/')}/*.txt.")
+    if not text.strip():
+        raise ValueError("the text to be written is empty; give a file, a text in quotes, or - for standard input.")
+    if len(text.split()) == 1:
+        raise ValueError(
+            f"there is no file {text!r}. (A text in quotes needs at least two words; or pipe it and give -.)"
+        )
+    return "text", text
+
+
+def _decoded(name: str, data: bytes) -> str:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(f"{name} is not UTF-8 text; turn it into plain text first.")
+    if not text.strip():
+        raise ValueError(f"{name} is empty: there is nothing to write.")
+    return text
+
+
+def _load(memory: Memory | None, model: str | None, device: str | None) -> MemoryModel:
+    """The model that is asked for, or the one that wrote the memory, in the memory's dtype."""
+    import latentmem
+    from latentmem.loading import PACKAGED
+
+    name = model or (memory.model_name if memory is not None else "") or PACKAGED
+    return latentmem.load(name, device=device, dtype=memory.slots.dtype if memory is not None else None)
+
+
+def _speak(parts: Any) -> None:
+    """Print an answer as it comes, without blanks around it."""
+    begun = False
+    for part in parts:
+        part = part if begun else part.lstrip()
+        begun = begun or bool(part)
+        typer.echo(part, nl=False)
+        sys.stdout.flush()
+    typer.echo()
+
+
+def _forgetting(memory: Memory) -> str:
+    if memory.M < memory.N:
+        return f", forgets nothing until {memory.N - memory.M} more slots are filled"
+    return f", full: half of what is in it is left after {memory.half_life:.1f} more updates"
+
+
+def _show_tables(name: str, memory: Memory, left: Any) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    facts = Table.grid(padding=(0, 2))
+    size = memory.slots.numel() * memory.slots.element_size() / 2**20
+    facts.add_row("memory", name)
+    facts.add_row("fill", f"{memory.M} of {memory.N} slots in each of {memory.L} layers ({memory.M / memory.N:.0%})")
+    facts.add_row("written", f"{memory.updates} updates, {memory.tokens} tokens, at most {memory.K} slots per update")
+    facts.add_row(
+        "half-life", f"{memory.half_life:.1f} updates of {memory.K} slots once it is full" if memory.half_life else "0"
+    )
+    facts.add_row("kind", f"{memory.preset}, {memory.compression} token(s) per slot, seed {memory.seed}")
+    facts.add_row("model", Text(f"{memory.model_name} {memory.model[:12]}"))
+    facts.add_row("bytes", f"{size:.1f} MiB in {str(memory.slots.dtype)[6:]}")
+    facts.add_row("version", memory.version[:12] + (f", after {memory.parent[:12]}" if memory.parent else ""))
+    _print(facts)
+    table = Table(box=None, pad_edge=False)
+    for column in ("source", "tokens", "slots", "left", "each layer, first to last"):
+        table.add_column(column, justify="left" if column.startswith(("source", "each")) else "right")
+    for i, source in enumerate(memory.sources):
+        share = left[i].float() / source.slots
+        low, high = int(left[i].min()), int(left[i].max())
+        amount = f"{share.mean():.0%} ({low})" if low == high else f"{share.mean():.0%} ({low} to {high})"
+        table.add_row(Text(source.name), str(source.tokens), str(source.slots), amount, _bars(share.tolist()))
+    older = (memory.origins < 0).sum(1)
+    if int(older.sum()):
+        table.add_row("(older)", "", "", f"({int(older.min())} to {int(older.max())})", "")
+    if table.rows:
+        _print(table)
+
+
+def _bars(shares: list[float]) -> str:
+    """One character per layer: the share that is left, from ▁ (none) to █ (all)."""
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(share * 7.999))] for share in shares)
+
+
+def _show_text(memory: Memory, llm: MemoryModel) -> None:
+    if memory.preset != "exact":
+        raise ValueError("only memories of the preset 'exact' hold embeddings in layer 0; this one can not be printed.")
+    ids = llm.text_of(memory)
+    origins, births = memory.origins[0], memory.births[0]
+    start = 0
+    for end in range(1, memory.M + 1):
+        if end == memory.M or (origins[end], births[end]) != (origins[start], births[start]):
+            source = memory.sources[int(origins[start])].name if origins[start] >= 0 else "(older)"
+            known = [int(i) for i in ids[start:end] if i >= 0]
+            typer.echo(f"--- {source}, update {int(births[start])}, {end - start} slots")
+            typer.echo(llm.tokenizer.decode(known))
+            start = end
+
+
+def _side_by_side(cases: Any) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    from latentmem.doctor import ROWS
+
+    table = Table(show_lines=True)
+    for column in ("question", *ROWS):
+        table.add_column(column, ratio=1)
+    for case in cases:
+        cells = []
+        for row in ROWS:
+            score = f"\n(log p {case.logprobs[row]:.2f})" if case.logprobs else ""
+            cells.append(Text(("✓ " if case.gold and case.hits(row) else "") + case.answers[row] + score))
+        table.add_row(Text(case.question + (f"\n({case.gold})" if case.gold else "")), *cells)
+    return table
+
+
+def _versions() -> str:
+    import torch
+    import transformers
+
+    import latentmem
+
+    return f"latentmem {latentmem.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def _progress() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    Console(highlight=False).print(renderable)
+
+
+def _error(message: str) -> None:
+    typer.echo(f"latentmem: {message}", err=True)

@@ -1,0 +1,278 @@
+"""A memory as a plain value, and its update: drop at random, keep the order, append (letters: `latentmem.core`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PRESETS = ("exact", "paper")
+PAPER_PIECE = 512  # tokens: the longest text that the released models were trained to write at once
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where slots came from.
+
+    Args:
+        name: what the caller called it, for example a file name.
+        tokens: tokens written under this name, over all writes.
+        slots: slots written per layer under this name, over all writes.
+    """
+
+    name: str
+    tokens: int
+    slots: int
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """Latent vectors of every layer, oldest first, with all that is needed to go on from them.
+
+    A memory is never changed: `update` returns the next one, and the old one stays valid. `eq` is identity.
+
+    Args:
+        slots: hidden states, [L, M, d], in the dtype and on the device of the model.
+        births: the number of the update that wrote each slot, [L, M] int32, on the CPU; 0 = older than this memory.
+        origins: index into `sources` of each slot, [L, M] int32, on the CPU; -1 = older than this memory.
+        N: slots that a layer can hold.
+        K: slots that one update may write per layer.
+        preset: "exact" (slots are layer inputs; ours) or "paper" (layer outputs; the released checkpoints).
+        compression: tokens per slot, c >= 1; always 1 in "paper".
+        seed: with the number of the update and of the layer it determines every random drop.
+        updates: updates so far.
+        tokens: tokens read in so far.
+        sources: what was written, in the order of first appearance.
+        model, adapters, tokenizer: identities (hashes) of what wrote it; "" = none.
+        model_name: the name by which that model was loaded, a hint for people and for the command line.
+        version: checksum of the snapshot that holds this very memory; "" = not saved.
+        parent: version of the newest ancestor that was saved; "" = none.
+
+    Raises:
+        ValueError: sizes or shapes that do not belong together.
+
+    Source: MemoryLLM (arXiv 2402.04624) section 3.1, where a memory is theta of shape [L, N, d].
+    """
+
+    slots: Tensor
+    births: Tensor
+    origins: Tensor
+    N: int
+    K: int
+    preset: str = "exact"
+    compression: int = 1
+    seed: int = 0
+    updates: int = 0
+    tokens: int = 0
+    sources: tuple[Source, ...] = ()
+    model: str = ""
+    adapters: str = ""
+    tokenizer: str = ""
+    model_name: str = ""
+    version: str = ""
+    parent: str = ""
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}.")
+        if not 1 <= self.K <= self.N:
+            raise ValueError(
+                f"K, the slots that one update writes, must lie between 1 and the capacity N: got K={self.K}, "
+                f"N={self.N}. Make N larger or K smaller."
+            )
+        if self.compression < 1 or (self.preset == "paper" and self.compression != 1):
+            raise ValueError(
+                f"compression must be 1 or more, in 'paper' 1: got {self.compression} in {self.preset!r}."
+            )
+        if self.slots.ndim != 3:
+            raise ValueError(f"slots must be [L, M, d], got the shape {list(self.slots.shape)}.")
+        if self.M > self.N:
+            raise ValueError(f"a memory of capacity N={self.N} can not hold M={self.M} slots.")
+        for name in ("births", "origins"):
+            shape = tuple(getattr(self, name).shape)
+            if shape != (self.L, self.M):
+                raise ValueError(f"{name} must be [L, M] = {[self.L, self.M]}, got {list(shape)}.")
+
+    @property
+    def L(self) -> int:
+        return self.slots.shape[0]
+
+    @property
+    def M(self) -> int:
+        return self.slots.shape[1]
+
+    @property
+    def d(self) -> int:
+        return self.slots.shape[2]
+
+    @property
+    def piece(self) -> int:
+        """Tokens that one update reads at most: K * c, or 512 in the preset "paper"."""
+        return PAPER_PIECE if self.preset == "paper" else self.K * self.compression
+
+    @property
+    def half_life(self) -> float:
+        """Updates of K slots after which half of what was written is expected to be left, once the memory is full."""
+        return half_life(self.N, self.K)
+
+    def left(self) -> Tensor:
+        """Slots that are left of each source in each layer, [number of sources, L] int64."""
+        return (
+            torch.stack([(self.origins == i).sum(1) for i in range(len(self.sources))])
+            if self.sources
+            else (torch.zeros(0, self.L, dtype=torch.long))
+        )
+
+    def save(self, path: str | Path) -> Memory:
+        """Write this memory to one file, atomically, and return it with its `version`; see `core.snapshot.save`."""
+        from latentmem.core import snapshot
+
+        return snapshot.save(self, path)
+
+    @staticmethod
+    def load(path: str | Path) -> Memory:
+        """Read a memory from one file and verify it; see `core.snapshot.load`."""
+        from latentmem.core import snapshot
+
+        return snapshot.load(path)
+
+
+def empty(
+    layers: int,
+    width: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    N: int = 2048,
+    K: int = 256,
+    preset: str = "exact",
+    compression: int = 1,
+    seed: int = 0,
+) -> Memory:
+    """A memory that holds nothing, [L, 0, d]; the arguments are those of `Memory`."""
+    nothing = torch.zeros(layers, 0, dtype=torch.int32)
+    slots = torch.zeros(layers, 0, width, dtype=dtype, device=device)
+    return Memory(slots, nothing, nothing, N, K, preset, compression, seed)
+
+
+def draw(memory: Memory, k: int) -> Tensor:
+    """Choose which old slots make room for k new ones: each layer draws its own, uniformly, without replacement.
+
+    A pure function of (seed, number of the update, layer, M, k): every slot gets a pseudo-random 64-bit key, and the
+    smallest keys lose. Integers only, so all machines and devices agree.
+
+    Args:
+        memory: [L, M, d].
+        k: new slots per layer, 1 <= k <= N.
+
+    Returns:
+        Indices into the M old slots, ascending, [L, max(0, M + k - N)] int64, on the CPU.
+
+    Source: MemoryLLM section 3.1.2; one draw per layer as in the released `drop_memory_per_layer`.
+    """
+    count = max(0, memory.M + k - memory.N)
+    if count == 0:
+        return torch.zeros(memory.L, 0, dtype=torch.long)
+    stream = _mix(_mix(_mix(torch.tensor(memory.seed)) + memory.updates)[None] + torch.arange(memory.L))  # [L]
+    keys = _mix(stream[:, None] + torch.arange(memory.M)[None])  # [L, M]
+    return keys.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's step on int64 tensors: neighbouring integers in, unrelated 64-bit integers out."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, by: int) -> Tensor:
+    return (x >> by) & ((1 << (64 - by)) - 1)  # int64 shifts keep the sign; a logical shift clears it
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >= 1 << 63 else x
+
+
+def kept(dropped: Tensor, M: int) -> Tensor:
+    """The complement of `dropped`, [L, count] of 0..M-1: indices ascending, [L, M - count] int64."""
+    stays = torch.ones(dropped.shape[0], M, dtype=torch.bool).scatter_(1, dropped, False)
+    return torch.arange(M).expand_as(stays)[stays].reshape(dropped.shape[0], M - dropped.shape[1])
+
+
+def update(
+    memory: Memory, new_slots: Tensor, *, dropped: Tensor | None = None, source: str = "", tokens: int = 0
+) -> Memory:
+    """Append new slots to a memory, dropping as many old ones as do not fit.
+
+    Differentiable in `memory.slots` and `new_slots`.
+
+    Args:
+        memory: [L, M, d].
+        new_slots: [L, k, d], 1 <= k <= N, oldest first.
+        dropped: which old slots go, [L, max(0, M + k - N)] indices; by default `draw(memory, k)`.
+        source: the name under which the new slots are accounted; writes of one name are one source.
+        tokens: tokens of text behind the new slots, for the account.
+
+    Returns:
+        The next memory, [L, min(M + k, N), d]. The given one is untouched.
+
+    Raises:
+        ValueError: shapes or indices that do not fit.
+
+    Source: MemoryLLM section 3.1.2, figure 2.
+    """
+    L, M, N = memory.L, memory.M, memory.N
+    if new_slots.ndim != 3 or new_slots.shape[0] != L or new_slots.shape[2] != memory.d:
+        raise ValueError(f"new slots must be [L, k, d] = [{L}, k, {memory.d}], got {list(new_slots.shape)}.")
+    k = new_slots.shape[1]
+    if not 1 <= k <= N:
+        raise ValueError(f"one update writes between 1 and N={N} slots per layer, got {k}; write the text in pieces.")
+    dropped = draw(memory, k) if dropped is None else _checked(dropped, memory, max(0, M + k - N))
+    names = [s.name for s in memory.sources]
+    i = names.index(source) if source in names else len(names)
+    old = memory.sources[i] if i < len(names) else Source(source, 0, 0)
+    stays = kept(dropped, M)
+    at = stays.to(memory.slots.device)
+    return replace(
+        memory,
+        slots=torch.cat([memory.slots.gather(1, at[..., None].expand(-1, -1, memory.d)), new_slots], dim=1),
+        births=torch.cat(
+            [memory.births.gather(1, stays), torch.full((L, k), memory.updates + 1, dtype=torch.int32)], 1
+        ),
+        origins=torch.cat([memory.origins.gather(1, stays), torch.full((L, k), i, dtype=torch.int32)], 1),
+        updates=memory.updates + 1,
+        tokens=memory.tokens + tokens,
+        sources=(*memory.sources[:i], Source(source, old.tokens + tokens, old.slots + k), *memory.sources[i + 1 :]),
+        version="",
+        parent=memory.version or memory.parent,
+    )
+
+
+def _checked(dropped: Tensor, memory: Memory, count: int) -> Tensor:
+    dropped = torch.as_tensor(dropped, dtype=torch.long, device="cpu")
+    if tuple(dropped.shape) != (memory.L, count):
+        raise ValueError(
+            f"`dropped` must name {count} slots in each of {memory.L} layers, [{memory.L}, {count}]: "
+            f"got {list(dropped.shape)}."
+        )
+    ordered = dropped.sort(dim=1).values
+    if count and (ordered[:, 0].min() < 0 or ordered[:, -1].max() >= memory.M or (ordered.diff(dim=1) == 0).any()):
+        raise ValueError(f"`dropped` must hold different indices between 0 and M - 1 = {memory.M - 1} in each layer.")
+    return ordered
+
+
+def survival(N: int, K: int, t: int) -> float:
+    """The share of a slot's kind that is expected to be left after t further updates of a full memory: ((N - K) / N)^t.
+
+    Source: MemoryLLM section 3.1.2, equation 2.
+    """
+    return ((N - K) / N) ** t
+
+
+def half_life(N: int, K: int) -> float:
+    """Updates of K slots after which `survival` is one half; 0 where an update replaces everything."""
+    return 0.0 if K == N else math.log(2) / -math.log1p(-K / N)

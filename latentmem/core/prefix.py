@@ -1,0 +1,272 @@
+"""Reading: slots as keys and values in front of the text, through transformers' `Cache` (letters: `latentmem.core`).
+
+Slots never ask, so per layer a memory is a prefix of keys and values: [first ; slots], at positions 0 .. P-1, with the
+text behind it. Two forms of the same prefix:
+
+    inference   `Prefix` holds keys and values that were projected once, when the slots were written. Keys are kept
+                unrotated: after a drop they are gathered and rotated to their new positions, never projected again.
+    training    `functional_cache` projects inside each layer's own forward, so gradients reach slots and weights.
+
+How a layer makes keys and values out of hidden states is asked of the layer itself; `Decoder` learns it once per model
+and proves on random vectors that it has understood, so an unfamiliar architecture is refused instead of misread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+BLOCK = 128  # rows of one projection; a fixed shape makes a row's bits independent of how many are projected
+KV = tuple[Tensor, Tensor]  # keys and values, each [B, heads, positions, head width]
+
+
+class _Stop(Exception):  # noqa: N818 - no error
+    """Ends an attention module's forward once it has handed over its keys and values."""
+
+
+class _Grab:
+    """A cache that takes the keys and values of one attention module and stops it."""
+
+    def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> KV:
+        self.kv = (keys, values)
+        raise _Stop
+
+    def get_seq_length(self, *_: object) -> int:
+        return 0
+
+
+class Decoder:
+    """What the algorithm needs of a transformers decoder: its layers, and the keys and values that each makes.
+
+    Args:
+        model: a decoder with `get_decoder().layers`, rotary positions and one self-attention per layer.
+
+    Raises:
+        ValueError: the model is built in another way, with what was missing.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.body = model.get_decoder()
+        if not hasattr(self.body, "layers") or not hasattr(self.body, "rotary_emb"):
+            raise ValueError(f"{self._name}: a decoder with `layers` and `rotary_emb` was expected.")
+        self.layers: torch.nn.ModuleList = self.body.layers
+        self.L = len(self.layers)
+        self.d: int = model.get_input_embeddings().weight.shape[1]
+        self._by_layer_type = "layer_type" in inspect.signature(self.body.rotary_emb.forward).parameters
+        self._rotates = [self._understand(i) for i in range(self.L)]
+
+    @property
+    def _name(self) -> str:
+        return f"{type(self.model).__name__} is not supported"
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    def keys_values(self, i: int, hidden: Tensor) -> KV:
+        """Keys without rotation, and values, of hidden states at the input of layer i.
+
+        Args:
+            hidden: [B, m, d].
+
+        Returns:
+            Two tensors [B, heads, m, head width].
+        """
+        cos, sin = self._cos_sin(i, hidden, torch.zeros(1, 1, dtype=torch.long, device=hidden.device))
+        shape = (1, hidden.shape[1], cos.shape[-1])
+        return self._grab(i, hidden, (torch.ones_like(cos).expand(shape), torch.zeros_like(sin).expand(shape)))
+
+    def rotate(self, i: int, keys: Tensor, positions: Tensor) -> Tensor:
+        """Rotate keys of layer i to positions [B or 1, m], as far as the model rotates them."""
+        if not self._rotates[i]:
+            return keys
+        cos, sin = self._cos_sin(i, keys, positions)
+        r = cos.shape[-1]
+        apply = sys.modules[type(self.layers[i].self_attn).__module__].apply_rotary_pos_emb
+        turned = apply(keys[..., :r], keys[..., :r], cos, sin)[1]
+        return turned if r == keys.shape[-1] else torch.cat([turned, keys[..., r:]], dim=-1)
+
+    def project(self, i: int, hidden: Tensor) -> KV:
+        """`keys_values` of [m, d] in zero-padded blocks of 128 rows, so that equal rows give equal bits."""
+        m = hidden.shape[0]
+        padded = torch.nn.functional.pad(hidden, (0, 0, 0, -m % BLOCK))
+        parts = [self.keys_values(i, block[None]) for block in padded.split(BLOCK)]
+        keys, values = (torch.cat(tensors, dim=2)[:, :, :m] for tensors in zip(*parts, strict=True))
+        return keys, values
+
+    def project_all(self, slots: Tensor) -> list[KV]:
+        """`project` for every layer of [L, m, d]."""
+        return [self.project(i, slots[i]) for i in range(self.L)]
+
+    def _grab(self, i: int, hidden: Tensor, cos_sin: KV) -> KV:
+        layer: Any = self.layers[i]
+        x = layer.input_layernorm(hidden) if hasattr(layer, "input_layernorm") else hidden
+        grab = _Grab()
+        with contextlib.suppress(_Stop):
+            layer.self_attn(x, position_embeddings=cos_sin, attention_mask=None, past_key_values=grab)
+        return grab.kv
+
+    def _cos_sin(self, i: int, like: Tensor, positions: Tensor) -> KV:
+        rest = (self.body.config.layer_types[i],) if self._by_layer_type else ()
+        return self.body.rotary_emb(like, positions, *rest)
+
+    @torch.no_grad()
+    def _understand(self, i: int) -> bool:
+        """Whether layer i rotates its keys; raises if unrotated keys and `rotate` do not give what the layer makes."""
+        generator = torch.Generator().manual_seed(i)
+        x = torch.randn(1, 3, self.d, generator=generator).to(self.device, self.dtype)
+        positions = torch.tensor([[1, 5, 11]], device=self.device)
+        try:
+            keys = self._grab(i, x, self._cos_sin(i, x, positions))[0]
+            plain = self.keys_values(i, x)[0]
+            tolerance = 1e-2 * keys.abs().max()
+            if (keys - plain).abs().max() <= 1e-3 * tolerance:
+                return False
+            self._rotates = [True] * self.L
+            if (keys - self.rotate(i, plain, positions)).abs().max() <= tolerance:
+                return True
+            reason = "its keys are not rotated in a known way"
+        except (AttributeError, TypeError, RuntimeError, ValueError, KeyError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{self._name}: the keys and values of layer {i} can not be taken ({reason}).")
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Keys and values of one memory in every layer, projected once: [first ; slots], P = s + M positions.
+
+    Args:
+        decoder: what rotates the keys.
+        keys: of each layer, unrotated, [1, heads, P, head width].
+        values: of each layer, [1, heads, P, head width].
+        s: leading positions that are no slots (sink or bos); they are never dropped.
+
+    Source: MemoryLLM section 3.1.1.
+    """
+
+    decoder: Decoder
+    keys: list[Tensor]
+    values: list[Tensor]
+    s: int
+
+    @property
+    def P(self) -> int:
+        return self.keys[0].shape[2]
+
+    @cached_property
+    def rotated(self) -> list[Tensor]:
+        """The keys of each layer at positions 0 .. P-1."""
+        positions = torch.arange(self.P, device=self.keys[0].device)[None]
+        return [self.decoder.rotate(i, k, positions) for i, k in enumerate(self.keys)]
+
+    def after(self, kept: Tensor, new: list[KV]) -> Prefix:
+        """The prefix of the next memory: slots `kept` [L, m] stay, `new` keys and values come behind; no projection."""
+
+        def move(old: Tensor, i: int, fresh: Tensor) -> Tensor:
+            stays = old[:, :, self.s :].index_select(2, kept[i].to(old.device))
+            return torch.cat([old[:, :, : self.s], stays, fresh], dim=2)
+
+        keys = [move(old, i, new[i][0]) for i, old in enumerate(self.keys)]
+        return Prefix(self.decoder, keys, [move(old, i, new[i][1]) for i, old in enumerate(self.values)], self.s)
+
+    def cache(self, *, store: bool = True) -> Cache:
+        """A fresh cache over this prefix, for `forward` or `generate`; see `MemoryLayer`."""
+
+        def layer(i: int) -> MemoryLayer:
+            return MemoryLayer(lambda: (self.rotated[i], self.values[i]), self.P, store=store)
+
+        return Cache(layers=[layer(i) for i in range(len(self.keys))])
+
+
+def read(decoder: Decoder, first: Tensor, slots: Tensor) -> Prefix:
+    """Project a memory's prefix from nothing: [first ; slots], with whichever adapter is active.
+
+    Args:
+        first: hidden states of sink or bos at the input of each layer, [L, s, d].
+        slots: [L, M, d].
+    """
+    heads, bodies = decoder.project_all(first), decoder.project_all(slots) if slots.shape[1] else None
+    none = torch.zeros(decoder.L, 0, dtype=torch.long)
+    prefix = Prefix(decoder, [k for k, _ in heads], [v for _, v in heads], first.shape[1])
+    return prefix.after(none, bodies) if bodies else prefix
+
+
+def functional_cache(
+    decoder: Decoder, hidden: Tensor, wrap: Callable[[Callable[[], KV]], Callable[[], KV]] | None = None
+) -> Cache:
+    """The same prefix, projected inside each layer's forward at every call: for gradients and their replay.
+
+    Args:
+        hidden: [first ; slots] at the input of each layer, [L, P, d].
+        wrap: puts each projection under an adapter, for example; by default the active one is used.
+    """
+    positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+
+    def make(i: int) -> Callable[[], KV]:
+        def kv() -> KV:
+            keys, values = decoder.keys_values(i, hidden[i][None])
+            return decoder.rotate(i, keys, positions), values
+
+        return wrap(kv) if wrap else kv
+
+    return Cache(layers=[MemoryLayer(make(i), hidden.shape[1], store=False) for i in range(decoder.L)])
+
+
+class MemoryLayer(DynamicLayer):
+    """One layer's cache: the memory's keys and values in front of a growing text.
+
+    The memory has one row and serves any number of rows (beams, samples); only the text is stored per row, moved by
+    beams and cut by `crop`. The attention mask that goes with it covers P + text.
+
+    Args:
+        kv: gives the memory's rotated keys and values, [1, heads, P, head width] each.
+        length: P.
+        store: keep the text that passes through (`generate`), or not (`forward` with gradients, replayed at will).
+    """
+
+    def __init__(self, kv: Callable[[], KV], length: int, *, store: bool = True) -> None:
+        super().__init__()
+        self.kv, self.length, self.store = kv, length, store
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> KV:
+        if self.store:
+            key_states, value_states = super().update(key_states, value_states)
+        rows = key_states.shape[0]
+        keys, values = (t.expand(rows, -1, -1, -1) for t in self.kv())
+        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+
+    def get_seq_length(self) -> int:
+        return self.length + (self.keys.shape[2] if self.is_initialized else 0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.is_initialized:
+            super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            super().batch_select_indices(indices)
+
+
+def attention_mask(cache: Cache | None, ids: Tensor) -> Tensor:
+    """The mask that goes with a memory cache, [B, P + n] of ones; with a mask of the text alone, garbage is read."""
+    past = cache.get_seq_length() if cache is not None else 0
+    return torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.long, device=ids.device)

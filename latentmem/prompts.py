@@ -1,0 +1,170 @@
+"""Text -> token ids: how a text is wrapped when it is written, and how a question is put.
+
+Whatever a user writes is tokenised with special tokens split, so that `<|im_end|>` in a note stays text and never
+becomes a control token; control tokens come from the chat template alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+BASE_QUESTION = "Question: {question} Answer:"  # the paper's prompt, for models without a chat template
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
+
+
+@dataclass(frozen=True)
+class Style:
+    """How texts and questions are put to one model; chosen by measurement for the packaged one (docs/prompts.md).
+
+    Args:
+        wrap: a text is written raw (None) or as a turn of this role ("system", "user").
+        system: the system message of a question; None leaves it to the chat template, "" leaves out its turn.
+        question: the user turn of a question, with `{question}`.
+    """
+
+    wrap: str | None = None
+    system: str | None = None
+    question: str = "{question}"
+
+
+class Prompts:
+    """The token ids of texts, turns and questions for one tokenizer.
+
+    Args:
+        tokenizer: a transformers tokenizer, with a chat template for instruct models.
+        style: how texts and questions are put.
+    """
+
+    def __init__(self, tokenizer: Any, style: Style | None = None) -> None:
+        self.tokenizer, self.style = tokenizer, style or Style()
+
+    @property
+    def chats(self) -> bool:
+        """Whether the model has a chat template; without one questions are put as "Question: ... Answer:"."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def text(self, text: str) -> list[int]:
+        """Ids of plain text: no bos, and special tokens split."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def written(self, text: str, role: str | None = None) -> list[int]:
+        """Ids of a text as it is written: raw, or as a chat turn of `role` (by default the style's).
+
+        Raises:
+            ValueError: an empty text, or a role for a model without a chat template.
+        """
+        if not text.strip():
+            raise ValueError("the text to be written is empty; give at least one character.")
+        role = role or (self.style.wrap if self.chats else None)
+        if role is None or role == "raw":
+            return self.text(text)
+        before, after = self._turn(role)
+        return self._control(before) + self.text(text) + self._control(after)
+
+    def turn(self, message: Message) -> list[int]:
+        """Ids of one turn of a conversation as it is written, with its role."""
+        if self.chats:
+            return self.written(message["content"], message["role"])
+        return self.text(_line(message))
+
+    def question(self, question: str, *, bare: bool) -> list[int]:
+        """Ids of a question, ready for the answer.
+
+        Args:
+            bare: leave out bos, because a memory's sink stands in front.
+
+        Raises:
+            ValueError: an empty question.
+        """
+        if not question.strip():
+            raise ValueError("the question is empty.")
+        if not self.chats:
+            return self._bos(bare) + self.text(BASE_QUESTION.format(question=question))
+        asked = self.style.question.format(question=question)
+        messages = [{"role": "user", "content": asked}]
+        if self.style.system == "":
+            return self.written(asked, "user") + self._control(self._answer_opening())
+        if self.style.system is not None:
+            messages.insert(0, {"role": "system", "content": self.style.system})
+        return self.chat(messages, bare=bare)
+
+    def chat(self, messages: list[Message], *, bare: bool) -> list[int]:
+        """Ids of a conversation, ready for the assistant's turn; contents stay plain text."""
+        if not self.chats:
+            return self._bos(bare) + self.text("".join(map(_line, messages)) + "Assistant:")
+        text = self._render([{**m, "content": _mark(i)} for i, m in enumerate(messages)], answer=True)
+        bos = self.tokenizer.bos_token
+        if bare and bos and text.startswith(bos) and text.count(bos) == 1:  # a marker of turns stays
+            text = text.removeprefix(bos)
+        ids: list[int] = []
+        for part in re.split(f"({_MARK_WHOLE})", text):
+            found = re.fullmatch(_MARK, part)
+            ids += self.text(messages[int(found[1])]["content"]) if found else self._control(part)
+        return ids
+
+    @property
+    def first_token(self) -> int:
+        """The token whose hidden states are the sink: bos, else the first of the chat template.
+
+        Raises:
+            ValueError: the tokenizer has neither.
+        """
+        if self.tokenizer.bos_token_id is not None:
+            return int(self.tokenizer.bos_token_id)
+        if self.chats:
+            return self.chat([{"role": "user", "content": "."}], bare=False)[0]
+        raise ValueError("the tokenizer has no bos token and no chat template; give `first_token`, the id of the sink.")
+
+    @property
+    def identity(self) -> str:
+        """Hash of the tokenizer."""
+        return hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+    def _bos(self, bare: bool) -> list[int]:
+        return [] if bare else list(self.tokenizer.encode("", add_special_tokens=True))
+
+    def _control(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+
+    def _render(self, messages: list[Message], *, answer: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+
+    def _answer_opening(self) -> str:
+        user = [{"role": "user", "content": "."}]
+        return self._render(user, answer=True).removeprefix(self._render(user))
+
+    def _turn(self, role: str) -> tuple[str, str]:
+        """What the template puts before and after the content of one turn, without its default system message."""
+        if not self.chats:
+            raise ValueError(
+                f"the role {role!r} needs a model with a chat template; this one has none, write raw text."
+            )
+        user, assistant = {"role": "user", "content": _mark(0)}, {"role": "assistant", "content": _mark(1)}
+        two = self._render([user, assistant])
+        second = self._render([user, assistant, {"role": "user", "content": _mark(2)}]).removeprefix(two)
+        if role == "user":
+            turn = second
+        elif role == "assistant":
+            turn = two.removeprefix(self._render([user]))
+        elif role == "system":
+            first = second.replace(_mark(2), _mark(0))
+            turn = self._render([{"role": "system", "content": _mark(3)}, user]).removesuffix(first)
+        else:
+            raise ValueError(f"role must be system, user, assistant or raw, got {role!r}.")
+        before, _, after = re.split(f"({_MARK_WHOLE})", turn)
+        return before, after
+
+
+_MARK = r"\x02content(\d+)\x03"
+_MARK_WHOLE = _MARK.replace("(", "(?:")
+
+
+def _mark(i: int) -> str:
+    return f"\x02content{i}\x03"
+
+
+def _line(message: Message) -> str:
+    return f"{message['role'].capitalize()}: {message['content']}\n"

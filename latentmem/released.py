@@ -1,0 +1,222 @@
+"""The released checkpoints memoryllm-7b, -8b and -8b-chat <-> ours: names of keys, the LoRA pair, bos, mark, pool.
+
+theirs                           ours
+memory [L, N, d]                 the pool: `llm.empty()`
+bos_embedding [L, 1, d]          what stands first in each layer
+new_memory_positional_emb        mark: added to the last K positions of a write
+lora ... .default.weight         adapter "write"
+lora ... .decoder_adapter.weight adapter "read"
+num_tokens, num_blocks           K, N / K
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from latentmem.adapters import Adapters, insert
+from latentmem.core.memory import Memory
+from latentmem.model import MemoryModel, Trained, fingerprint
+
+KEYS = ("num_blocks", "num_tokens", "add_bos_embedding", "lora_config", "add_decoder_lora")
+LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules")
+OPTIONAL = ("drop_memory_per_layer", "num_memory_tokens")
+MPLUS = ("num_ltm_blocks", "ltm_initial_size", "add_selector", "update_ltm_mode")
+OWN = ("memory", "bos_embedding", "new_memory_positional_emb", "initialized")
+NAMES = {".default.": ".write.", ".decoder_adapter.": ".read."}
+
+
+def is_released(config: dict[str, Any]) -> bool:
+    """Whether a config.json belongs to a MemoryLLM checkpoint."""
+    return (
+        config.get("model_type") == "memoryllm"
+        or "num_blocks" in config
+        or "MemoryLLM" in str(config.get("architectures"))
+    )
+
+
+def load(name: str, config: dict[str, Any], dtype: torch.dtype, device: torch.device, *, trained: bool) -> MemoryModel:
+    """Load a released checkpoint from a folder or the hub.
+
+    Args:
+        config: its config.json.
+        trained: with its adapters, bos, mark and pool; else only the base model under them.
+
+    Raises:
+        ValueError: keys or shapes that are unknown or missing, all of them named.
+    """
+    _check_config(config)
+    theirs = _weights(name, config)
+    own = {key: theirs.pop(key) for key in OWN if key in theirs}
+    lora = {key: theirs.pop(key) for key in list(theirs) if ".lora_" in key}
+    base = _base(config, {key.replace(".base_layer.", "."): value for key, value in theirs.items()}, dtype)
+    identity = fingerprint(base)
+    tokenizer = _tokenizer(name)
+    if not trained:
+        return MemoryModel(base.to(device), tokenizer, name=name, identity=identity)
+
+    adapters = _adapters(base, config, lora)
+    base.to(device)
+    missing = [key for key in OWN if key not in own]
+    if missing:
+        raise ValueError(f"the checkpoint lacks {', '.join(missing)}: it is not a complete MemoryLLM checkpoint.")
+    N, K = config["num_blocks"] * config["num_tokens"], config["num_tokens"]
+    L, d = config["num_hidden_layers"], config["hidden_size"]
+    shapes = {
+        "memory": [L, N, d],
+        "bos_embedding": [L, 1, d],
+        "new_memory_positional_emb": [1, 1, d],
+        "initialized": [],
+    }
+    for key, shape in shapes.items():
+        if list(own[key].shape) != shape:
+            raise ValueError(f"the checkpoint's {key} has the shape {list(own[key].shape)}, expected {shape}.")
+    if not own["initialized"]:
+        raise ValueError("the checkpoint's memory was never written (initialized = 0): it has no pool to start from.")
+    from latentmem.prompts import Prompts
+
+    old = torch.zeros(L, N, dtype=torch.int32)
+    pool = Memory(
+        slots=own["memory"].to(device, dtype),
+        births=old,
+        origins=old - 1,
+        N=N,
+        K=K,
+        preset="paper",
+        model=identity,
+        adapters=adapters.identity,
+        tokenizer=Prompts(tokenizer).identity if tokenizer is not None else "",
+        model_name=name,
+    )
+    extra = Trained(
+        bos=own["bos_embedding"].to(device, dtype),
+        mark=own["new_memory_positional_emb"][0, 0].to(device, dtype),
+        pool=pool,
+    )
+    return MemoryModel(base, tokenizer, name=name, adapters=adapters, trained=extra, identity=identity)
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    plus = [key for key in MPLUS if key in config]
+    if plus:
+        raise ValueError(
+            f"this is an M+ checkpoint (it has {', '.join(plus)}); its long-term memory is not supported yet."
+        )
+    missing = [key for key in KEYS if key not in config]
+    lora = config.get("lora_config") or {}
+    missing += [f"lora_config.{key}" for key in LORA_KEYS if key not in lora]
+    if missing:
+        raise ValueError(f"the checkpoint's config.json lacks {', '.join(missing)}.")
+    for key, needed in (("add_bos_embedding", True), ("add_decoder_lora", True), ("drop_memory_per_layer", True)):
+        if config.get(key, needed) != needed:
+            raise ValueError(f"the checkpoint has {key} = {config[key]}; only {needed} is supported.")
+    tokens = config.get("num_memory_tokens")
+    if tokens not in (None, config["num_blocks"] * config["num_tokens"]):
+        raise ValueError(f"the checkpoint's num_memory_tokens = {tokens} is not num_blocks * num_tokens.")
+
+
+def _weights(name: str, config: dict[str, Any]) -> dict[str, Tensor]:
+    """All tensors of the checkpoint's safetensors files, on the CPU."""
+    from transformers.utils import cached_file
+
+    from latentmem.loading import readable
+
+    with readable(name):
+        single = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+        index = None if single else cached_file(name, "model.safetensors.index.json")
+        files = [single] if single else _shards(name, str(index))
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is not a complete safetensors file ({error}); fetch the checkpoint again."
+            ) from error
+    return tensors
+
+
+def _shards(name: str, index: str) -> list[str]:
+    from transformers.utils import cached_file
+
+    shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    return [str(cached_file(name, shard)) for shard in shards]
+
+
+def _base(config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
+    """The Llama under the adapters, every weight accounted for."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from latentmem.loading import quiet
+
+    not_llama = {
+        *KEYS,
+        *OPTIONAL,
+        "architectures",
+        "model_type",
+        "auto_map",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+    }
+    llama = LlamaConfig(**{key: value for key, value in config.items() if key not in not_llama})
+    weights = {key: value for key, value in weights.items() if not key.endswith("rotary_emb.inv_freq")}
+    with torch.device("meta"):
+        expected = {key: value.shape for key, value in LlamaForCausalLM(llama).state_dict().items()}
+    if llama.tie_word_embeddings:
+        expected.pop("lm_head.weight", None)
+        weights.pop("lm_head.weight", None)
+    _same_keys(expected, weights, "weights")
+    with quiet():
+        return LlamaForCausalLM.from_pretrained(None, config=llama, state_dict=weights, dtype=dtype)
+
+
+def _adapters(base: Any, config: dict[str, Any], lora: dict[str, Tensor]) -> Adapters:
+    """The LoRA pair, every weight accounted for."""
+    settings = config["lora_config"]
+    adapters = insert(
+        base,
+        r=settings["r"],
+        alpha=settings["lora_alpha"],
+        dropout=settings["lora_dropout"],
+        target_modules=settings["target_modules"],
+    )
+    renamed = {}
+    for key, value in lora.items():
+        for theirs, ours in NAMES.items():
+            key = key.replace(theirs, ours)
+        renamed[key] = value
+    state = base.state_dict()
+    _same_keys({key: value.shape for key, value in state.items() if ".lora_" in key}, renamed, "LoRA weights")
+    with torch.no_grad():
+        for key, value in renamed.items():
+            state[key].copy_(value)
+    return adapters
+
+
+def _same_keys(expected: dict[str, Any], found: dict[str, Tensor], what: str) -> None:
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    wrong = [key for key in expected if key in found and found[key].shape != expected[key]]
+    if missing or unknown or wrong:
+        problems = [
+            f"{label}: {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''} ({len(keys)})"
+            for label, keys in (("missing", missing), ("unknown", unknown), ("of a wrong shape", wrong))
+            if keys
+        ]
+        raise ValueError(f"the checkpoint's {what} do not fit: {'; '.join(problems)}.")
+
+
+def _tokenizer(name: str) -> Any:
+    """The checkpoint's tokenizer, or None where a local folder has none: then only token ids can be used."""
+    from transformers import AutoTokenizer
+
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
+        return None
+    return AutoTokenizer.from_pretrained(name)

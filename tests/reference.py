@@ -1,0 +1,77 @@
+"""The paper literally: hidden states concatenated layer by layer, no cache, no hooks, nothing clever.
+
+Every layer runs as a whole over [prefix ; text], with a mask in which a position sees itself and what stands before
+it, and the outputs of the prefix are thrown away. Slow, and wasteful on purpose: it is what the fast path must equal.
+Letters as in `latentmem.core`; nothing of `latentmem` is imported.
+"""
+
+import torch
+
+
+def _layer(model, i, hidden, positions):
+    """Layer i over hidden [1, T, d] at the given positions [1, T], causal."""
+    body = model.get_decoder()
+    T = hidden.shape[1]
+    layer_types = getattr(body.config, "layer_types", None)
+    kind = layer_types[i] if layer_types else "full_attention"
+    at = torch.arange(T)
+    sees = at[None, :] <= at[:, None]
+    if kind == "sliding_attention":
+        sees &= at[None, :] > at[:, None] - body.config.sliding_window
+    mask = torch.zeros(T, T).masked_fill(~sees, torch.finfo(torch.float32).min)[None, None]
+    try:
+        cos_sin = body.rotary_emb(hidden, positions, kind)
+    except TypeError:
+        cos_sin = body.rotary_emb(hidden, positions)
+    out = body.layers[i](hidden, attention_mask=mask, position_ids=positions, position_embeddings=cos_sin)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _embed(model, ids):
+    return model.get_input_embeddings()(torch.as_tensor(ids)[None])
+
+
+def read(model, first, slots, ids):
+    """Logits [n, vocab] of ids [n] behind [first ; slots]: first [L, s, d], slots [L, M, d]."""
+    hidden = _embed(model, ids)
+    n = hidden.shape[1]
+    for i in range(len(model.get_decoder().layers)):
+        full = torch.cat([first[i][None], slots[i][None], hidden], dim=1)
+        positions = torch.arange(full.shape[1])[None]
+        hidden = _layer(model, i, full, positions)[:, -n:]
+    return model.lm_head(model.get_decoder().norm(hidden))[0]
+
+
+def sink(model, token):
+    """Hidden states of the first token at the input of each layer, [L, 1, d]."""
+    hidden, inputs = _embed(model, [token]), []
+    for i in range(len(model.get_decoder().layers)):
+        inputs.append(hidden[0])
+        hidden = _layer(model, i, hidden, torch.zeros(1, 1, dtype=torch.long))
+    return torch.stack(inputs)
+
+
+def write_exact(model, first, slots, ids, c=1):
+    """New slots [L, ceil(n/c), d]: each layer's input, the last of each group of c; the text sees all of the memory."""
+    hidden, new = _embed(model, ids), []
+    n = hidden.shape[1]
+    for i in range(len(model.get_decoder().layers)):
+        new.append(torch.stack([hidden[0, min(g + c, n) - 1] for g in range(0, n, c)]))
+        full = torch.cat([first[i][None], slots[i][None], hidden], dim=1)
+        hidden = _layer(model, i, full, torch.arange(full.shape[1])[None])[:, -n:]
+    return torch.stack(new)
+
+
+def write_paper(model, first, mark, slots, ids, K):
+    """New slots [L, K, d]: each layer's output at the last K positions of [first ; newest K slots ; text]."""
+    hidden, new = _embed(model, ids), []
+    n = hidden.shape[1]
+    for i in range(len(model.get_decoder().layers)):
+        newest = slots[i, max(0, slots.shape[1] - K) :][None]
+        full = torch.cat([first[i][None], newest, hidden], dim=1)
+        last = min(K, newest.shape[1] + n)  # bos is no slot
+        marked = torch.cat([full[:, :-last], full[:, -last:] + mark], dim=1)
+        out = _layer(model, i, marked, torch.arange(full.shape[1])[None])
+        new.append(out[0, -last:])
+        hidden = out[:, -n:]
+    return torch.stack(new)
