@@ -27,11 +27,13 @@ from latentmem.prompts import Prompts, Style
 
 WRAPS = ("raw", "system", "user")
 BRIEF = "{question}\nAnswer with a few words."
+BRIEFLY = "{question} Answer briefly."
 QUESTIONS = {
-    "plain": Style(question="{question}"),
+    "plain": Style(),
     "brief": Style(question=BRIEF),
+    "plain, no system turn": Style(system=""),
+    "briefly, no system turn": Style(question=BRIEFLY, system=""),
     "brief, no system turn": Style(question=BRIEF, system=""),
-    "brief, own system turn": Style(question=BRIEF, system="Answer from what you have read."),
 }
 
 

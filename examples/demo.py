@@ -14,9 +14,9 @@ import latentmem
 
 TEXT = Path(__file__).parent.parent / "docs" / "paper.md"
 QUESTIONS = (
-    "Who described exponential forgetting in 1885?",
+    "Who is the author of MemoryLLM?",
+    "What do we call one extra hidden vector?",
     "How many slots does memoryllm-8b have in each layer?",
-    "At which conference was MemoryLLM published?",
 )
 
 

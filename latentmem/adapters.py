@@ -2,7 +2,7 @@
 
 PEFT's own `set_adapter` also freezes the other adapter, so that the gradients of a write are lost when a read follows
 in the same graph. Here a switch only says which adapter a layer uses, and outside of a `with` none is: the base model
-stays the plain one.
+stays the plain one. A switch holds for the thread that made it: an answer may be streamed while a text is written.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import contextlib
 import hashlib
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ WRITE, READ = "write", "read"
 
 
 class Adapters:
-    """The adapters "write" and "read" inside a model, or none.
+    """The adapters "write" and "read" inside a model, or none of them.
 
     Args:
         model: a model into which PEFT has put LoRA layers that know the adapters "write" and "read".
@@ -32,24 +33,34 @@ class Adapters:
     def __init__(self, model: PreTrainedModel) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        self.layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        self._active: ContextVar[str | None] = ContextVar("adapter", default=None)
         self._stamp, self._identity = -1, ""
+        self.layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        followers: dict[type, type] = {}
         for layer in self.layers:
-            layer._disable_adapters = True
+            kind = type(layer)
+            if kind not in followers:
+                followers[kind] = self._follower(kind)
+            layer.__class__ = followers[kind]
+
+    def _follower(self, kind: type) -> type:
+        """A LoRA layer whose active adapter is what `use` says in the thread that runs it."""
+
+        def refuse(layer: Any, value: Any) -> None:
+            raise RuntimeError("this adapter is switched by `Adapters.use` alone.")
+
+        active = property(lambda layer: [self._active.get() or READ], refuse)
+        disabled = property(lambda layer: self._active.get() is None, refuse)
+        return type(kind.__name__, (kind,), {"_active_adapter": active, "_disable_adapters": disabled})
 
     @contextlib.contextmanager
     def use(self, name: str | None) -> Iterator[None]:
-        """Make one adapter active, or none; it nests, and gradients flow to every adapter that was used."""
-        before = [(layer._active_adapter, layer._disable_adapters) for layer in self.layers]
-        for layer in self.layers:
-            layer._disable_adapters = name is None
-            if name is not None:
-                layer._active_adapter = [name]
+        """Make one adapter active in this thread, or none; it nests, and gradients flow to all that were used."""
+        token = self._active.set(name)
         try:
             yield
         finally:
-            for layer, (active, disabled) in zip(self.layers, before, strict=True):
-                layer._active_adapter, layer._disable_adapters = active, disabled
+            self._active.reset(token)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The weights of both adapters, named by layer number, in a fixed order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -387,16 +388,13 @@ def _bars(shares: list[float]) -> str:
 def _show_text(memory: Memory, llm: MemoryModel) -> None:
     if memory.preset != "exact":
         raise ValueError("only memories of the preset 'exact' hold embeddings in layer 0; this one can not be printed.")
-    ids = llm.text_of(memory)
-    origins, births = memory.origins[0], memory.births[0]
-    start = 0
-    for end in range(1, memory.M + 1):
-        if end == memory.M or (origins[end], births[end]) != (origins[start], births[start]):
+    ids, origins = llm.text_of(memory), memory.origins[0]
+    edges = [0, *((origins.diff() != 0).nonzero().flatten() + 1).tolist(), memory.M]
+    for start, end in itertools.pairwise(edges):
+        if start < end:
             source = memory.sources[int(origins[start])].name if origins[start] >= 0 else "(older)"
-            known = [int(i) for i in ids[start:end] if i >= 0]
-            typer.echo(f"--- {source}, update {int(births[start])}, {end - start} slots")
-            typer.echo(llm.tokenizer.decode(known))
-            start = end
+            typer.echo(f"--- {source}: {end - start} slots of layer 0")
+            typer.echo(llm.tokenizer.decode([int(i) for i in ids[start:end] if i >= 0]))
 
 
 def _side_by_side(cases: Any) -> Any:

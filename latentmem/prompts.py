@@ -83,18 +83,16 @@ class Prompts:
             raise ValueError("the question is empty.")
         if not self.chats:
             return self._bos(bare) + self.text(BASE_QUESTION.format(question=question))
-        asked = self.style.question.format(question=question)
-        messages = [{"role": "user", "content": asked}]
-        if self.style.system == "":
-            return self.written(asked, "user") + self._control(self._answer_opening())
-        if self.style.system is not None:
-            messages.insert(0, {"role": "system", "content": self.style.system})
-        return self.chat(messages, bare=bare)
+        return self.chat([{"role": "user", "content": self.style.question.format(question=question)}], bare=bare)
 
     def chat(self, messages: list[Message], *, bare: bool) -> list[int]:
         """Ids of a conversation, ready for the assistant's turn; contents stay plain text."""
         if not self.chats:
             return self._bos(bare) + self.text("".join(map(_line, messages)) + "Assistant:")
+        if messages[0]["role"] != "system" and self.style.system is not None:
+            if self.style.system == "":
+                return [i for message in messages for i in self.turn(message)] + self._control(self._answer_opening())
+            messages = [{"role": "system", "content": self.style.system}, *messages]
         text = self._render([{**m, "content": _mark(i)} for i, m in enumerate(messages)], answer=True)
         bos = self.tokenizer.bos_token
         if bare and bos and text.startswith(bos) and text.count(bos) == 1:  # a marker of turns stays

@@ -84,9 +84,7 @@ class Memory:
                 f"N={self.N}. Make N larger or K smaller."
             )
         if self.compression < 1 or (self.preset == "paper" and self.compression != 1):
-            raise ValueError(
-                f"compression must be 1 or more, in 'paper' 1: got {self.compression} in {self.preset!r}."
-            )
+            raise ValueError(f"compression must be 1 or more, in 'paper' 1: got {self.compression} in {self.preset!r}.")
         if self.slots.ndim != 3:
             raise ValueError(f"slots must be [L, M, d], got the shape {list(self.slots.shape)}.")
         if self.M > self.N:

@@ -64,6 +64,7 @@ class Decoder:
         self.L = len(self.layers)
         self.d: int = model.get_input_embeddings().weight.shape[1]
         self._by_layer_type = "layer_type" in inspect.signature(self.body.rotary_emb.forward).parameters
+        self._direct = [False] * self.L
         self._rotates = [self._understand(i) for i in range(self.L)]
 
     @property
@@ -87,9 +88,7 @@ class Decoder:
         Returns:
             Two tensors [B, heads, m, head width].
         """
-        cos, sin = self._cos_sin(i, hidden, torch.zeros(1, 1, dtype=torch.long, device=hidden.device))
-        shape = (1, hidden.shape[1], cos.shape[-1])
-        return self._grab(i, hidden, (torch.ones_like(cos).expand(shape), torch.zeros_like(sin).expand(shape)))
+        return self._project(i, hidden) if self._direct[i] else self._grab_plain(i, hidden)
 
     def rotate(self, i: int, keys: Tensor, positions: Tensor) -> Tensor:
         """Rotate keys of layer i to positions [B or 1, m], as far as the model rotates them."""
@@ -113,6 +112,23 @@ class Decoder:
         """`project` for every layer of [L, m, d]."""
         return [self.project(i, slots[i]) for i in range(self.L)]
 
+    def _project(self, i: int, hidden: Tensor) -> KV:
+        """The usual layout: norm, `k_proj`, maybe `k_norm`, `v_proj`; no queries are made in vain, as in `_grab`."""
+        layer: Any = self.layers[i]
+        attention = layer.self_attn
+        x = layer.input_layernorm(hidden)
+        shape = (*x.shape[:-1], -1, attention.head_dim)
+        keys, values = attention.k_proj(x).view(shape), attention.v_proj(x).view(shape)
+        if hasattr(attention, "k_norm"):
+            keys = attention.k_norm(keys)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def _grab_plain(self, i: int, hidden: Tensor) -> KV:
+        """Any layout: what the layer's own attention hands to its cache when no position turns the keys."""
+        cos, sin = self._cos_sin(i, hidden, torch.zeros(1, 1, dtype=torch.long, device=hidden.device))
+        shape = (1, hidden.shape[1], cos.shape[-1])
+        return self._grab(i, hidden, (torch.ones_like(cos).expand(shape), torch.zeros_like(sin).expand(shape)))
+
     def _grab(self, i: int, hidden: Tensor, cos_sin: KV) -> KV:
         layer: Any = self.layers[i]
         x = layer.input_layernorm(hidden) if hasattr(layer, "input_layernorm") else hidden
@@ -127,13 +143,20 @@ class Decoder:
 
     @torch.no_grad()
     def _understand(self, i: int) -> bool:
-        """Whether layer i rotates its keys; raises if unrotated keys and `rotate` do not give what the layer makes."""
+        """Whether layer i rotates its keys, and whether it has the usual layout.
+
+        Raises:
+            ValueError: its unrotated keys and `rotate` together do not give the keys that it makes itself.
+        """
         generator = torch.Generator().manual_seed(i)
         x = torch.randn(1, 3, self.d, generator=generator).to(self.device, self.dtype)
         positions = torch.tensor([[1, 5, 11]], device=self.device)
         try:
             keys = self._grab(i, x, self._cos_sin(i, x, positions))[0]
-            plain = self.keys_values(i, x)[0]
+            plain, values = self._grab_plain(i, x)
+            with contextlib.suppress(AttributeError, RuntimeError):
+                mine = self._project(i, x)
+                self._direct[i] = torch.equal(mine[0], plain) and torch.equal(mine[1], values)
             tolerance = 1e-2 * keys.abs().max()
             if (keys - plain).abs().max() <= 1e-3 * tolerance:
                 return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -45,7 +46,10 @@ def save(memory: Memory, path: str | Path) -> Memory:
     version = _checksum(header, tensors)
     metadata = {"format": FORMAT, "memory": header, "checksum": version}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # a full disk, for example: the library hides the number of the error
+            raise OSError(errno.EIO, f"the memory could not be written ({error})", str(path)) from error
     return replace(memory, version=version)
 
 
@@ -79,7 +83,7 @@ def read_header(path: str | Path) -> tuple[dict[str, Any], str]:
         raise ValueError(f"{path} is not a memory of this version: expected the format {FORMAT!r}, got {found!r}.")
     try:
         header = json.loads(metadata["memory"])
-        complete = set(header) == set(HEADER) and metadata["checksum"]
+        complete = isinstance(header, dict) and set(header) == set(HEADER) and metadata["checksum"]
     except (KeyError, ValueError):
         complete = False
     if not complete:

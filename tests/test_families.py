@@ -1,0 +1,58 @@
+"""The law on a tiny random model of every supported family: memory = text in the context, as long as it is not full."""
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from latentmem.loading import SUPPORTED, check_supported
+from latentmem.model import MemoryModel
+from latentmem.testing import tiny_model
+
+OPTIONS = {
+    "cohere2": {"sliding_window": 8},
+    "exaone4": {"sliding_window": 8},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "glm4": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "mistral": {"head_dim": 8, "sliding_window": 8},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmo3": {"sliding_window": 8},
+    "phi3": {"rope_scaling": None},
+    "qwen3": {"head_dim": 8},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "seed_oss": {"head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+@torch.no_grad()
+def test_the_law_holds_in_one_piece_and_in_many(family):
+    model = tiny_model(family, attention="eager", **OPTIONS.get(family, {}))
+    llm = MemoryModel(model, first_token=1)
+    text, question = list(range(10, 40)), [3, 4, 5, 6]
+    plain = model(torch.tensor([[1, *text, *question]])).logits[0, -4:]
+    scale = plain.abs().max()
+    assert (plain - model(torch.tensor([question])).logits[0]).abs().max() > 0.1 * scale  # the text matters
+    for K in (30, 7):
+        memory = llm.write_ids(llm.empty(N=64, K=K), text)
+        assert memory.M == 30 and memory.updates == -(-30 // K)
+        assert (llm.logits(memory, question) - plain).abs().max() < 1e-5 * max(1, scale)
+
+
+def test_an_unknown_family_is_refused_with_what_is_supported():
+    with pytest.raises(ValueError, match=r"'gpt2' are not supported; these are: .*llama"):
+        check_supported(AutoConfig.for_model("gpt2"))
+
+
+def test_positions_that_change_with_the_length_are_refused():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(ValueError, match="'dynamic' are not supported"):
+        check_supported(AutoConfig.for_model("llama", rope_parameters=rope))
+
+
+def test_a_model_built_in_another_way_is_refused():
+    model = tiny_model("llama4_text")
+    with pytest.raises(ValueError, match="is not supported"):
+        MemoryModel(model, first_token=1)
