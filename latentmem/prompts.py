@@ -17,7 +17,7 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 
 @dataclass(frozen=True)
 class Style:
-    """How texts and questions are put to one model; chosen by measurement for the packaged one (docs/prompts.md).
+    """How texts and questions are put to one model; chosen by measurement for the packaged one (docs/results/prompts.md).
 
     Args:
         wrap: a text is written raw (None) or as a turn of this role ("system", "user").

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+
 from latentmem.testing import byte_tokenizer, tiny_model
 
 

@@ -52,7 +52,7 @@ def test_positions_that_change_with_the_length_are_refused():
         check_supported(AutoConfig.for_model("llama", rope_parameters=rope))
 
 
-def test_a_model_built_in_another_way_is_refused():
-    model = tiny_model("llama4_text")
-    with pytest.raises(ValueError, match="is not supported"):
-        MemoryModel(model, first_token=1)
+@pytest.mark.parametrize(("family", "reason"), [("llama4_text", "rotary_emb"), ("gpt_neox", "self_attn")])
+def test_a_model_built_in_another_way_is_refused(family, reason):
+    with pytest.raises(ValueError, match=f"is not supported: .*{reason}"):
+        MemoryModel(tiny_model(family), first_token=1)

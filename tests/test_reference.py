@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from latentmem.core.memory import Memory, draw, kept, update
-from latentmem.core.prefix import Decoder, read
+from latentmem.core.prefix import Decoder, attention_mask, read
 from latentmem.core.write import write_paper
 from latentmem.model import MemoryModel, Trained, fingerprint
 from latentmem.testing import byte_tokenizer, tiny_model
@@ -309,6 +309,19 @@ def test_the_form_with_gradients_equals_the_form_without(attention):
     with torch.no_grad():
         assert gap(logits, llm.logits(memory, Q)) < 1e-5
         assert gap(new, llm.new_slots(memory, text(K))) < 1e-5
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_cache_that_does_not_store_reads_the_same_any_number_of_times(gradients):
+    llm = trainable()
+    memory, ids = holding(llm, 7), torch.tensor([Q])
+    with torch.set_grad_enabled(gradients):
+        cache = llm._functional(memory) if gradients else llm._prefix(memory).cache(store=False)
+        first, second = (
+            llm.base(input_ids=ids, attention_mask=attention_mask(cache, ids), past_key_values=cache).logits
+            for _ in range(2)
+        )
+    assert torch.equal(first, second) and cache.get_seq_length() == llm.positions(memory)
 
 
 # --- generate -------------------------------------------------------------------------------------------------------

@@ -263,13 +263,14 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(file, monkeypatc
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_a_save_that_is_interrupted_before_the_rename_leaves_the_old_file_and_nothing_else(file, monkeypatch):
-    def interrupted(_):
+@pytest.mark.parametrize(("of", "call"), [(snapshot.os, "fsync"), (snapshot.Path, "replace")])
+def test_a_save_that_is_interrupted_before_the_rename_leaves_the_old_file_and_nothing_else(file, monkeypatch, of, call):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     before = file.read_bytes()
-    monkeypatch.setattr(snapshot.os, "fsync", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(of, call, interrupted)
         replace(written(), seed=9).save(file)
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]

@@ -64,8 +64,10 @@ class Decoder:
         self.L = len(self.layers)
         self.d: int = model.get_input_embeddings().weight.shape[1]
         self._by_layer_type = "layer_type" in inspect.signature(self.body.rotary_emb.forward).parameters
-        self._direct = [False] * self.L
-        self._rotates = [self._understand(i) for i in range(self.L)]
+        kinds = [self._kind(i) for i in range(self.L)]
+        known = {kind: self._understand(kinds.index(kind)) for kind in set(kinds)}
+        self._rotates = [known[kind][0] for kind in kinds]
+        self._direct = [known[kind][1] for kind in kinds]
 
     @property
     def _name(self) -> str:
@@ -92,8 +94,9 @@ class Decoder:
 
     def rotate(self, i: int, keys: Tensor, positions: Tensor) -> Tensor:
         """Rotate keys of layer i to positions [B or 1, m], as far as the model rotates them."""
-        if not self._rotates[i]:
-            return keys
+        return self._rotate(i, keys, positions) if self._rotates[i] else keys
+
+    def _rotate(self, i: int, keys: Tensor, positions: Tensor) -> Tensor:
         cos, sin = self._cos_sin(i, keys, positions)
         r = cos.shape[-1]
         apply = sys.modules[type(self.layers[i].self_attn).__module__].apply_rotary_pos_emb
@@ -138,15 +141,31 @@ class Decoder:
         return grab.kv
 
     def _cos_sin(self, i: int, like: Tensor, positions: Tensor) -> KV:
-        rest = (self.body.config.layer_types[i],) if self._by_layer_type else ()
+        rest = (self._layer_type(i),) if self._by_layer_type else ()
         return self.body.rotary_emb(like, positions, *rest)
 
+    def _layer_type(self, i: int) -> str | None:
+        kinds = getattr(self.body.config, "layer_types", None)
+        return kinds[i] if kinds else None
+
+    def _kind(self, i: int) -> str:
+        """What tells layer i from others: its classes, and its attention's settings, such as a window."""
+        layer: Any = self.layers[i]
+        if not hasattr(layer, "self_attn"):
+            raise ValueError(f"{self._name}: its layers have no `self_attn`.")
+        settings = {
+            k: v for k, v in vars(layer.self_attn).items() if isinstance(v, (bool, int, float, str, type(None)))
+        }
+        settings.pop("layer_idx", None)
+        parts = [(name, type(part).__name__) for name, part in layer.named_modules()]
+        return f"{parts} {sorted(settings.items())} {self._layer_type(i)}"
+
     @torch.no_grad()
-    def _understand(self, i: int) -> bool:
+    def _understand(self, i: int) -> tuple[bool, bool]:
         """Whether layer i rotates its keys, and whether it has the usual layout.
 
         Raises:
-            ValueError: its unrotated keys and `rotate` together do not give the keys that it makes itself.
+            ValueError: its unrotated keys and their rotation together do not give the keys that it makes itself.
         """
         generator = torch.Generator().manual_seed(i)
         x = torch.randn(1, 3, self.d, generator=generator).to(self.device, self.dtype)
@@ -154,15 +173,15 @@ class Decoder:
         try:
             keys = self._grab(i, x, self._cos_sin(i, x, positions))[0]
             plain, values = self._grab_plain(i, x)
+            direct = False
             with contextlib.suppress(AttributeError, RuntimeError):
                 mine = self._project(i, x)
-                self._direct[i] = torch.equal(mine[0], plain) and torch.equal(mine[1], values)
+                direct = torch.equal(mine[0], plain) and torch.equal(mine[1], values)
             tolerance = 1e-2 * keys.abs().max()
             if (keys - plain).abs().max() <= 1e-3 * tolerance:
-                return False
-            self._rotates = [True] * self.L
-            if (keys - self.rotate(i, plain, positions)).abs().max() <= tolerance:
-                return True
+                return False, direct
+            if (keys - self._rotate(i, plain, positions)).abs().max() <= tolerance:
+                return True, direct
             reason = "its keys are not rotated in a known way"
         except (AttributeError, TypeError, RuntimeError, ValueError, KeyError) as error:
             reason = f"{type(error).__name__}: {error}"
