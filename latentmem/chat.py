@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from latentmem.core.memory import Memory
 from latentmem.model import MAX_NEW_TOKENS, MemoryModel
 from latentmem.prompts import Message
+
+
+class Journal(Protocol):
+    """What keeps a conversation safe from a crash; `files.NamedMemory` is one."""
+
+    def keep_turns(self, messages: list[Message]) -> None:
+        """These turns are in the context and not in the memory."""
+
+    def keep_written(self, memory: Memory, messages: list[Message], count: int) -> None:
+        """The first `count` of these turns are now in `memory`: save both so that none is lost or written twice."""
 
 
 class Conversation:
@@ -19,10 +29,11 @@ class Conversation:
         messages: turns that are still in the context, for example of a run that was cut off.
         source: the name under which turns are written.
         window: tokens of turns that are kept in the context; by default all that the model's context holds.
+        journal: is told of every turn before it can be lost.
 
     Attributes:
         memory: the memory so far; it changes when turns leave the context, and at `close`.
-        messages: the turns that are still in the context.
+        messages: the turns that are still in the context, a user's and the model's in turn.
     """
 
     def __init__(
@@ -33,10 +44,13 @@ class Conversation:
         *,
         source: str = "chat",
         window: int | None = None,
+        journal: Journal | None = None,
     ) -> None:
         llm.check(memory)
         self.llm, self.memory, self.messages, self.source = llm, memory, list(messages), source
-        self.window = window
+        self.window, self.journal = window, journal
+        if self.messages and self.messages[-1]["role"] == "user":  # it was cut off before the answer
+            self.messages.append({"role": "assistant", "content": ""})
         self._cache: Any = None
         self._read: list[int] = []  # the ids that `_cache` holds behind the memory
 
@@ -48,36 +62,40 @@ class Conversation:
         """Add a user's turn and give the answer piece by piece; what was given so far is kept if the caller leaves.
 
         Raises:
-            ValueError: an empty turn, or one that does not fit into the context alone.
+            ValueError: an empty turn, or one that does not fit into the context alone; nothing is changed then.
         """
         if not text.strip():
             raise ValueError("the message is empty.")
         new = generate_kwargs.setdefault("max_new_tokens", MAX_NEW_TOKENS)
-        ids = self._make_room([*self.messages, {"role": "user", "content": text}], new)
-        return self._answer(text, ids, generate_kwargs)
+        asked = {"role": "user", "content": text}
+        ids = self._make_room(asked, new)
+        if self.journal:
+            self.journal.keep_turns([*self.messages, asked])
+        return self._answer(asked, ids, generate_kwargs)
 
     def close(self) -> Memory:
         """Write the turns that are still in the context and return the memory."""
         self._write(len(self.messages))
         return self.memory
 
-    def _answer(self, text: str, ids: list[int], generate_kwargs: dict[str, Any]) -> Iterator[str]:
+    def _answer(self, asked: Message, ids: list[int], generate_kwargs: dict[str, Any]) -> Iterator[str]:
         answer = ""
-        prefix = self.llm.text_cache(self.memory) if self._cache is None else self._cache
-        known = next((i for i, (a, b) in enumerate(zip(self._read, ids, strict=False)) if a != b), len(self._read))
-        known = min(known, len(ids) - 1)  # `generate` needs at least one token to read
-        self._crop(prefix, known)
+        cache = self.llm.text_cache(self.memory) if self._cache is None else self._cache
+        known = 0
+        if cache is not None:  # what the last turns left in it; `generate` needs at least one token to read
+            same = (a == b for a, b in zip(self._read, ids[:-1], strict=False))
+            known = next((i for i, equal in enumerate(same) if not equal), min(len(self._read), len(ids) - 1))
+            self._crop(cache, known)
         try:
-            for part in self.llm.stream_ids(self.memory, ids[known:], cache=prefix, **generate_kwargs):
+            for part in self.llm.stream_ids(self.memory, ids[known:], cache=cache, **generate_kwargs):
                 answer += part
                 yield part
         finally:
-            if answer:
-                self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.strip()}]
-                self._cache, self._read = prefix, ids
-                self._crop(prefix, len(ids))  # the answer is read again as a whole turn, behind its end marker
-            else:
-                self._cache, self._read = None, []
+            self.messages += [asked, {"role": "assistant", "content": answer.strip()}]
+            self._cache, self._read = cache, ids
+            self._crop(cache, len(ids))  # the answer is read again as a whole turn, behind its end marker
+            if self.journal:
+                self.journal.keep_turns(self.messages)
 
     def _crop(self, cache: Any, text: int) -> None:
         """Cut a cache back to its first `text` tokens behind the memory."""
@@ -86,23 +104,27 @@ class Conversation:
             if surplus > 0:
                 cache.crop(-surplus)
 
-    def _make_room(self, messages: list[Message], new: int) -> list[int]:
+    def _room(self, new: int, more: int = 0) -> int:
+        """Tokens of turns that fit in front of `new` tokens of answer, once `more` tokens are written."""
+        room = self.llm.room(self.memory, more) - new
+        return room if self.window is None else min(room, self.window)
+
+    def _make_room(self, asked: Message, new: int) -> list[int]:
         """The prompt of the next answer; the oldest turns leave until it fits."""
-        while True:
-            ids = self.llm.prompts_or_raise().chat(messages, bare=self.memory.M > 0)
-            room = self.llm.room(self.memory) - new
-            if self.window is not None:
-                room = min(room, self.window)
-            if len(ids) <= room:
-                return ids
-            if not self.messages:
+        prompts, bare = self.llm.prompts_or_raise(), self.memory.M > 0
+        ids = prompts.chat([*self.messages, asked], bare=bare)
+        if len(ids) > self._room(new):
+            turns = sum(len(prompts.turn(message)) for message in self.messages)
+            alone, room = len(prompts.chat([asked], bare=bare)), self._room(new, turns)
+            if alone > room:
                 raise ValueError(
-                    f"the message takes {len(ids)} tokens and there is room for {room}; shorten it, "
+                    f"the message takes {alone} tokens and there is room for {room}; shorten it, "
                     f"or write it into the memory as a text."
                 )
-            leaving = min(2, len(self.messages))
-            self._write(leaving)
-            messages = messages[leaving:]
+        while len(ids) > self._room(new):
+            self._write(min(2, len(self.messages)))
+            ids = prompts.chat([*self.messages, asked], bare=True)
+        return ids
 
     def _write(self, count: int) -> None:
         """Write the oldest `count` turns into the memory, with their roles, and take them out of the context."""
@@ -110,5 +132,7 @@ class Conversation:
             prompts = self.llm.prompts_or_raise()
             ids = [i for message in self.messages[:count] for i in prompts.turn(message)]
             self.memory = self.llm.write_ids(self.memory, ids, self.source)
+            if self.journal:
+                self.journal.keep_written(self.memory, self.messages, count)
             del self.messages[:count]
             self._cache, self._read = None, []

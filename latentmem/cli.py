@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -38,7 +39,7 @@ def main() -> None:
         _error(str(error))
         sys.exit(2)
     except OSError as error:
-        _error(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}. Nothing was changed.")
+        _error(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         sys.exit(1)
 
 
@@ -64,7 +65,7 @@ def write(
     """Write texts into a memory; it is made if it does not exist."""
     from latentmem.files import NamedMemory
 
-    sources = [_read(text) for text in texts]
+    sources = _read_all(texts)
     place = NamedMemory(memory)
     wanted = {"N": capacity, "K": per_update, "preset": preset, "compression": compression, "seed": seed}
     given: dict[str, Any] = {key: value for key, value in wanted.items() if value is not None}
@@ -82,6 +83,7 @@ def write(
         prompts = llm.prompts_or_raise()
         written = [(name, prompts.written(text, role)) for name, text in sources]
         now = start
+        place.begin(start)
         with _progress() as progress:
             task = progress.add_task("writing", total=sum(len(ids) for _, ids in written))
             for i, (name, ids) in enumerate(written):
@@ -90,10 +92,7 @@ def write(
                 def show(n: int, _: int, before_it: int = before_it) -> None:
                     progress.update(task, completed=before_it + n)
 
-                now = llm.write_ids(now, ids, name, show)
-                if i == 0:
-                    place.keep_for_undo(start)
-                now = place.save(now)
+                now = place.save(llm.write_ids(now, ids, name, show))
     for name, ids in written:
         typer.echo(f"{name}: {len(ids)} tokens")
     typer.echo(f"{memory}: {now.M} of {now.N} slots per layer, {now.updates} updates" + _forgetting(now))
@@ -118,7 +117,7 @@ def ask(
     _speak(llm.stream(now, question, max_new_tokens=max_new_tokens))
     if compare:
         typer.echo("without memory: ", nl=False)
-        _speak(llm.stream(llm.empty(), question, max_new_tokens=max_new_tokens))
+        _speak(llm.stream(llm.blank(), question, max_new_tokens=max_new_tokens))
 
 
 @app.command()
@@ -134,23 +133,10 @@ def chat(
         before = place.load() if place.exists else None
         llm = _load(before, model, device)
         start = before if before is not None else llm.empty()
-        pending = place.pending(start)
-        talk = Conversation(llm, start, pending)
-        if pending:
-            typer.echo(f"(going on with {len(pending)} turns of a chat that was cut off)", err=True)
-        written = start
-        saved = False
-
-        def keep() -> None:
-            """After each turn: the memory if turns were written, then the turns that were not."""
-            nonlocal written, saved
-            if talk.memory is not written:
-                if not saved:
-                    place.keep_for_undo(start)
-                written, saved = talk.memory, True
-                place.save(written)
-            place.keep_pending(talk.memory, talk.messages)
-
+        place.begin(start)
+        talk = Conversation(llm, start, place.pending(), journal=place)
+        if talk.messages:
+            typer.echo(f"(going on with {len(talk.messages)} turns of a chat that was cut off)", err=True)
         while True:
             try:
                 line = input("you> " if sys.stdin.isatty() else "").strip()
@@ -166,11 +152,8 @@ def chat(
                 _error(str(error))
             except KeyboardInterrupt:
                 typer.echo(" (stopped)")
-            keep()
         turns = len(talk.messages)
         talk.close()
-        keep()
-        place.drop_pending()
     if sys.stdin.isatty():
         typer.echo()
     typer.echo(f"(wrote {turns} turns into the memory {memory!r})" if turns else "(nothing to write)", err=True)
@@ -186,17 +169,17 @@ def list_() -> None:
     from latentmem.files import NamedMemory, names
 
     table = Table(box=None, pad_edge=False)
-    for column in ("memory", "updates", "tokens", "sources", "size", "model"):
+    for column in ("memory", "fill", "updates", "tokens", "sources", "size", "model"):
         table.add_column(column, justify="left" if column in ("memory", "model") else "right")
     for name in names():
         path = NamedMemory(name).path
         try:
-            header, _ = read_header(path)
+            header, _, held = read_header(path)
         except ValueError as error:
-            table.add_row(name, "", "", "", "", Text(f"damaged: {error}"))
+            table.add_row(name, "", "", "", "", "", Text(f"damaged: {error}"))
             continue
-        size = f"{path.stat().st_size / 2**20:.1f} MiB"
-        row = (header["updates"], header["tokens"], len(header["sources"]))
+        size = _size(path.stat().st_size)
+        row = (f"{held} of {header['N']}", header["updates"], header["tokens"], len(header["sources"]))
         table.add_row(name, *map(str, row), size, Text(header["model_name"]))
     if not table.rows:
         typer.echo("No memories yet. `latentmem write notes.txt --memory work` makes one.")
@@ -236,6 +219,7 @@ def undo(memory: Name = "default") -> None:
     from latentmem.files import NamedMemory
 
     place = NamedMemory(memory)
+    place.load()
     with place.writing():
         now = place.undo()
     typer.echo(f"{memory}: back to {now.updates} updates, {now.M} of {now.N} slots per layer")
@@ -247,6 +231,7 @@ def rm(memory: Annotated[str, typer.Option("--memory", "-m", help="Name of the m
     from latentmem.files import NamedMemory
 
     place = NamedMemory(memory)
+    place.existing()
     with place.writing():
         place.remove()
     typer.echo(f"{memory}: deleted")
@@ -288,24 +273,41 @@ def doctor(
 _SHOWN = ("preset", "compression", "seed", "updates", "tokens", "model_name", "model", "adapters", "version", "parent")
 
 
+_LIKE_A_PATH = re.compile(r"^(/|~|\.\.?/)|\.[A-Za-z]\w{0,4}$")
+
+
+def _read_all(texts: list[str]) -> list[tuple[str, str]]:
+    """The arguments of `write` -> (source, text) each; files of one name in different folders keep their paths."""
+    read = [(given, *_read(given)) for given in texts]
+    twice = {name for _, name, _ in read if len({given for given, other, _ in read if other == name}) > 1}
+    return [
+        (given if name in twice and name not in ("text", "standard input") else name, text)
+        for given, name, text in read
+    ]
+
+
 def _read(text: str) -> tuple[str, str]:
-    """An argument of `write` -> (source, text): standard input, a file, or the argument itself if it has blanks."""
+    """An argument of `write` -> (source, text): standard input, a file, or the argument itself if it is a sentence."""
     if text == "-":
         return "standard input", _decoded("standard input", sys.stdin.buffer.read())
     path = Path(text)
     try:
-        is_file, is_folder = path.is_file(), path.is_dir()
+        exists, is_folder = path.exists(), path.is_dir()
     except OSError:  # too long for a path: it is a text
-        is_file = is_folder = False
-    if is_file:
-        return path.name, _decoded(text, path.read_bytes())
+        exists = is_folder = False
     if is_folder:
         raise ValueError(f"{text} is a folder; name its files, for example {text.rstrip('/')}/*.txt.")
+    if exists:
+        try:
+            return path.name, _decoded(text, path.read_bytes())
+        except OSError as error:
+            raise ValueError(f"{text} can not be read: {error.strerror}.") from None
     if not text.strip():
         raise ValueError("the text to be written is empty; give a file, a text in quotes, or - for standard input.")
-    if len(text.split()) == 1:
+    if len(text.split()) == 1 or _LIKE_A_PATH.search(text):
         raise ValueError(
-            f"there is no file {text!r}. (A text in quotes needs at least two words; or pipe it and give -.)"
+            f"there is no file {text!r}. (A text in quotes has at least two words and does not look like a path; "
+            f"any text can be piped: give - for standard input.)"
         )
     return "text", text
 
@@ -353,7 +355,6 @@ def _show_tables(name: str, memory: Memory, left: Any) -> None:
     from rich.text import Text
 
     facts = Table.grid(padding=(0, 2))
-    size = memory.slots.numel() * memory.slots.element_size() / 2**20
     facts.add_row("memory", name)
     facts.add_row("fill", f"{memory.M} of {memory.N} slots in each of {memory.L} layers ({memory.M / memory.N:.0%})")
     facts.add_row("written", f"{memory.updates} updates, {memory.tokens} tokens, at most {memory.K} slots per update")
@@ -362,7 +363,7 @@ def _show_tables(name: str, memory: Memory, left: Any) -> None:
     )
     facts.add_row("kind", f"{memory.preset}, {memory.compression} token(s) per slot, seed {memory.seed}")
     facts.add_row("model", Text(f"{memory.model_name} {memory.model[:12]}"))
-    facts.add_row("bytes", f"{size:.1f} MiB in {str(memory.slots.dtype)[6:]}")
+    facts.add_row("bytes", f"{_size(memory.slots.nbytes)} in {str(memory.slots.dtype)[6:]}")
     facts.add_row("version", memory.version[:12] + (f", after {memory.parent[:12]}" if memory.parent else ""))
     _print(facts)
     table = Table(box=None, pad_edge=False)
@@ -378,6 +379,10 @@ def _show_tables(name: str, memory: Memory, left: Any) -> None:
         table.add_row("(older)", "", "", f"({int(older.min())} to {int(older.max())})", "")
     if table.rows:
         _print(table)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 1 << 20 else f"{count / 2**10:.1f} KiB"
 
 
 def _bars(shares: list[float]) -> str:

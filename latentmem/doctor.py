@@ -52,7 +52,7 @@ def planted(llm: MemoryModel) -> list[Case]:
 def ask(llm: MemoryModel, memory: Memory, other: Memory, question: str, gold: str = "") -> Case:
     """One question with `memory`, the same memory zeroed, `other`, and none."""
     zeroed = replace(memory, slots=torch.zeros_like(memory.slots))
-    given = dict(zip(ROWS, (memory, zeroed, other, llm.empty()), strict=True))
+    given = dict(zip(ROWS, (memory, zeroed, other, llm.blank()), strict=True))
     prompts = llm.prompts_or_raise()
     logprobs = {}
     for row, m in given.items():

@@ -14,18 +14,20 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from latentmem.core.memory import Memory
-from latentmem.core.snapshot import replacing
+from latentmem.core.snapshot import read_header, replacing
 from latentmem.prompts import Message
 
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 
 
 def folder() -> Path:
     """`$LATENTMEM_HOME/memories`, by default in the user's data directory; made if it is not there."""
-    home = os.environ.get("LATENTMEM_HOME") or platformdirs.user_data_dir("latentmem")
-    path = Path(home).expanduser() / "memories"
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    home = Path(os.environ.get("LATENTMEM_HOME") or platformdirs.user_data_dir("latentmem")).expanduser()
+    try:
+        (home / "memories").mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"memories can not be kept in {home}: it is no folder. Set LATENTMEM_HOME to one.") from None
+    return home / "memories"
 
 
 def names() -> list[str]:
@@ -34,10 +36,10 @@ def names() -> list[str]:
 
 
 class NamedMemory:
-    """One memory by name: its file, the step before it, and the turns of a chat that was cut off.
+    """One memory by name: its file, the step before it, and the turns of a chat that are not in it yet.
 
     Args:
-        name: letters, digits, "_", "-" and ".", at most 64, no path.
+        name: letters, digits, "_" and "-", at most 64, no path.
 
     Raises:
         ValueError: another name.
@@ -45,14 +47,12 @@ class NamedMemory:
 
     def __init__(self, name: str) -> None:
         if not NAME.fullmatch(name):
-            raise ValueError(
-                f"{name!r} can not be a memory's name: use letters, digits, '_', '-' and '.', at most 64, and no path."
-            )
+            raise ValueError(f"{name!r} can not be a memory's name: use letters, digits, '_' and '-', and no path.")
         self.name = name
         self.path = folder() / f"{name}.safetensors"
         self._undo = folder() / f"{name}.undo"
         self._chat = folder() / f"{name}.chat.json"
-        self._lock = folder() / f".{name}.lock"
+        self._before: Memory | None = None
 
     @property
     def exists(self) -> bool:
@@ -67,29 +67,34 @@ class NamedMemory:
 
     @contextlib.contextmanager
     def writing(self, seconds: float = 10) -> Iterator[None]:
-        """Hold the memory alone while it is changed.
+        """Hold the memory alone while it is changed, and first clear up what a crash left behind.
 
         Raises:
             ValueError: another process holds it for longer than `seconds`.
         """
         try:
-            with FileLock(self._lock, timeout=seconds):
+            with FileLock(folder() / f".{self.name}.lock", timeout=seconds):
+                for kept in (self.path, self._undo, self._chat):
+                    for half_written in folder().glob(f".{kept.name}.*"):
+                        half_written.unlink()
+                self._settle()
                 yield
         except Timeout:
-            raise ValueError(
-                f"another process is writing to the memory {self.name!r}; try again when it is done."
-            ) from None
+            raise ValueError(f"another process is writing to the memory {self.name!r}; try again later.") from None
 
-    def keep_for_undo(self, before: Memory) -> None:
-        """Make `before`, the memory as it was when a command began, what `undo` goes back to."""
-        if self.exists:
-            with replacing(self._undo) as temporary:
-                shutil.copyfile(self.path, temporary)
-        else:
-            before.save(self._undo)
+    def begin(self, before: Memory) -> None:
+        """Make `before` what `undo` goes back to, from the next `save` on."""
+        self._before = before
 
     def save(self, memory: Memory) -> Memory:
         """Replace the file, atomically."""
+        if self._before is not None:
+            if self.exists:
+                with replacing(self._undo) as temporary:
+                    shutil.copyfile(self.path, temporary)
+            else:
+                self._before.save(self._undo)
+            self._before = None
         return memory.save(self.path)
 
     def undo(self) -> Memory:
@@ -98,33 +103,65 @@ class NamedMemory:
         Raises:
             ValueError: there is no such step; one is kept.
         """
+        self.load()
         if not self._undo.is_file():
             raise ValueError(
                 f"there is nothing to undo in the memory {self.name!r}: one step is kept, and it is used up."
             )
         memory = Memory.load(self._undo)
         self._undo.replace(self.path)
-        self._chat.unlink(missing_ok=True)
         return memory
 
     def remove(self) -> None:
         """Delete the memory, its undo step and its unwritten chat turns."""
-        if not self.exists:
-            self.load()
+        self.existing()
         for path in (self.path, self._undo, self._chat):
             path.unlink(missing_ok=True)
 
-    def pending(self, memory: Memory) -> list[Message]:
-        """Turns of a chat that ended without being written; none if the memory has moved on since."""
-        if not self._chat.is_file():
-            return []
-        kept = json.loads(self._chat.read_text(encoding="utf-8"))
-        return kept["messages"] if kept["updates"] == memory.updates else []
+    def existing(self) -> None:
+        """Raise a ValueError if nothing of this name is there, not even a damaged file or the turns of a chat."""
+        if not any(path.is_file() for path in (self.path, self._undo, self._chat)):
+            self.load()
 
-    def keep_pending(self, memory: Memory, messages: list[Message]) -> None:
-        """Keep the turns that are in the context and not in the memory, so that a crash loses none."""
+    # --- the turns of a chat that are not in the memory yet (`chat.Journal`) ----------------------------------------
+
+    def pending(self) -> list[Message]:
+        """Turns of a chat that ended without being written."""
+        return self._turns()[0]
+
+    def keep_turns(self, messages: list[Message]) -> None:
+        """Keep turns that are not in the memory, so that a crash loses none."""
+        self._keep(messages, 0)
+
+    def keep_written(self, memory: Memory, messages: list[Message], count: int) -> None:
+        """Save a memory that holds the first `count` turns; after a crash, `_settle` sees whether it does."""
+        self._keep(messages, count)
+        self.save(memory)
+        self._keep(messages[count:], 0)
+
+    def _keep(self, messages: list[Message], leaving: int) -> None:
+        if not messages:
+            self._chat.unlink(missing_ok=True)
+            return
+        kept = {"messages": messages, "leaving": leaving, "before": self._version()}
         with replacing(self._chat) as temporary:
-            temporary.write_text(json.dumps({"updates": memory.updates, "messages": messages}), encoding="utf-8")
+            temporary.write_text(json.dumps(kept), encoding="utf-8")
 
-    def drop_pending(self) -> None:
-        self._chat.unlink(missing_ok=True)
+    def _settle(self) -> None:
+        """Take turns out that were on their way into the memory, if the memory was saved with them."""
+        messages, leaving, before = self._turns()
+        if leaving:
+            self._keep(messages[leaving:] if self._version() != before else messages, 0)
+
+    def _turns(self) -> tuple[list[Message], int, str]:
+        if not self._chat.is_file():
+            return [], 0, ""
+        try:
+            kept = json.loads(self._chat.read_text(encoding="utf-8"))
+            messages = [{"role": m["role"], "content": m["content"]} for m in kept["messages"]]
+            return messages, kept["leaving"], kept["before"]
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{self._chat} is damaged; move it away to go on without its turns.") from None
+
+    def _version(self) -> str:
+        return read_header(self.path)[1] if self.exists else ""

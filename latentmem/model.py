@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from latentmem.core.write import first_states, write_exact, write_paper
 from latentmem.prompts import Prompts, Style
 
 Ids = Tensor | Sequence[int]
+Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 MAX_NEW_TOKENS = 128  # of an answer, unless the caller says otherwise
 
 
@@ -121,10 +122,13 @@ class MemoryModel:
         """
         if self.trained is not None:
             pool = self.trained.pool
-            for what, asked, is_ in (("N", N, pool.N), ("K", K, pool.K), ("preset", preset, pool.preset)):
-                if asked is not None and asked != is_:
-                    raise ValueError(f"this checkpoint's memory has {what}={is_}, got {asked}; leave {what} out.")
-            return replace(pool, seed=seed)
+            asked = {"N": N, "K": K, "preset": preset, "compression": compression}
+            for what, value in asked.items():
+                if value is not None and value != getattr(pool, what):
+                    raise ValueError(
+                        f"this checkpoint's memory has {what}={getattr(pool, what)}, got {value}; leave {what} out."
+                    )
+            return pool if seed == pool.seed else replace(pool, seed=seed)
         preset = preset or "exact"
         if N is None:
             N = 2048
@@ -155,6 +159,12 @@ class MemoryModel:
             tokenizer=self.tokenizer_identity,
             model_name=self.name,
         )
+
+    def blank(self) -> Memory:
+        """A memory without a slot, so that the plain model answers, also for a checkpoint with a pool of its own."""
+        start = self.empty()
+        slots, births, origins = start.slots[:, :0], start.births[:, :0], start.origins[:, :0]
+        return replace(start, slots=slots, births=births, origins=origins)
 
     def check(self, memory: Memory) -> None:
         """Refuse a memory that this model can not read.
@@ -208,9 +218,7 @@ class MemoryModel:
             return write_exact(self.decoder, cache, tokens, memory.compression)
 
     @torch.no_grad()
-    def write_ids(
-        self, memory: Memory, ids: Ids, source: str = "text", progress: Callable[[int, int], None] | None = None
-    ) -> Memory:
+    def write_ids(self, memory: Memory, ids: Ids, source: str = "text", progress: Progress | None = None) -> Memory:
         """Write tokens into a memory, in pieces of at most `memory.piece`, one update each.
 
         Args:
@@ -285,18 +293,24 @@ class MemoryModel:
         """
         self.check(memory)
         tokens = self._ids(ids)[None]
-        generate_kwargs.setdefault("do_sample", False)
-        if "max_length" not in generate_kwargs:
-            generate_kwargs.setdefault("max_new_tokens", MAX_NEW_TOKENS)
+        if "generation_config" not in generate_kwargs:
+            generate_kwargs.setdefault("do_sample", False)
+            if "max_length" not in generate_kwargs:
+                generate_kwargs.setdefault("max_new_tokens", MAX_NEW_TOKENS)
         if self.base.generation_config.pad_token_id is None and generate_kwargs.get("pad_token_id") is None:
             eos = self.base.generation_config.eos_token_id
             generate_kwargs["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
         if cache is None:
             cache = self.text_cache(memory)
+        settings = generate_kwargs.get("generation_config") or self.base.generation_config
+        new, longest, beams, rows = (
+            generate_kwargs.get(key) or getattr(settings, key, None) or 0
+            for key in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences")
+        )
         past = cache.get_seq_length() - self.positions(memory) if cache is not None else 0
-        longest = generate_kwargs.get("max_length") or 0
-        new = generate_kwargs.get("max_new_tokens") or max(0, longest - tokens.shape[1])
-        self._fits(memory, past + tokens.shape[1], new)
+        if past and max(beams, rows) > 1:
+            raise ValueError("a cache that already holds text has one row: beams and several answers need a fresh one.")
+        self._fits(memory, past + tokens.shape[1], new or max(0, longest - tokens.shape[1]))
         with self._using(READ if memory.M else None):
             return self.base.generate(
                 input_ids=tokens,
@@ -311,15 +325,30 @@ class MemoryModel:
 
     # --- text -------------------------------------------------------------------------------------------------------
 
+    @overload
+    def write(
+        self, memory: Memory, text: str, source: str = ..., role: str | None = ..., progress: Progress | None = ...
+    ) -> Memory: ...
+
+    @overload
     def write(
         self,
-        memory: Memory,
-        text: str,
+        memory: Sequence[Memory],
+        text: Sequence[str],
+        source: str = ...,
+        role: str | None = ...,
+        progress: Progress | None = ...,
+    ) -> list[Memory]: ...
+
+    def write(
+        self,
+        memory: Memory | Sequence[Memory],
+        text: str | Sequence[str],
         source: str = "text",
         role: str | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Memory:
-        """Write a text into a memory.
+        progress: Progress | None = None,
+    ) -> Memory | list[Memory]:
+        """Write a text into a memory, or each of several texts into a memory of its own, one after another.
 
         Args:
             text: not empty; special tokens in it stay plain text.
@@ -328,22 +357,40 @@ class MemoryModel:
             progress: called after each piece with (tokens done, tokens in all).
 
         Returns:
-            The next memory; the given one stays valid.
+            The next memory, or a list of them; the given ones stay valid.
 
         Raises:
-            ValueError: an empty text, an unknown role, or a memory of another model.
+            ValueError: an empty text, an unknown role, lists of different lengths, or a memory of another model.
         """
-        return self.write_ids(memory, self.prompts_or_raise().written(text, role), source, progress)
+        pairs, many = _pairs(memory, text)
+        ids = [self.prompts_or_raise().written(t, role) for _, t in pairs]
+        after = [self.write_ids(m, i, source, progress) for (m, _), i in zip(pairs, ids, strict=True)]
+        return after if many else after[0]
 
-    def ask(self, memory: Memory, question: str, **generate_kwargs: Any) -> str:
-        """Answer a question with a memory: greedy, at most 128 new tokens, unless `generate_kwargs` says otherwise.
+    @overload
+    def ask(self, memory: Memory, question: str, **generate_kwargs: Any) -> str: ...
+
+    @overload
+    def ask(self, memory: Sequence[Memory], question: Sequence[str], **generate_kwargs: Any) -> list[str]: ...
+
+    def ask(
+        self, memory: Memory | Sequence[Memory], question: str | Sequence[str], **generate_kwargs: Any
+    ) -> str | list[str]:
+        """Answer a question with a memory, or each of several with its own, one after another.
+
+        Greedy, at most 128 new tokens, unless `generate_kwargs` says otherwise.
 
         Raises:
-            ValueError: an empty question, or one that does not fit into the model's context.
+            ValueError: an empty question, lists of different lengths, a question that does not fit into the model's
+                context, or options that give more than one answer.
         """
-        prompt = self.prompts_or_raise().question(question, bare=memory.M > 0)
-        output = self.generate_ids(memory, prompt, **generate_kwargs)
-        return self._decode(output[0, len(prompt) :])
+        if generate_kwargs.get("num_return_sequences", 1) != 1 or generate_kwargs.get("return_dict_in_generate"):
+            raise ValueError("`ask` gives one answer as text; use `generate_ids` for several, or for scores.")
+        pairs, many = _pairs(memory, question)
+        prompts = [self.prompts_or_raise().question(q, bare=m.M > 0) for m, q in pairs]
+        outputs = [self.generate_ids(m, p, **generate_kwargs) for (m, _), p in zip(pairs, prompts, strict=True)]
+        answers = [self._decode(output[0, len(p) :]) for output, p in zip(outputs, prompts, strict=True)]
+        return answers if many else answers[0]
 
     def stream(self, memory: Memory, question: str, **generate_kwargs: Any) -> Iterator[str]:
         """Answer a question piece by piece; leaving the loop stops the generation."""
@@ -391,14 +438,17 @@ class MemoryModel:
         self.check(memory)
         table = torch.nn.functional.normalize(self.base.get_input_embeddings().weight.float(), dim=1)
         slots = torch.nn.functional.normalize(memory.slots[0].to(table), dim=1)
-        likeness, ids = (slots @ table.T).max(dim=1)
-        return ids.where(likeness > 0.99, -1)
+        found = [(part @ table.T).max(dim=1) for part in slots.split(256)]
+        return torch.cat(
+            [ids.where(likeness > 0.99, -1) for likeness, ids in found] or [memory.births.new_zeros(0).long()]
+        )
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
     @property
     def first(self) -> Tensor:
         """What stands in front of the slots in each layer, [L, 1, d]: the checkpoint's bos, or the sink."""
+        self._forget_if_changed()
         if self._first is None:
             if self.trained:
                 self._first = self.trained.bos
@@ -413,18 +463,23 @@ class MemoryModel:
         return self._first
 
     def positions(self, memory: Memory) -> int:
-        """P, the positions that a memory takes in front of the text: 1 + M, or 0 if it is empty."""
+        """P, the positions that a memory takes in front of the text: sink or bos and M, or 0 if it is empty."""
         return self.first.shape[1] + memory.M if memory.M else 0
 
     def _prefix(self, memory: Memory) -> Prefix:
         """Keys and values of [first ; slots], made once per memory and derived from the parent's where it was there."""
-        if self.adapters and self.adapters.stamp != self._stamp:
-            self._prefixes.clear()
-            self._stamp = self.adapters.stamp
+        self._forget_if_changed()
         if memory not in self._prefixes:
             with torch.no_grad(), self._using(READ):
                 self._prefixes[memory] = read(self.decoder, self.first, memory.slots.detach().to(self.decoder.device))
         return self._prefixes[memory]
+
+    def _forget_if_changed(self) -> None:
+        """Drop what was derived from weights that were changed in place since, by an optimizer for example."""
+        stamp = sum(weight._version for weight in self.base.parameters())
+        if stamp != self._stamp:
+            self._prefixes.clear()
+            self._first, self._stamp = None, stamp
 
     def _functional(self, memory: Memory) -> Cache | None:
         """The prefix with gradients, if there is anything to differentiate."""
@@ -448,7 +503,10 @@ class MemoryModel:
 
     def _ids(self, ids: Ids) -> Tensor:
         """Check token ids and bring them to [n] on the model's device."""
-        tokens = torch.as_tensor(ids, dtype=torch.long, device=self.decoder.device)
+        tokens = torch.as_tensor(ids, device=self.decoder.device)
+        if tokens.numel() and (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool):
+            raise ValueError(f"token ids must be integers, got {str(tokens.dtype)[6:]}.")
+        tokens = tokens.long()
         if tokens.ndim == 2 and tokens.shape[0] == 1:
             tokens = tokens[0]
         if tokens.ndim != 1 or tokens.shape[0] == 0:
@@ -460,9 +518,12 @@ class MemoryModel:
             )
         return tokens
 
-    def room(self, memory: Memory) -> int:
-        """Tokens of text and answer that fit behind a memory."""
-        return self._limit - (0 if self.trained else self.positions(memory))  # a checkpoint was trained behind its pool
+    def room(self, memory: Memory, more: int = 0) -> int:
+        """Tokens of text and answer that fit behind a memory, once `more` slots are written into it."""
+        if self.trained:  # a checkpoint was trained behind its pool
+            return self._limit
+        M = min(memory.N, memory.M + more)
+        return self._limit - (1 + M if M else 0)
 
     @property
     def _limit(self) -> int:
@@ -492,8 +553,17 @@ class MemoryModel:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
+def _pairs(memory: Memory | Sequence[Memory], text: str | Sequence[str]) -> tuple[list[tuple[Memory, str]], bool]:
+    """One memory and one text, or as many of both: (pairs, whether they were lists)."""
+    if isinstance(memory, Memory) and isinstance(text, str):
+        return [(memory, text)], False
+    if isinstance(memory, Memory) or isinstance(text, str) or len(memory) != len(text):
+        raise ValueError("give one memory and one text, or lists of the same length.")
+    return list(zip(memory, text, strict=True)), True
+
+
 def fingerprint(model: PreTrainedModel) -> str:
-    """Identity of a model's weights: a hash over names, shapes and 256 values of every weight, the same in any dtype.
+    """Identity of a model's weights: a hash over names, shapes and 256 values of every weight, rounded to bfloat16.
 
     Weights of adapters are left out. Reading all bytes of a large model at every start would take minutes.
     """

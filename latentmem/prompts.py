@@ -17,7 +17,7 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 
 @dataclass(frozen=True)
 class Style:
-    """How texts and questions are put to one model; chosen by measurement for the packaged one (docs/results/prompts.md).
+    """How texts and questions are put to one model; for the packaged one as measured in docs/results/prompts.md.
 
     Args:
         wrap: a text is written raw (None) or as a turn of this role ("system", "user").
@@ -47,7 +47,15 @@ class Prompts:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def text(self, text: str) -> list[int]:
-        """Ids of plain text: no bos, and special tokens split."""
+        """Ids of plain text: no bos, and special tokens split.
+
+        Raises:
+            ValueError: the text is not valid Unicode (a lone surrogate).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("the text is not valid Unicode; write UTF-8.") from None
         return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
     def written(self, text: str, role: str | None = None) -> list[int]:
@@ -59,15 +67,12 @@ class Prompts:
         if not text.strip():
             raise ValueError("the text to be written is empty; give at least one character.")
         role = role or (self.style.wrap if self.chats else None)
-        if role is None or role == "raw":
-            return self.text(text)
-        before, after = self._turn(role)
-        return self._control(before) + self.text(text) + self._control(after)
+        return self.text(text) if role in (None, "raw") else self._wrapped(text, role)
 
     def turn(self, message: Message) -> list[int]:
         """Ids of one turn of a conversation as it is written, with its role."""
         if self.chats:
-            return self.written(message["content"], message["role"])
+            return self._wrapped(message["content"], message["role"])
         return self.text(_line(message))
 
     def question(self, question: str, *, bare: bool) -> list[int]:
@@ -91,12 +96,12 @@ class Prompts:
             return self._bos(bare) + self.text("".join(map(_line, messages)) + "Assistant:")
         if messages[0]["role"] != "system" and self.style.system is not None:
             if self.style.system == "":
-                return [i for message in messages for i in self.turn(message)] + self._control(self._answer_opening())
+                turns = [i for message in messages for i in self.turn(message)]
+                return self._control(self._leading_bos(bare)) + turns + self._control(self._answer_opening())
             messages = [{"role": "system", "content": self.style.system}, *messages]
         text = self._render([{**m, "content": _mark(i)} for i, m in enumerate(messages)], answer=True)
-        bos = self.tokenizer.bos_token
-        if bare and bos and text.startswith(bos) and text.count(bos) == 1:  # a marker of turns stays
-            text = text.removeprefix(bos)
+        if bare:
+            text = text.removeprefix(self._leading_bos(False))
         ids: list[int] = []
         for part in re.split(f"({_MARK_WHOLE})", text):
             found = re.fullmatch(_MARK, part)
@@ -120,6 +125,16 @@ class Prompts:
     def identity(self) -> str:
         """Hash of the tokenizer."""
         return hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+    def _wrapped(self, text: str, role: str) -> list[int]:
+        before, after = self._turn(role)
+        return self._control(before) + self.text(text) + self._control(after)
+
+    def _leading_bos(self, bare: bool) -> str:
+        """The bos token, if the template puts it in front of all; where it opens every turn it belongs to the turns."""
+        bos = self.tokenizer.bos_token
+        text = self._render([{"role": "user", "content": "."}], answer=True)
+        return bos if not bare and bos and text.startswith(bos) and text.count(bos) == 1 else ""
 
     def _bos(self, bare: bool) -> list[int]:
         return [] if bare else list(self.tokenizer.encode("", add_special_tokens=True))

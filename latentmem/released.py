@@ -25,6 +25,17 @@ from latentmem.model import MemoryModel, Trained, fingerprint
 
 KEYS = ("num_blocks", "num_tokens", "add_bos_embedding", "lora_config", "add_decoder_lora")
 LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules")
+# keys that transformers 4 wrote into every config.json
+LEGACY = """
+    add_cross_attention architectures auto_map bad_words_ids begin_suppress_tokens
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id is_decoder length_penalty max_length min_length model_type no_repeat_ngram_size
+    num_beam_groups num_beams num_return_sequences output_scores prefix pretraining_tp pruned_heads
+    remove_invalid_values repetition_penalty return_dict_in_generate rope_scaling rope_theta
+    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+    tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16
+""".split()  # noqa: SIM905 - shorter to read than 45 quoted words
 OPTIONAL = ("drop_memory_per_layer", "num_memory_tokens")
 MPLUS = ("num_ltm_blocks", "ltm_initial_size", "add_selector", "update_ltm_mode")
 OWN = ("memory", "bos_embedding", "new_memory_positional_emb", "initialized")
@@ -62,7 +73,10 @@ def load(name: str, config: dict[str, Any], dtype: torch.dtype, device: torch.de
 
     adapters = _adapters(base, config, lora)
     base.to(device)
-    missing = [key for key in OWN if key not in own]
+    expected = [key for key in OWN if key != "bos_embedding" or config["add_bos_embedding"]]
+    missing, unknown = [key for key in expected if key not in own], [key for key in own if key not in expected]
+    if unknown:
+        raise ValueError(f"the checkpoint has {', '.join(unknown)}, which its config.json says it has not.")
     if missing:
         raise ValueError(f"the checkpoint lacks {', '.join(missing)}: it is not a complete MemoryLLM checkpoint.")
     N, K = config["num_blocks"] * config["num_tokens"], config["num_tokens"]
@@ -74,7 +88,7 @@ def load(name: str, config: dict[str, Any], dtype: torch.dtype, device: torch.de
         "initialized": [],
     }
     for key, shape in shapes.items():
-        if list(own[key].shape) != shape:
+        if key in own and list(own[key].shape) != shape:
             raise ValueError(f"the checkpoint's {key} has the shape {list(own[key].shape)}, expected {shape}.")
     if not own["initialized"]:
         raise ValueError("the checkpoint's memory was never written (initialized = 0): it has no pool to start from.")
@@ -94,7 +108,7 @@ def load(name: str, config: dict[str, Any], dtype: torch.dtype, device: torch.de
         model_name=name,
     )
     extra = Trained(
-        bos=own["bos_embedding"].to(device, dtype),
+        bos=own.get("bos_embedding", own["memory"][:, :0]).to(device, dtype),
         mark=own["new_memory_positional_emb"][0, 0].to(device, dtype),
         pool=pool,
     )
@@ -107,14 +121,17 @@ def _check_config(config: dict[str, Any]) -> None:
         raise ValueError(
             f"this is an M+ checkpoint (it has {', '.join(plus)}); its long-term memory is not supported yet."
         )
+    from transformers import LlamaConfig
+
+    standard = {*LlamaConfig().to_dict(), *LEGACY, *KEYS, *OPTIONAL}
+    unknown = sorted(key for key in config if key not in standard and not key.startswith("_"))
+    if unknown:
+        raise ValueError(f"the checkpoint's config.json has unknown keys: {', '.join(unknown)}.")
     missing = [key for key in KEYS if key not in config]
     lora = config.get("lora_config") or {}
     missing += [f"lora_config.{key}" for key in LORA_KEYS if key not in lora]
     if missing:
         raise ValueError(f"the checkpoint's config.json lacks {', '.join(missing)}.")
-    for key, needed in (("add_bos_embedding", True), ("add_decoder_lora", True), ("drop_memory_per_layer", True)):
-        if config.get(key, needed) != needed:
-            raise ValueError(f"the checkpoint has {key} = {config[key]}; only {needed} is supported.")
     tokens = config.get("num_memory_tokens")
     if tokens not in (None, config["num_blocks"] * config["num_tokens"]):
         raise ValueError(f"the checkpoint's num_memory_tokens = {tokens} is not num_blocks * num_tokens.")
@@ -192,6 +209,8 @@ def _adapters(base: Any, config: dict[str, Any], lora: dict[str, Tensor]) -> Ada
         for theirs, ours in NAMES.items():
             key = key.replace(theirs, ours)
         renamed[key] = value
+    if not config["add_decoder_lora"]:
+        renamed |= {key.replace(".write.", ".read."): value for key, value in renamed.items()}
     state = base.state_dict()
     _same_keys({key: value.shape for key, value in state.items() if ".lora_" in key}, renamed, "LoRA weights")
     with torch.no_grad():

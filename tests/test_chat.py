@@ -45,6 +45,13 @@ def test_the_oldest_turns_leave_when_the_window_is_full(llm):
     assert text.count("message number 0") == 1
 
 
+def test_a_second_turn_sees_the_first_also_behind_an_empty_memory(llm):
+    talk = Conversation(llm, llm.empty(N=64, K=16))
+    talk.say("hello", max_new_tokens=6)
+    again = Conversation(llm, talk.memory, talk.messages).say("and now?", max_new_tokens=6)
+    assert talk.say("and now?", max_new_tokens=6) == again
+
+
 def test_what_was_said_before_the_listener_left_is_kept(llm):
     talk = Conversation(llm, llm.empty(N=64, K=16))
     stream = talk.stream("hello", max_new_tokens=30)
@@ -52,12 +59,77 @@ def test_what_was_said_before_the_listener_left_is_kept(llm):
         if part:
             break
     stream.close()
-    assert [m["role"] for m in talk.messages] == ["user", "assistant"]
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"] and talk.messages[1]["content"]
+
+
+def test_an_answer_of_nothing_keeps_the_turn_and_the_chat_goes_on(llm, monkeypatch):
+    talk = Conversation(llm, llm.empty(N=256, K=32))
+    for silence in ([], [" \n"]):
+        monkeypatch.setattr(llm, "stream_ids", lambda *_, silence=silence, **__: iter(silence))
+        assert talk.say("hello?") == ""
+    monkeypatch.undo()
+    talk.say("still there?", max_new_tokens=4)
+    assert [m["content"] for m in talk.messages][:5] == ["hello?", "", "hello?", "", "still there?"]
+    assert talk.close().tokens > 0
 
 
 def test_a_message_longer_than_the_context_is_refused_and_changes_nothing(llm):
-    talk = Conversation(llm, llm.empty(N=64, K=16), [{"role": "user", "content": "a"}], window=60)
+    start = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    talk = Conversation(llm, llm.empty(N=64, K=16), start, window=60)
     with pytest.raises(ValueError, match=r"takes \d+ tokens and there is room for 60"):
         talk.stream("b" * 200)
     with pytest.raises(ValueError, match="empty"):
         talk.stream(" ")
+    assert talk.messages == start and talk.memory.M == 0
+
+
+def test_a_crash_at_any_moment_loses_no_turn_and_writes_none_twice(llm, home, monkeypatch):
+    """Cut the conversation off before every single file that it writes, start again, and look at what is left."""
+    from latentmem import files
+    from latentmem.core import snapshot
+
+    class CutOff(Exception):  # noqa: N818 - no error
+        pass
+
+    def run(name, cut):
+        place, moments = files.NamedMemory(name), 0
+
+        def counted(path, original=snapshot.replacing):
+            nonlocal moments
+            moments += 1
+            if moments == cut:
+                raise CutOff
+            return original(path)
+
+        said = []
+        with place.writing():
+            start = place.load() if place.exists else llm.empty(N=512, K=64)
+            place.begin(start)
+            talk = Conversation(llm, start, place.pending(), journal=place, window=90)
+            with monkeypatch.context() as patch:
+                patch.setattr(files, "replacing", counted)
+                patch.setattr(snapshot, "replacing", counted)
+                try:
+                    for i in range(4):
+                        said.append(f"message {i}")
+                        talk.say(f"message {i}", max_new_tokens=2)
+                    talk.close()
+                except CutOff:
+                    pass
+        return said, moments
+
+    _, total = run("whole", 0)
+    assert total > 8
+    for cut in range(1, total + 1):
+        name = f"cut-{cut}"
+        said, _ = run(name, cut)
+        place = files.NamedMemory(name)
+        with place.writing():
+            memory = place.load() if place.exists else llm.empty(N=512, K=64)
+            place.begin(memory)
+            memory = Conversation(llm, memory, place.pending(), journal=place).close()
+        text = llm.tokenizer.decode(llm.text_of(memory))
+        assert place.pending() == []
+        for message in said[:-1]:
+            assert text.count(message) == 1, (cut, message)
+        assert text.count(said[-1]) <= 1  # the last one may have been cut off before it was journalled

@@ -2,9 +2,12 @@
 
 import io
 import json
+import re
+import shutil
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import latentmem
 from latentmem import cli
@@ -72,7 +75,7 @@ def test_undo_goes_one_command_back_and_then_says_so(run, home):
     assert run("undo", "-m", "work")[0] == 0
     assert NamedMemory("work").load().version == first.version
     code, _, err = run("undo", "-m", "work")
-    assert code == 2 and "nothing to undo" in err
+    assert code == 2 and "nothing to undo in the memory 'work'" in err
     assert NamedMemory("work").load().version == first.version
 
 
@@ -86,10 +89,10 @@ def test_list_show_and_rm(run, home):
     assert "No memories yet" in run("list")[1]
     run("write", "some [bold]text[/bold] of forty-odd characters", "-m", "work", "-N", 32, "-K", 8)
     _, out, _ = run("list")
-    assert "work" in out and "MiB" in out
+    assert "work" in out and "32 of 32" in out and "KiB" in out
     code, out, _ = run("show", "-m", "work")
     assert code == 0 and "32 of 32 slots in each of 3 layers (100%)" in out and "half-life" in out
-    assert "███" in out or "▆▆▆" in out
+    assert re.search(r"text +46 +46 +70% \(32\) +▆▆▆ *\n", out)
     facts = json.loads(run("show", "-m", "work", "--json")[1])
     assert facts["M"] == facts["N"] == 32 and facts["sources"][0]["left"] == [32, 32, 32]
     assert facts["half_life"] == pytest.approx(2.409, abs=1e-3)
@@ -114,20 +117,41 @@ def test_a_chat_is_remembered_between_runs(run):
     assert run("undo", "-m", "work")[0] == 0 and [s.name for s in NamedMemory("work").load().sources] == ["text"]
 
 
-def test_a_chat_that_is_killed_loses_no_turn_and_repeats_none(run, monkeypatch):
+def test_a_chat_that_is_killed_loses_no_turn_and_repeats_none(run):
     run("write", "the door is blue", "-m", "work", "-N", 256, "-K", 16)
-    place = NamedMemory("work")
-    before = place.load()
-    place.keep_pending(
-        before, [{"role": "user", "content": "my cat is Pip"}, {"role": "assistant", "content": "noted"}]
+    NamedMemory("work").keep_turns(
+        [{"role": "user", "content": "my cat is Pip"}, {"role": "assistant", "content": "noted"}]
     )
-    code, _, err = run("chat", "-m", "work", "--max-new-tokens", 2, stdin="")
-    assert code == 0 and "going on with 2 turns" in err
-    after = place.load()
+    assert run("write", "the gate is red", "-m", "work")[0] == 0  # another command in between
+    code, _, err = run("chat", "-m", "work", stdin="")
+    assert code == 0 and "going on with 2 turns" in err and "wrote 2 turns" in err
     text = run("show", "-m", "work", "--text")[1]
-    assert "my cat is Pip" in text and after.tokens > before.tokens
-    place.keep_pending(before, [{"role": "user", "content": "my cat is Pip"}])  # killed between write and removal
-    assert run("chat", "-m", "work", stdin="")[0] == 0 and place.load().version == after.version
+    assert text.count("my cat is Pip") == text.count("the gate is red") == 1
+    assert "nothing to write" in run("chat", "-m", "work", stdin="")[2]
+
+
+def test_two_files_of_one_name_stay_two_sources(run, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "n.txt").write_text(f"file in {name}")
+    paths = [tmp_path / "a" / "n.txt", tmp_path / "b" / "n.txt"]
+    assert run("write", *paths, "-m", "work", "-N", 64, "-K", 16)[0] == 0
+    assert [s.name for s in NamedMemory("work").load().sources] == [str(p) for p in paths]
+
+
+def test_a_model_in_a_folder_is_found_again_from_anywhere(run, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_folder.parent)
+    assert run("write", "some text", "-m", "work", "-N", 64, "-K", 16, "--model", f"./{tiny_folder.name}")[0] == 0
+    monkeypatch.chdir(tmp_path)
+    assert run("ask", "why?", "-m", "work", "--max-new-tokens", 2)[0] == 0
+
+
+def test_what_a_killed_save_left_behind_goes_with_the_memory(run, home):
+    run("write", "some text", "-m", "work", "-N", 64, "-K", 16)
+    (home / "memories" / ".work.safetensors.abc123").write_bytes(b"half of it")
+    assert run("rm", "-m", "work")[0] == 0 and tree(home) == {}
+    NamedMemory("work").keep_turns([{"role": "user", "content": "secret"}])  # a chat that never became a memory
+    assert run("rm", "-m", "work")[0] == 0 and tree(home) == {}
 
 
 @pytest.mark.parametrize(
@@ -138,6 +162,16 @@ def test_a_chat_that_is_killed_loses_no_turn_and_repeats_none(run, monkeypatch):
         (["write", "{tmp}/empty.txt"], "is empty"),
         (["write", "{tmp}"], "is a folder"),
         (["write", " "], "is empty"),
+        (["write", "my missing notes.txt"], "there is no file"),
+        (["write", "../missing file"], "there is no file"),
+        (["write", "a lone \udce9 surrogate"], "not valid Unicode"),
+        (["ask", "a lone \udce9 surrogate", "-m", "work"], "not valid Unicode"),
+        (["ask", "why?", "-m", "work", "--device", "foo"], "device 'foo' can not be used"),
+        (["write", "some text", "-m", "new", "--seed", "99999999999999999999"], "fit into 64 bits"),
+        (["write", "some text", "--model", "{tmp}/truncated"], "could not be loaded"),
+        (["write", "some text", "--model", "{tmp}/lacking"], "lacks 1 weights"),
+        (["write", "some text", "--model", "{tmp}/list"], "no transformers model"),
+        (["rm", "-m", "nobody"], "there is no memory"),
         (["write", "some text", "--model", "no-such-model"], "unknown model 'no-such-model'"),
         (["write", "some text", "--model", "{tmp}/no.gguf"], "no such file"),
         (["write", "some text", "--model", "{tmp}"], "holds no config.json"),
@@ -154,16 +188,29 @@ def test_a_chat_that_is_killed_loses_no_turn_and_repeats_none(run, monkeypatch):
         (["ask", "why " * 400, "-m", "work"], "there is room for"),
         (["ask", "why?", "-m", "work", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["show", "-m", "nobody"], "there is no memory"),
-        (["undo", "-m", "nobody"], "nothing to undo"),
+        (["undo", "-m", "nobody"], "there is no memory"),
         (["doctor", "--question", "why?"], "go together"),
         (["chat", "-m", "a/b"], "no path"),
     ],
 )
-def test_bad_input_is_one_sentence_and_changes_nothing(run, home, tmp_path, tmp_path_factory, arguments, sentence):
+def test_bad_input_is_one_sentence_and_changes_nothing(
+    run, home, tiny_folder, tmp_path, tmp_path_factory, arguments, sentence
+):
     from latentmem.testing import byte_tokenizer, tiny_model
 
     (tmp_path / "binary.bin").write_bytes(bytes(range(256)))
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "config.json").write_text("[]")
+    for damage in ("truncated", "lacking"):
+        if any(damage in a for a in arguments):
+            shutil.copytree(tiny_folder, tmp_path / damage)
+            weights = tmp_path / damage / "model.safetensors"
+            tensors = load_file(weights)
+            del tensors["model.norm.weight"]
+            save_file(tensors, weights, {"format": "pt"})
+            if damage == "truncated":
+                weights.write_bytes(weights.read_bytes()[:-100])
     other = tmp_path_factory.mktemp("other")
     if "{other}" in arguments:
         tiny_model(seed=1).save_pretrained(other)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -153,10 +154,45 @@ def test_an_mplus_checkpoint_is_refused_by_name(changed):
         load(changed(lambda config: config.update(num_ltm_blocks=4)))
 
 
-@pytest.mark.parametrize("key", ["add_bos_embedding", "add_decoder_lora", "drop_memory_per_layer"])
-def test_an_unsupported_variant_is_refused_by_name(changed, key):
-    with pytest.raises(ValueError, match=key):
-        load(changed(lambda config: config.update({key: False})))
+def test_unknown_config_keys_are_named(changed):
+    with pytest.raises(ValueError, match="unknown keys: shrink_to_one_embedding, virtual_num_blocks"):
+        load(changed(lambda config: config.update(virtual_num_blocks=4, shrink_to_one_embedding=True)))
+
+
+@torch.no_grad()
+def test_a_checkpoint_without_bos_equals_the_reference(changed, plain, expected):
+    def tensors(weights):
+        del weights["bos_embedding"]
+        for key in weights:
+            if ".lora_B." in key:
+                weights[key].zero_()  # so that the plain model is the reference
+
+    llm = load(changed(lambda config: config.update(add_bos_embedding=False), tensors))
+    memory, nothing = llm.empty(), torch.zeros(4, 0, 64)
+    ids = expected["read.ids"][0]
+    assert llm.positions(memory) == 48
+    assert gap(llm.logits(memory, ids), reference.read(plain.base, nothing, memory.slots, ids)) < 1e-5
+    for text in ("long", "short"):
+        ids = expected[f"inject.{text}.ids"][0]
+        theirs = reference.write_paper(plain.base, nothing, llm.trained.mark, memory.slots, ids, 8)
+        assert gap(llm.new_slots(memory, ids), theirs) < 1e-5
+
+
+def test_a_checkpoint_with_one_adapter_writes_and_reads_with_it(changed, expected):
+    def one(weights):
+        for key in [key for key in weights if ".decoder_adapter." in key]:
+            del weights[key]
+
+    llm = load(changed(lambda config: config.update(add_decoder_lora=False), one))
+    state = llm.base.state_dict()
+    assert all(torch.equal(state[key], state[key.replace(".write.", ".read.")]) for key in state if ".write." in key)
+    ids = expected["inject.long.ids"]
+    assert gap(llm.new_slots(llm.empty(), ids), expected["inject.long.new_slots"]) < 1e-4
+
+
+def test_tensors_that_the_config_denies_are_named(changed):
+    with pytest.raises(ValueError, match="bos_embedding, which its config"):
+        load(changed(lambda config: config.update(add_bos_embedding=False)))
 
 
 def test_a_pool_size_that_contradicts_the_config_is_refused(changed):

@@ -64,6 +64,8 @@ def test_bos_in_front_is_left_out_behind_a_memory_but_a_turn_marker_stays():
     with_bos, bare = prompts.question("x?", bare=False), prompts.question("x?", bare=True)
     assert with_bos == [3, *bare]
     assert Prompts(byte_tokenizer()).question("x?", bare=True)[0] == IM_START
+    silent = Prompts(tokenizer, Style(system=""))
+    assert silent.question("x?", bare=False) == with_bos and silent.question("x?", bare=True) == bare
 
 
 def test_a_base_model_is_asked_as_in_the_paper():

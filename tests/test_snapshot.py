@@ -131,8 +131,9 @@ def test_saving_leaves_the_memory_itself_without_a_version(tmp_path):
 
 
 def test_the_header_is_read_without_the_tensors(file):
-    header, version = snapshot.read_header(file)
-    assert version == Memory.load(file).version
+    header, version, held = snapshot.read_header(file)
+    memory = Memory.load(file)
+    assert (version, held) == (memory.version, memory.M)
     assert (header["N"], header["K"], header["compression"], header["seed"]) == (7, 3, 2, -5)
     assert header["sources"][0] == {"name": "Datei 0 'ü' \"\n", "tokens": 10, "slots": 6}
     assert set(header) == {f.name for f in fields(Memory)} - {"slots", "births", "origins", "version"}

@@ -85,6 +85,8 @@ class Memory:
             )
         if self.compression < 1 or (self.preset == "paper" and self.compression != 1):
             raise ValueError(f"compression must be 1 or more, in 'paper' 1: got {self.compression} in {self.preset!r}.")
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise ValueError(f"the seed must fit into 64 bits, got {self.seed}.")
         if self.slots.ndim != 3:
             raise ValueError(f"slots must be [L, M, d], got the shape {list(self.slots.shape)}.")
         if self.M > self.N:
@@ -226,6 +228,8 @@ def update(
     L, M, N = memory.L, memory.M, memory.N
     if new_slots.ndim != 3 or new_slots.shape[0] != L or new_slots.shape[2] != memory.d:
         raise ValueError(f"new slots must be [L, k, d] = [{L}, k, {memory.d}], got {list(new_slots.shape)}.")
+    if new_slots.dtype != memory.slots.dtype:
+        raise ValueError(f"new slots must be {memory.slots.dtype} as the memory, got {new_slots.dtype}.")
     k = new_slots.shape[1]
     if not 1 <= k <= N:
         raise ValueError(f"one update writes between 1 and N={N} slots per layer, got {k}; write the text in pieces.")

@@ -120,8 +120,7 @@ class Decoder:
         layer: Any = self.layers[i]
         attention = layer.self_attn
         x = layer.input_layernorm(hidden)
-        shape = (*x.shape[:-1], -1, attention.head_dim)
-        keys, values = attention.k_proj(x).view(shape), attention.v_proj(x).view(shape)
+        keys, values = (f(x).unflatten(-1, (-1, attention.head_dim)) for f in (attention.k_proj, attention.v_proj))
         if hasattr(attention, "k_norm"):
             keys = attention.k_norm(keys)
         return keys.transpose(1, 2), values.transpose(1, 2)

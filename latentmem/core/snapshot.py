@@ -22,6 +22,11 @@ from latentmem.core.memory import Memory, Source
 
 FORMAT = "latentmem memory 1"
 TENSORS = ("slots", "births", "origins")
+KINDS = {
+    **dict.fromkeys(("N", "K", "compression", "seed", "updates", "tokens"), int),
+    **dict.fromkeys(("preset", "model", "adapters", "tokenizer", "model_name", "parent"), str),
+    "sources": list,
+}
 HEADER = tuple(f.name for f in fields(Memory) if f.name not in (*TENSORS, "version"))
 
 
@@ -60,24 +65,34 @@ def load(path: str | Path) -> Memory:
         ValueError: no such file, not a memory, truncated, altered, or of a newer format; the message says which.
     """
     path = Path(path)
-    header, checksum = read_header(path)
+    header, checksum, _ = read_header(path)
     with _readable(path), safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     if set(tensors) != set(TENSORS):
         raise ValueError(f"{path} holds the tensors {sorted(tensors)}; a memory has {sorted(TENSORS)}.")
     if _checksum(json.dumps(header, sort_keys=True), tensors) != checksum:
         raise ValueError(f"{path} was altered or damaged: its checksum does not match. Restore it from a copy.")
-    sources = tuple(Source(**source) for source in header.pop("sources"))
-    return Memory(**tensors, **header, sources=sources, version=checksum)
+    try:
+        for name, kind in KINDS.items():
+            if type(header[name]) is not kind:
+                raise ValueError(f"{name} is {header[name]!r}")
+        sources = tuple(Source(**source) for source in header.pop("sources"))
+        memory = Memory(**tensors, **header, sources=sources, version=checksum)
+        if memory.M and not -1 <= int(memory.origins.min()) <= int(memory.origins.max()) < len(sources):
+            raise ValueError("a slot has an unknown source")
+    except (TypeError, ValueError) as error:  # a checksum is no signature: whoever writes the file can write both
+        raise ValueError(f"{path} was altered or damaged: {error}. Restore it from a copy.") from error
+    return memory
 
 
-def read_header(path: str | Path) -> tuple[dict[str, Any], str]:
-    """What a snapshot says of itself, without its tensors and not yet verified: (fields of `Memory`, checksum)."""
+def read_header(path: str | Path) -> tuple[dict[str, Any], str, int]:
+    """What a snapshot says of itself, not yet verified: (fields of `Memory` without tensors, checksum, M)."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
     with _readable(path), safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
+        shape = file.get_slice("slots").get_shape() if "slots" in file.keys() else []  # noqa: SIM118 - no mapping
     found = metadata.get("format", "")
     if found != FORMAT:
         raise ValueError(f"{path} is not a memory of this version: expected the format {FORMAT!r}, got {found!r}.")
@@ -88,7 +103,7 @@ def read_header(path: str | Path) -> tuple[dict[str, Any], str]:
         complete = False
     if not complete:
         raise ValueError(f"{path} was altered or damaged: its header is not complete. Restore it from a copy.")
-    return header, metadata["checksum"]
+    return header, metadata["checksum"], shape[1] if len(shape) == 3 else 0
 
 
 @contextlib.contextmanager

@@ -1,0 +1,38 @@
+"""What the README shows, runs."""
+
+import re
+from pathlib import Path
+
+from typer.main import get_command
+
+from latentmem import cli
+from latentmem.loading import SUPPORTED
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_block_runs(packaged, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("latentmem.loading.load", lambda name: packaged)
+    (code,) = blocks("python")
+    exec(code, {})
+    assert capsys.readouterr().out.strip() and (tmp_path / "work.safetensors").is_file()
+
+
+def test_every_command_and_option_that_is_shown_exists():
+    commands = get_command(cli.app).commands
+    shown = [line.split() for line in README.splitlines() if line.startswith("latentmem ")]
+    shown = [words for words in shown if not words[0].endswith("/")]
+    assert {words[1] for words in shown} == set(commands)
+    for words in shown:
+        options = {option for parameter in commands[words[1]].params for option in parameter.opts}
+        assert {w for w in words if re.fullmatch(r"--[a-z-]+", w)} - options <= {"--text;", "--json"}
+
+
+def test_the_supported_decoders_are_listed():
+    listed = re.search(r"Supported decoders \(`model_type`\): (.*?)\. For each", README, re.DOTALL)
+    assert tuple(listed[1].replace("\n", " ").split(", ")) == SUPPORTED
