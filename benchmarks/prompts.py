@@ -13,7 +13,6 @@ import gzip
 import json
 import os
 import platform
-import time
 from datetime import date
 from pathlib import Path
 
@@ -88,7 +87,6 @@ def main() -> None:
     done = {}
     if journal.exists():
         done = {tuple(r["key"]): r for r in map(json.loads, journal.read_text().splitlines())}
-    start = time.time()
     with Progress() as progress, journal.open("a") as file:
         task = progress.add_task("questions", total=len(rows))
         for row in rows:
@@ -117,20 +115,22 @@ def main() -> None:
             progress.advance(task)
 
     ids = {row["id"] for row in rows}
-    table = [
-        "| text is written | question is put | hits | token accuracy | log-likelihood per token |",
-        "|" + " --- |" * 5,
-    ]
-    for where in ("no memory", "in the same user turn", *WRAPS):
-        for name in QUESTIONS:
-            found = [r for k, r in done.items() if k[1:] == (where, name) and k[0] in ids]
-            cells = [interval([r[metric] for r in found]) for metric in ("hit", "accuracy", "loglik")]
-            table.append(f"| {where} | {name} | " + " | ".join(cells) + " |")
+    places = [(where, name) for where in ("no memory", "in the same user turn", *WRAPS) for name in QUESTIONS]
+    accuracy = {place: [done[i, *place]["accuracy"] for i in sorted(ids)] for place in places}
+    best = max((place for place in places if place[0] in WRAPS), key=lambda place: sum(accuracy[place]))
+    columns = ("text is written", "question is put", "hits", "token accuracy", "log-likelihood per token", "paired")
+    table = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    for place in places:
+        found = [done[i, *place] for i in sorted(ids)]
+        cells = [interval([r[metric] for r in found]) for metric in ("hit", "accuracy", "loglik")]
+        cells.append(interval([a - b for a, b in zip(accuracy[place], accuracy[best], strict=True)]))
+        table.append(f"| {' | '.join((*place, *cells))} |")
+    table.append(f"\nPaired: token accuracy minus that of '{', '.join(best)}', the best, question by question.")
     text = (
         f"`python benchmarks/prompts.py --questions {args.questions} --seed {args.seed}`, {date.today()}, "
         f"n = {len(rows)} questions, one paragraph each, mean and 95% bootstrap interval; fp32, "
         f"torch {torch.__version__}, transformers {transformers.__version__}, latentmem {latentmem.__version__}, "
-        f"{platform.machine()}, {time.time() - start:.0f} s.\n\n" + "\n".join(table) + "\n"
+        f"{platform.machine()}.\n\n" + "\n".join(table) + "\n"
     )
     args.out.with_suffix(".md").write_text(text)
     print(text)

@@ -1,31 +1,48 @@
 """How long does `latentmem ask` take from a cold process, beyond importing torch and transformers?
 
-Two commands in turn, n times: importing torch and transformers with what any chat with this model needs, and a whole
-`latentmem ask` with a model that was unpacked before. The difference is ours: reading and verifying weights and
-memory, projecting keys and values, and the answer.
+Each run is a new process that first imports torch and transformers with what any chat with this model needs, and then
+runs `latentmem ask`. What is counted starts after these imports: our own imports, reading and verifying weights and
+memory, projecting keys and values, and the answer, to its first and to its last word.
 
     python benchmarks/start.py --runs 5
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from datetime import date
 from pathlib import Path
 
 TEXT = Path(__file__).parent.parent / "docs" / "paper.md"
-IMPORTS = "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM"
 QUESTION = "Who is the author of MemoryLLM?"
+CHILD = """
+import io, json, sys, time
+start = time.perf_counter()
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+imported = time.perf_counter()
 
+class Watched(io.StringIO):
+    first = None
+    def write(self, text):
+        if text.strip() and self.first is None:
+            Watched.first = time.perf_counter()
+        return super().write(text)
 
-def seconds(command: list[str]) -> tuple[float, str]:
-    start = time.perf_counter()
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    return time.perf_counter() - start, out
+shown, sys.stdout = sys.stdout, Watched()
+from latentmem.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+end = time.perf_counter()
+answer, sys.stdout = sys.stdout.getvalue().strip(), shown
+print(json.dumps([imported - start, Watched.first - imported, end - imported, answer]))
+"""
 
 
 def main() -> None:
@@ -38,17 +55,21 @@ def main() -> None:
         note = "MemoryLLM was written by Yu Wang and others."
         subprocess.run([*cli, "write", note, "-m", "small"], check=True, capture_output=True)
         subprocess.run([*cli, "write", str(TEXT), str(TEXT), "-m", "full"], check=True, capture_output=True)
-        print(f"`python benchmarks/start.py --runs {args.runs}`, {date.today()}, {os.cpu_count()} cores, medians\n")
-        print("| memory | imports alone, s | whole ask, s | beyond the imports, s | answer |\n|" + " --- |" * 5)
+        print(f"`python benchmarks/start.py --runs {args.runs}`, {date.today()}, {os.cpu_count()} cores, float32,")
+        print(f"seconds: median (minimum to maximum) of {args.runs} processes\n")
+        print("| memory | torch and transformers | then to the first word | then to the end | answer |")
+        print("|" + " --- |" * 5)
         for memory in ("small", "full"):
-            pairs = []
-            for _ in range(args.runs):
-                imports, _ = seconds([sys.executable, "-c", IMPORTS])
-                whole, answer = seconds([*cli, "ask", QUESTION, "-m", memory])
-                pairs.append((imports, whole))
-            columns = [statistics.median(c) for c in zip(*pairs, strict=True)]
-            beyond = statistics.median(whole - imports for imports, whole in pairs)
-            print(f"| {memory} | {columns[0]:.2f} | {columns[1]:.2f} | {beyond:.2f} | {answer} |")
+            command = [sys.executable, "-c", CHILD, "ask", QUESTION, "-m", memory]
+            runs = [
+                json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                for _ in range(args.runs)
+            ]
+            cells = [
+                f"{statistics.median(c):.2f} ({min(c):.2f} to {max(c):.2f})"
+                for c in zip(*(r[:3] for r in runs), strict=True)
+            ]
+            print(f"| {memory} | {' | '.join(cells)} | {runs[0][3]} |", flush=True)
 
 
 if __name__ == "__main__":

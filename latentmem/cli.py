@@ -256,7 +256,8 @@ def doctor(
     difference = examine.law(llm)
     if difference is not None:
         typer.echo(f"memory against the same text in the context: largest logit difference {difference:.1e}")
-    cases = examine.planted(llm)
+    with _progress("questions") as progress:
+        cases = list(progress.track(examine.planted(llm), total=len(examine.THINGS), description="asking"))
     _print(_side_by_side(cases))
     if now is not None and question is not None:
         other = llm.write(llm.empty(), examine.fact(0), source="doctor")
@@ -429,11 +430,11 @@ def _versions() -> str:
     return f"latentmem {latentmem.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
-def _progress() -> Any:
+def _progress(unit: str = "tokens") -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
     return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
 
 

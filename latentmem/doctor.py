@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,14 +40,12 @@ def fact(i: int) -> str:
     return f"The secret code of the {THINGS[i]} is {CODES[i]}."
 
 
-def planted(llm: MemoryModel) -> list[Case]:
-    """Four memories, each with its own secret, asked for it."""
+def planted(llm: MemoryModel) -> Iterator[Case]:
+    """Four memories, each with its own secret, asked for it one after another."""
     memories = [llm.write(llm.empty(), fact(i), source="doctor") for i in range(len(THINGS))]
-    cases = []
     for i, thing in enumerate(THINGS):
         other = memories[(i + 1) % len(memories)]
-        cases.append(ask(llm, memories[i], other, f"What is the secret code of the {thing}?", CODES[i]))
-    return cases
+        yield ask(llm, memories[i], other, f"What is the secret code of the {thing}?", CODES[i])
 
 
 def ask(llm: MemoryModel, memory: Memory, other: Memory, question: str, gold: str = "") -> Case:
@@ -59,7 +58,7 @@ def ask(llm: MemoryModel, memory: Memory, other: Memory, question: str, gold: st
         if gold:
             prompt = prompts.question(question, bare=m.M > 0)
             logprobs[row] = llm.score(m, prompt, prompts.text(gold)).logprobs.mean().item()
-    answers = {row: llm.ask(m, question, max_new_tokens=32) for row, m in given.items()}
+    answers = {row: llm.ask(m, question, max_new_tokens=16) for row, m in given.items()}
     return Case(question, gold, answers, logprobs)
 
 

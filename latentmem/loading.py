@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def load(
     if adapters not in ("auto", None):
         raise ValueError(f"adapters must be 'auto' or None, got {adapters!r}.")
     if name == PACKAGED:
-        return _transformers(_packaged(), name, kind, where)
+        return _packaged(kind, where)
     path = Path(name).expanduser()
     if path.exists():
         path = path.resolve()  # a memory keeps this name, and has to find the model from any folder
@@ -225,16 +226,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LATENTMEM_CACHE") or platformdirs.user_cache_dir("latentmem"))
 
 
-def _packaged() -> Path:
-    """The folder of the packaged model, dequantised once and verified at every start."""
+def _packaged(dtype: torch.dtype, device: torch.device) -> MemoryModel:
+    """The packaged model, dequantised once; its files are verified at every start, while they are being read."""
     folder = cache_folder() / f"{PACKAGED}-{_GGUF_SHA256[:12]}"
-    if _intact(folder):
-        return folder
+    if (folder / "SHA256SUMS").is_file():
+        with ThreadPoolExecutor(1) as pool:
+            intact = pool.submit(_intact, folder)
+            try:
+                llm = _transformers(folder, PACKAGED, dtype, device)
+            except ValueError:
+                if intact.result():
+                    raise
+        if intact.result():
+            return llm
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if not _intact(folder):  # another process may just have made it
             _dequantise(_find_gguf(), folder)
-    return folder
+    return _transformers(folder, PACKAGED, dtype, device)
 
 
 def _find_gguf() -> Path:

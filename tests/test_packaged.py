@@ -60,7 +60,7 @@ def test_the_same_writes_give_the_same_bits_also_after_loading(packaged, text_id
 
 
 def test_memory_is_alive_and_a_broken_one_is_noticed(packaged):
-    cases = doctor.planted(packaged)
+    cases = list(doctor.planted(packaged))
     assert doctor.alive(cases)
     dead = [replace(case, logprobs=dict.fromkeys(doctor.ROWS, case.logprobs["zeroed memory"])) for case in cases]
     assert not doctor.alive(dead)

@@ -250,7 +250,7 @@ def read(decoder: Decoder, first: Tensor, slots: Tensor) -> Prefix:
 def functional_cache(
     decoder: Decoder, hidden: Tensor, wrap: Callable[[Callable[[], KV]], Callable[[], KV]] | None = None
 ) -> Cache:
-    """The same prefix, projected inside each layer's forward at every call: for gradients and their replay.
+    """The same prefix, projected inside each layer's forward at every call, so that gradients flow into it.
 
     Args:
         hidden: [first ; slots] at the input of each layer, [L, P, d].
