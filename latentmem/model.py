@@ -439,9 +439,7 @@ class MemoryModel:
         table = torch.nn.functional.normalize(self.base.get_input_embeddings().weight.float(), dim=1)
         slots = torch.nn.functional.normalize(memory.slots[0].to(table), dim=1)
         found = [(part @ table.T).max(dim=1) for part in slots.split(256)]
-        return torch.cat(
-            [ids.where(likeness > 0.99, -1) for likeness, ids in found] or [memory.births.new_zeros(0).long()]
-        )
+        return torch.cat([ids.where(likeness > 0.99, -1) for likeness, ids in found])
 
     # --- inside -----------------------------------------------------------------------------------------------------
 

@@ -86,6 +86,11 @@ def test_without_a_tokenizer_only_ids_work():
             call()
 
 
+def test_an_empty_memory_holds_no_text(llm, memory):
+    assert llm.text_of(llm.empty(N=64, K=16)).tolist() == [] and llm.text_of(llm.blank()).tolist() == []
+    assert llm.tokenizer.decode(llm.text_of(memory)) == "the door is blue"
+
+
 def test_score_is_what_the_logits_say(llm, memory):
     score = llm.score(memory, [5, 6], [7, 8, 9])
     logits = llm.logits(memory, [5, 6, 7, 8, 9]).log_softmax(-1)
