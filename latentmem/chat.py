@@ -16,8 +16,8 @@ class Journal(Protocol):
     def keep_turns(self, messages: list[Message]) -> None:
         """These turns are in the context and not in the memory."""
 
-    def keep_written(self, memory: Memory, messages: list[Message], count: int) -> None:
-        """The first `count` of these turns are now in `memory`: save both so that none is lost or written twice."""
+    def keep_written(self, memory: Memory, messages: list[Message], count: int) -> Memory:
+        """The first `count` of these turns are in `memory`: save both, so that none is lost or written twice."""
 
 
 class Conversation:
@@ -104,8 +104,15 @@ class Conversation:
             if surplus > 0:
                 cache.crop(-surplus)
 
+    def _slots_of_turns(self) -> int:
+        """The most slots that writing all turns may take; a short text fills up to K in the preset "paper"."""
+        if self.memory.preset == "paper":
+            return self.memory.N
+        tokens = sum(len(self.llm.prompts_or_raise().turn(message)) for message in self.messages)
+        return tokens // self.memory.compression + len(self.messages) + tokens // self.memory.piece
+
     def _room(self, new: int, more: int = 0) -> int:
-        """Tokens of turns that fit in front of `new` tokens of answer, once `more` tokens are written."""
+        """Tokens of turns that fit in front of `new` tokens of answer, once `more` slots are written."""
         room = self.llm.room(self.memory, more) - new
         return room if self.window is None else min(room, self.window)
 
@@ -114,14 +121,13 @@ class Conversation:
         prompts, bare = self.llm.prompts_or_raise(), self.memory.M > 0
         ids = prompts.chat([*self.messages, asked], bare=bare)
         if len(ids) > self._room(new):
-            turns = sum(len(prompts.turn(message)) for message in self.messages)
-            alone, room = len(prompts.chat([asked], bare=bare)), self._room(new, turns)
+            alone, room = len(prompts.chat([asked], bare=bare)), self._room(new, self._slots_of_turns())
             if alone > room:
                 raise ValueError(
                     f"the message takes {alone} tokens and there is room for {room}; shorten it, "
                     f"or write it into the memory as a text."
                 )
-        while len(ids) > self._room(new):
+        while self.messages and len(ids) > self._room(new):
             self._write(min(2, len(self.messages)))
             ids = prompts.chat([*self.messages, asked], bare=True)
         return ids
@@ -131,8 +137,8 @@ class Conversation:
         if count:
             prompts = self.llm.prompts_or_raise()
             ids = [i for message in self.messages[:count] for i in prompts.turn(message)]
-            self.memory = self.llm.write_ids(self.memory, ids, self.source)
+            after = self.llm.write_ids(self.memory, ids, self.source)
             if self.journal:
-                self.journal.keep_written(self.memory, self.messages, count)
-            del self.messages[:count]
+                after = self.journal.keep_written(after, self.messages, count)
+            self.memory, self.messages = after, self.messages[count:]
             self._cache, self._read = None, []

@@ -232,7 +232,7 @@ def rm(memory: Annotated[str, typer.Option("--memory", "-m", help="Name of the m
 
     place = NamedMemory(memory)
     place.existing()
-    with place.writing():
+    with place.writing(settle=False):
         place.remove()
     typer.echo(f"{memory}: deleted")
 

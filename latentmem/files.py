@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,12 +24,26 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 
 def folder() -> Path:
     """`$LATENTMEM_HOME/memories`, by default in the user's data directory; made if it is not there."""
-    home = Path(os.environ.get("LATENTMEM_HOME") or platformdirs.user_data_dir("latentmem")).expanduser()
+    named = os.environ.get("LATENTMEM_HOME") or platformdirs.user_data_dir("latentmem")
+    home = Path(os.path.expanduser(named))  # noqa: PTH111 - Path's raises for an unknown user
     try:
         (home / "memories").mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ValueError(f"memories can not be kept in {home}: it is no folder. Set LATENTMEM_HOME to one.") from None
     return home / "memories"
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Let no Ctrl-C come between steps that belong together; they take milliseconds."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def names() -> list[str]:
@@ -66,7 +82,7 @@ class NamedMemory:
         return Memory.load(self.path)
 
     @contextlib.contextmanager
-    def writing(self, seconds: float = 10) -> Iterator[None]:
+    def writing(self, seconds: float = 10, *, settle: bool = True) -> Iterator[None]:
         """Hold the memory alone while it is changed, and first clear up what a crash left behind.
 
         Raises:
@@ -77,7 +93,8 @@ class NamedMemory:
                 for kept in (self.path, self._undo, self._chat):
                     for half_written in folder().glob(f".{kept.name}.*"):
                         half_written.unlink()
-                self._settle()
+                if settle:
+                    self._settle()
                 yield
         except Timeout:
             raise ValueError(f"another process is writing to the memory {self.name!r}; try again later.") from None
@@ -115,7 +132,7 @@ class NamedMemory:
     def remove(self) -> None:
         """Delete the memory, its undo step and its unwritten chat turns."""
         self.existing()
-        for path in (self.path, self._undo, self._chat):
+        for path in (self._chat, self._undo, self.path):  # while it is listed it can be removed again
             path.unlink(missing_ok=True)
 
     def existing(self) -> None:
@@ -133,11 +150,13 @@ class NamedMemory:
         """Keep turns that are not in the memory, so that a crash loses none."""
         self._keep(messages, 0)
 
-    def keep_written(self, memory: Memory, messages: list[Message], count: int) -> None:
+    def keep_written(self, memory: Memory, messages: list[Message], count: int) -> Memory:
         """Save a memory that holds the first `count` turns; after a crash, `_settle` sees whether it does."""
-        self._keep(messages, count)
-        self.save(memory)
-        self._keep(messages[count:], 0)
+        with _no_interrupt():
+            self._keep(messages, count)
+            saved = self.save(memory)
+            self._keep(messages[count:], 0)
+        return saved
 
     def _keep(self, messages: list[Message], leaving: int) -> None:
         if not messages:

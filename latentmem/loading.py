@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -87,7 +88,7 @@ def load(
         raise ValueError(f"adapters must be 'auto' or None, got {adapters!r}.")
     if name == PACKAGED:
         return _packaged(kind, where)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's raises for an unknown user
     if path.exists():
         path = path.resolve()  # a memory keeps this name, and has to find the model from any folder
     if path.suffix == ".gguf":
@@ -138,7 +139,7 @@ def _transformers(
     with readable(name), quiet():
         config = AutoConfig.from_pretrained(source, **kwargs)
         check_supported(config)
-        more = _dequantised() if kwargs else {}
+        more = _dequantised() if kwargs else {"use_safetensors": True}  # never pickle
         base, found = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, output_loading_info=True, **more, **kwargs
         )
@@ -175,12 +176,25 @@ def _config(name: str) -> dict[str, Any]:
     return config
 
 
+# what libraries raise on damaged files
+_DAMAGED: tuple[type[Exception], ...] = (json.JSONDecodeError, struct.error, SafetensorError, EOFError, ArithmeticError)
+_UNREADABLE: tuple[type[Exception], ...] = (
+    *_DAMAGED,
+    OSError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    TypeError,
+    RuntimeError,
+)
+
+
 @contextlib.contextmanager
 def readable(name: str) -> Iterator[None]:
     """Say in one sentence why a model could not be read."""
     try:
         yield
-    except (OSError, KeyError, AttributeError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"the model {name!r} could not be loaded ({reason.rstrip('.')}). Give {PACKAGED!r}, a complete folder, a "
@@ -243,7 +257,7 @@ def _packaged(dtype: torch.dtype, device: torch.device) -> MemoryModel:
             intact = pool.submit(_intact, folder)
             try:
                 llm = _transformers(folder, PACKAGED, dtype, device)
-            except ValueError:
+            except Exception:  # a damaged file can fail in any way, and is made anew below
                 if intact.result():
                     raise
         if intact.result():

@@ -96,7 +96,7 @@ class MemoryModel:
         self._first_token = first_token
         self._first: Tensor | None = None
         self._prefixes: weakref.WeakKeyDictionary[Memory, Prefix] = weakref.WeakKeyDictionary()
-        self._stamp = -1
+        self._stamp = self._weights_stamp()
 
     # --- memories ---------------------------------------------------------------------------------------------------
 
@@ -447,9 +447,10 @@ class MemoryModel:
     def first(self) -> Tensor:
         """What stands in front of the slots in each layer, [L, 1, d]: the checkpoint's bos, or the sink."""
         self._forget_if_changed()
-        if self._first is None:
+        first = self._first
+        if first is None:
             if self.trained:
-                self._first = self.trained.bos
+                first = self.trained.bos
             else:
                 token = self._first_token
                 if token is None:
@@ -457,8 +458,9 @@ class MemoryModel:
                 if token is None:
                     raise ValueError("this model has no tokenizer and no bos token: give `first_token`.")
                 with torch.no_grad(), self._using(None):
-                    self._first = first_states(self.decoder, token)
-        return self._first
+                    first = first_states(self.decoder, token)
+            self._first = first
+        return first
 
     def positions(self, memory: Memory) -> int:
         """P, the positions that a memory takes in front of the text: sink or bos and M, or 0 if it is empty."""
@@ -467,14 +469,20 @@ class MemoryModel:
     def _prefix(self, memory: Memory) -> Prefix:
         """Keys and values of [first ; slots], made once per memory and derived from the parent's where it was there."""
         self._forget_if_changed()
-        if memory not in self._prefixes:
+        prefix = self._prefixes.get(memory)
+        if prefix is None:
             with torch.no_grad(), self._using(READ):
-                self._prefixes[memory] = read(self.decoder, self.first, memory.slots.detach().to(self.decoder.device))
-        return self._prefixes[memory]
+                prefix = read(self.decoder, self.first, memory.slots.detach().to(self.decoder.device))
+            self._prefixes[memory] = prefix
+        return prefix
+
+    def _weights_stamp(self) -> int:
+        """Grows whenever a weight is changed in place; weights of the inference mode can not be."""
+        return sum(weight._version for weight in self.base.parameters() if not weight.is_inference())
 
     def _forget_if_changed(self) -> None:
         """Drop what was derived from weights that were changed in place since, by an optimizer for example."""
-        stamp = sum(weight._version for weight in self.base.parameters())
+        stamp = self._weights_stamp()
         if stamp != self._stamp:
             self._prefixes.clear()
             self._first, self._stamp = None, stamp

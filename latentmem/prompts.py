@@ -143,7 +143,13 @@ class Prompts:
         return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
 
     def _render(self, messages: list[Message], *, answer: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"this model's chat template refuses turns of {roles}: {error}.") from error
 
     def _answer_opening(self) -> str:
         user = [{"role": "user", "content": "."}]

@@ -36,6 +36,7 @@ LEGACY = """
     sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
     tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16
 """.split()  # noqa: SIM905 - shorter to read than 45 quoted words
+UNUSED = ("shrink_to_one_embedding", "tune_special_tokens", "special_token_ids")  # variants; accepted when off
 OPTIONAL = ("drop_memory_per_layer", "num_memory_tokens")
 MPLUS = ("num_ltm_blocks", "ltm_initial_size", "add_selector", "update_ltm_mode")
 OWN = ("memory", "bos_embedding", "new_memory_positional_emb", "initialized")
@@ -125,6 +126,7 @@ def _check_config(config: dict[str, Any]) -> None:
 
     standard = {*LlamaConfig().to_dict(), *LEGACY, *KEYS, *OPTIONAL}
     unknown = sorted(key for key in config if key not in standard and not key.startswith("_"))
+    unknown = [key for key in unknown if key not in UNUSED or config[key]]
     if unknown:
         raise ValueError(f"the checkpoint's config.json has unknown keys: {', '.join(unknown)}.")
     missing = [key for key in KEYS if key not in config]

@@ -83,6 +83,37 @@ def test_a_message_longer_than_the_context_is_refused_and_changes_nothing(llm):
     assert talk.messages == start and talk.memory.M == 0
 
 
+def test_a_failed_save_can_be_tried_again_and_repeats_nothing(llm, home, monkeypatch):
+    from latentmem.files import NamedMemory
+
+    place = NamedMemory("work")
+    talk = Conversation(llm, llm.empty(N=256, K=32), journal=place)
+    talk.say("my cat is Pip", max_new_tokens=2)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("latentmem.core.snapshot.save_file", full)
+        with pytest.raises(OSError, match="No space"):
+            talk.close()
+    assert len(talk.messages) == 2 and talk.memory.M == 0 and not place.exists
+    memory = talk.close()
+    assert llm.tokenizer.decode(llm.text_of(memory)).count("my cat is Pip") == 1
+    assert memory.version == place.load().version and place.pending() == []
+    talk.say("and a dog", max_new_tokens=2)
+    assert talk.close().parent == memory.version
+
+
+@pytest.mark.parametrize(("preset", "compression"), [("exact", 4), ("paper", 1)])
+def test_turns_leave_in_every_preset_without_an_endless_loop(llm, preset, compression):
+    memory = llm.empty(N=128, K=32, preset=preset, compression=compression)
+    start = [{"role": r, "content": "word " * 60} for r in ("user", "assistant")]
+    talk = Conversation(llm, memory, start, window=700)
+    talk.say("b" * 400, max_new_tokens=4)
+    assert talk.messages[0]["content"] == "b" * 400 and talk.memory.M > 0
+
+
 def test_a_crash_at_any_moment_loses_no_turn_and_writes_none_twice(llm, home, monkeypatch):
     """Cut the conversation off before every single file that it writes, start again, and look at what is left."""
     from latentmem import files

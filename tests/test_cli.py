@@ -151,6 +151,7 @@ def test_what_a_killed_save_left_behind_goes_with_the_memory(run, home):
     (home / "memories" / ".work.safetensors.abc123").write_bytes(b"half of it")
     assert run("rm", "-m", "work")[0] == 0 and tree(home) == {}
     NamedMemory("work").keep_turns([{"role": "user", "content": "secret"}])  # a chat that never became a memory
+    (home / "memories" / "work.chat.json").write_text("{")  # and is damaged
     assert run("rm", "-m", "work")[0] == 0 and tree(home) == {}
 
 
@@ -170,6 +171,9 @@ def test_what_a_killed_save_left_behind_goes_with_the_memory(run, home):
         (["write", "some text", "-m", "new", "--seed", "99999999999999999999"], "fit into 64 bits"),
         (["write", "some text", "--model", "{tmp}/truncated"], "could not be loaded"),
         (["write", "some text", "--model", "{tmp}/lacking"], "lacks 1 weights"),
+        (["write", "some text", "--model", "{tmp}/other-shape"], "could not be loaded"),
+        (["write", "some text", "--model", "{tmp}/broken.gguf"], "could not be loaded"),
+        (["write", "some text", "--model", "~nobody-at-all/x"], "unknown model"),
         (["write", "some text", "--model", "{tmp}/list"], "/list'"),
         (["rm", "-m", "nobody"], "there is no memory"),
         (["write", "some text", "--model", "no-such-model"], "unknown model 'no-such-model'"),
@@ -202,6 +206,11 @@ def test_bad_input_is_one_sentence_and_changes_nothing(
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "list").mkdir()
     (tmp_path / "list" / "config.json").write_text("[]")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF\x03\x00\x00")
+    if any("other-shape" in a for a in arguments):
+        shutil.copytree(tiny_folder, tmp_path / "other-shape")
+        config = tmp_path / "other-shape" / "config.json"
+        config.write_text(config.read_text().replace('"intermediate_size": 48', '"intermediate_size": 64'))
     for damage in ("truncated", "lacking"):
         if any(damage in a for a in arguments):
             shutil.copytree(tiny_folder, tmp_path / damage)

@@ -86,6 +86,14 @@ def test_the_sink_is_bos_or_the_first_token_of_the_template():
         _ = Prompts(tokenizer).first_token
 
 
+def test_a_role_that_the_template_refuses_is_a_sentence():
+    tokenizer = byte_tokenizer()
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+    with pytest.raises(ValueError, match="template refuses turns of system, user: no system"):
+        Prompts(tokenizer).written("x", "system")
+
+
 @pytest.mark.parametrize("empty", ["", "  \n"])
 def test_nothing_is_refused(prompts, empty):
     with pytest.raises(ValueError, match="empty"):

@@ -65,8 +65,8 @@ def load(path: str | Path) -> Memory:
         ValueError: no such file, not a memory, truncated, altered, or of a newer format; the message says which.
     """
     path = Path(path)
-    header, checksum, _ = read_header(path)
-    with _readable(path), safe_open(path, framework="pt") as file:
+    with _opened(path) as file:  # once: another process may put the next version in its place meanwhile
+        header, checksum, _ = _header(path, file)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     if set(tensors) != set(TENSORS):
         raise ValueError(f"{path} holds the tensors {sorted(tensors)}; a memory has {sorted(TENSORS)}.")
@@ -87,12 +87,13 @@ def load(path: str | Path) -> Memory:
 
 def read_header(path: str | Path) -> tuple[dict[str, Any], str, int]:
     """What a snapshot says of itself, not yet verified: (fields of `Memory` without tensors, checksum, M)."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
-    with _readable(path), safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        shape = file.get_slice("slots").get_shape() if "slots" in file.keys() else []  # noqa: SIM118 - no mapping
+    with _opened(Path(path)) as file:
+        return _header(Path(path), file)
+
+
+def _header(path: Path, file: Any) -> tuple[dict[str, Any], str, int]:
+    metadata = file.metadata() or {}
+    shape = file.get_slice("slots").get_shape() if "slots" in file.keys() else []  # noqa: SIM118 - no mapping
     found = metadata.get("format", "")
     if found != FORMAT:
         raise ValueError(f"{path} is not a memory of this version: expected the format {FORMAT!r}, got {found!r}.")
@@ -128,9 +129,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file.")
     try:
-        yield
+        with safe_open(path, framework="pt") as file:
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error}). Restore it from a copy.") from error
 
