@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,7 @@ class Adapters:
     @property
     def stamp(self) -> int:
         """Grows whenever a weight of an adapter is changed in place, for example by an optimizer's step."""
-        return sum(weight._version for _, weight in self.parameters())
+        return changes(weight for _, weight in self.parameters())
 
     @property
     def identity(self) -> str:
@@ -86,6 +86,11 @@ class Adapters:
             digest.update(str([sorted(layer.scaling.items()) for layer in self.layers]).encode())
             self._stamp, self._identity = self.stamp, digest.hexdigest()
         return self._identity
+
+
+def changes(weights: Iterable[Tensor]) -> int:
+    """How often weights were changed in place so far; weights of the inference mode do not count it."""
+    return sum(weight._version for weight in weights if not weight.is_inference())
 
 
 def bits(tensor: Tensor) -> bytes:

@@ -79,7 +79,7 @@ class Conversation:
         return self.memory
 
     def _answer(self, asked: Message, ids: list[int], generate_kwargs: dict[str, Any]) -> Iterator[str]:
-        answer = ""
+        answer, whole = "", True
         cache = self.llm.text_cache(self.memory) if self._cache is None else self._cache
         known = 0
         if cache is not None:  # what the last turns left in it; `generate` needs at least one token to read
@@ -90,10 +90,13 @@ class Conversation:
             for part in self.llm.stream_ids(self.memory, ids[known:], cache=cache, **generate_kwargs):
                 answer += part
                 yield part
+        except Exception:
+            whole = False  # some layers may have read more than others
+            raise
         finally:
             self.messages += [asked, {"role": "assistant", "content": answer.strip()}]
-            self._cache, self._read = cache, ids
-            self._crop(cache, len(ids))  # the answer is read again as a whole turn, behind its end marker
+            self._cache, self._read = (cache, ids) if whole else (None, [])
+            self._crop(self._cache, len(ids))  # the answer is read again as a whole turn, behind its end marker
             if self.journal:
                 self.journal.keep_turns(self.messages)
 

@@ -113,7 +113,7 @@ def load(
 
 
 def check_supported(config: Any) -> None:
-    """Refuse an architecture that was not proven equal to the reference.
+    """Refuse an architecture for which the law is not proven (`SUPPORTED`).
 
     Raises:
         ValueError: with the list of what is supported.

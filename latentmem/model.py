@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from latentmem.adapters import READ, WRITE, Adapters, bits
+from latentmem.adapters import READ, WRITE, Adapters, bits, changes
 from latentmem.core import memory as memories
 from latentmem.core.memory import Memory
 from latentmem.core.prefix import KV, Decoder, Prefix, attention_mask, functional_cache, read
@@ -96,7 +96,7 @@ class MemoryModel:
         self._first_token = first_token
         self._first: Tensor | None = None
         self._prefixes: weakref.WeakKeyDictionary[Memory, Prefix] = weakref.WeakKeyDictionary()
-        self._stamp = self._weights_stamp()
+        self._stamp = changes(base.parameters())
 
     # --- memories ---------------------------------------------------------------------------------------------------
 
@@ -476,13 +476,9 @@ class MemoryModel:
             self._prefixes[memory] = prefix
         return prefix
 
-    def _weights_stamp(self) -> int:
-        """Grows whenever a weight is changed in place; weights of the inference mode can not be."""
-        return sum(weight._version for weight in self.base.parameters() if not weight.is_inference())
-
     def _forget_if_changed(self) -> None:
         """Drop what was derived from weights that were changed in place since, by an optimizer for example."""
-        stamp = self._weights_stamp()
+        stamp = changes(self.base.parameters())
         if stamp != self._stamp:
             self._prefixes.clear()
             self._first, self._stamp = None, stamp

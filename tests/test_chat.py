@@ -83,6 +83,23 @@ def test_a_message_longer_than_the_context_is_refused_and_changes_nothing(llm):
     assert talk.messages == start and talk.memory.M == 0
 
 
+def test_an_answer_that_fails_keeps_the_turn_and_reads_anew(llm, monkeypatch):
+    memory = llm.write(llm.empty(N=128, K=32), "some facts")
+    talk = Conversation(llm, memory)
+
+    def failing(*_, **__):
+        yield "I "
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm, "stream_ids", failing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            talk.say("hello")
+    assert [m["content"] for m in talk.messages] == ["hello", "I"] and talk._cache is None
+    fresh = Conversation(llm, memory, talk.messages)
+    assert talk.say("again", max_new_tokens=4) == fresh.say("again", max_new_tokens=4)
+
+
 def test_a_failed_save_can_be_tried_again_and_repeats_nothing(llm, home, monkeypatch):
     from latentmem.files import NamedMemory
 

@@ -14,6 +14,8 @@ from latentmem.core.memory import update
 
 FOLDER = Path(__file__).parent / "golden" / "memoryllm"
 
+OWN = ("memory", "bos_embedding", "new_memory_positional_emb", "initialized")  # what a Llama does not have
+
 
 @pytest.fixture(scope="module")
 def llm():
@@ -209,10 +211,7 @@ def test_a_pool_size_that_contradicts_the_config_is_refused(changed):
 @pytest.mark.parametrize(
     "key",
     [
-        "memory",
-        "bos_embedding",
-        "new_memory_positional_emb",
-        "initialized",
+        *OWN,
         "lm_head.weight",
         "model.layers.1.self_attn.o_proj.weight",
     ],
@@ -244,10 +243,7 @@ def test_an_unknown_lora_tensor_is_named(changed):
 @pytest.mark.parametrize(
     "key",
     [
-        "memory",
-        "bos_embedding",
-        "new_memory_positional_emb",
-        "initialized",
+        *OWN,
         "model.norm.weight",
         "model.layers.0.mlp.up_proj.lora_A.default.weight",
     ],
