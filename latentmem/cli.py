@@ -1,4 +1,4 @@
-"""The command line: write, ask, chat, list, show, undo, rm, doctor. It parses, calls and prints; nothing else."""
+"""The command line: write, ask, chat, list, show, undo, rm, doctor, eval. It parses, calls and prints; nothing else."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+evaluation = typer.Typer(help="Measure a memory: its curves, beside what else could be done.", no_args_is_help=True)
+app.add_typer(evaluation, name="eval")
+
+PACKAGED = "smollm2-135m"
 Name = Annotated[str, typer.Option("--memory", "-m", help="Name of the memory.")]
 ModelName = Annotated[
     str | None,
@@ -275,6 +279,80 @@ _SHOWN = ("preset", "compression", "seed", "updates", "tokens", "model_name", "m
 
 
 _LIKE_A_PATH = re.compile(r"^(/|~|\.\.?/)|\.[A-Za-z]\w{0,4}$")
+
+
+@evaluation.command()
+def retention(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the same one goes on with it.")],
+    data: Annotated[str, typer.Option(help="squad, nq or synthetic.")] = "synthetic",
+    questions: Annotated[int, typer.Option(min=1, help="How many questions.")] = 200,
+    per_text: Annotated[int | None, typer.Option(min=1, help="Questions of each text [5; nq 1].")] = None,
+    steps: Annotated[str, typer.Option(help="Texts written in between, by which to ask.")] = "0,1,2,5,10,20,50",
+    capacity: Annotated[str, typer.Option("--capacity", "-N", help="Slots per layer.")] = "1024,2048",
+    fill: Annotated[str, typer.Option(help="The memory before the text: full, empty.")] = "full,empty",
+    rows: Annotated[str, typer.Option(help="What is measured.")] = "floor,dead,oracle,window,bm25,ours",
+    per_update: Annotated[int, typer.Option("--per-update", "-K", help="Slots that one update may write.")] = 512,
+    compression: Annotated[int, typer.Option(min=1, help="Tokens per slot.")] = 1,
+    stream: Annotated[bool, typer.Option("--stream", help="One stream for all steps, not only above 50.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the drawn questions and of every drop.")] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes [all cores on a CPU, 1 on a GPU].")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    quick: Annotated[bool, typer.Option("--quick", help="A small run of minutes: 50 questions, N = 1024.")] = False,
+    model: Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, a .gguf file or a hub id.")] = PACKAGED,
+    device: Device = None,
+) -> None:
+    """How much is still known of a text after others were written, beside floor, oracle, window and BM25."""
+    import os
+    import shlex
+
+    import latentmem
+    from latentmem.evaluate import questions as sets
+    from latentmem.evaluate.retention import Settings, measure
+    from latentmem.evaluate.summary import terminal
+
+    if quick:
+        questions, steps, capacity = 50, "0,1,5,20", "1024"
+    per_text = per_text or (1 if data == "nq" else 5)
+    settings = Settings(
+        steps=_numbers("--steps", steps),
+        capacities=_numbers("--capacity", capacity),
+        fills=tuple(fill.split(",")),
+        rows=tuple(rows.split(",")),
+        K=per_update,
+        compression=compression,
+        stream=stream,
+        seed=seed,
+    )
+    loading: dict[str, Any] = {"name": model, "dtype": dtype, "device": device}
+    llm = latentmem.load(**loading)
+    prompts = llm.prompts_or_raise()
+    drawn: dict[str, Any] = {"questions": questions, "per_text": per_text, "seed": seed}
+    chosen = sets.load(data, lambda text: len(prompts.text(text)), **drawn)
+    count = workers or ((os.cpu_count() or 1) if llm.decoder.device.type == "cpu" else 1)
+    with _progress("units") as progress:
+        task = progress.add_task(f"retention on {data}", total=None)
+        lines = measure(
+            llm,
+            chosen,
+            settings,
+            out,
+            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            drawn=drawn,
+            workers=count,
+            loading=loading,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    for title, table in terminal(lines):
+        typer.echo(f"\n{title}")
+        _print(table)
+    typer.echo(f"\nAll tables, the plot and the page are in {out}: table.md, plot.png, report.html, summary.json")
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} takes numbers with commas in between, such as 0,1,5: got {text!r}.") from None
 
 
 def _read_all(texts: list[str]) -> list[tuple[str, str]]:

@@ -12,12 +12,13 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from latentmem.adapters import READ, WRITE, Adapters, bits, changes
 from latentmem.core import memory as memories
+from latentmem.core.attention import choose
 from latentmem.core.memory import Memory
-from latentmem.core.prefix import KV, Decoder, Prefix, attention_mask, functional_cache, read
+from latentmem.core.prefix import KV, Decoder, Prefix, attention_mask, functional_cache, memory_cache, read
 from latentmem.core.write import first_states, write_exact, write_paper
 from latentmem.prompts import Prompts, Style
 
@@ -52,6 +53,23 @@ class Score:
 
     logprobs: Tensor
     hits: Tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stands in front of any number of rows: a memory (`MemoryModel.behind`) or text (`MemoryModel.plain`).
+
+    Args:
+        length: its positions.
+        room: tokens that fit behind it.
+        cache: gives a fresh cache over it, which stores the rows' text or not; None where there is nothing.
+        adapter: which adapter reads it, if any.
+    """
+
+    length: int
+    room: int
+    cache: Callable[[bool], Cache | None]
+    adapter: str | None
 
 
 class MemoryModel:
@@ -89,6 +107,7 @@ class MemoryModel:
         self.base, self.tokenizer, self.name = base.eval(), tokenizer, name
         self.identity = identity or fingerprint(base)
         base.requires_grad_(False)
+        choose(base)
         self.decoder = Decoder(base)
         self.adapters, self.trained = adapters, trained
         self.prompts = Prompts(tokenizer, style) if tokenizer is not None else None
@@ -271,10 +290,122 @@ class MemoryModel:
     @torch.no_grad()
     def score(self, memory: Memory, ids: Ids, answer: Ids) -> Score:
         """How likely `answer` is after `ids` behind the memory."""
-        prompt, target = self._ids(ids), self._ids(answer)
-        logits = self.logits(memory, torch.cat([prompt, target]))[len(prompt) - 1 : -1].float()
-        logprobs = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
-        return Score(logprobs, logits.argmax(-1) == target)
+        return self.score_rows(self.behind(memory), [ids], [answer])[0]
+
+    def behind(self, memory: Memory) -> Context:
+        """A memory as the context of many rows.
+
+        Raises:
+            ValueError: a memory of another model.
+        """
+        self.check(memory)
+        if memory.M == 0:
+            return Context(0, self.room(memory), lambda store: None, None)
+        prefix = self._prefix(memory)
+        return Context(prefix.P, self.room(memory), lambda store: prefix.cache(store=store), READ)
+
+    @torch.no_grad()
+    def plain(self, ids: Sequence[int]) -> Context:
+        """Text as the context of many rows, read by the plain model: no memory, no adapter; `ids` may be empty."""
+        if not len(ids):
+            return Context(0, self._limit, lambda store: None, None)
+        tokens = self._ids(ids)[None]
+        self._fits(self.blank(), tokens.shape[1])
+        cache = DynamicCache()
+        with self._using(None):
+            self.decoder.body(input_ids=tokens, past_key_values=cache, use_cache=True)
+        n = tokens.shape[1]
+        layers = [_always((layer.keys, layer.values)) for layer in cache.layers]
+        return Context(n, self._limit - n, lambda store: memory_cache(layers, n, self.decoder, store=store), None)
+
+    @torch.no_grad()
+    def score_rows(self, context: Context, ids: Sequence[Ids], answers: Sequence[Ids]) -> list[Score]:
+        """How likely each of B answers is after its own prompt behind one context, in one pass.
+
+        Args:
+            ids: B prompts, [n] each.
+            answers: B answers, [n] each.
+
+        Raises:
+            ValueError: empty rows, or prompt and answer do not fit into the model's context.
+        """
+        if not ids:
+            return []
+        pairs = [(self._ids(i), self._ids(a)) for i, a in zip(ids, answers, strict=True)]
+        rows = [torch.cat(pair) for pair in pairs]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # right: no row looks at its padding
+        self._fits_behind(context, tokens.shape[1])
+        keep = tokens.shape[1] - min(len(prompt) for prompt, _ in pairs) + 1
+        with self._using(context.adapter):
+            cache = context.cache(False)
+            logits = self.base(
+                input_ids=tokens,
+                attention_mask=attention_mask(cache, tokens),
+                past_key_values=cache,
+                use_cache=False,
+                logits_to_keep=keep,
+            ).logits
+        scores = []
+        for row, (prompt, target) in zip(logits, pairs, strict=True):
+            start = len(prompt) - 1 - (tokens.shape[1] - keep)
+            found = row[start : start + len(target)].float()
+            logprobs = found.log_softmax(-1).gather(1, target[:, None])[:, 0]
+            scores.append(Score(logprobs, found.argmax(-1) == target))
+        return scores
+
+    @torch.no_grad()
+    def generate_rows(self, context: Context, ids: Sequence[Ids], max_new_tokens: int) -> list[Tensor]:
+        """Greedy continuations of B prompts behind one context, at once.
+
+        Args:
+            ids: B prompts, [n] each; they are padded on the left.
+            max_new_tokens: at most so many tokens are made for each.
+
+        Returns:
+            B tensors of new ids, [at most max_new_tokens] each; one that ended early holds its end token, then padding.
+
+        Raises:
+            ValueError: empty rows, or prompt and answer do not fit into the model's context.
+        """
+        rows = [self._ids(i) for i in ids]
+        output: list[Tensor] = [torch.empty(0)] * len(rows)
+        for alike in self._padded_together(rows, context):
+            for i, continued in zip(
+                alike, self._continue([rows[i] for i in alike], context, max_new_tokens), strict=True
+            ):
+                output[i] = continued
+        return output
+
+    def _padded_together(self, rows: list[Tensor], context: Context) -> list[list[int]]:
+        """Which rows go in one pass: all, or those of one length where padding would stand inside a sliding window.
+
+        Transformers counts a window in columns, so padding between context and text hides a part of the context.
+        """
+        kinds = getattr(self.base.config.get_text_config(), "layer_types", None) or ()
+        windows = "sliding_attention" in kinds or getattr(self.base.config.get_text_config(), "sliding_window", None)
+        if not windows or not context.length:
+            return [list(range(len(rows)))] if rows else []
+        lengths = dict.fromkeys(len(row) for row in rows)
+        return [[i for i, row in enumerate(rows) if len(row) == length] for length in lengths]
+
+    def _continue(self, rows: list[Tensor], context: Context, max_new_tokens: int) -> list[Tensor]:
+        n = max(len(row) for row in rows)
+        self._fits_behind(context, n, max_new_tokens)
+        pad = self._pad_id()
+        tokens = torch.stack([torch.nn.functional.pad(row, (n - len(row), 0), value=pad or 0) for row in rows])
+        mask = torch.ones(len(rows), context.length + n, dtype=torch.long, device=tokens.device)
+        for line, row in zip(mask, rows, strict=True):
+            line[context.length : context.length + n - len(row)] = 0
+        with self._using(context.adapter):
+            output = self.base.generate(
+                input_ids=tokens,
+                attention_mask=mask,
+                past_key_values=context.cache(True),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=pad,
+            )
+        return list(output[:, n:])
 
     @torch.no_grad()
     def generate_ids(self, memory: Memory, ids: Ids, cache: Cache | None = None, **generate_kwargs: Any) -> Any:
@@ -298,8 +429,7 @@ class MemoryModel:
             if "max_length" not in generate_kwargs:
                 generate_kwargs.setdefault("max_new_tokens", MAX_NEW_TOKENS)
         if self.base.generation_config.pad_token_id is None and generate_kwargs.get("pad_token_id") is None:
-            eos = self.base.generation_config.eos_token_id
-            generate_kwargs["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+            generate_kwargs["pad_token_id"] = self._pad_id()
         if cache is None:
             cache = self.text_cache(memory)
         settings = generate_kwargs.get("generation_config") or self.base.generation_config
@@ -537,6 +667,19 @@ class MemoryModel:
         seen, piece = (K, memories.PAPER_PIECE) if preset == "paper" else (N, K * compression)
         return 1 + max(N + 1, seen + piece)
 
+    def _pad_id(self) -> int | None:
+        """The id that fills rows which ended: the model's own, else its end token."""
+        config = self.base.generation_config
+        eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+        return config.pad_token_id if config.pad_token_id is not None else eos
+
+    def _fits_behind(self, context: Context, n: int, new: int = 0) -> None:
+        if context.room < n + new:
+            raise ValueError(
+                f"the text takes {n} tokens and the answer up to {new}, and behind this context of {context.length} "
+                f"positions there is room for {context.room}. Shorten the text, or use a smaller memory."
+            )
+
     def _fits(self, memory: Memory, n: int, new: int = 0) -> None:
         room = self.room(memory)
         if n + new > room:
@@ -553,6 +696,10 @@ class MemoryModel:
 
     def _decode(self, ids: Tensor) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def _always(kv: KV) -> Callable[[], KV]:
+    return lambda: kv
 
 
 def _pairs(memory: Memory | Sequence[Memory], text: str | Sequence[str]) -> tuple[list[tuple[Memory, str]], bool]:

@@ -109,6 +109,11 @@ class Prompts:
         return ids
 
     @property
+    def opening(self) -> list[int]:
+        """Ids that stand in front of everything where there is no memory: bos, if the model wants one."""
+        return self._control(self._leading_bos(False)) if self.chats else self._bos(False)
+
+    @property
     def first_token(self) -> int:
         """The token whose hidden states are the sink: bos, else the first of the chat template.
 

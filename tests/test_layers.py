@@ -19,7 +19,8 @@ ROOMS = {  # room -> rooms of latentmem that it may import
     "chat": {"core", "model", "prompts"},
     "doctor": {"core", "model"},
     "files": {"core", "prompts"},
-    "cli": {"core", "model", "chat", "doctor", "files", "loading", ""},
+    "evaluate": {"core", "model", "loading", "evaluate"},
+    "cli": {"core", "model", "chat", "doctor", "files", "loading", "evaluate", ""},
     "__init__": {"core", "chat", "loading", "model"},
 }
 CORE_MAY_IMPORT = {"torch", "safetensors", "transformers"}

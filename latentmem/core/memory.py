@@ -238,10 +238,9 @@ def update(
     i = names.index(source) if source in names else len(names)
     old = memory.sources[i] if i < len(names) else Source(source, 0, 0)
     stays = kept(dropped, M)
-    at = stays.to(memory.slots.device)
     return replace(
         memory,
-        slots=torch.cat([memory.slots.gather(1, at[..., None].expand(-1, -1, memory.d)), new_slots], dim=1),
+        slots=_moved(memory.slots, stays.to(memory.slots.device), new_slots),
         births=torch.cat(
             [memory.births.gather(1, stays), torch.full((L, k), memory.updates + 1, dtype=torch.int32)], 1
         ),
@@ -252,6 +251,19 @@ def update(
         version="",
         parent=memory.version or memory.parent,
     )
+
+
+def _moved(slots: Tensor, stays: Tensor, new_slots: Tensor) -> Tensor:
+    """Slots `stays` [L, m] of [L, M, d], with the new ones behind; each slot is copied once."""
+    if torch.is_grad_enabled() and (slots.requires_grad or new_slots.requires_grad):
+        old = torch.stack([layer.index_select(0, i) for layer, i in zip(slots, stays, strict=True)])
+        return torch.cat([old, new_slots], dim=1)
+    m = stays.shape[1]
+    moved = slots.new_empty(slots.shape[0], m + new_slots.shape[1], slots.shape[2])
+    for layer, i, into in zip(slots.detach(), stays, moved, strict=True):
+        torch.index_select(layer, 0, i, out=into[:m])
+    moved[:, m:] = new_slots.detach()
+    return moved
 
 
 def _checked(dropped: Tensor, memory: Memory, count: int) -> Tensor:

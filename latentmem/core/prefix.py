@@ -16,15 +16,17 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from latentmem.core import attention
 
 BLOCK = 128  # rows of one projection; a fixed shape makes a row's bits independent of how many are projected
 KV = tuple[Tensor, Tensor]  # keys and values, each [B, heads, positions, head width]
@@ -228,10 +230,10 @@ class Prefix:
     def cache(self, *, store: bool = True) -> Cache:
         """A fresh cache over this prefix, for `forward` or `generate`; see `MemoryLayer`."""
 
-        def layer(i: int) -> MemoryLayer:
-            return MemoryLayer(lambda: (self.rotated[i], self.values[i]), self.P, store=store)
+        return memory_cache([partial(self._kv, i) for i in range(len(self.keys))], self.P, self.decoder, store=store)
 
-        return Cache(layers=[layer(i) for i in range(len(self.keys))])
+    def _kv(self, i: int) -> KV:
+        return self.rotated[i], self.values[i]
 
 
 def read(decoder: Decoder, first: Tensor, slots: Tensor) -> Prefix:
@@ -245,6 +247,12 @@ def read(decoder: Decoder, first: Tensor, slots: Tensor) -> Prefix:
     none = torch.zeros(decoder.L, 0, dtype=torch.long)
     prefix = Prefix(decoder, [k for k, _ in heads], [v for _, v in heads], first.shape[1])
     return prefix.after(none, bodies) if bodies else prefix
+
+
+def memory_cache(kv: Sequence[Callable[[], KV]], length: int, decoder: Decoder, *, store: bool) -> Cache:
+    """A fresh cache that shows each layer a prefix in front of its text; see `MemoryLayer`."""
+    apart = decoder.model.config._attn_implementation == attention.NAME
+    return Cache(layers=[MemoryLayer(make, length, store=store, apart=apart) for make in kv])
 
 
 def functional_cache(
@@ -265,7 +273,7 @@ def functional_cache(
 
         return wrap(kv) if wrap else kv
 
-    return Cache(layers=[MemoryLayer(make(i), hidden.shape[1], store=False) for i in range(decoder.L)])
+    return memory_cache([make(i) for i in range(decoder.L)], hidden.shape[1], decoder, store=False)
 
 
 class MemoryLayer(DynamicLayer):
@@ -278,17 +286,21 @@ class MemoryLayer(DynamicLayer):
         kv: gives the memory's rotated keys and values, [1, heads, P, head width] each.
         length: P.
         store: keep the text that passes through (`generate`), or not (`forward` with gradients, replayed at will).
+        apart: hand the memory to `core.attention` instead of copying it in front of every row's text.
     """
 
-    def __init__(self, kv: Callable[[], KV], length: int, *, store: bool = True) -> None:
+    def __init__(self, kv: Callable[[], KV], length: int, *, store: bool = True, apart: bool = False) -> None:
         super().__init__()
-        self.kv, self.length, self.store = kv, length, store
+        self.kv, self.length, self.store, self.apart = kv, length, store, apart
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> KV:
         if self.store:
             key_states, value_states = super().update(key_states, value_states)
-        rows = key_states.shape[0]
-        keys, values = (t.expand(rows, -1, -1, -1) for t in self.kv())
+        keys, values = self.kv()
+        if self.apart:
+            attention.hand_over(key_states, keys, values)
+            return key_states, value_states
+        keys, values = (t.expand(key_states.shape[0], -1, -1, -1) for t in (keys, values))
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
     def get_seq_length(self) -> int:

@@ -1,0 +1,59 @@
+"""One context, many questions: what is said, and how likely the gold answer is (protocols of MemoryLLM section 4.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from latentmem.evaluate.questions import Question
+from latentmem.model import Context, MemoryModel
+
+NEW_TOKENS = 10  # of an answer, as in the paper
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one question brought.
+
+    Args:
+        hit: one of the right answers is a substring of what was said, upper and lower case alike.
+        accuracy: share of the gold answer's tokens that are the most likely ones, given those before.
+        loglik: natural log of the gold answer's probability, per token.
+        said: the greedy continuation.
+    """
+
+    hit: bool
+    accuracy: float
+    loglik: float
+    said: str
+
+
+def ask(
+    llm: MemoryModel, context: Context, questions: Sequence[Question], *, new_tokens: int = NEW_TOKENS
+) -> list[Answer]:
+    """Ask questions behind one context, all at once."""
+    prompts = llm.prompts_or_raise()
+    ids = [prompts.question(q.question, bare=context.length > 0) for q in questions]
+    scores = llm.score_rows(context, ids, [prompts.text(q.answers[0]) for q in questions])
+    outputs = llm.generate_rows(context, ids, new_tokens)
+    said = [llm.tokenizer.decode(output, skip_special_tokens=True).strip() for output in outputs]
+    return [
+        Answer(
+            hit=any(a.lower() in words.lower() for a in q.answers),
+            accuracy=score.hits.double().mean().item(),
+            loglik=score.logprobs.double().mean().item(),
+            said=words,
+        )
+        for q, score, words in zip(questions, scores, said, strict=True)
+    ]
+
+
+def in_context(llm: MemoryModel, ids: Sequence[int]) -> Context:
+    """Text in the context of the plain model, without memory and adapters; no text: closed book."""
+    return llm.plain([*llm.prompts_or_raise().opening, *ids] if len(ids) else [])
+
+
+def written(llm: MemoryModel, text: str) -> list[int]:
+    """Ids of a text as it is written; models without a chat template get the paper's "Context: "."""
+    prompts = llm.prompts_or_raise()
+    return prompts.written(text if prompts.chats else f"Context: {text}")

@@ -1,0 +1,231 @@
+"""Sets of texts with questions whose answers they hold, and unrelated texts to be written behind them.
+
+`squad` and `nq` are read from the folder `$LATENTMEM_DATA`, where it is set and holds them, else from the hub. Nothing
+here is trained on: SQuAD's questions come from articles of the v2.0 development set, the unrelated texts from others.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+NAMES = ("squad", "nq", "synthetic")
+LONGEST = 512  # tokens of a text, as in the paper
+SHORTEST = 16  # tokens of a Natural Questions context
+ANSWER = {"squad": 3, "nq": 4}  # tokens of an answer at most (MemoryLLM section 4.4)
+UNRELATED = 1_000  # of the synthetic set, and the most that is taken from the hub
+Count = Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its right answers; the first one is the gold answer whose likelihood is measured."""
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and questions that it answers."""
+
+    id: str
+    text: str
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Texts to be remembered, in the order in which they were drawn, and texts that have nothing to do with them.
+
+    Args:
+        name: one of `NAMES`.
+        source: where it was read from, in words.
+        texts: with questions that passed the filter.
+        unrelated: in the order in which they are written, the same for every sample.
+    """
+
+    name: str
+    source: str
+    texts: tuple[Text, ...]
+    unrelated: tuple[str, ...]
+
+    @property
+    def identity(self) -> str:
+        """Hash of everything in it."""
+        return hashlib.sha256(repr((self.texts, self.unrelated)).encode()).hexdigest()
+
+
+def load(name: str, count: Count, *, questions: int, per_text: int, seed: int) -> QuestionSet:
+    """A set by name, filtered as in the paper, drawn by seed.
+
+    Args:
+        name: "squad": answers of at most 3 tokens; "nq": answers of at most 4 tokens that stand in the long answer,
+            which is the text, 16 to 512 tokens; "synthetic": see `synthetic.py`.
+        count: tokens of a string, by the model's own tokenizer.
+        questions: texts are drawn until they have so many questions together, or a few more.
+        per_text: so many questions of each text, drawn; texts with fewer are left out.
+        seed: of the drawing, and of the synthetic texts.
+
+    Raises:
+        ValueError: an unknown name, data that can not be found, or too few questions in it.
+
+    Source: MemoryLLM section 4.4.
+    """
+    if name == "synthetic":
+        from latentmem.evaluate import synthetic
+
+        source = f"invented, seed {seed}"
+        texts: Iterable[Text] = (synthetic.text(seed, i) for i in range(questions))
+        unrelated = [synthetic.text(seed, questions + i).text for i in range(UNRELATED)]
+    elif name == "squad":
+        source, rows, others = _squad()
+        texts = _grouped(
+            (row["context"], Question(row["id"], row["question"], (row["answers"]["text"][0],)))
+            for row in rows
+            if row["answers"]["text"] and count(row["answers"]["text"][0]) <= ANSWER["squad"]
+        )
+        unrelated = others
+    elif name == "nq":
+        source, rows, _ = _nq()
+        fitting = [row for row in rows if _nq_fits(row, count)]
+        texts = _grouped(
+            (row["context"], Question(f"nq-{row['id']}", f"{row['question']}?", tuple(row["answers"])))
+            for row in fitting
+        )
+        titles = {row["title"] for row in fitting}
+        unrelated = [row["context"] for row in rows if row["title"] not in titles]
+    else:
+        raise ValueError(f"the question set must be one of {', '.join(NAMES)}, got {name!r}.")
+    generator = np.random.default_rng(seed)
+    chosen = _draw(list(texts), generator, questions, per_text, name)
+    free = [t for t in dict.fromkeys(unrelated) if count(t) <= LONGEST]
+    return QuestionSet(name, source, tuple(chosen), tuple(free[i] for i in generator.permutation(len(free))))
+
+
+def _draw(texts: list[Text], generator: np.random.Generator, questions: int, per_text: int, name: str) -> list[Text]:
+    enough = [text for text in texts if len(text.questions) >= per_text]
+    if len(enough) * per_text < questions:
+        raise ValueError(
+            f"{name} has {len(enough)} texts with at least {per_text} questions that pass the filter; "
+            f"{-(-questions // per_text)} were asked for. Ask for fewer questions, or fewer of each text."
+        )
+    chosen: list[Text] = []
+    for i in generator.permutation(len(enough))[: -(-questions // per_text)]:
+        picked = sorted(generator.permutation(len(enough[i].questions))[:per_text])
+        chosen.append(Text(enough[i].id, enough[i].text, tuple(enough[i].questions[j] for j in picked)))
+    return chosen
+
+
+def _grouped(pairs: Iterable[tuple[str, Question]]) -> list[Text]:
+    """Questions of equal contexts as one text; it is named by a hash of the context."""
+    by_context: dict[str, list[Question]] = {}
+    for context, question in pairs:
+        by_context.setdefault(context, []).append(question)
+    return [
+        Text(hashlib.sha256(context.encode()).hexdigest()[:12], context, tuple(found))
+        for context, found in by_context.items()
+    ]
+
+
+def _nq_fits(row: dict[str, Any], count: Count) -> bool:
+    gold = row["answers"][0]
+    return gold in row["context"] and count(gold) <= ANSWER["nq"] and SHORTEST <= count(row["context"]) <= LONGEST
+
+
+# --- where the rows come from ---------------------------------------------------------------------------------------
+
+Rows = tuple[str, list[dict[str, Any]], list[str]]  # (source, rows, unrelated texts)
+
+
+def _squad() -> Rows:
+    local = _local("squad/eval_titles.jsonl.gz", "squad/train_13_titles.jsonl.gz")
+    if local:
+        rows, others = local
+        return "SQuAD, 27 articles of the v2.0 development set", rows, [row["context"] for row in others]
+    hub = _hub()
+    rows = list(hub("rajpurkar/squad_v2", split="validation"))
+    train = hub("rajpurkar/squad", split="train", streaming=True).take(20_000)
+    contexts = dict.fromkeys(row["context"] for row in train)
+    return "rajpurkar/squad_v2, validation", rows, list(contexts)[:UNRELATED]
+
+
+def _nq() -> Rows:
+    local = _local("nq/eval.jsonl.gz")
+    if local:
+        return "Natural Questions with gold paragraphs", local[0], []
+    rows = _hub()("google-research-datasets/natural_questions", "default", split="validation", streaming=True)
+    return "google-research-datasets/natural_questions, validation", list(natural_questions(rows)), []
+
+
+def natural_questions(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows of the hub's Natural Questions as {id, title, context, question, answers}, as far as they have answers.
+
+    The context is the long answer without its HTML; the first annotator with both a long and a short answer counts.
+    """
+    for row in rows:
+        tokens = row["document"]["tokens"]
+        annotations = row["annotations"]
+        for long, short in zip(annotations["long_answer"], annotations["short_answers"], strict=True):
+            if long["start_token"] < 0 or not short["text"]:
+                continue
+            span = range(long["start_token"], long["end_token"])
+            context = " ".join(tokens["token"][i] for i in span if not tokens["is_html"][i])
+            yield {
+                "id": row["id"],
+                "title": row["document"]["title"],
+                "context": context,
+                "question": row["question"]["text"],
+                "answers": list(dict.fromkeys(short["text"])),
+            }
+            break
+
+
+def _local(*names: str) -> list[list[dict[str, Any]]] | None:
+    """Files of `$LATENTMEM_DATA`, or None where the variable is not set."""
+    folder = os.environ.get("LATENTMEM_DATA")
+    if not folder:
+        return None
+    missing = [name for name in names if not (Path(folder) / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"LATENTMEM_DATA is {folder}, and {missing[0]} is not there. Point it at a folder that holds it, or "
+            f"unset it to load the set from the hub."
+        )
+    found = []
+    for name in names:
+        with gzip.open(Path(folder) / name, "rt", encoding="utf-8") as file:
+            found.append([json.loads(line) for line in file])
+    return found
+
+
+def _hub() -> Any:
+    """`datasets.load_dataset`, or an error that says how to get it."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(
+            "this set is loaded from the hub with `datasets`: run `pip install 'latentmem[eval]'`, set LATENTMEM_DATA "
+            "to a folder that holds it, or take the set 'synthetic', which needs neither."
+        ) from None
+
+    def load_dataset_or_raise(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return load_dataset(*args, **kwargs)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(
+                f"{args[0]} could not be loaded from the hub ({reason}). Set LATENTMEM_DATA to a folder that holds "
+                f"the set, or take 'synthetic'."
+            ) from error
+
+    return load_dataset_or_raise

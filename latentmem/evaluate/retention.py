@@ -1,0 +1,394 @@
+"""Knowledge retention: what is still known of a text after t other texts were written (MemoryLLM section 4.4).
+
+Every sample has its own run up to `OWN_RUN` steps: fill the memory with unrelated texts, write the text, ask; then
+write one unrelated text per step and ask again at the steps in question. The unrelated texts are the same for all
+samples, the random drops are each sample's own. Beyond that, or for all steps if so wished, there is one *stream* per
+capacity: text after text, each asked when it has reached the age in question.
+
+The rows, all with the same questions:
+
+    floor    closed book: no memory, no text
+    dead     a full memory whose slots are zero
+    oracle   the text in the context of the plain model
+    window   the last N tokens of all that was written, in the context of the plain model
+    bm25     the one text that BM25 finds among all that was written, in the context of the plain model
+    ours     the memory; "full" before the text was written, or "empty"
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentmem.core.memory import Memory
+from latentmem.evaluate import results, runner
+from latentmem.evaluate.asking import Answer, ask, in_context, written
+from latentmem.evaluate.questions import LONGEST, Question, QuestionSet, Text
+from latentmem.evaluate.summary import Line
+from latentmem.model import MemoryModel
+
+ROWS = ("floor", "dead", "oracle", "window", "bm25", "ours")
+FILLS = ("full", "empty")
+OWN_RUN = 50  # steps up to which every sample has its own run
+SEGMENT = 20  # steps of a stream that are one unit of work
+Unit = tuple[Any, ...]  # (row, N, fill, index of the text), or ("stream", N, segment)
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Args:
+        steps: how many other texts were written between the text and its questions, ascending.
+        capacities: N of the memories; empty for a checkpoint's own.
+        fills: "full" and "empty".
+        rows: of `ROWS`.
+        K: slots that one update may write; by default every text is one update.
+        compression: tokens per slot.
+        stream: ask all steps in the stream, not only those beyond `OWN_RUN`.
+        seed: of every drop.
+
+    Raises:
+        ValueError: unknown rows or fills, steps that are negative or not ascending.
+    """
+
+    steps: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 50)
+    capacities: tuple[int, ...] = (1024, 2048)
+    fills: tuple[str, ...] = FILLS
+    rows: tuple[str, ...] = ROWS
+    K: int = LONGEST
+    compression: int = 1
+    stream: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.steps or min(self.steps) < 0 or list(self.steps) != sorted(set(self.steps)):
+            raise ValueError(f"steps must be ascending numbers from 0, got {', '.join(map(str, self.steps))}.")
+        for what, given, known in (("rows", self.rows, ROWS), ("fills", self.fills, FILLS)):
+            wrong = [item for item in given if item not in known]
+            if wrong or not given:
+                raise ValueError(f"{what} must be some of {', '.join(known)}, got {', '.join(given) or 'none'}.")
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """Steps at which every sample is asked in its own run."""
+        return () if self.stream else tuple(t for t in self.steps if t <= OWN_RUN)
+
+    @property
+    def streamed(self) -> tuple[int, ...]:
+        """Ages at which the texts of the stream are asked."""
+        return tuple(t for t in self.steps if t not in self.own)
+
+
+class Retention:
+    """One worker: a model, the questions, and what it keeps between units.
+
+    Args:
+        folder: where a stream keeps the memory between its segments.
+    """
+
+    def __init__(self, llm: MemoryModel, data: QuestionSet, settings: Settings, folder: Path) -> None:
+        self.llm, self.data, self.settings, self.folder = llm, data, settings, folder
+        self._full = lru_cache(maxsize=4)(self._fill)
+        self._dead = lru_cache(maxsize=4)(self._zeroed)
+        self._ids = lru_cache(maxsize=None)(partial(written, llm))
+        self._shared = lru_cache(maxsize=8)(partial(in_context, llm))
+        for N in self._capacities:
+            self._check_supply(N)
+
+    # --- units ------------------------------------------------------------------------------------------------------
+
+    def units(self) -> list[Unit]:
+        """All units, sample after sample, so that what is done at any time is complete for its samples."""
+        s = self.settings
+        units: list[Unit] = []
+        for i in range(len(self.data.texts)):
+            units += [(row, 0, "", i) for row in ("floor", "oracle") if row in s.rows]
+            for N in self._capacities:
+                units += [("dead", N, "full", i)] if "dead" in s.rows else []
+                if s.own:
+                    units += [(row, N, "full", i) for row in ("window", "bm25") if row in s.rows]
+                    fills = ("full",) if self.llm.trained else s.fills  # a checkpoint's own pool is full at birth
+                    units += [("ours", N, fill, i) for fill in fills if "ours" in s.rows]
+        return units
+
+    def chains(self) -> list[list[Unit]]:
+        """Units of streams, one chain per capacity: each needs the one before it."""
+        if not self.settings.streamed:
+            return []
+        segments = -(-(len(self.data.texts) + max(self.settings.streamed)) // SEGMENT)
+        return [[("stream", N, k) for k in range(segments)] for N in self._capacities]
+
+    def run(self, unit: Unit) -> list[Record]:
+        """Do one unit of work and return its records."""
+        row, N, *rest = unit
+        if row == "stream":
+            return list(self._stream(N, rest[0]))
+        fill, i = rest
+        text = self.data.texts[i]
+        ways = {"ours": self._ours, "window": self._window, "bm25": self._bm25}
+        return list(ways.get(row, self._constant)(row, N, fill, text))
+
+    @property
+    def _capacities(self) -> tuple[int, ...]:
+        return (self.llm.empty().N,) if self.llm.trained else self.settings.capacities
+
+    # --- rows -------------------------------------------------------------------------------------------------------
+
+    def _constant(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
+        """Rows that no step changes: floor, oracle, dead memory."""
+        if row == "dead":
+            context = self.llm.behind(self._dead(N))
+        else:
+            context = in_context(self.llm, self._ids(text.text) if row == "oracle" else ())
+        answers = ask(self.llm, context, text.questions)
+        yield from _records(text.questions, answers, row=row, N=N, fill=fill, text=text.id)
+
+    def _ours(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
+        memory = self._full(N) if fill == "full" else self._empty(N)
+        memory = self._write(replace(memory, seed=_seed(self.settings.seed, text.id)), text.text, "target")
+        for t in range(max(self.settings.own) + 1):
+            if t:
+                memory = self._write(memory, self._other(t - 1), "unrelated")
+            if t in self.settings.own:
+                facts = {"row": row, "N": N, "fill": fill, "step": t, "text": text.id, "M": memory.M}
+                answers = ask(self.llm, self.llm.behind(memory), text.questions)
+                yield from _records(text.questions, answers, left=_left(memory, "target"), **facts)
+
+    def _window(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
+        before = [i for filler in self._filler(N) for i in self._ids(filler)]
+        for t in self.settings.own:
+            after = [i for j in range(t) for i in self._ids(self._other(j))]
+            target = self._ids(text.text)
+            ids = tuple([*before, *target, *after][-N:])
+            left = _in_window(N, len(after), len(target))
+            context = in_context(self.llm, ids) if left else self._shared(ids)  # without the text, all see the same
+            answers = ask(self.llm, context, text.questions)
+            yield from _records(text.questions, answers, row=row, N=N, fill=fill, step=t, text=text.id, left=left)
+
+    def _bm25(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
+        seen: dict[tuple[str, str], Answer] = {}
+        for t in self.settings.own:
+            library = [*self._filler(N), text.text, *(self._other(j) for j in range(t))]
+            found = _find(library, [q.question for q in text.questions])
+            answers = self._ask_found(found, text.questions, seen)
+            for question, answer, passage in zip(text.questions, answers, found, strict=True):
+                left = float(passage == text.text)
+                yield from _records([question], [answer], row=row, N=N, fill=fill, step=t, text=text.id, left=left)
+
+    # --- the stream -------------------------------------------------------------------------------------------------
+
+    def _stream(self, N: int, segment: int) -> Iterator[Record]:
+        """Steps segment * SEGMENT and on: write one text, then ask every text whose age is one of the steps."""
+        texts, ages = self.data.texts, self.settings.streamed
+        start = segment * SEGMENT
+        memory = self._full(N) if segment == 0 else Memory.load(self._stream_file(N, segment - 1))
+        memory = memory if segment else replace(memory, seed=_seed(self.settings.seed, "stream"))
+        steps = range(start, min(start + SEGMENT, len(texts) + max(ages)))
+        filler = list(self._filler(N))
+        seen: dict[tuple[str, str], Answer] = {}
+        line = [texts[j].text if j < len(texts) else self._other(j - len(texts)) for j in range(steps.stop)]
+        for step in steps:
+            memory = self._write(memory, line[step], texts[step].id if step < len(texts) else "unrelated")
+            due = [(age, texts[step - age]) for age in ages if 0 <= step - age < len(texts)]
+            library = [*filler, *line[: step + 1]]
+            ids: list[int] = []
+            for passage in reversed(library):
+                ids = [*self._ids(passage), *ids]
+                if len(ids) >= N:
+                    break
+            asked = [q for _, text in due for q in text.questions]
+            facts = [(age, text) for age, text in due for _ in text.questions]
+            answers: dict[str, list[Answer]] = {}
+            left: dict[str, list[float]] = {}
+            if "ours" in self.settings.rows:
+                answers["ours"] = ask(self.llm, self.llm.behind(memory), asked)
+                left["ours"] = [_left(memory, text.id) for _, text in facts]
+            if "window" in self.settings.rows:
+                answers["window"] = ask(self.llm, in_context(self.llm, ids[-N:]), asked)
+                newer = {age: sum(len(self._ids(other)) for other in line[step - age + 1 : step + 1]) for age, _ in due}
+                left["window"] = [_in_window(N, newer[age], len(self._ids(text.text))) for age, text in facts]
+            if "bm25" in self.settings.rows:
+                found = _find(library, [q.question for q in asked]) if asked else []
+                answers["bm25"] = self._ask_found(found, asked, seen)
+                left["bm25"] = [float(passage == text.text) for passage, (_, text) in zip(found, facts, strict=True)]
+            for row, given in answers.items():
+                for (age, text), question, answer, share in zip(facts, asked, given, left[row], strict=True):
+                    common = {"row": row, "N": N, "fill": "full", "step": age, "stream": True, "text": text.id}
+                    yield from _records([question], [answer], left=share, M=memory.M, **common)
+        memory.save(self._stream_file(N, segment))
+        self._stream_file(N, segment - 2).unlink(missing_ok=True)  # the one before is needed if this is done again
+
+    def _stream_file(self, N: int, segment: int) -> Path:
+        return self.folder / f"stream-{N}-{segment}.safetensors"
+
+    # --- parts ------------------------------------------------------------------------------------------------------
+
+    def _empty(self, N: int) -> Memory:
+        s = self.settings
+        if self.llm.trained:
+            return self.llm.empty(seed=s.seed)
+        return self.llm.empty(N=N, K=min(N, s.K), compression=s.compression, seed=s.seed)
+
+    def _fill(self, N: int) -> Memory:
+        """A memory full of unrelated texts; a checkpoint's own pool is full already."""
+        memory = self._empty(N)
+        for text in self._filler(N):
+            memory = self._write(memory, text, "filler")
+        return memory
+
+    def _filler(self, N: int) -> Sequence[str]:
+        """Unrelated texts that fill a memory of N slots; the first ones are kept for the steps."""
+        texts, slots = [], self._empty(N).M
+        for text in self.data.unrelated[self._steps_supply :]:
+            if slots >= N:
+                break
+            texts.append(text)
+            slots += len(self._ids(text)) // self.settings.compression
+        return texts
+
+    def _check_supply(self, N: int) -> None:
+        if self.llm.trained:
+            return
+        supply = sum(len(self._ids(t)) for t in self.data.unrelated[self._steps_supply :])
+        if supply // self.settings.compression < N:
+            raise ValueError(
+                f"the set {self.data.name} has too few unrelated texts to fill a memory of N={N} slots; "
+                f"choose a smaller capacity."
+            )
+
+    @property
+    def _steps_supply(self) -> int:
+        """How many unrelated texts are kept for the steps; later steps begin with the first again."""
+        return min(max(self.settings.steps), len(self.data.unrelated) * 3 // 4)
+
+    def _other(self, j: int) -> str:
+        return self.data.unrelated[j % max(1, self._steps_supply)]
+
+    def _write(self, memory: Memory, text: str, source: str) -> Memory:
+        return self.llm.write_ids(memory, self._ids(text), source)
+
+    def _zeroed(self, N: int) -> Memory:
+        memory = self._full(N)
+        return replace(memory, slots=torch.zeros_like(memory.slots))
+
+    def _ask_found(
+        self, found: list[str], questions: Sequence[Question], seen: dict[tuple[str, str], Answer]
+    ) -> list[Answer]:
+        """Ask each question behind the passage that was found for it; `seen` keeps what was asked before."""
+        for passage in dict.fromkeys(found):
+            new = [q for q, p in zip(questions, found, strict=True) if p == passage and (q.id, p) not in seen]
+            if new:
+                for question, answer in zip(
+                    new, ask(self.llm, in_context(self.llm, self._ids(passage)), new), strict=True
+                ):
+                    seen[question.id, passage] = answer
+        return [seen[q.id, passage] for q, passage in zip(questions, found, strict=True)]
+
+
+def measure(
+    llm: MemoryModel,
+    data: QuestionSet,
+    settings: Settings,
+    out: Path,
+    *,
+    command: str = "",
+    drawn: dict[str, Any] | None = None,
+    workers: int = 1,
+    loading: dict[str, Any] | None = None,
+    progress: runner.Progress = lambda done, total: None,
+) -> list[Line]:
+    """Run the protocol, or go on with it, and write everything into a folder.
+
+    Args:
+        llm: the model; other processes load theirs anew.
+        out: gets config.json, records.jsonl, summary.json, table.md, plot.png and report.html.
+        command: what was typed, for the record.
+        drawn: how the questions were drawn, for the record.
+        workers: processes; more than 1 needs `loading`.
+        loading: arguments of `latentmem.load` that give the same model again.
+        progress: called with (units done, units in all).
+
+    Returns:
+        The lines of all tables.
+
+    Raises:
+        ValueError: the folder holds another run, or settings that do not fit the model or the data.
+    """
+    if workers > 1 and loading is None:
+        raise ValueError("more than one worker needs `loading`, the arguments with which they load the model.")
+    worker = Retention(llm, data, settings, out)
+    config = {
+        "protocol": "retention",
+        "data": {"name": data.name, "source": data.source, "sha256": data.identity, **(drawn or {})},
+        "settings": asdict(settings),
+        "model": {
+            "name": llm.name,
+            "sha256": llm.identity,
+            "adapters": llm.adapters.identity if llm.adapters else "",
+            "tokenizer": llm.tokenizer_identity,
+            "dtype": str(llm.decoder.dtype)[6:],
+            "style": asdict(llm.prompts_or_raise().style),
+        },
+    }
+    folder = runner.Folder(out, config, results.this_run(command))
+    records = runner.run(folder, worker, _make, (loading, data, settings, out), workers, progress)
+    for file in out.glob("stream-*.safetensors"):
+        file.unlink()
+    return results.write(folder, records, data)
+
+
+def _make(loading: dict[str, Any], data: QuestionSet, settings: Settings, folder: Path) -> Retention:
+    from latentmem.loading import load
+
+    return Retention(load(**loading), data, settings, folder)
+
+
+def _find(library: Sequence[str], questions: Sequence[str]) -> list[str]:
+    """The passage that BM25 ranks first for each question."""
+    try:
+        import bm25s
+    except ImportError:
+        raise ValueError(
+            "the row 'bm25' needs bm25s: run `pip install 'latentmem[eval]'`, or leave the row out."
+        ) from None
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(list(library), stopwords="en", show_progress=False), show_progress=False)
+    asked = bm25s.tokenize(list(questions), stopwords="en", show_progress=False)
+    best = index.retrieve(asked, k=1, show_progress=False).documents
+    return [library[int(row[0])] for row in best]
+
+
+def _records(questions: Sequence[Question], answers: Sequence[Answer], **facts: Any) -> Iterator[Record]:
+    for question, answer in zip(questions, answers, strict=True):
+        yield {
+            **facts,
+            "question": question.id,
+            "hit": int(answer.hit),
+            "accuracy": round(answer.accuracy, 6),
+            "loglik": round(answer.loglik, 6),
+            "said": answer.said,
+        }
+
+
+def _left(memory: Memory, source: str) -> float:
+    """Share of a source's slots that is left, over all layers."""
+    i = [s.name for s in memory.sources].index(source)
+    return (memory.left()[i].double().mean() / memory.sources[i].slots).item()
+
+
+def _in_window(N: int, newer: int, tokens: int) -> float:
+    """Share of a text's tokens within the last N, behind so many newer ones."""
+    return min(1.0, max(0, N - newer) / tokens)
+
+
+def _seed(seed: int, name: str) -> int:
+    """A seed for one sample, from the seed of the run."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big", signed=True)

@@ -1,0 +1,61 @@
+"""Means with bootstrap intervals; what is drawn anew are the texts, because questions of one text stand together."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 2000
+LEVEL = (2.5, 97.5)  # percent
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and the 95% interval around it.
+
+    Args:
+        n: questions behind it.
+        texts: texts that these questions belong to, which were drawn anew.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    texts: int
+
+
+def mean(values: Sequence[float], groups: Sequence[Hashable]) -> Estimate | None:
+    """The mean of values, with the interval over their groups; None for fewer than two groups."""
+    return ratio(values, [1.0] * len(values), groups)
+
+
+def ratio(above: Sequence[float], below: Sequence[float], groups: Sequence[Hashable]) -> Estimate | None:
+    """Sum over sum, with the interval over groups; with ones below it is the mean.
+
+    Args:
+        above, below: one value per question.
+        groups: the text of each question.
+
+    Returns:
+        None for fewer than two groups, or where `below` sums to 0: there is no interval, so there is no result.
+    """
+    top, bottom = _sums(above, groups), _sums(below, groups)
+    if len(top) < 2 or not bottom.sum():
+        return None
+    drawn = np.random.default_rng(0).integers(0, len(top), (RESAMPLES, len(top)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        means = top[drawn].sum(1) / bottom[drawn].sum(1)
+    means = means[np.isfinite(means)]
+    low, high = np.percentile(means, LEVEL)
+    return Estimate(float(top.sum() / bottom.sum()), float(low), float(high), len(above), len(top))
+
+
+def _sums(values: Sequence[float], groups: Sequence[Hashable]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    sums: dict[Hashable, float] = {}
+    for value, group in zip(values, groups, strict=True):
+        sums[group] = sums.get(group, 0.0) + value
+    return np.array(list(sums.values()))

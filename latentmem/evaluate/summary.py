@@ -1,0 +1,234 @@
+"""Records of a retention run -> numbers with intervals, and the numbers as a Markdown table.
+
+Everything that is printed has an interval; what has none is left out. Differences are paired, question by question.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from latentmem.evaluate.stats import Estimate, mean, ratio
+
+Record = dict[str, Any]
+METRICS = {"hit": "hits", "accuracy": "token accuracy", "loglik": "log-likelihood of the gold answer, per token"}
+OURS = "ours"
+NAMES = {
+    "floor": "floor (closed book)",
+    "dead": "dead memory (slots zeroed)",
+    "oracle": "oracle (text in the context)",
+    "window": "window (last N tokens)",
+    "bm25": "BM25 + context",
+    "ours": "ours, memory",
+}
+CONSTANT = ("floor", "dead", "oracle")  # no step changes them
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a table: an estimate for each step, or one for all.
+
+    Args:
+        filtered: without the questions that are answered closed book.
+        kind: "row", "relative" (to the oracle), "bound", "paired" (ours minus another row), "left" or "M/N".
+        row, fill: as in `retention`.
+        cells: step -> estimate.
+    """
+
+    N: int
+    stream: bool
+    metric: str
+    filtered: bool
+    kind: str
+    row: str
+    fill: str
+    name: str
+    cells: dict[int, Estimate]
+
+
+def lines(records: Sequence[Record]) -> list[Line]:
+    """All lines of all tables: for each N, own runs and stream, metric, all and filtered questions.
+
+    A question is filtered out if it is answered closed book (the M+ protocol).
+    """
+    table = _Table(records)
+    found: list[Line] = []
+    for N, stream in table.parts():
+        for metric in METRICS:
+            for filtered in (False, True) if metric == "hit" and table.answered else (False,):
+                found += table.lines(N, stream, metric, filtered)
+        found += table.left(N, stream)
+    return [line for line in found if line.cells]
+
+
+class _Table:
+    """Records by what they belong to."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        # (row, N, fill, stream, step) -> question -> record; constants have no step, floor and oracle no N
+        self.by: dict[tuple[str, int, str, bool, int], dict[str, Record]] = defaultdict(dict)
+        for r in records:
+            key = (r["row"], r["N"], r["fill"], bool(r.get("stream")), r.get("step", 0))
+            self.by[key][r["question"]] = r
+        self.answered = {q for q, r in self._cell("floor", 0, "").items() if r["hit"]}
+
+    def parts(self) -> list[tuple[int, bool]]:
+        return sorted({(N, stream) for _, N, _, stream, _ in self.by if N})
+
+    def _cell(self, row: str, N: int, fill: str, stream: bool = False, step: int = 0) -> dict[str, Record]:
+        if row in CONSTANT:
+            N, stream, step = (N if row == "dead" else 0), False, 0
+        return self.by.get((row, N, fill, stream, step), {})
+
+    def _rows(self, N: int, stream: bool) -> dict[str, tuple[str, str]]:
+        """Name of each line -> (row, fill), in the order of the table."""
+        there = {(row, fill) for row, n, fill, s, _ in self.by if n in (0, N) and (s == stream or row in CONSTANT)}
+        names = {}
+        for row, name in NAMES.items():
+            for fill in ("", "full", "empty"):
+                if (row, fill) in there:
+                    names[f"{name} {fill} at first" if row == OURS else name] = (row, fill)
+        return names
+
+    def _steps(self, N: int, stream: bool) -> list[int]:
+        return sorted({step for row, n, _, s, step in self.by if n == N and s == stream and row not in CONSTANT})
+
+    def lines(self, N: int, stream: bool, metric: str, filtered: bool) -> list[Line]:
+        rows, steps, found = self._rows(N, stream), self._steps(N, stream), []
+
+        def line(kind: str, name: str, cells: Iterable[tuple[int, Estimate | None]]) -> None:
+            some = {step: cell for step, cell in cells if cell is not None}
+            found.append(Line(N, stream, metric, filtered, kind, row, fill, name, some))
+
+        def values(row: str, fill: str, step: int) -> dict[str, Record]:
+            cell = self._cell(row, N, fill, stream, step)
+            return {q: r for q, r in cell.items() if not (filtered and q in self.answered)}
+
+        for name, (row, fill) in rows.items():
+            at = steps[:1] if row in CONSTANT else steps
+            line("row", name, ((t, _mean(values(row, fill, t), metric)) for t in at))
+        for name, (row, fill) in rows.items():
+            if row != OURS:
+                continue
+            if metric != "loglik":
+                oracle = values("oracle", "", 0)
+                line("relative", name, ((t, _ratio(values(row, fill, t), oracle, metric)) for t in steps))
+            line("bound", name, ((t, self._bound(N, stream, fill, t, metric, values)) for t in steps))
+            for other, (other_row, other_fill) in rows.items():
+                if other_row != OURS:
+                    pairs = ((t, values(row, fill, t), values(other_row, other_fill, t)) for t in steps)
+                    line("paired", f"{name} - {other}", ((t, _difference(a, b, metric)) for t, a, b in pairs))
+        return found
+
+    def _bound(self, N: int, stream: bool, fill: str, t: int, metric: str, values: Any) -> Estimate | None:
+        """b + (u - b) * share left: what would be known if knowing went with slots alone (paper, section 4.4)."""
+        ours, oracle, floor = values(OURS, fill, t), values("oracle", "", 0), values("floor", "", 0)
+        both = [q for q in ours if q in oracle and q in floor]
+        bound = [floor[q][metric] + (oracle[q][metric] - floor[q][metric]) * ours[q]["left"] for q in both]
+        return mean(bound, [ours[q]["text"] for q in both])
+
+    def left(self, N: int, stream: bool) -> list[Line]:
+        """Share of the text's slots (of its tokens in the window, of right passages found) left at each step; M/N."""
+        found = []
+        for name, (row, fill) in self._rows(N, stream).items():
+            if row in CONSTANT:
+                continue
+            cells = {t: self._cell(row, N, fill, stream, t) for t in self._steps(N, stream)}
+            kinds = {"left": name, "M/N": f"{name}: M/N"} if row == OURS else {"left": name}
+            for kind, title in kinds.items():
+                some = {t: _mean(cell, "left") if kind == "left" else _filled(cell, N) for t, cell in cells.items()}
+                there = {t: estimate for t, estimate in some.items() if estimate}
+                found.append(Line(N, stream, "left", False, kind, row, fill, title, there))
+        return found
+
+
+def _mean(cell: dict[str, Record], metric: str) -> Estimate | None:
+    return mean([r[metric] for r in cell.values()], [r["text"] for r in cell.values()])
+
+
+def _filled(cell: dict[str, Record], N: int) -> Estimate | None:
+    return mean([r["M"] / N for r in cell.values()], [r["text"] for r in cell.values()])
+
+
+def _ratio(ours: dict[str, Record], oracle: dict[str, Record], metric: str) -> Estimate | None:
+    both = [q for q in ours if q in oracle]
+    groups = [ours[q]["text"] for q in both]
+    return ratio([ours[q][metric] for q in both], [oracle[q][metric] for q in both], groups)
+
+
+def _difference(ours: dict[str, Record], other: dict[str, Record], metric: str) -> Estimate | None:
+    both = [q for q in ours if q in other]
+    return mean([ours[q][metric] - other[q][metric] for q in both], [ours[q]["text"] for q in both])
+
+
+def as_json(found: Iterable[Line]) -> list[Record]:
+    """Lines as plain data for the summary file."""
+    return [{**asdict(line), "cells": {str(t): asdict(cell) for t, cell in line.cells.items()}} for line in found]
+
+
+# --- Markdown -------------------------------------------------------------------------------------------------------
+
+
+def markdown(found: Sequence[Line]) -> str:
+    """The tables of all parts as Markdown, means with their 95% intervals."""
+    out = []
+    for N, stream in dict.fromkeys((line.N, line.stream) for line in found):
+        part = [line for line in found if (line.N, line.stream) == (N, stream)]
+        out.append(f"## N = {N}{', stream: one memory, texts of every age in it' if stream else ''}")
+        for title, some in sections(part):
+            out.append(f"### {title}\n\n{_table(some)}")
+    return "\n\n".join(out) + "\n"
+
+
+def sections(part: Sequence[Line]) -> list[tuple[str, list[Line]]]:
+    """Lines of one part under their headings, in the order of reading."""
+    groups: list[tuple[str, list[Line]]] = []
+    for filtered in (False, True):
+        for metric, title in METRICS.items():
+            some = [line for line in part if (line.metric, line.filtered) == (metric, filtered)]
+            heading = f"{title[0].upper()}{title[1:]}{', without questions answered closed book' * filtered}"
+            groups.append((heading, [line for line in some if line.kind in ("row", "relative", "bound")]))
+            if metric == "accuracy":
+                paired = [line for line in some if line.kind == "paired"]
+                groups.append((f"{heading}, paired differences", paired))
+    groups.append(("Share that is left of the text", [line for line in part if line.metric == "left"]))
+    return [(heading, some) for heading, some in groups if some]
+
+
+def label(line: Line) -> str:
+    """How a line is called in a table."""
+    return {"relative": f"{line.name} / oracle", "bound": f"bound: {line.name} if it went with slots"}.get(
+        line.kind, line.name
+    )
+
+
+def terminal(found: Sequence[Line]) -> Iterator[tuple[str, Table]]:
+    """The token accuracy of each part as a table for the terminal."""
+    for N, stream in dict.fromkeys((line.N, line.stream) for line in found):
+        some = [x for x in found if (x.N, x.stream, x.metric, x.kind) == (N, stream, "accuracy", "row")]
+        steps = sorted({t for line in some for t in line.cells})
+        table = Table(box=None, pad_edge=False)
+        for column in ("texts written since", *map(str, steps)):
+            table.add_column(column, justify="right" if table.columns else "left")
+        for line in some:
+            table.add_row(line.name, *(cell_text(line.cells[t]) if t in line.cells else "" for t in steps))
+        yield f"Token accuracy, N = {N}{', stream' * stream}", table
+
+
+def cell_text(cell: Estimate) -> str:
+    """Mean and interval, two decimals."""
+    return f"{cell.mean:.2f} [{cell.low:.2f}, {cell.high:.2f}]"
+
+
+def _table(some: Sequence[Line]) -> str:
+    steps = sorted({t for line in some for t in line.cells})
+    rows = ["| | n (texts) | " + " | ".join(f"t = {t}" for t in steps) + " |", "| --- |" + " --- |" * (len(steps) + 1)]
+    for line in some:
+        sizes = {f"{cell.n} ({cell.texts})" for cell in line.cells.values()}
+        cells = [cell_text(line.cells[t]) if t in line.cells else "" for t in steps]
+        rows.append(f"| {label(line)} | {', '.join(sorted(sizes))} | {' | '.join(cells)} |")
+    return "\n".join(rows)

@@ -1,0 +1,86 @@
+"""An endless set of invented texts: people, places, names and numbers that no training text holds.
+
+Text i of a seed is about one invented person and states five facts in random order, each in one of three sentences:
+the town of the workshop, the year in which it opened, the number of the locker, the name of the teacher and the name
+of the boat. Names are built of syllables; the surname counts through a permutation of syllables, so no two texts of a
+seed below `DISTINCT` share one. Every question names the person, so it has one answer however many texts are read.
+The years lie between 1100 and 1990 and the numbers between 100 and 999.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from latentmem.evaluate.questions import Question, Text
+
+SYLLABLES = tuple(
+    "ba be bi bo bra bri da del dro fa fen fi gar gel gri hol ja jor ka kel kir lam len lo mar "  # noqa: SIM905
+    "mel mi nar nel no or pal per ral ren ri sal sel sor ta tel tor ul va vel vor wen zal zor zu".split()
+)
+DISTINCT = len(SYLLABLES) ** 4
+_STEP = 2_641_337  # shares no factor with DISTINCT, so i -> i * _STEP is a permutation
+TRADES = ("baker", "cooper", "dyer", "glazier", "miller", "potter", "saddler", "smith", "tanner", "weaver")
+FACTS = (  # what is asked, and three ways to say it; {a} is the answer
+    (
+        "In which town is the workshop of {who}?",
+        "The workshop of {who} is in the town of {a}.",
+        "{who} works in {a}, a small town.",
+        "To find the workshop of {who}, go to the town of {a}.",
+    ),
+    (
+        "In which year did {who} open the workshop?",
+        "{who} opened the workshop in {a}.",
+        "It was the year {a} when {who} opened the workshop.",
+        "The workshop of {who} was opened in {a}.",
+    ),
+    (
+        "What is the number of the locker of {who}?",
+        "{who} has the locker with the number {a}.",
+        "The tools are kept in the locker number {a}, which belongs to {who}.",
+        "The number of the locker of {who} is {a}.",
+    ),
+    (
+        "Who taught {who} the trade?",
+        "{who} was taught the trade by {a}.",
+        "It was {a} who taught {who} the trade.",
+        "{a} taught {who} the trade.",
+    ),
+    (
+        "What is the name of the boat of {who}?",
+        "{who} owns a boat with the name {a}.",
+        "The boat of {who} is named {a}.",
+        "On Sundays {who} sails a boat that is called {a}.",
+    ),
+)
+
+
+def text(seed: int, index: int) -> Text:
+    """Text `index` of a seed, with its five questions; a pure function of both.
+
+    Args:
+        seed: another seed gives other people and other facts.
+        index: 0 or more; below `DISTINCT` no two texts share a surname.
+    """
+    draw = Random(f"latentmem/synthetic/{seed}/{index}")
+    who = f"{_word(draw, 2)} {_surname(seed, index)}"
+    answers = (_word(draw, 3), draw.randint(1100, 1990), draw.randint(100, 999), _word(draw, 3), _word(draw, 3))
+    sentences, questions = [], []
+    for number, ((question, *ways), answer) in enumerate(zip(FACTS, answers, strict=True)):
+        sentences.append(draw.choice(ways).format(who=who, a=answer))
+        questions.append(Question(f"synthetic-{seed}-{index}-{number}", question.format(who=who), (str(answer),)))
+    draw.shuffle(sentences)
+    opening = f"{who} is a {draw.choice(TRADES)}."
+    return Text(f"synthetic-{seed}-{index}", " ".join([opening, *sentences]), tuple(questions))
+
+
+def _word(draw: Random, syllables: int) -> str:
+    return "".join(draw.choice(SYLLABLES) for _ in range(syllables)).capitalize()
+
+
+def _surname(seed: int, index: int) -> str:
+    number = (index + seed * 7919 + 1_234_567) * _STEP % DISTINCT
+    word = ""
+    for _ in range(4):
+        number, syllable = divmod(number, len(SYLLABLES))
+        word += SYLLABLES[syllable]
+    return word.capitalize()
