@@ -293,6 +293,9 @@ def retention(
     rows: Annotated[str, typer.Option(help="What is measured.")] = "floor,dead,oracle,window,bm25,ours",
     per_update: Annotated[int, typer.Option("--per-update", "-K", help="Slots that one update may write.")] = 512,
     compression: Annotated[int, typer.Option(min=1, help="Tokens per slot.")] = 1,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in which an answer has to come [10; synthetic 20].")
+    ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="One stream for all steps, not only above 50.")] = False,
     seed: Annotated[int, typer.Option(help="Of the drawn questions and of every drop.")] = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes [all cores on a CPU, 1 on a GPU].")] = None,
@@ -307,6 +310,7 @@ def retention(
 
     import latentmem
     from latentmem.evaluate import questions as sets
+    from latentmem.evaluate.asking import NEW_TOKENS
     from latentmem.evaluate.retention import Settings, measure
     from latentmem.evaluate.summary import terminal
 
@@ -320,6 +324,7 @@ def retention(
         rows=tuple(rows.split(",")),
         K=per_update,
         compression=compression,
+        new_tokens=new_tokens or (20 if data == "synthetic" else NEW_TOKENS),
         stream=stream,
         seed=seed,
     )

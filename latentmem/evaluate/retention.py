@@ -28,10 +28,10 @@ import torch
 
 from latentmem.core.memory import Memory
 from latentmem.evaluate import results, runner
-from latentmem.evaluate.asking import Answer, ask, in_context, written
+from latentmem.evaluate.asking import NEW_TOKENS, Answer, ask, in_context, written
 from latentmem.evaluate.questions import LONGEST, Question, QuestionSet, Text
 from latentmem.evaluate.summary import Line
-from latentmem.model import MemoryModel
+from latentmem.model import Context, MemoryModel
 
 ROWS = ("floor", "dead", "oracle", "window", "bm25", "ours")
 FILLS = ("full", "empty")
@@ -52,6 +52,7 @@ class Settings:
         rows: of `ROWS`.
         K: slots that one update may write; by default every text is one update.
         compression: tokens per slot.
+        new_tokens: of an answer, in which the gold answer has to stand.
         stream: ask all steps in the stream, not only those beyond `OWN_RUN`.
         seed: of every drop.
 
@@ -65,6 +66,7 @@ class Settings:
     rows: tuple[str, ...] = ROWS
     K: int = LONGEST
     compression: int = 1
+    new_tokens: int = NEW_TOKENS
     stream: bool = False
     seed: int = 0
 
@@ -148,7 +150,7 @@ class Retention:
             context = self.llm.behind(self._dead(N))
         else:
             context = in_context(self.llm, self._ids(text.text) if row == "oracle" else ())
-        answers = ask(self.llm, context, text.questions)
+        answers = self._ask(context, text.questions)
         yield from _records(text.questions, answers, row=row, N=N, fill=fill, text=text.id)
 
     def _ours(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
@@ -159,7 +161,7 @@ class Retention:
                 memory = self._write(memory, self._other(t - 1), "unrelated")
             if t in self.settings.own:
                 facts = {"row": row, "N": N, "fill": fill, "step": t, "text": text.id, "M": memory.M}
-                answers = ask(self.llm, self.llm.behind(memory), text.questions)
+                answers = self._ask(self.llm.behind(memory), text.questions)
                 yield from _records(text.questions, answers, left=_left(memory, "target"), **facts)
 
     def _window(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
@@ -170,7 +172,7 @@ class Retention:
             ids = tuple([*before, *target, *after][-N:])
             left = _in_window(N, len(after), len(target))
             context = in_context(self.llm, ids) if left else self._shared(ids)  # without the text, all see the same
-            answers = ask(self.llm, context, text.questions)
+            answers = self._ask(context, text.questions)
             yield from _records(text.questions, answers, row=row, N=N, fill=fill, step=t, text=text.id, left=left)
 
     def _bm25(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
@@ -209,10 +211,10 @@ class Retention:
             answers: dict[str, list[Answer]] = {}
             left: dict[str, list[float]] = {}
             if "ours" in self.settings.rows:
-                answers["ours"] = ask(self.llm, self.llm.behind(memory), asked)
+                answers["ours"] = self._ask(self.llm.behind(memory), asked)
                 left["ours"] = [_left(memory, text.id) for _, text in facts]
             if "window" in self.settings.rows:
-                answers["window"] = ask(self.llm, in_context(self.llm, ids[-N:]), asked)
+                answers["window"] = self._ask(in_context(self.llm, ids[-N:]), asked)
                 newer = {age: sum(len(self._ids(other)) for other in line[step - age + 1 : step + 1]) for age, _ in due}
                 left["window"] = [_in_window(N, newer[age], len(self._ids(text.text))) for age, text in facts]
             if "bm25" in self.settings.rows:
@@ -254,6 +256,9 @@ class Retention:
             slots += len(self._ids(text)) // self.settings.compression
         return texts
 
+    def _ask(self, context: Context, questions: Sequence[Question]) -> list[Answer]:
+        return ask(self.llm, context, questions, new_tokens=self.settings.new_tokens)
+
     def _check_supply(self, N: int) -> None:
         if self.llm.trained:
             return
@@ -286,9 +291,7 @@ class Retention:
         for passage in dict.fromkeys(found):
             new = [q for q, p in zip(questions, found, strict=True) if p == passage and (q.id, p) not in seen]
             if new:
-                for question, answer in zip(
-                    new, ask(self.llm, in_context(self.llm, self._ids(passage)), new), strict=True
-                ):
+                for question, answer in zip(new, self._ask(in_context(self.llm, self._ids(passage)), new), strict=True):
                     seen[question.id, passage] = answer
         return [seen[q.id, passage] for q, passage in zip(questions, found, strict=True)]
 

@@ -2,9 +2,9 @@
 
 Text i of a seed is about one invented person and states five facts in random order, each in one of three sentences:
 the town of the workshop, the year in which it opened, the number of the locker, the name of the teacher and the name
-of the boat. Names are built of syllables; the surname counts through a permutation of syllables, so no two texts of a
-seed below `DISTINCT` share one. Every question names the person, so it has one answer however many texts are read.
-The years lie between 1100 and 1990 and the numbers between 100 and 999.
+of the boat. Names are built of syllables; the person's name counts through a permutation of three syllables, then of
+four and so on, so no two texts of a seed share one. Every question names the person, so it has one answer however many
+texts are read. The years lie between 1100 and 1990 and the numbers between 100 and 999.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ SYLLABLES = tuple(
     "ba be bi bo bra bri da del dro fa fen fi gar gel gri hol ja jor ka kel kir lam len lo mar "  # noqa: SIM905
     "mel mi nar nel no or pal per ral ren ri sal sel sor ta tel tor ul va vel vor wen zal zor zu".split()
 )
-DISTINCT = len(SYLLABLES) ** 4
-_STEP = 2_641_337  # shares no factor with DISTINCT, so i -> i * _STEP is a permutation
+_STEP, _START = 2_641_337, 1_234_567  # no factor in common with 50, so i -> i * _STEP permutes all names of a length
 TRADES = ("baker", "cooper", "dyer", "glazier", "miller", "potter", "saddler", "smith", "tanner", "weaver")
 FACTS = (  # what is asked, and three ways to say it; {a} is the answer
     (
@@ -59,11 +58,11 @@ def text(seed: int, index: int) -> Text:
 
     Args:
         seed: another seed gives other people and other facts.
-        index: 0 or more; below `DISTINCT` no two texts share a surname.
+        index: 0 or more.
     """
     draw = Random(f"latentmem/synthetic/{seed}/{index}")
-    who = f"{_word(draw, 2)} {_surname(seed, index)}"
-    answers = (_word(draw, 3), draw.randint(1100, 1990), draw.randint(100, 999), _word(draw, 3), _word(draw, 3))
+    who = _person(seed, index)
+    answers = (_word(draw), draw.randint(1100, 1990), draw.randint(100, 999), _word(draw), _word(draw))
     sentences, questions = [], []
     for number, ((question, *ways), answer) in enumerate(zip(FACTS, answers, strict=True)):
         sentences.append(draw.choice(ways).format(who=who, a=answer))
@@ -73,14 +72,18 @@ def text(seed: int, index: int) -> Text:
     return Text(f"synthetic-{seed}-{index}", " ".join([opening, *sentences]), tuple(questions))
 
 
-def _word(draw: Random, syllables: int) -> str:
-    return "".join(draw.choice(SYLLABLES) for _ in range(syllables)).capitalize()
+def _word(draw: Random) -> str:
+    return "".join(draw.choice(SYLLABLES) for _ in range(3)).capitalize()
 
 
-def _surname(seed: int, index: int) -> str:
-    number = (index + seed * 7919 + 1_234_567) * _STEP % DISTINCT
+def _person(seed: int, index: int) -> str:
+    base, length = len(SYLLABLES), 3
+    while index >= base**length:
+        index -= base**length
+        length += 1
+    number = (index + seed * 7919 + _START) * _STEP % base**length
     word = ""
-    for _ in range(4):
-        number, syllable = divmod(number, len(SYLLABLES))
+    for _ in range(length):
+        number, syllable = divmod(number, base)
         word += SYLLABLES[syllable]
     return word.capitalize()
