@@ -22,6 +22,7 @@ import transformers
 from rich.progress import Progress
 
 import latentmem
+from latentmem.evaluate.stats import mean
 from latentmem.prompts import Prompts, Style
 
 WRAPS = ("raw", "system", "user")
@@ -54,10 +55,8 @@ def samples(count: int, seed: int) -> list[dict]:
 
 def interval(values: list[float]) -> str:
     """Mean and its 95% bootstrap interval over questions."""
-    x = np.asarray(values)
-    means = x[np.random.default_rng(0).integers(0, len(x), (2000, len(x)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return f"{x.mean():.3f} [{low:.3f}, {high:.3f}]"
+    found = mean(values, range(len(values)))
+    return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
 
 def measure(llm: latentmem.MemoryModel, memory: latentmem.Memory, prompt: list[int], answer: str) -> dict[str, float]:

@@ -40,6 +40,11 @@ def hand_over(text_keys: Tensor, keys: Tensor, values: Tensor) -> None:
     _handed.memory = (text_keys, keys, values)
 
 
+def begin() -> None:
+    """Forget what a pass that was broken off in this thread handed over; called where a new cache is made."""
+    _handed.memory = None
+
+
 def attend(
     module: torch.nn.Module,
     query: Tensor,

@@ -55,18 +55,26 @@ def draw(lines: Sequence[Line], title: str, path: Path) -> None:
 def _curves(axis: Any, some: Sequence[Line]) -> None:
     steps = sorted({t for line in some for t in line.cells})
     places = {t: i for i, t in enumerate(steps)}  # steps grow geometrically: even places are easier to read than a log
-    for line in some:
+    for number, line in enumerate(line for line in some if line.kind == "row"):
         cells: list[tuple[int, Estimate]] = sorted(line.cells.items())
         if line.row in CONSTANT:
             cells = [(t, cells[0][1]) for t in steps]
-        x = [places[t] for t, _ in cells]
-        means, colour = [c.mean for _, c in cells], COLOURS[line.row]
-        if line.kind == "bound":
-            if line.fill == "full":
-                axis.plot(x, means, ":", color=colour, label="if knowing went with the slots")
-            continue
-        style = "--" if line.fill == "empty" else "-"
-        marker = "o" if line.row == OURS else None
-        axis.plot(x, means, style, marker=marker, ms=4, lw=1.6, color=colour, label=line.name)
-        axis.fill_between(x, [c.low for _, c in cells], [c.high for _, c in cells], color=colour, alpha=0.12, lw=0)
+        x = [places[t] + 0.035 * (number - 3) for t, _ in cells]  # a little apart, so that the intervals can be told
+        axis.errorbar(
+            x,
+            [cell.mean for _, cell in cells],
+            [[cell.mean - cell.low for _, cell in cells], [cell.high - cell.mean for _, cell in cells]],
+            color=COLOURS[line.row],
+            label=line.name,
+            linestyle="--" if line.fill == "empty" else "-",
+            linewidth=2 if line.row == OURS else 1.2,
+            marker="o" if line.row == OURS else ".",
+            markersize=5,
+            elinewidth=0.8,
+        )
+    for line in some:
+        if line.kind == "bound" and line.fill == "full":
+            points = sorted(line.cells.items())
+            x, y = [places[t] for t, _ in points], [cell.mean for _, cell in points]
+            axis.plot(x, y, ":", color=COLOURS[OURS], label="if knowing went with the slots")
     axis.set_xticks(range(len(steps)), [str(t) for t in steps])

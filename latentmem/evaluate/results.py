@@ -45,9 +45,16 @@ def _commit() -> str:
     return found.stdout.strip() if tracked.returncode == 0 else ""
 
 
-def write(folder: Folder, records: list[Record], data: QuestionSet) -> list[summary.Line]:
-    """Compute the summary of all records and write it in four forms."""
+def write(folder: Folder, data: QuestionSet) -> list[summary.Line]:
+    """Compute the summary of all records that are finished and write it in four forms.
+
+    Returns:
+        The lines of all tables; none, and nothing is written, before two texts are finished.
+    """
+    records = [record for unit in folder.done().values() for record in unit]
     lines = summary.lines(records)
+    if not lines:
+        return []
     config, last = folder.config, folder.runs[-1]
     shown = {"squad": "SQuAD", "nq": "Natural Questions", "synthetic": "synthetic facts"}[data.name]
     title = f"Knowledge retention: {config['model']['name']}, {shown}"
@@ -55,7 +62,7 @@ def write(folder: Folder, records: list[Record], data: QuestionSet) -> list[summ
     facts = {
         "command": last["command"],
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "questions": f"{questions} of {len(data.texts)} texts; {data.source}",
+        "questions": f"{questions} questions about {len(data.texts)} texts; {data.source}",
         "adapters": config["model"]["adapters"] or "none, untrained",
         "dtype": config["model"]["dtype"],
         "intervals": "95%, bootstrap over texts",

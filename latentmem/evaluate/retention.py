@@ -102,6 +102,7 @@ class Retention:
         self._dead = lru_cache(maxsize=4)(self._zeroed)
         self._ids = lru_cache(maxsize=None)(partial(written, llm))
         self._shared = lru_cache(maxsize=8)(partial(in_context, llm))
+        self._seen: dict[tuple[str, str], Answer] = {}  # (question, passage) -> answer
         for N in self._capacities:
             self._check_supply(N)
 
@@ -146,11 +147,11 @@ class Retention:
 
     def _constant(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
         """Rows that no step changes: floor, oracle, dead memory."""
-        if row == "dead":
-            context = self.llm.behind(self._dead(N))
+        if row == "oracle":
+            answers = self._ask_found([text.text] * len(text.questions), text.questions)
         else:
-            context = in_context(self.llm, self._ids(text.text) if row == "oracle" else ())
-        answers = self._ask(context, text.questions)
+            context = self.llm.behind(self._dead(N)) if row == "dead" else in_context(self.llm, ())
+            answers = self._ask(context, text.questions)
         yield from _records(text.questions, answers, row=row, N=N, fill=fill, text=text.id)
 
     def _ours(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
@@ -176,11 +177,10 @@ class Retention:
             yield from _records(text.questions, answers, row=row, N=N, fill=fill, step=t, text=text.id, left=left)
 
     def _bm25(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
-        seen: dict[tuple[str, str], Answer] = {}
         for t in self.settings.own:
             library = [*self._filler(N), text.text, *(self._other(j) for j in range(t))]
             found = _find(library, [q.question for q in text.questions])
-            answers = self._ask_found(found, text.questions, seen)
+            answers = self._ask_found(found, text.questions)
             for question, answer, passage in zip(text.questions, answers, found, strict=True):
                 left = float(passage == text.text)
                 yield from _records([question], [answer], row=row, N=N, fill=fill, step=t, text=text.id, left=left)
@@ -195,7 +195,6 @@ class Retention:
         memory = memory if segment else replace(memory, seed=_seed(self.settings.seed, "stream"))
         steps = range(start, min(start + SEGMENT, len(texts) + max(ages)))
         filler = list(self._filler(N))
-        seen: dict[tuple[str, str], Answer] = {}
         line = [texts[j].text if j < len(texts) else self._other(j - len(texts)) for j in range(steps.stop)]
         for step in steps:
             memory = self._write(memory, line[step], texts[step].id if step < len(texts) else "unrelated")
@@ -219,7 +218,7 @@ class Retention:
                 left["window"] = [_in_window(N, newer[age], len(self._ids(text.text))) for age, text in facts]
             if "bm25" in self.settings.rows:
                 found = _find(library, [q.question for q in asked]) if asked else []
-                answers["bm25"] = self._ask_found(found, asked, seen)
+                answers["bm25"] = self._ask_found(found, asked)
                 left["bm25"] = [float(passage == text.text) for passage, (_, text) in zip(found, facts, strict=True)]
             for row, given in answers.items():
                 for (age, text), question, answer, share in zip(facts, asked, given, left[row], strict=True):
@@ -284,10 +283,9 @@ class Retention:
         memory = self._full(N)
         return replace(memory, slots=torch.zeros_like(memory.slots))
 
-    def _ask_found(
-        self, found: list[str], questions: Sequence[Question], seen: dict[tuple[str, str], Answer]
-    ) -> list[Answer]:
-        """Ask each question behind the passage that was found for it; `seen` keeps what was asked before."""
+    def _ask_found(self, found: list[str], questions: Sequence[Question]) -> list[Answer]:
+        """Ask each question behind the passage that was found for it; what was asked before is kept."""
+        seen = self._seen
         for passage in dict.fromkeys(found):
             new = [q for q, p in zip(questions, found, strict=True) if p == passage and (q.id, p) not in seen]
             if new:
@@ -323,10 +321,13 @@ def measure(
         The lines of all tables.
 
     Raises:
+        KeyboardInterrupt: stopped; the tables then show what was finished, and the next run goes on from there.
         ValueError: the folder holds another run, or settings that do not fit the model or the data.
     """
     if workers > 1 and loading is None:
         raise ValueError("more than one worker needs `loading`, the arguments with which they load the model.")
+    if len(data.texts) < 2:
+        raise ValueError("one text has no interval, and without an interval there is no result: take more questions.")
     worker = Retention(llm, data, settings, out)
     config = {
         "protocol": "retention",
@@ -342,10 +343,14 @@ def measure(
         },
     }
     folder = runner.Folder(out, config, results.this_run(command))
-    records = runner.run(folder, worker, _make, (loading, data, settings, out), workers, progress)
+    try:
+        runner.run(folder, worker, _make, (loading, data, settings, out), workers, progress)
+    except KeyboardInterrupt:
+        results.write(folder, data)  # of what is finished; the next run goes on
+        raise
     for file in out.glob("stream-*.safetensors"):
         file.unlink()
-    return results.write(folder, records, data)
+    return results.write(folder, data)
 
 
 def _make(loading: dict[str, Any], data: QuestionSet, settings: Settings, folder: Path) -> Retention:

@@ -85,8 +85,8 @@ class Folder:
 
 def run(
     folder: Folder, here: Worker, make: Callable[..., Worker], args: Sequence[Any], workers: int, progress: Progress
-) -> list[Record]:
-    """Do all units that are not done yet, and return all records in the order of the units.
+) -> None:
+    """Do all units that are not done yet.
 
     Args:
         here: a worker in this process; it does the work if `workers` is 1.
@@ -111,7 +111,6 @@ def run(
     else:
         for unit, records in _spread(todo, waiting, make, args, workers):
             finish(unit, records)
-    return [record for unit in everything for record in done[unit]]
 
 
 def _spread(

@@ -58,4 +58,4 @@ def _sums(values: Sequence[float], groups: Sequence[Hashable]) -> np.ndarray[Any
     sums: dict[Hashable, float] = {}
     for value, group in zip(values, groups, strict=True):
         sums[group] = sums.get(group, 0.0) + value
-    return np.array(list(sums.values()))
+    return np.array([sums[group] for group in sorted(sums, key=str)])  # the same draws in whatever order they came
