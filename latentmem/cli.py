@@ -334,19 +334,23 @@ def retention(
     drawn: dict[str, Any] = {"questions": questions, "per_text": per_text, "seed": seed}
     chosen = sets.load(data, lambda text: len(prompts.text(text)), **drawn)
     count = workers or ((os.cpu_count() or 1) if llm.decoder.device.type == "cpu" else 1)
-    with _progress("units") as progress:
-        task = progress.add_task(f"retention on {data}", total=None)
-        lines = measure(
-            llm,
-            chosen,
-            settings,
-            out,
-            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            drawn=drawn,
-            workers=count,
-            loading=loading,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+    try:
+        with _progress("units") as progress:
+            task = progress.add_task(f"retention on {data}", total=None)
+            lines = measure(
+                llm,
+                chosen,
+                settings,
+                out,
+                command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                drawn=drawn,
+                workers=count,
+                loading=loading,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+    except KeyboardInterrupt:
+        _error(f"stopped; what is finished is in {out}, and the same command goes on from there.")
+        raise typer.Exit(130) from None
     for title, table in terminal(lines):
         typer.echo(f"\n{title}")
         _print(table)

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from latentmem.adapters import READ, WRITE, Adapters, bits, changes
+from latentmem.core import attention
 from latentmem.core import memory as memories
-from latentmem.core.attention import choose
 from latentmem.core.memory import Memory
 from latentmem.core.prefix import KV, Decoder, Prefix, attention_mask, functional_cache, memory_cache, read
 from latentmem.core.write import first_states, write_exact, write_paper
@@ -107,7 +107,7 @@ class MemoryModel:
         self.base, self.tokenizer, self.name = base.eval(), tokenizer, name
         self.identity = identity or fingerprint(base)
         base.requires_grad_(False)
-        choose(base)
+        attention.choose(base)
         self.decoder = Decoder(base)
         self.adapters, self.trained = adapters, trained
         self.prompts = Prompts(tokenizer, style) if tokenizer is not None else None
@@ -281,7 +281,8 @@ class MemoryModel:
         tokens = self._ids(ids)[None]
         self._fits(memory, tokens.shape[1])
         if memory.M == 0:
-            return self.base(input_ids=tokens, use_cache=False).logits[0]
+            with self._using(None):
+                return self.base(input_ids=tokens, use_cache=False).logits[0]
         with self._using(READ):
             cache = self._functional(memory) or self._prefix(memory).cache(store=False)
             mask = attention_mask(cache, tokens)
@@ -631,6 +632,8 @@ class MemoryModel:
         return functional_cache(self.decoder, hidden, reading)
 
     def _using(self, adapter: str | None) -> contextlib.AbstractContextManager[None]:
+        """Around every pass: under this adapter, and without what a pass that was broken off has left."""
+        attention.begin()
         return self.adapters.use(adapter) if self.adapters else contextlib.nullcontext()
 
     def _ids(self, ids: Ids) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from latentmem.core.attention import NAME
 from latentmem.loading import SUPPORTED, check_supported
 from latentmem.model import MemoryModel
 from latentmem.testing import tiny_model
@@ -26,11 +27,11 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", NAME])
 @pytest.mark.parametrize("family", SUPPORTED)
 @torch.no_grad()
 def test_the_law_holds_in_one_piece_and_in_many(family, attention):
-    if (family, attention) == ("gemma2", "sdpa"):
+    if family == "gemma2" and attention != "eager":
         pytest.skip("transformers has no sdpa for gemma2")
     model = tiny_model(family, attention=attention, **OPTIONS.get(family, {}))
     llm = MemoryModel(model, first_token=1)

@@ -29,7 +29,9 @@ def test_every_command_and_option_that_is_shown_exists():
     shown = [words for words in shown if not words[0].endswith("/")]
     assert {words[1] for words in shown} == set(commands)
     for words in shown:
-        options = {option for parameter in commands[words[1]].params for option in parameter.opts}
+        command = commands[words[1]]
+        command = command.commands[words[2]] if hasattr(command, "commands") else command
+        options = {option for parameter in command.params for option in parameter.opts}
         assert {w for w in words if re.fullmatch(r"--[a-z-]+", w)} - options <= {"--text;", "--json"}
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from latentmem.core.attention import NAME
 from latentmem.core.memory import Memory, draw, kept, update
 from latentmem.core.prefix import Decoder, attention_mask, read
 from latentmem.core.write import write_paper
@@ -18,7 +19,7 @@ from latentmem.model import MemoryModel, Trained, fingerprint
 from latentmem.testing import byte_tokenizer, tiny_model
 
 N, K = 12, 4
-ATTENTION = ("sdpa", "eager")
+ATTENTION = ("sdpa", "eager", NAME)
 FIRST = 1  # the sink's token: bos of the tiny model
 A = [7, 91, 33, 250, 18, 64, 5, 5, 120, 77, 201]
 Q = [40, 9, 133, 8, 222]

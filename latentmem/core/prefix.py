@@ -251,7 +251,6 @@ def read(decoder: Decoder, first: Tensor, slots: Tensor) -> Prefix:
 
 def memory_cache(kv: Sequence[Callable[[], KV]], length: int, decoder: Decoder, *, store: bool) -> Cache:
     """A fresh cache that shows each layer a prefix in front of its text; see `MemoryLayer`."""
-    attention.begin()
     apart = decoder.model.config._attn_implementation == attention.NAME
     return Cache(layers=[MemoryLayer(make, length, store=store, apart=apart) for make in kv])
 

@@ -201,9 +201,7 @@ def sections(part: Sequence[Line]) -> list[tuple[str, list[Line]]]:
 
 def label(line: Line) -> str:
     """How a line is called in a table."""
-    return {"relative": f"{line.name} / oracle", "bound": f"bound: {line.name} if it went with slots"}.get(
-        line.kind, line.name
-    )
+    return {"relative": f"{line.name} / oracle", "bound": f"bound for {line.name}"}.get(line.kind, line.name)
 
 
 def terminal(found: Sequence[Line]) -> Iterator[tuple[str, Table]]:
@@ -221,7 +219,8 @@ def terminal(found: Sequence[Line]) -> Iterator[tuple[str, Table]]:
 
 def cell_text(cell: Estimate) -> str:
     """Mean and interval, two decimals."""
-    return f"{cell.mean:.2f} [{cell.low:.2f}, {cell.high:.2f}]"
+    mean, low, high = (f"{round(x, 2) + 0.0:.2f}" for x in (cell.mean, cell.low, cell.high))  # + 0.0: no -0.00
+    return f"{mean} [{low}, {high}]"
 
 
 def _table(some: Sequence[Line]) -> str:
