@@ -19,11 +19,11 @@ COLOURS = {  # of Okabe and Ito, told apart by all eyes
 }
 
 
-def draw(lines: Sequence[Line], title: str, path: Path) -> None:
-    """Draw the curves of all parts with their intervals into a PNG.
+def require() -> Any:
+    """Matplotlib's pyplot.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        ValueError: it is not installed.
     """
     try:
         import matplotlib
@@ -32,6 +32,12 @@ def draw(lines: Sequence[Line], title: str, path: Path) -> None:
         from matplotlib import pyplot
     except ImportError:
         raise ValueError("the plot needs matplotlib: run `pip install 'latentmem[eval]'`.") from None
+    return pyplot
+
+
+def draw(lines: Sequence[Line], title: str, path: Path) -> None:
+    """Draw the curves of all parts with their intervals into a PNG."""
+    pyplot = require()
     parts = list(dict.fromkeys((line.N, line.stream) for line in lines))
     figure, axes = pyplot.subplots(
         len(METRICS), len(parts), figsize=(1.5 + 5 * len(parts), 10), squeeze=False, sharey="row", layout="constrained"

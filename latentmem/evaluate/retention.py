@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from latentmem.core.memory import Memory
-from latentmem.evaluate import results, runner
+from latentmem.evaluate import plots, results, runner
 from latentmem.evaluate.asking import NEW_TOKENS, Answer, ask, in_context, written
 from latentmem.evaluate.questions import LONGEST, Question, QuestionSet, Text
 from latentmem.evaluate.summary import Line
@@ -37,6 +37,7 @@ ROWS = ("floor", "dead", "oracle", "window", "bm25", "ours")
 FILLS = ("full", "empty")
 OWN_RUN = 50  # steps up to which every sample has its own run
 SEGMENT = 20  # steps of a stream that are one unit of work
+CHOSEN = ("rows", "fills", "capacities")  # settings that choose units and change none: a later run may add to them
 Unit = tuple[Any, ...]  # (row, N, fill, index of the text), or ("stream", N, segment)
 Record = dict[str, Any]
 
@@ -103,6 +104,8 @@ class Retention:
         self._ids = lru_cache(maxsize=None)(partial(written, llm))
         self._shared = lru_cache(maxsize=8)(partial(in_context, llm))
         self._seen: dict[tuple[str, str], Answer] = {}  # (question, passage) -> answer
+        if "bm25" in settings.rows:
+            _find(["a passage"], ["a question"])  # an error now, if it is not installed, and not after hours
         for N in self._capacities:
             self._check_supply(N)
 
@@ -199,6 +202,8 @@ class Retention:
         for step in steps:
             memory = self._write(memory, line[step], texts[step].id if step < len(texts) else "unrelated")
             due = [(age, texts[step - age]) for age in ages if 0 <= step - age < len(texts)]
+            if not due:
+                continue
             library = [*filler, *line[: step + 1]]
             ids: list[int] = []
             for passage in reversed(library):
@@ -217,7 +222,7 @@ class Retention:
                 newer = {age: sum(len(self._ids(other)) for other in line[step - age + 1 : step + 1]) for age, _ in due}
                 left["window"] = [_in_window(N, newer[age], len(self._ids(text.text))) for age, text in facts]
             if "bm25" in self.settings.rows:
-                found = _find(library, [q.question for q in asked]) if asked else []
+                found = _find(library, [q.question for q in asked])
                 answers["bm25"] = self._ask_found(found, asked)
                 left["bm25"] = [float(passage == text.text) for passage, (_, text) in zip(found, facts, strict=True)]
             for row, given in answers.items():
@@ -306,7 +311,9 @@ def measure(
     loading: dict[str, Any] | None = None,
     progress: runner.Progress = lambda done, total: None,
 ) -> list[Line]:
-    """Run the protocol, or go on with it, and write everything into a folder.
+    """Run the protocol, or go on with it, and write everything that the folder then holds.
+
+    A folder is about the same questions, steps and model; other rows, fills and capacities are added to it.
 
     Args:
         llm: the model; other processes load theirs anew.
@@ -328,11 +335,12 @@ def measure(
         raise ValueError("more than one worker needs `loading`, the arguments with which they load the model.")
     if len(data.texts) < 2:
         raise ValueError("one text has no interval, and without an interval there is no result: take more questions.")
+    plots.require()
     worker = Retention(llm, data, settings, out)
     config = {
         "protocol": "retention",
         "data": {"name": data.name, "source": data.source, "sha256": data.identity, **(drawn or {})},
-        "settings": asdict(settings),
+        "settings": {key: value for key, value in asdict(settings).items() if key not in CHOSEN},
         "model": {
             "name": llm.name,
             "sha256": llm.identity,
