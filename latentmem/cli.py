@@ -278,6 +278,7 @@ def doctor(
 _SHOWN = ("preset", "compression", "seed", "updates", "tokens", "model_name", "model", "adapters", "version", "parent")
 
 
+ALL_STEPS = "0,1,2,5,10,20,50"
 _LIKE_A_PATH = re.compile(r"^(/|~|\.\.?/)|\.[A-Za-z]\w{0,4}$")
 
 
@@ -287,8 +288,10 @@ def retention(
     data: Annotated[str, typer.Option(help="squad, nq or synthetic.")] = "synthetic",
     questions: Annotated[int, typer.Option(min=1, help="How many questions.")] = 200,
     per_text: Annotated[int | None, typer.Option(min=1, help="Questions of each text [5; nq 1].")] = None,
-    steps: Annotated[str, typer.Option(help="Texts written in between, by which to ask.")] = "0,1,2,5,10,20,50",
-    capacity: Annotated[str, typer.Option("--capacity", "-N", help="Slots per layer.")] = "1024,2048",
+    steps: Annotated[str, typer.Option(help="Texts written in between, by which to ask.")] = ALL_STEPS,
+    capacity: Annotated[
+        str, typer.Option("--capacity", "-N", help="Slots per layer; a checkpoint has its own.")
+    ] = "1024,2048",
     fill: Annotated[str, typer.Option(help="The memory before the text: full, empty.")] = "full,empty",
     rows: Annotated[str, typer.Option(help="What is measured.")] = "floor,dead,oracle,window,bm25,ours",
     per_update: Annotated[int, typer.Option("--per-update", "-K", help="Slots that one update may write.")] = 512,
@@ -305,16 +308,18 @@ def retention(
     device: Device = None,
 ) -> None:
     """How much is still known of a text after others were written, beside floor, oracle, window and BM25."""
-    import os
     import shlex
 
     import latentmem
     from latentmem.evaluate import questions as sets
+    from latentmem.evaluate import runner
     from latentmem.evaluate.asking import NEW_TOKENS
     from latentmem.evaluate.retention import Settings, measure
     from latentmem.evaluate.summary import terminal
 
     if quick:
+        if (questions, steps, capacity) != (200, ALL_STEPS, "1024,2048"):
+            raise ValueError("--quick chooses --questions, --steps and --capacity itself: leave it or them out.")
         questions, steps, capacity = 50, "0,1,5,20", "1024"
     per_text = per_text or (1 if data == "nq" else 5)
     settings = Settings(
@@ -333,9 +338,9 @@ def retention(
     prompts = llm.prompts_or_raise()
     drawn: dict[str, Any] = {"questions": questions, "per_text": per_text, "seed": seed}
     chosen = sets.load(data, lambda text: len(prompts.text(text)), **drawn)
-    count = workers or ((os.cpu_count() or 1) if llm.decoder.device.type == "cpu" else 1)
+    count = workers or (runner.cores() if llm.decoder.device.type == "cpu" else 1)
     try:
-        with _progress("units") as progress:
+        with _progress("units", seconds=3600) as progress:
             task = progress.add_task(f"retention on {data}", total=None)
             lines = measure(
                 llm,
@@ -517,12 +522,14 @@ def _versions() -> str:
     return f"latentmem {latentmem.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
-def _progress(unit: str = "tokens") -> Any:
+def _progress(unit: str = "tokens", seconds: float = 30) -> Any:
+    """A bar with the time left, estimated from the speed of the last seconds."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, speed_estimate_period=seconds)
 
 
 def _print(renderable: Any) -> None:

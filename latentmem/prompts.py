@@ -90,6 +90,14 @@ class Prompts:
             return self._bos(bare) + self.text(BASE_QUESTION.format(question=question))
         return self.chat([{"role": "user", "content": self.style.question.format(question=question)}], bare=bare)
 
+    def answer(self, question: str, answer: str) -> list[int]:
+        """Ids of an answer as it stands behind its question; without a chat template a space is in between."""
+        if self.chats:
+            return self.text(answer)
+        asked = BASE_QUESTION.format(question=question)
+        before, both = self.text(asked), self.text(f"{asked} {answer}")
+        return both[len(before) :] if both[: len(before)] == before else self.text(f" {answer}")
+
     def chat(self, messages: list[Message], *, bare: bool) -> list[int]:
         """Ids of a conversation, ready for the assistant's turn; contents stay plain text."""
         if not self.chats:

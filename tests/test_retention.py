@@ -12,7 +12,7 @@ import torch
 
 from latentmem import cli
 from latentmem.core import memory as memories
-from latentmem.evaluate import retention, runner, summary
+from latentmem.evaluate import plots, questions, retention, runner, summary
 from latentmem.evaluate.asking import ask
 from latentmem.evaluate.questions import Question, QuestionSet, Text
 from latentmem.evaluate.retention import ROWS, Retention, Settings, measure
@@ -40,6 +40,18 @@ def made(texts=4, unrelated=12):
     return QuestionSet("synthetic", "made up", tuple(map(text, range(texts))), tuple(others))
 
 
+@pytest.fixture(autouse=True)
+def unplotted(request, monkeypatch):
+    """Plots take longer than all else: only a test that asks for `plotted` draws them."""
+    if "plotted" not in request.fixturenames:
+        monkeypatch.setattr(plots, "draw", lambda lines, title, path: path.write_bytes(b"no plot"))
+
+
+@pytest.fixture
+def plotted():
+    """Plots are drawn."""
+
+
 # --- models whose answers are known ---------------------------------------------------------------------------------
 
 
@@ -49,21 +61,22 @@ class Words:
     chats, style, opening = True, Style(), [1]
 
     def __init__(self):
-        self.words = ["nothing", "<opening>"]
+        self.ids = {"nothing": 0, "<opening>": 1}
 
     def text(self, text):
-        for word in text.split():
-            if word not in self.words:
-                self.words.append(word)
-        return [self.words.index(word) for word in text.split()]
+        return [self.ids.setdefault(word, len(self.ids)) for word in text.split()]
 
     written = text
+
+    def answer(self, question, answer):
+        return self.text(answer)
 
     def question(self, question, *, bare):
         return [*([] if bare else self.opening), *self.text(question)]
 
     def decode(self, ids, skip_special_tokens):
-        return " ".join(self.words[i] for i in ids)
+        words = list(self.ids)
+        return " ".join(words[i] for i in ids)
 
 
 class StandIn:
@@ -74,6 +87,7 @@ class StandIn:
 
     name, identity, tokenizer_identity, adapters, trained = "stand-in", "none", "words", None, None
     decoder = SimpleNamespace(dtype=torch.float32)
+    limit = 1_000  # positions
 
     def __init__(self, data):
         self.prompts = self.tokenizer = Words()
@@ -105,18 +119,15 @@ class StandIn:
 
     def plain(self, ids):
         assert not ids or (ids[0] == 1 and 1 not in ids[1:])
-        return SimpleNamespace(length=len(ids), layers=[list(ids[1:])], memory=None)
+        return SimpleNamespace(length=len(ids), layers=[list(ids[1:])], memory=None, room=self.limit - len(ids))
 
     def looked_up(self, context, ids):
         """The text and the question, and the share of the text that the context holds, over all layers."""
         assert (ids[0] == 1) == (context.length == 0)  # all begins with the opening, or with a memory
         text, question = self.of[tuple(ids[ids[0] == 1 :])]
         words = set(self.prompts.text(text.text))
-        return (
-            text,
-            question,
-            sum(len(words & set(layer)) / len(words) for layer in context.layers) / len(context.layers),
-        )
+        held = sum(len(words & set(layer)) for layer in context.layers)
+        return text, question, held / (len(words) * len(context.layers))
 
     def score_rows(self, context, ids, answers):
         found = []
@@ -284,17 +295,14 @@ def test_slots_are_lost_at_random_as_the_paper_counts(tmp_path):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_where_knowing_goes_with_the_slots_the_bound_is_met(tmp_path, stream):
-    settings = Settings(steps=(0, 1, 2), capacities=(40, 50), stream=stream)
+    settings = Settings(steps=(0, 1, 2), capacities=(40, 50), rows=("floor", "oracle", "ours"), stream=stream)
     lines = measure(Knowing(made(6)), made(6), settings, tmp_path / "run")
     rows = {
         (x.N, x.fill): x for x in lines if (x.kind, x.row, x.metric, x.filtered) == ("row", "ours", "loglik", False)
     }
     bounds = {(x.N, x.fill): x for x in lines if (x.kind, x.metric) == ("bound", "loglik")}
-    assert (
-        set(rows)
-        == set(bounds)
-        == {(N, fill) for N in (40, 50) for fill in (("full",) if stream else ("full", "empty"))}
-    )
+    fills = ("full",) if stream else ("full", "empty")
+    assert set(rows) == set(bounds) == {(N, fill) for N in (40, 50) for fill in fills}
     for key, row in rows.items():
         assert list(row.cells) == list(bounds[key].cells) == [0, 1, 2]
         for t, cell in row.cells.items():
@@ -309,9 +317,7 @@ def test_where_knowing_goes_with_the_slots_the_bound_is_met(tmp_path, stream):
 def test_a_model_that_knows_nothing_scores_the_floor_in_every_row(tmp_path, model, stream):
     data = made()
     lines = measure(model(data), data, Settings(steps=(0, 1, 2), capacities=(20, 40), stream=stream), tmp_path / "run")
-    records = [
-        r for part in runner.Folder.done(SimpleNamespace(records=tmp_path / "run/records.jsonl")).values() for r in part
-    ]
+    records = [record for part in finished(tmp_path / "run").values() for record in part]
     hits = {"q0-0"} if model is Parrot else set()
     assert {r["question"] for r in records if r["hit"]} == hits and {r["row"] for r in records} == set(ROWS)
     by_question = {(r["question"], r["hit"], r["accuracy"], r["loglik"], r["said"]) for r in records}
@@ -334,24 +340,19 @@ def test_a_model_that_knows_nothing_scores_the_floor_in_every_row(tmp_path, mode
 
 def test_all_samples_get_the_same_other_texts_in_one_order_and_a_filler_that_is_none_of_them(tmp_path):
     llm = Knowing(made(3, 12))
-    work(llm, Settings(steps=(0, 1, 2, 4), capacities=(60,)), tmp_path)
-    ages = {}
+    work(llm, Settings(steps=(0, 1, 2, 4), capacities=(60,), rows=("dead", "ours")), tmp_path)
+    newest = Counter()  # (the text that was asked for, the text whose word is the last slot)
     for question, context in llm.asked:
-        text = int(question[1])
-        newest = [llm.places.get(layer[-1]) if layer else None for layer in context.layers]
-        ages.setdefault(text, []).append((len(set(newest)), newest[0]))
-        if context.memory is not None and context.memory.updates and context.memory.sources[0].name == "filler":
-            names = [s.name for s in context.memory.sources]
+        (last,) = {layer[-1] for layer in context.layers}
+        newest[int(question[1]), llm.places.get(last)] += 1
+        names = [source.name for source in context.memory.sources]
+        if "filler" in names:
             assert names in (["filler"], ["filler", "target"], ["filler", "target", "unrelated"])
-            filler = {llm.places[i] for i in context.layers[0] if i} - {text} - {3, 4, 5, 6}
-            assert filler <= {7, 8, 9}  # the first three behind those that are kept for the steps
-    for text, found in ages.items():
-        assert all(layers == 1 for layers, _ in found)
-        newest = Counter(place for _, place in found)
-        # two questions at each step: in ours twice and in the window; the oracle, and all four steps of BM25
-        assert {place: newest[place] for place in (3, 4, 6)} == {3: 6, 4: 6, 6: 6}
-        assert newest[text] == 6 + 2 + 8 and not newest[5]
-        assert newest[None] == 2 + 2  # floor, and dead slots
+            others = {llm.places[i] for layer in context.layers for i in layer if i} - {int(question[1]), 3, 4, 5, 6}
+            assert others <= {7, 8, 9}  # the first three behind the four that are kept for the steps
+    # two questions, full and empty at first, at the steps 0, 1, 2 and 4; dead slots are no text's
+    asked = {(text, place): 4 for text in range(3) for place in (text, 3, 4, 6)}
+    assert newest == asked | {(text, None): 2 for text in range(3)}
 
 
 def test_a_checkpoint_keeps_its_own_pool_and_capacity(tmp_path):
@@ -395,25 +396,18 @@ def test_steps_beyond_fifty_go_to_a_stream():
 @pytest.mark.parametrize(("steps", "stream"), [((0, 1, 51), False), ((51, 53), False), ((0, 1, 3), True)])
 def test_texts_of_a_stream_are_asked_at_their_age(tmp_path, steps, stream):
     data = made(24 if stream else 4)
-    settings = Settings(steps=steps, capacities=(40, 60), stream=stream)
+    settings = Settings(steps=steps, capacities=(40,), stream=stream)
     llm = Knowing(data)
     records = work(llm, settings, tmp_path)
     streamed = [r for r in records if r.get("stream")]
     ages = settings.streamed
     assert {r["step"] for r in records if "step" in r and not r.get("stream")} == set(settings.own)
-    expected = Counter(
-        {
-            (row, N, t, q.id): 1
-            for row in ROWS[3:]
-            for N in (40, 60)
-            for t in ages
-            for x in data.texts
-            for q in x.questions
-        }
-    )
-    assert Counter((r["row"], r["N"], r["step"], r["question"]) for r in streamed) == expected
+    every = [q.id for text in data.texts for q in text.questions]
+    expected = {(row, t, question): 1 for row in ("window", "bm25", "ours") for t in ages for question in every}
+    assert Counter((r["row"], r["step"], r["question"]) for r in streamed) == expected
     for record in streamed:
-        assert record["left"] == pytest.approx(seen(record), abs=1e-5) and record["M"] == record["N"]
+        assert record["left"] == pytest.approx(seen(record), abs=1e-5)
+        assert record.get("M", 40) == record["N"] and ("M" in record) == (record["row"] == "ours")
         if record["row"] == "window":
             assert record["left"] == (LENGTH * (record["step"] + 1) <= record["N"])
         assert record["row"] != "bm25" or record["left"] == 1
@@ -461,7 +455,7 @@ def interrupted(kind, monkeypatch, llm):
                 return add(self, unit, records)
             if kind == "while a line is written":
                 with self.records.open("a") as file:
-                    file.write('{"unit": ["stream", 40, 1], "records": [{"row": "our')
+                    file.write('{"unit": ["stream", "ours", 40, 1], "records": [{"row": "our')
             return stop()
 
         monkeypatch.setattr(runner.Folder, "add", broken)
@@ -476,13 +470,13 @@ def stop():
     "kind", ["between two units", "within a segment", "before a line is written", "while a line is written"]
 )
 def test_a_stream_that_was_killed_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, kind):
-    data, settings = made(24), Settings(steps=(0, 2, 51), capacities=(40,))
+    data, settings = made(), Settings(steps=(0, 2, 51), capacities=(40,))
     whole = measure(Knowing(data), data, settings, tmp_path / "whole")
     llm = Knowing(data)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         measure(llm, data, settings, tmp_path / "parts", **interrupted(kind, patch, llm))
     done, units = finished(tmp_path / "parts"), counted(monkeypatch)
-    assert list(done) == [("stream", 40, 0)]
+    assert list(done) == [("stream", "ours", 40, 0)]
     assert measure(llm, data, settings, tmp_path / "parts") == whole
     assert finished(tmp_path / "parts") == finished(tmp_path / "whole")
     assert set(units) == set(finished(tmp_path / "whole")) - set(done) and len(units) == len(set(units))
@@ -523,6 +517,16 @@ def small(texts=3):
     return QuestionSet("synthetic", "made up", chosen, others)
 
 
+def filler(llm, data, settings, N):
+    """The texts that fill a memory: behind those that are kept for the steps."""
+    texts, slots = [], 0
+    for text in data.unrelated[max(settings.steps) :]:
+        if slots < N:
+            texts.append(text)
+            slots += len(llm.prompts.text(text))
+    return texts
+
+
 @pytest.fixture(scope="module")
 def llm():
     tokenizer = byte_tokenizer()
@@ -534,7 +538,7 @@ def llm():
 def plainly(llm, before, question, answer, bare=True):
     """Token accuracy and log-likelihood of an answer behind text, by the plain model on all of it."""
     prompts = llm.prompts
-    target = prompts.text(answer)
+    target = prompts.text(answer if prompts.chats else f" {answer}")  # "Answer: gold"
     ids = [*before, *prompts.question(question, bare=bare), *target]
     logits = llm.base(torch.tensor([ids])).logits[0, -len(target) - 1 : -1]
     picked = logits.log_softmax(-1)[range(len(target)), target]
@@ -547,7 +551,10 @@ def test_a_memory_that_is_not_full_answers_as_the_text_itself(tmp_path, llm, cha
         llm = MemoryModel(llm.base, byte_tokenizer(chat=chat != "none"))
     data = small()
     records = work(
-        llm, Settings(steps=(0, 1, 2), capacities=(512,), fills=("empty",), rows=("oracle", "ours")), tmp_path, data
+        llm,
+        Settings(steps=(0, 1, 2), capacities=(256,), fills=("empty",), rows=("oracle", "ours"), new_tokens=6),
+        tmp_path,
+        data,
     )
     said = {(r["row"], r.get("step"), r["question"]): r for r in records}
     texts = [f"Context: {t.text}" if chat == "none" else t.text for t in data.texts]
@@ -583,14 +590,15 @@ def test_the_floor_is_the_plain_model_on_the_question_alone(tmp_path, llm):
 
 
 def test_the_window_is_the_last_tokens_of_all_and_bm25_the_text_itself(tmp_path, llm):
-    data, steps = small(), (0, 1, 2)
-    rows = ("oracle", "window", "bm25")
-    records = work(llm, Settings(steps=steps, capacities=(64,), rows=rows), tmp_path, data)
+    data = small()
+    settings = Settings(steps=(0, 1, 2), capacities=(64,), rows=("oracle", "window", "bm25"), new_tokens=3)
+    records = work(llm, settings, tmp_path, data)
     said = {(r["row"], r.get("step"), r["question"]): r for r in records}
     for text in data.texts:
         for question in text.questions:
-            for t in steps:
-                ids = [i for p in (*data.unrelated[2:6], text.text, *data.unrelated[:t]) for i in llm.prompts.text(p)]
+            for t in settings.steps:
+                passages = (*filler(llm, data, settings, 64), text.text, *data.unrelated[:t])
+                ids = [i for passage in passages for i in llm.prompts.text(passage)]
                 read = plainly(llm, [1, *ids[-64:]], question.question, question.answers[0])
                 found = said["window", t, question.id]
                 assert (found["accuracy"], found["loglik"]) == pytest.approx(read, abs=1e-3)
@@ -602,14 +610,12 @@ def test_the_window_is_the_last_tokens_of_all_and_bm25_the_text_itself(tmp_path,
 
 
 def test_what_is_measured_is_what_write_and_ask_give(tmp_path, llm):
-    data, settings = (
-        small(),
-        Settings(steps=(0, 2), capacities=(64,), K=32, seed=5, rows=("dead", "ours"), new_tokens=6),
-    )
+    data = small(2)
+    settings = Settings(steps=(0, 2), capacities=(64,), K=32, seed=5, rows=("dead", "ours"), new_tokens=6)
     records = work(llm, settings, tmp_path, data)
     said = {(r["row"], r["fill"], r.get("step"), r["question"]): r for r in records}
     full = llm.empty(N=64, K=32, seed=5)
-    for text in data.unrelated[2:5]:
+    for text in filler(llm, data, settings, 64):
         full = llm.write(full, text)
     assert full.M == 64
     dead = replace(full, slots=torch.zeros_like(full.slots))
@@ -633,7 +639,7 @@ def test_what_is_measured_is_what_write_and_ask_give(tmp_path, llm):
 
 
 def test_results_depend_neither_on_other_samples_nor_on_the_order_of_work(tmp_path, llm):
-    data, settings = small(), Settings(steps=(0, 1, 3), capacities=(48, 64))
+    data, settings = small(2), Settings(steps=(0, 2), capacities=(64,), new_tokens=2)
     worker = Retention(llm, data, settings, tmp_path)
     together = {unit: worker.run(unit) for unit in worker.units()}
     shuffled = worker.units()
@@ -647,7 +653,8 @@ def test_results_depend_neither_on_other_samples_nor_on_the_order_of_work(tmp_pa
 
 
 def test_the_seed_decides_every_drop(tmp_path, llm):
-    data, settings = small(), Settings(steps=(0, 1, 2), capacities=(64,), rows=("floor", "oracle", "window", "ours"))
+    data = small(2)
+    settings = Settings(steps=(0, 1), capacities=(64,), rows=("floor", "window", "ours"), new_tokens=2)
     first, same, other = (work(llm, replace(settings, seed=seed), tmp_path, data) for seed in (0, 0, 1))
     assert first == same
     assert [r for r in first if r["row"] != "ours"] == [r for r in other if r["row"] != "ours"]
@@ -661,7 +668,7 @@ def test_the_seed_decides_every_drop(tmp_path, llm):
 @pytest.mark.parametrize(("K", "compression"), [(512, 1), (16, 1), (24, 3)])
 def test_a_memory_that_is_full_at_first_stays_full(tmp_path, llm, K, compression):
     data = small(2)
-    settings = Settings(steps=(0, 1, 2), capacities=(64, 80), rows=("ours",), K=K, compression=compression)
+    settings = Settings(steps=(0, 1, 2), capacities=(64,), rows=("ours",), K=K, compression=compression, new_tokens=2)
     records = work(llm, settings, tmp_path, data)
     assert {r["M"] / r["N"] for r in records if r["fill"] == "full"} == {1.0}
     for record in records:
@@ -677,13 +684,14 @@ def test_a_memory_that_is_full_at_first_stays_full(tmp_path, llm, K, compression
 
 def test_a_stream_of_a_real_model_goes_on_after_a_kill(tmp_path, llm, monkeypatch):
     monkeypatch.setattr(retention, "SEGMENT", 2)
-    data, settings = small(), Settings(steps=(0, 2), capacities=(64,), stream=True)
+    data, settings = small(), Settings(steps=(0, 2), capacities=(64,), stream=True, new_tokens=3)
     whole = measure(llm, data, settings, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         measure(llm, data, settings, tmp_path / "parts", progress=lambda done, total: stop() if done == 1 else None)
     assert measure(MemoryModel(llm.base, llm.tokenizer), data, settings, tmp_path / "parts") == whole
     assert finished(tmp_path / "parts") == finished(tmp_path / "whole")
-    left = cells([r for part in finished(tmp_path / "whole").values() for r in part], "left", "row", "step")
+    records = [r for part in finished(tmp_path / "whole").values() for r in part]
+    left = cells([r for r in records if r["row"] == "ours"], "left", "row", "step")
     assert left["ours", 0] == 1 and 0 < left["ours", 2] < 0.6
 
 
@@ -745,7 +753,7 @@ def counted(monkeypatch):
     return units
 
 
-def test_a_run_leaves_everything_that_is_needed_to_look_at_it_and_to_check_it(tmp_path):
+def test_a_run_leaves_everything_that_is_needed_to_look_at_it_and_to_check_it(tmp_path, plotted):
     data, calls = made(), []
     llm = Knowing(data)
     says = llm.says
@@ -755,7 +763,7 @@ def test_a_run_leaves_everything_that_is_needed_to_look_at_it_and_to_check_it(tm
         llm, data, QUICK, out, command="latentmem eval this", drawn={"seed": 3}, progress=lambda *x: calls.append(x)
     )
     names = {"config.json", "records.jsonl", "summary.json", "table.md", "plot.png", "report.html"}
-    assert {p.name for p in out.iterdir()} == names
+    assert {p.name for p in out.iterdir() if p.name != runner.LOCK} == names
     units = Retention(llm, data, QUICK, out).units()
     assert list(finished(out)) == units and calls == [(i, len(units)) for i in range(len(units) + 1)]
     assert [r for part in finished(out).values() for r in part] == work(llm, QUICK, tmp_path)
@@ -771,7 +779,11 @@ def test_a_run_leaves_everything_that_is_needed_to_look_at_it_and_to_check_it(tm
     )
     assert found["samples"] == [[t.id, [q.id for q in t.questions]] for t in data.texts]
     table = (out / "table.md").read_text()
-    assert table.endswith(summary.markdown(lines)) and "8 of 4 texts" in table and "`latentmem eval this`" in table
+    assert (
+        table.endswith(summary.markdown(lines))
+        and "8 questions about 4 texts" in table
+        and "```\nlatentmem eval this\n```" in table
+    )
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "report.html").read_text()
     assert "&lt;b&gt;no&lt;/b&gt; &amp; idea" in page and "<b>" not in page and "http" not in page
@@ -795,23 +807,83 @@ def test_a_run_whose_last_line_was_torn_does_what_is_missing_and_no_more(tmp_pat
     assert [run["command"] for run in json.loads((out / "config.json").read_text())["runs"]] == ["", "", "once more"]
 
 
+ADDED = [  # what is added to the first
+    {"rows": ("floor", "bm25", "ours"), "fills": ("full",), "capacities": (20,)},
+    {"rows": ("oracle", "ours"), "fills": ("empty",), "capacities": (40,)},
+    {"rows": ROWS, "fills": ("empty", "full"), "capacities": (20, 40)},
+]
+
+
+def test_rows_fills_and_capacities_are_added_to_a_folder(tmp_path, monkeypatch):
+    data = made()
+    whole = measure(Knowing(data), data, replace(QUICK, capacities=(20, 40)), tmp_path / "whole")
+    units = counted(monkeypatch)
+    for more in ADDED:
+        lines = measure(Knowing(data), data, replace(QUICK, **more), tmp_path / "parts")
+    assert lines == whole and finished(tmp_path / "parts") == finished(tmp_path / "whole")
+    assert len(units) == len(set(units)) == len(finished(tmp_path / "whole"))
+    once_more = measure(Knowing(data), data, replace(QUICK, rows=("floor",)), tmp_path / "parts")
+    assert once_more == whole and len(units) == len(set(units))  # all that the folder holds
+
+
+def test_rows_and_capacities_are_added_to_a_stream(tmp_path):
+    data, settings = made(), replace(QUICK, stream=True, capacities=(20, 40))
+    whole = measure(Knowing(data), data, settings, tmp_path / "whole")
+    for more in ADDED:
+        lines = measure(Knowing(data), data, replace(settings, **more | {"fills": ("full",)}), tmp_path / "parts")
+    assert {(x.N, x.row, x.kind, x.metric) for x in whole} == {(x.N, x.row, x.kind, x.metric) for x in lines}
+    assert lines == whole
+
+
+def test_a_stream_that_was_killed_goes_on_after_another_capacity_was_measured(tmp_path):
+    data, settings = made(24), replace(QUICK, stream=True, rows=("floor", "oracle", "ours"))
+    whole = measure(Knowing(data), data, replace(settings, capacities=(40, 60)), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        measure(Knowing(data), data, settings, tmp_path / "run", progress=lambda done, total: stop() if done else None)
+    measure(Knowing(data), data, replace(settings, capacities=(60,)), tmp_path / "run")
+    lines = measure(Knowing(data), data, replace(settings, capacities=(40, 60)), tmp_path / "run")
+    assert lines == whole and not list((tmp_path / "run").glob("stream-*"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_run_that_is_stopped_shows_what_is_finished(tmp_path, stream):
+    data, out = made(24 if stream else 4), tmp_path / "run"
+    settings = replace(QUICK, stream=stream)
+
+    def until(count):
+        with pytest.raises(KeyboardInterrupt):
+            measure(Knowing(data), data, settings, out, progress=lambda done, total: stop() if done == count else None)
+
+    until(0)
+    assert {p.name for p in out.iterdir() if p.name != runner.LOCK} == {"config.json"}
+    if not stream:
+        until(6)  # the first text
+        assert {p.name for p in out.iterdir() if p.name != runner.LOCK} == {"config.json", "records.jsonl"}
+    until(1 if stream else 20)
+    assert {"table.md", "summary.json", "plot.png", "report.html"} <= {
+        p.name for p in out.iterdir() if p.name != runner.LOCK
+    }
+    found = json.loads((out / "summary.json").read_text())["lines"]
+    texts = {cell["texts"] for line in found for cell in line["cells"].values()}
+    assert texts <= ({18, 19, 20} if stream else {2, 3, 4})
+    assert measure(Knowing(data), data, settings, out) == measure(Knowing(data), data, settings, tmp_path / "whole")
+
+
 def test_a_folder_of_another_question_is_refused_and_left_alone(tmp_path):
     data, out = made(), tmp_path / "run"
     measure(Knowing(data), data, QUICK, out)
     before = {p: p.read_bytes() for p in out.iterdir()}
-    renamed, other_text = (
-        Knowing(data),
-        replace(data, texts=(*data.texts[:3], replace(data.texts[3], text="other words"))),
-    )
+    other_text = replace(data, texts=(*data.texts[:3], replace(data.texts[3], text="other words")))
+    renamed = Knowing(data)
     renamed.identity = "other weights"
     for model, asked, settings, what in (
-        (Knowing(data), data, replace(QUICK, seed=1), "settings"),
-        (Knowing(data), data, replace(QUICK, steps=(0, 1)), "settings"),
-        (Knowing(other_text), other_text, QUICK, "data"),
-        (renamed, data, QUICK, "model"),
-        (renamed, other_text, QUICK, "data, model"),
+        (Knowing(data), data, replace(QUICK, seed=1), "settings.seed is 0 there and 1 here"),
+        (Knowing(data), data, replace(QUICK, steps=(0, 1)), r"settings.steps is \[0, 1, 2\] there and \[0, 1\] here"),
+        (Knowing(other_text), other_text, QUICK, r"data.sha256 is \S+ there and \S+ here"),
+        (renamed, data, QUICK, "model.sha256 is .none. there and .other weights. here"),
+        (renamed, other_text, QUICK, "data.sha256 is .* here; model.sha256 is .* here"),
     ):
-        with pytest.raises(ValueError, match=f"holds a run with another {what}: choose another folder"):
+        with pytest.raises(ValueError, match=f"holds another run: {what}. Choose another folder"):
             measure(model, asked, settings, out)
     assert {p: p.read_bytes() for p in out.iterdir()} == before
 
@@ -828,7 +900,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
 
 @pytest.mark.parametrize("rows", [("floor", "oracle"), ("floor", "dead", "oracle"), ("window",), ("ours",), ROWS])
 @pytest.mark.parametrize("texts", [1, 2])
-def test_a_run_that_has_little_to_show_is_finished_or_refused_before_it_begins(tmp_path, rows, texts):
+def test_a_run_that_has_little_to_show_is_finished_or_refused_before_it_begins(tmp_path, plotted, rows, texts):
     data = made(texts)
     llm = Knowing(data)
     try:
@@ -846,6 +918,7 @@ def test_a_run_that_has_little_to_show_is_finished_or_refused_before_it_begins(t
 def run(home, tiny_folder, monkeypatch, capsys):
     """Run `latentmem eval retention` on the tiny model and give (exit code, standard output, standard error)."""
     monkeypatch.delenv("LATENTMEM_DATA", raising=False)
+    monkeypatch.setattr(questions, "UNRELATED", 40)
 
     def command(out, **options):
         given = {"model": tiny_folder, "questions": 10, "steps": "0,1", "capacity": 64, "device": "cpu"}
@@ -863,34 +936,48 @@ def run(home, tiny_folder, monkeypatch, capsys):
 
 
 def test_one_process_and_two_give_the_same_records(run, tmp_path):
-    code, out, _ = run(tmp_path / "one")
+    code, out, _ = run(tmp_path / "one", rows="floor,bm25,ours")
     assert code == 0 and "Token accuracy, N = 64" in out and f"are in {tmp_path / 'one'}" in out.replace("\n", "")
-    assert run(tmp_path / "two", workers=2)[0] == 0
+    assert run(tmp_path / "two", rows="floor,bm25,ours", workers=2)[0] == 0
     one, two = finished(tmp_path / "one"), finished(tmp_path / "two")
-    assert set(one) == set(two) and len(one) == 2 * 7
+    assert set(one) == set(two) and len(one) == 2 * 4
     for unit, records in one.items():
         for a, b in zip(records, two[unit], strict=True):
             assert {**a, "loglik": 0} == {**b, "loglik": 0} and a["loglik"] == pytest.approx(b["loglik"], abs=1e-4)
     config = json.loads((tmp_path / "two" / "config.json").read_text())["config"]
     assert config == json.loads((tmp_path / "one" / "config.json").read_text())["config"]
     assert config["data"]["questions"] == 10 and config["settings"]["new_tokens"] == 20
-    assert {r["step"] for part in one.values() for r in part if "step" in r} == {0, 1}
-    assert Counter(r["row"] for part in one.values() for r in part) == {
-        **{"floor": 10, "oracle": 10, "dead": 10},
-        **{"window": 20, "bm25": 20, "ours": 40},
+    every = [record for part in one.values() for record in part]
+    assert Counter((r["row"], r["fill"], r.get("step")) for r in every) == {
+        ("floor", "", None): 10,
+        **{(row, fill, t): 10 for row, fill in (("bm25", "full"), ("ours", "full"), ("ours", "empty")) for t in (0, 1)},
     }
 
 
 def test_a_command_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):
-    assert run(tmp_path / "run", rows="floor,ours")[0] == 0
+    assert run(tmp_path / "run", rows="floor,ours", new_tokens=3)[0] == 0
     records = tmp_path / "run" / "records.jsonl"
     written = records.read_bytes()
     records.write_bytes(written[: len(written) // 2])
     units = counted(monkeypatch)
-    assert run(tmp_path / "run", rows="floor,ours")[0] == 0
+    assert run(tmp_path / "run", rows="floor,ours", new_tokens=3)[0] == 0
     assert records.read_bytes() == written and 0 < len(units) < 6
-    code, _, err = run(tmp_path / "run", rows="floor")
-    assert code == 2 and "holds a run with another settings" in err and records.read_bytes() == written
+    code, _, err = run(tmp_path / "run", rows="floor", steps="0,2", new_tokens=3)
+    assert (
+        code == 2
+        and "settings.steps is [0, 1] there and [0, 2] here" in " ".join(err.split())
+        and records.read_bytes() == written
+    )
+
+
+def test_a_command_that_is_stopped_says_how_to_go_on(run, tmp_path, monkeypatch):
+    original = Retention.run
+    monkeypatch.setattr(Retention, "run", lambda self, unit: stop() if unit[-1] == 1 else original(self, unit))
+    code, _, err = run(tmp_path / "run", rows="floor,ours", new_tokens=3)
+    assert code == 130 and "the same command goes on from there" in " ".join(err.split()) and "Traceback" not in err
+    assert len(finished(tmp_path / "run")) == 3
+    monkeypatch.setattr(Retention, "run", original)
+    assert run(tmp_path / "run", rows="floor,ours", new_tokens=3)[0] == 0 and len(finished(tmp_path / "run")) == 6
 
 
 @pytest.mark.parametrize(
@@ -902,7 +989,7 @@ def test_a_command_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):
         ({"steps": "-1,0"}, "got -1, 0"),
         ({"capacity": "64;128"}, "--capacity takes numbers"),
         ({"capacity": "0"}, "N=0"),
-        ({"capacity": "100000"}, "Choose a smaller N"),
+        ({"capacity": "1000"}, "Choose a smaller N"),
         ({"per_update": "0"}, "got K=0"),
         ({"rows": "floor,roof"}, "rows must be some of floor, dead, oracle, window, bm25, ours, got floor, roof"),
         ({"rows": ""}, "rows must be some of"),

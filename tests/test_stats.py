@@ -178,10 +178,9 @@ def test_differences_are_paired_question_by_question(found):
     assert interval(window, 0) == (-0.25, -0.125) and interval(window, 5) == (0.125, 0.125)
     floor = line(found, "paired", "loglik", name="ours, memory full at first - floor (closed book)")
     assert means(floor) == {0: (2.5 + 4.0 + 5.5 + 3.0) / 4, 5: (1.0 + 1.0 + 4.0 + 2.0) / 4}
-    empty = line(found, "paired", fill="empty", name="ours, memory empty at first - window (last N tokens)")
-    assert means(empty) == {0: 1.0 - 0.75}  # where both were asked
-    others = {x.name.split(" - ")[1] for x in found if x.kind == "paired"}
-    assert others == {summary.NAMES[row] for row in ("floor", "dead", "oracle", "window")}
+    others = {(x.fill, x.name.split(" - ")[1]) for x in found if x.kind == "paired"}
+    constants = {(fill, summary.NAMES[row]) for fill in ("full", "empty") for row in ("floor", "dead", "oracle")}
+    assert others == constants | {("full", summary.NAMES["window"])}  # the window saw what a full memory saw
 
 
 def test_questions_answered_closed_book_are_left_out_of_filtered_hits(found):
@@ -208,6 +207,21 @@ def test_what_is_left_of_text_and_how_full_the_memory_is():
     assert means(line(found, "M/N", "left", fill="empty")) == {0: 0.37}
     assert {x.row for x in found if x.kind == "M/N"} == {"ours"}
     assert not [x for x in found if x.metric == "left" and x.row in summary.CONSTANT]
+
+
+def test_filtered_hits_are_of_questions_that_were_asked_closed_book():
+    asked = [r for r in records() if r["row"] != "floor" or r["question"] != "b1"]
+    cell = line(summary.lines(asked), "row", "hit", filtered=True).cells[0]
+    assert (cell.n, cell.texts) == (2, 2)
+
+
+@pytest.mark.parametrize("rows", [("floor",), ("floor", "oracle"), ("floor", "dead")])
+def test_rows_that_no_step_changes_make_a_table_of_one_column(rows):
+    found = summary.lines([r for r in records() if r["row"] in rows])
+    part = (N if "dead" in rows else 0, False)
+    assert {(x.N, x.stream) for x in found} == {part} and {x.row for x in found} == set(rows)
+    assert all(list(x.cells) == [0] for x in found)
+    assert summary.markdown(found).startswith("## N = 100\n" if "dead" in rows else "## without a memory\n")
 
 
 def test_capacities_and_streams_stand_apart():
@@ -272,7 +286,7 @@ def test_markdown_shows_every_line_under_its_heading(found):
     assert "| floor (closed book) | 4 (2) | 0.25 [0.25, 0.25] |  |" in accuracy
     assert "| ours, memory full at first | 4 (2) | 0.56 [0.50, 0.62] | 0.38 [0.38, 0.38] |" in accuracy
     assert "| ours, memory full at first / oracle | 4 (2) | 0.75 [0.67, 0.83] | 0.50 [0.50, 0.50] |" in accuracy
-    assert "| bound: ours, memory full at first if it went with slots | 4 (2) | 0.75 [0.75, 0.75] " in text
+    assert "| bound for ours, memory full at first | 4 (2) | 0.75 [0.75, 0.75] " in text
     assert len(accuracy) == 2 + 4 + 2 + 2 * 2  # constants and window, ours twice, each with its share and its bound
     left = text.split("### Share that is left of the text\n")[1]
     assert "| ours, memory full at first: M/N | 4 (2) | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] |" in left

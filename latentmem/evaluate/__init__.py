@@ -5,4 +5,5 @@ asking.py      one context, many questions: hit, token accuracy and likelihood o
 retention.py   the protocol: what is still known after other texts were written, beside its baselines
 runner.py      units of work over processes, kept as JSON lines, resumed after a kill
 stats.py       bootstrap intervals over texts; summary.py, plots.py, report.py: tables, a plot, a page
+results.py     what a run leaves in its folder
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latentmem.evaluate.stats import Estimate
-from latentmem.evaluate.summary import CONSTANT, METRICS, OURS, Line
+from latentmem.evaluate.summary import CONSTANT, METRICS, OURS, Line, part_name
 
 COLOURS = {  # of Okabe and Ito, told apart by all eyes
     "floor": "#999999",
@@ -49,7 +49,7 @@ def draw(lines: Sequence[Line], title: str, path: Path) -> None:
             _curves(axis, [line for line in some if line.kind in ("row", "bound")])
             axis.set_ylabel(name if column == 0 else "")
             axis.grid(alpha=0.25)
-        axes[0][column].set_title(f"N = {N}{', stream' if stream else ''}")
+        axes[0][column].set_title(part_name(N, stream))
         axes[-1][column].set_xlabel("texts written since")
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)

@@ -1,17 +1,19 @@
 """Sets of texts with questions whose answers they hold, and unrelated texts to be written behind them.
 
-`squad` and `nq` are read from the folder `$LATENTMEM_DATA`, where it is set and holds them, else from the hub. Nothing
-here is trained on: SQuAD's questions come from articles of the v2.0 development set, the unrelated texts from others.
+`squad` and `nq` are read from the folder `$LATENTMEM_DATA`, where it is set and holds them, else from the hub. No
+question here is for training: SQuAD's come from articles of the v2.0 development set, the unrelated texts from others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +108,10 @@ def load(name: str, count: Count, *, questions: int, per_text: int, seed: int) -
         unrelated = [row["context"] for row in rows if row["title"] not in titles]
     else:
         raise ValueError(f"the question set must be one of {', '.join(NAMES)}, got {name!r}.")
-    generator = np.random.default_rng(seed)
-    chosen = _draw(list(texts), generator, questions, per_text, name)
-    free = [t for t in dict.fromkeys(unrelated) if count(t) <= LONGEST]
+    texts, generator = list(texts), np.random.default_rng(seed)
+    chosen = _draw(texts, generator, questions, per_text, name)
+    targets = {text.text for text in texts}
+    free = [t for t in dict.fromkeys(unrelated) if t not in targets and count(t) <= LONGEST]
     return QuestionSet(name, source, tuple(chosen), tuple(free[i] for i in generator.permutation(len(free))))
 
 
@@ -152,10 +155,10 @@ def _squad() -> Rows:
     if local:
         rows, others = local
         return "SQuAD, 27 articles of the v2.0 development set", rows, [row["context"] for row in others]
-    hub = _hub()
-    rows = list(hub("rajpurkar/squad_v2", split="validation"))
-    train = hub("rajpurkar/squad", split="train", streaming=True).take(20_000)
-    contexts = dict.fromkeys(row["context"] for row in train)
+    with _hub("rajpurkar/squad_v2") as hub:
+        rows = list(hub(split="validation"))
+    with _hub("rajpurkar/squad") as hub:
+        contexts = dict.fromkeys(row["context"] for row in hub(split="train", streaming=True).take(20_000))
     return "rajpurkar/squad_v2, validation", rows, list(contexts)[:UNRELATED]
 
 
@@ -163,8 +166,9 @@ def _nq() -> Rows:
     local = _local("nq/eval.jsonl.gz")
     if local:
         return "Natural Questions with gold paragraphs", local[0], []
-    rows = _hub()("google-research-datasets/natural_questions", "default", split="validation", streaming=True)
-    return "google-research-datasets/natural_questions, validation", list(natural_questions(rows)), []
+    with _hub("google-research-datasets/natural_questions") as hub:
+        rows = list(natural_questions(hub("default", split="validation", streaming=True)))
+    return "google-research-datasets/natural_questions, validation", rows, []
 
 
 def natural_questions(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -208,8 +212,9 @@ def _local(*names: str) -> list[list[dict[str, Any]]] | None:
     return found
 
 
-def _hub() -> Any:
-    """`datasets.load_dataset`, or an error that says how to get it."""
+@contextlib.contextmanager
+def _hub(name: str) -> Iterator[Callable[..., Any]]:
+    """`datasets.load_dataset` for one set; where it or what it gives breaks off, the error says what to do instead."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -217,15 +222,11 @@ def _hub() -> Any:
             "this set is loaded from the hub with `datasets`: run `pip install 'latentmem[eval]'`, set LATENTMEM_DATA "
             "to a folder that holds it, or take the set 'synthetic', which needs neither."
         ) from None
-
-    def load_dataset_or_raise(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return load_dataset(*args, **kwargs)
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(
-                f"{args[0]} could not be loaded from the hub ({reason}). Set LATENTMEM_DATA to a folder that holds "
-                f"the set, or take 'synthetic'."
-            ) from error
-
-    return load_dataset_or_raise
+    try:
+        yield partial(load_dataset, name)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{name} could not be loaded from the hub ({reason}). Set LATENTMEM_DATA to a folder that holds the set, "
+            f"or take 'synthetic'."
+        ) from error

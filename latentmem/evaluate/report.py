@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentmem.evaluate.questions import QuestionSet
-from latentmem.evaluate.summary import OURS, Line, cell_text, label, sections
+from latentmem.evaluate.summary import OURS, Line, cell_text, label, part_name, sections
 
 EXAMPLES = 12
 STYLE = """
@@ -31,7 +31,7 @@ def write(
     picture = base64.b64encode(plot.read_bytes()).decode()
     body = [f"<h1>{escape(title)}</h1>", f'<img alt="curves" src="data:image/png;base64,{picture}">']
     for N, stream in dict.fromkeys((line.N, line.stream) for line in lines):
-        body.append(f"<h2>N = {N}{', stream' if stream else ''}</h2>")
+        body.append(f"<h2>{part_name(N, stream)}</h2>")
         for heading, some in sections([line for line in lines if (line.N, line.stream) == (N, stream)]):
             body.append(f"<h3>{escape(heading)}</h3>{_table(some)}")
     body += ["<h2>What was said</h2>", _examples(records, data), "<h2>How this was made</h2>", _facts(facts)]
@@ -67,7 +67,7 @@ def _examples(records: Sequence[dict[str, Any]], data: QuestionSet) -> str:
     N = max((r["N"] for r in records), default=0)
     steps = sorted({r["step"] for r in records if "step" in r})
     wanted = [("floor", 0, "", 0), ("oracle", 0, "", 0)]
-    wanted += [("ours", N, "full", t) for t in dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1]))]
+    wanted += [("ours", N, "full", t) for t in dict.fromkeys([*steps[:1], *steps[len(steps) // 2 :][:1], *steps[-1:]])]
     heads = ["floor", "oracle", *(f"ours, t = {t}" for *_, t in wanted[2:])]
     said = {(r["row"], r["N"], r["fill"], r.get("step", 0), r["question"]): r for r in records}
     rows = ["<tr><th>question</th><th>gold</th>" + "".join(f"<th>{h}</th>" for h in heads) + "</tr>"]

@@ -45,8 +45,11 @@ def _commit() -> str:
     return found.stdout.strip() if tracked.returncode == 0 else ""
 
 
-def write(folder: Folder, data: QuestionSet) -> list[summary.Line]:
+def write(folder: Folder, data: QuestionSet, *, unfinished: bool = False) -> list[summary.Line]:
     """Compute the summary of all records that are finished and write it in four forms.
+
+    Args:
+        unfinished: the run was stopped; said in all of them.
 
     Returns:
         The lines of all tables; none, and nothing is written, before two texts are finished.
@@ -56,17 +59,18 @@ def write(folder: Folder, data: QuestionSet) -> list[summary.Line]:
     if not lines:
         return []
     config, last = folder.config, folder.runs[-1]
-    shown = {"squad": "SQuAD", "nq": "Natural Questions", "synthetic": "synthetic facts"}[data.name]
-    title = f"Knowledge retention: {config['model']['name']}, {shown}"
+    shown = {"squad": "SQuAD", "nq": "Natural Questions", "synthetic": "synthetic facts"}.get(data.name, data.name)
+    title = f"Knowledge retention: {config['model']['name']}, {shown}{', stopped before its end' * unfinished}"
     questions = sum(len(text.questions) for text in data.texts)
     facts = {
-        "command": last["command"],
+        "commands": "; ".join(dict.fromkeys(run["command"] for run in folder.runs)),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "questions": f"{questions} questions about {len(data.texts)} texts; {data.source}",
         "adapters": config["model"]["adapters"] or "none, untrained",
         "dtype": config["model"]["dtype"],
         "intervals": "95%, bootstrap over texts",
-        **{key: last[key] for key in ("commit", "python", "machine")},
+        "commits": ", ".join(dict.fromkeys(run["commit"] for run in folder.runs if run["commit"])) or "not known",
+        **{key: last[key] for key in ("python", "machine")},
         **last["versions"],
     }
     everything = {
@@ -78,7 +82,8 @@ def write(folder: Folder, data: QuestionSet) -> list[summary.Line]:
         "lines": summary.as_json(lines),
     }
     (folder.path / "summary.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-    head = f"# {title}\n\n`{facts['command']}`, {facts['finished'][:10]}. {facts['questions']}. "
+    commands = "\n".join(dict.fromkeys(run["command"] for run in folder.runs))
+    head = f"# {title}\n\n```\n{commands}\n```\n\n{facts['finished'][:10]}. {facts['questions']}. "
     head += f"Adapters: {facts['adapters']}; {facts['dtype']}; intervals: {facts['intervals']}.\n\n"
     (folder.path / "table.md").write_text(head + summary.markdown(lines), encoding="utf-8")
     plots.draw(lines, title, folder.path / "plot.png")

@@ -10,7 +10,7 @@ The rows, all with the same questions:
     floor    closed book: no memory, no text
     dead     a full memory whose slots are zero
     oracle   the text in the context of the plain model
-    window   the last N tokens of all that was written, in the context of the plain model
+    window   the last N tokens of all that was written, in the context of the plain model; fewer if it has no room
     bm25     the one text that BM25 finds among all that was written, in the context of the plain model
     ours     the memory; "full" before the text was written, or "empty"
 """
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from latentmem.core.memory import Memory
 from latentmem.evaluate import plots, results, runner
@@ -33,12 +34,14 @@ from latentmem.evaluate.questions import LONGEST, Question, QuestionSet, Text
 from latentmem.evaluate.summary import Line
 from latentmem.model import Context, MemoryModel
 
+PROTOCOL = "retention/1"  # another number where records of before and after can not stand in one table
 ROWS = ("floor", "dead", "oracle", "window", "bm25", "ours")
 FILLS = ("full", "empty")
 OWN_RUN = 50  # steps up to which every sample has its own run
+LONGEST_ANSWER = 64  # tokens that are kept free for a gold answer
 SEGMENT = 20  # steps of a stream that are one unit of work
 CHOSEN = ("rows", "fills", "capacities")  # settings that choose units and change none: a later run may add to them
-Unit = tuple[Any, ...]  # (row, N, fill, index of the text), or ("stream", N, segment)
+Unit = tuple[Any, ...]  # (row, N, fill, index of the text), or ("stream", row, N, segment)
 Record = dict[str, Any]
 
 
@@ -58,7 +61,7 @@ class Settings:
         seed: of every drop.
 
     Raises:
-        ValueError: unknown rows or fills, steps that are negative or not ascending.
+        ValueError: unknown rows or fills, steps that are negative or not ascending, a stream that does not begin full.
     """
 
     steps: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 50)
@@ -76,8 +79,14 @@ class Settings:
             raise ValueError(f"steps must be ascending numbers from 0, got {', '.join(map(str, self.steps))}.")
         for what, given, known in (("rows", self.rows, ROWS), ("fills", self.fills, FILLS)):
             wrong = [item for item in given if item not in known]
-            if wrong or not given:
+            if wrong or not given or len(set(given)) < len(given):
                 raise ValueError(f"{what} must be some of {', '.join(known)}, got {', '.join(given) or 'none'}.")
+        if len(set(self.capacities)) < len(self.capacities):
+            raise ValueError(f"capacities must differ, got {', '.join(map(str, self.capacities))}.")
+        if self.streamed and "full" not in self.fills:
+            raise ValueError(
+                f"a stream (here the steps {self.streamed}) begins with a full memory: add the fill 'full'."
+            )
 
     @property
     def own(self) -> tuple[int, ...]:
@@ -104,9 +113,13 @@ class Retention:
         self._ids = lru_cache(maxsize=None)(partial(written, llm))
         self._shared = lru_cache(maxsize=8)(partial(in_context, llm))
         self._seen: dict[tuple[str, str], Answer] = {}  # (question, passage) -> answer
+        prompts = llm.prompts_or_raise()
+        asked = [len(prompts.question(q.question, bare=True)) for text in data.texts for q in text.questions]
+        self._room = llm.plain([]).room - len(prompts.opening) - max(asked) - max(settings.new_tokens, LONGEST_ANSWER)
         if "bm25" in settings.rows:
             _find(["a passage"], ["a question"])  # an error now, if it is not installed, and not after hours
-        for N in self._capacities:
+        for N in self.capacities:
+            self._empty(N)  # a size that does not fit the model is an error now
             self._check_supply(N)
 
     # --- units ------------------------------------------------------------------------------------------------------
@@ -117,33 +130,39 @@ class Retention:
         units: list[Unit] = []
         for i in range(len(self.data.texts)):
             units += [(row, 0, "", i) for row in ("floor", "oracle") if row in s.rows]
-            for N in self._capacities:
+            for N in self.capacities:
                 units += [("dead", N, "full", i)] if "dead" in s.rows else []
                 if s.own:
                     units += [(row, N, "full", i) for row in ("window", "bm25") if row in s.rows]
                     fills = ("full",) if self.llm.trained else s.fills  # a checkpoint's own pool is full at birth
                     units += [("ours", N, fill, i) for fill in fills if "ours" in s.rows]
-        return units
+        return [
+            *units,
+            *(unit for row in ("window", "bm25") for N in self.capacities for unit in self._segments(row, N)),
+        ]
 
     def chains(self) -> list[list[Unit]]:
-        """Units of streams, one chain per capacity: each needs the one before it."""
-        if not self.settings.streamed:
+        """Units of memories that go through a stream, one chain per capacity: each needs the one before it."""
+        return [chain for N in self.capacities if (chain := self._segments("ours", N))]
+
+    def _segments(self, row: str, N: int) -> list[Unit]:
+        ages = self.settings.streamed
+        if not ages or row not in self.settings.rows:
             return []
-        segments = -(-(len(self.data.texts) + max(self.settings.streamed)) // SEGMENT)
-        return [[("stream", N, k) for k in range(segments)] for N in self._capacities]
+        return [("stream", row, N, k) for k in range(-(-(len(self.data.texts) + max(ages)) // SEGMENT))]
 
     def run(self, unit: Unit) -> list[Record]:
         """Do one unit of work and return its records."""
-        row, N, *rest = unit
-        if row == "stream":
-            return list(self._stream(N, rest[0]))
-        fill, i = rest
+        if unit[0] == "stream":
+            return list(self._stream(*unit[1:]))
+        row, N, fill, i = unit
         text = self.data.texts[i]
         ways = {"ours": self._ours, "window": self._window, "bm25": self._bm25}
         return list(ways.get(row, self._constant)(row, N, fill, text))
 
     @property
-    def _capacities(self) -> tuple[int, ...]:
+    def capacities(self) -> tuple[int, ...]:
+        """N of the memories that are measured: a checkpoint has its own."""
         return (self.llm.empty().N,) if self.llm.trained else self.settings.capacities
 
     # --- rows -------------------------------------------------------------------------------------------------------
@@ -169,12 +188,13 @@ class Retention:
                 yield from _records(text.questions, answers, left=_left(memory, "target"), **facts)
 
     def _window(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
+        N_seen = min(N, self._room)
         before = [i for filler in self._filler(N) for i in self._ids(filler)]
         for t in self.settings.own:
             after = [i for j in range(t) for i in self._ids(self._other(j))]
             target = self._ids(text.text)
-            ids = tuple([*before, *target, *after][-N:])
-            left = _in_window(N, len(after), len(target))
+            ids = tuple([*before, *target, *after][-N_seen:])
+            left = _in_window(N_seen, len(after), len(target))
             context = in_context(self.llm, ids) if left else self._shared(ids)  # without the text, all see the same
             answers = self._ask(context, text.questions)
             yield from _records(text.questions, answers, row=row, N=N, fill=fill, step=t, text=text.id, left=left)
@@ -190,50 +210,66 @@ class Retention:
 
     # --- the stream -------------------------------------------------------------------------------------------------
 
-    def _stream(self, N: int, segment: int) -> Iterator[Record]:
+    def _stream(self, row: str, N: int, segment: int) -> Iterator[Record]:
         """Steps segment * SEGMENT and on: write one text, then ask every text whose age is one of the steps."""
         texts, ages = self.data.texts, self.settings.streamed
-        start = segment * SEGMENT
-        memory = self._full(N) if segment == 0 else Memory.load(self._stream_file(N, segment - 1))
-        memory = memory if segment else replace(memory, seed=_seed(self.settings.seed, "stream"))
-        steps = range(start, min(start + SEGMENT, len(texts) + max(ages)))
-        filler = list(self._filler(N))
-        line = [texts[j].text if j < len(texts) else self._other(j - len(texts)) for j in range(steps.stop)]
+        steps = range(segment * SEGMENT, min((segment + 1) * SEGMENT, len(texts) + max(ages)))
+        memory = self._before(N, segment) if row == "ours" else None
         for step in steps:
-            memory = self._write(memory, line[step], texts[step].id if step < len(texts) else "unrelated")
+            if memory is not None:
+                memory = self._write(memory, *self._streamed(step))
             due = [(age, texts[step - age]) for age in ages if 0 <= step - age < len(texts)]
-            if not due:
+            asked = [(age, text, question) for age, text in due for question in text.questions]
+            if not asked:
                 continue
-            library = [*filler, *line[: step + 1]]
-            ids: list[int] = []
-            for passage in reversed(library):
-                ids = [*self._ids(passage), *ids]
-                if len(ids) >= N:
-                    break
-            asked = [q for _, text in due for q in text.questions]
-            facts = [(age, text) for age, text in due for _ in text.questions]
-            answers: dict[str, list[Answer]] = {}
-            left: dict[str, list[float]] = {}
-            if "ours" in self.settings.rows:
-                answers["ours"] = self._ask(self.llm.behind(memory), asked)
-                left["ours"] = [_left(memory, text.id) for _, text in facts]
-            if "window" in self.settings.rows:
-                answers["window"] = self._ask(in_context(self.llm, ids[-N:]), asked)
-                newer = {age: sum(len(self._ids(other)) for other in line[step - age + 1 : step + 1]) for age, _ in due}
-                left["window"] = [_in_window(N, newer[age], len(self._ids(text.text))) for age, text in facts]
-            if "bm25" in self.settings.rows:
-                found = _find(library, [q.question for q in asked])
-                answers["bm25"] = self._ask_found(found, asked)
-                left["bm25"] = [float(passage == text.text) for passage, (_, text) in zip(found, facts, strict=True)]
-            for row, given in answers.items():
-                for (age, text), question, answer, share in zip(facts, asked, given, left[row], strict=True):
-                    common = {"row": row, "N": N, "fill": "full", "step": age, "stream": True, "text": text.id}
-                    yield from _records([question], [answer], left=share, M=memory.M, **common)
-        memory.save(self._stream_file(N, segment))
-        self._stream_file(N, segment - 2).unlink(missing_ok=True)  # the one before is needed if this is done again
+            questions = [question for _, _, question in asked]
+            library = [*self._filler(N), *(self._streamed(j)[0] for j in range(step + 1))]
+            if memory is not None:
+                answers = self._ask(self.llm.behind(memory), questions)
+                left = [_left(memory, text.id) for _, text, _ in asked]
+            elif row == "window":
+                N_seen = min(N, self._room)
+                ids = [i for passage in library for i in self._ids(passage)][-N_seen:]
+                answers = self._ask(in_context(self.llm, ids), questions)
+                tokens = [len(self._ids(passage)) for passage in library]
+                newer = {age: sum(tokens[len(tokens) - age :]) for age in ages}
+                left = [_in_window(N_seen, newer[age], len(self._ids(text.text))) for age, text, _ in asked]
+            else:
+                found = _find(library, [question.question for question in questions])
+                answers = self._ask_found(found, questions)
+                left = [float(passage == text.text) for passage, (_, text, _) in zip(found, asked, strict=True)]
+            for (age, text, question), answer, share in zip(asked, answers, left, strict=True):
+                facts = {"row": row, "N": N, "fill": "full", "step": age, "stream": True, "text": text.id}
+                facts |= {"M": memory.M} if memory is not None else {}
+                yield from _records([question], [answer], left=share, **facts)
+        if memory is not None:
+            memory.save(self._kept(N, segment))
+            self._kept(N, segment - 2).unlink(missing_ok=True)  # the one before is needed if this is done again
 
-    def _stream_file(self, N: int, segment: int) -> Path:
+    def _streamed(self, step: int) -> tuple[str, str]:
+        """What the stream writes at a step, and the name under which it is written."""
+        texts = self.data.texts
+        if step < len(texts):
+            return texts[step].text, texts[step].id
+        return self._other(step - len(texts)), "unrelated"
+
+    def _before(self, N: int, segment: int) -> Memory:
+        """The stream's memory before a segment: as it was kept, or written anew."""
+        if segment and self._kept(N, segment - 1).exists():
+            return Memory.load(self._kept(N, segment - 1))
+        memory = replace(self._full(N), seed=_seed(self.settings.seed, "stream"))
+        for step in range(segment * SEGMENT):
+            memory = self._write(memory, *self._streamed(step))
+        return memory
+
+    def _kept(self, N: int, segment: int) -> Path:
         return self.folder / f"stream-{N}-{segment}.safetensors"
+
+    def clear(self) -> None:
+        """Remove the memories that were kept between segments."""
+        for N in self.capacities:
+            for file in self.folder.glob(f"stream-{N}-*.safetensors"):
+                file.unlink()
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
@@ -264,13 +300,15 @@ class Retention:
         return ask(self.llm, context, questions, new_tokens=self.settings.new_tokens)
 
     def _check_supply(self, N: int) -> None:
-        if self.llm.trained:
-            return
         supply = sum(len(self._ids(t)) for t in self.data.unrelated[self._steps_supply :])
-        if supply // self.settings.compression < N:
+        if not self.llm.trained and supply // self.settings.compression < N:
             raise ValueError(
                 f"the set {self.data.name} has too few unrelated texts to fill a memory of N={N} slots; "
                 f"choose a smaller capacity."
+            )
+        if max(self.settings.steps) and not self._steps_supply:
+            raise ValueError(
+                f"the set {self.data.name} has too few unrelated texts to write between text and question."
             )
 
     @property
@@ -289,12 +327,13 @@ class Retention:
         return replace(memory, slots=torch.zeros_like(memory.slots))
 
     def _ask_found(self, found: list[str], questions: Sequence[Question]) -> list[Answer]:
-        """Ask each question behind the passage that was found for it; what was asked before is kept."""
+        """Ask each question behind the passage that was found for it, if any; what was asked before is kept."""
         seen = self._seen
         for passage in dict.fromkeys(found):
             new = [q for q, p in zip(questions, found, strict=True) if p == passage and (q.id, p) not in seen]
             if new:
-                for question, answer in zip(new, self._ask(in_context(self.llm, self._ids(passage)), new), strict=True):
+                context = in_context(self.llm, self._ids(passage) if passage else ())
+                for question, answer in zip(new, self._ask(context, new), strict=True):
                     seen[question.id, passage] = answer
         return [seen[q.id, passage] for q, passage in zip(questions, found, strict=True)]
 
@@ -329,7 +368,7 @@ def measure(
 
     Raises:
         KeyboardInterrupt: stopped; the tables then show what was finished, and the next run goes on from there.
-        ValueError: the folder holds another run, or settings that do not fit the model or the data.
+        ValueError: the folder holds another run or is in use, or settings that do not fit the model or the data.
     """
     if workers > 1 and loading is None:
         raise ValueError("more than one worker needs `loading`, the arguments with which they load the model.")
@@ -338,7 +377,7 @@ def measure(
     plots.require()
     worker = Retention(llm, data, settings, out)
     config = {
-        "protocol": "retention",
+        "protocol": PROTOCOL,
         "data": {"name": data.name, "source": data.source, "sha256": data.identity, **(drawn or {})},
         "settings": {key: value for key, value in asdict(settings).items() if key not in CHOSEN},
         "model": {
@@ -350,15 +389,19 @@ def measure(
             "style": asdict(llm.prompts_or_raise().style),
         },
     }
-    folder = runner.Folder(out, config, results.this_run(command))
+    folder = runner.Folder(out, config)
     try:
-        runner.run(folder, worker, _make, (loading, data, settings, out), workers, progress)
-    except KeyboardInterrupt:
-        results.write(folder, data)  # of what is finished; the next run goes on
-        raise
-    for file in out.glob("stream-*.safetensors"):
-        file.unlink()
-    return results.write(folder, data)
+        with FileLock(out / runner.LOCK, timeout=0):
+            folder.begin(results.this_run(command))
+            try:
+                runner.run(folder, worker, _make, (loading, data, settings, out), workers, progress)
+            except KeyboardInterrupt:
+                results.write(folder, data, unfinished=True)  # the next run goes on
+                raise
+            worker.clear()
+            return results.write(folder, data)
+    except Timeout:
+        raise ValueError(f"another process is measuring into {out}: wait for it, or choose another folder.") from None
 
 
 def _make(loading: dict[str, Any], data: QuestionSet, settings: Settings, folder: Path) -> Retention:
@@ -368,7 +411,7 @@ def _make(loading: dict[str, Any], data: QuestionSet, settings: Settings, folder
 
 
 def _find(library: Sequence[str], questions: Sequence[str]) -> list[str]:
-    """The passage that BM25 ranks first for each question."""
+    """The passage that BM25 ranks first for each question; "" where no passage shares a word with it."""
     try:
         import bm25s
     except ImportError:
@@ -378,8 +421,8 @@ def _find(library: Sequence[str], questions: Sequence[str]) -> list[str]:
     index = bm25s.BM25()
     index.index(bm25s.tokenize(list(library), stopwords="en", show_progress=False), show_progress=False)
     asked = bm25s.tokenize(list(questions), stopwords="en", show_progress=False)
-    best = index.retrieve(asked, k=1, show_progress=False).documents
-    return [library[int(row[0])] for row in best]
+    best = index.retrieve(asked, k=1, show_progress=False)
+    return [library[int(i)] if score > 0 else "" for (i,), (score,) in zip(best.documents, best.scores, strict=True)]
 
 
 def _records(questions: Sequence[Question], answers: Sequence[Answer], **facts: Any) -> Iterator[Record]:

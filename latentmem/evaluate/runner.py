@@ -11,12 +11,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any, Protocol
 
 Record = dict[str, Any]
 Unit = tuple[Any, ...]
+LOCK = ".lock"  # held in a run's folder by the one process that works on it
 Progress = Callable[[int, int], None]  # (units done, units in all)
 
 
@@ -34,37 +36,51 @@ class Folder:
     Args:
         path: a folder, made if it does not exist.
         config: what is asked, as JSON; has to equal what the folder was begun with.
-        run: who asks this time (command, versions, commit, date); appended to the list of runs.
 
     Raises:
         ValueError: the folder holds another question, or files of something else.
     """
 
-    def __init__(self, path: Path, config: Record, run: Record) -> None:
-        self.path = path
-        self.records = path / "records.jsonl"
-        config = json.loads(json.dumps(config))
-        file = path / "config.json"
-        runs: list[Record] = []
-        if file.exists():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if found["config"] != config:
-                keys = [k for k in config if found["config"].get(k) != config[k]]
-                raise ValueError(
-                    f"{path} holds a run with another {', '.join(keys)}: choose another folder, or remove it to begin "
-                    f"anew."
-                )
-            runs = found["runs"]
-        elif path.exists() and any(path.iterdir()):
-            raise ValueError(f"{path} is not empty and holds no run; choose another folder.")
+    def __init__(self, path: Path, config: Record) -> None:
+        self.path, self.records = path, path / "records.jsonl"
+        self.config: Record = json.loads(json.dumps(config))
+        self.runs: list[Record] = []
+        self._read()
         path.mkdir(parents=True, exist_ok=True)
-        self.config, self.runs = config, [*runs, run]
-        temporary = file.with_suffix(".new")
-        temporary.write_text(json.dumps({"config": config, "runs": self.runs}, indent=1), encoding="utf-8")
-        temporary.replace(file)
+
+    def _read(self) -> None:
+        """What the folder was begun with and who worked on it, compared with what is asked now."""
+        file = self.path / "config.json"
+        if not file.exists():
+            if self.path.exists() and any(found.name not in (LOCK, "config.new") for found in self.path.iterdir()):
+                raise ValueError(f"{self.path} is not empty and holds no run; choose another folder.")
+            return
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            config, self.runs = found["config"], found["runs"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file} was not written by a run; choose another folder.") from None
+        differences = list(_differences("", config, self.config))
+        if differences:
+            raise ValueError(
+                f"{self.path} holds another run: {'; '.join(differences)}. Choose another folder, or remove it to "
+                f"begin anew."
+            )
+
+    def begin(self, run: Record) -> None:
+        """Append who asks this time (command, versions, commit, date) to the list of runs."""
+        self._read()  # another process may have worked on it since
+        self.runs = [*self.runs, run]
+        temporary = self.path / "config.new"
+        temporary.write_text(json.dumps({"config": self.config, "runs": self.runs}, indent=1), encoding="utf-8")
+        temporary.replace(self.path / "config.json")
 
     def done(self) -> dict[Unit, list[Record]]:
-        """Records by finished unit; a last line that was cut off by a kill is dropped from the file."""
+        """Records by finished unit; a last line that was cut off by a kill is dropped from the file.
+
+        Raises:
+            ValueError: another line can not be read.
+        """
         if not self.records.exists():
             return {}
         data = self.records.read_bytes()
@@ -72,8 +88,16 @@ class Folder:
         if whole != data:
             with self.records.open("r+b") as file:
                 file.truncate(len(whole))
-        lines = (json.loads(line) for line in whole.splitlines())
-        return {tuple(line["unit"]): line["records"] for line in lines}
+        found = {}
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                parsed = json.loads(line)
+                found[tuple(parsed["unit"])] = parsed["records"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"line {number} of {self.records} is damaged; remove it, and the run does its unit again."
+                ) from None
+        return found
 
     def add(self, unit: Unit, records: list[Record]) -> None:
         """Append one finished unit, on disk before this returns."""
@@ -81,6 +105,15 @@ class Folder:
             file.write(json.dumps({"unit": unit, "records": records}, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _differences(name: str, there: Any, here: Any) -> Iterator[str]:
+    """Where two JSON values differ, leaf by leaf."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in [*here, *(key for key in there if key not in here)]:
+            yield from _differences(f"{name}.{key}".lstrip("."), there.get(key), here.get(key))
+    elif there != here:
+        yield f"{name} is {json.dumps(there)} there and {json.dumps(here)} here"
 
 
 def run(
@@ -92,15 +125,18 @@ def run(
         here: a worker in this process; it does the work if `workers` is 1.
         make, args: how another process makes its own.
         progress: called at the start and after each unit.
+
+    Raises:
+        ValueError: a process ended in the middle of its work.
     """
     units, chains = here.units(), here.chains()
     everything = [*units, *(unit for chain in chains for unit in chain)]
-    done = folder.done()
+    done = set(everything) & set(folder.done())
     progress(len(done), len(everything))
 
     def finish(unit: Unit, records: list[Record]) -> None:
         folder.add(unit, records)
-        done[unit] = records
+        done.add(unit)
         progress(len(done), len(everything))
 
     todo = [unit for unit in units if unit not in done]
@@ -113,13 +149,18 @@ def run(
             finish(unit, records)
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _spread(
     todo: list[Unit], waiting: list[list[Unit]], make: Callable[..., Worker], args: Sequence[Any], workers: int
 ) -> Iterator[tuple[Unit, list[Record]]]:
     """Units with their records as they are finished; of each chain one unit at a time."""
     chains = [iter(chain) for chain in waiting]
     others = set(active_children())
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, cores() // workers)
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (make, args, threads))
     try:
         running: dict[Future[list[Record]], tuple[Unit, Iterator[Unit]]] = {}
@@ -137,6 +178,11 @@ def _spread(
                 unit, source = running.pop(future)
                 ready.append(source)
                 yield unit, future.result()
+    except BrokenProcessPool:
+        raise ValueError(
+            "a worker was killed, most likely because memory ran out. What is finished is kept: give the same command "
+            "with fewer --workers."
+        ) from None
     except BaseException:  # also Ctrl-C: what runs now is lost, what is finished is on disk
         for process in set(active_children()) - others:
             process.terminate()

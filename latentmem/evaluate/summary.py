@@ -74,10 +74,14 @@ class _Table:
         for r in records:
             key = (r["row"], r["N"], r["fill"], bool(r.get("stream")), r.get("step", 0))
             self.by[key][r["question"]] = r
-        self.answered = {q for q, r in self._cell("floor", 0, "").items() if r["hit"]}
+        floor = self._cell("floor", 0, "")
+        self.new = {q for q, r in floor.items() if not r["hit"]}  # questions that are not answered closed book
+        self.answered = len(self.new) < len(floor)
 
     def parts(self) -> list[tuple[int, bool]]:
-        return sorted({(N, stream) for _, N, _, stream, _ in self.by if N})
+        """(N, stream) of each part; 0 where there is nothing but floor and oracle."""
+        measured = {(N, stream) for row, N, _, stream, _ in self.by if row not in CONSTANT}
+        return sorted(measured or {(N, False) for _, N, *_ in self.by if N} or {(0, False)} if self.by else set())
 
     def _cell(self, row: str, N: int, fill: str, stream: bool = False, step: int = 0) -> dict[str, Record]:
         if row in CONSTANT:
@@ -106,10 +110,10 @@ class _Table:
 
         def values(row: str, fill: str, step: int) -> dict[str, Record]:
             cell = self._cell(row, N, fill, stream, step)
-            return {q: r for q, r in cell.items() if not (filtered and q in self.answered)}
+            return {q: r for q, r in cell.items() if not filtered or q in self.new}
 
         for name, (row, fill) in rows.items():
-            at = steps[:1] if row in CONSTANT else steps
+            at = steps[:1] or [0] if row in CONSTANT else steps
             line("row", name, ((t, _mean(values(row, fill, t), metric)) for t in at))
         for name, (row, fill) in rows.items():
             if row != OURS:
@@ -119,7 +123,7 @@ class _Table:
                 line("relative", name, ((t, _ratio(values(row, fill, t), oracle, metric)) for t in steps))
             line("bound", name, ((t, self._bound(N, stream, fill, t, metric, values)) for t in steps))
             for other, (other_row, other_fill) in rows.items():
-                if other_row != OURS:
+                if other_row in CONSTANT or (other_row != OURS and other_fill == fill):  # of one history
                     pairs = ((t, values(row, fill, t), values(other_row, other_fill, t)) for t in steps)
                     line("paired", f"{name} - {other}", ((t, _difference(a, b, metric)) for t, a, b in pairs))
         return found
@@ -178,7 +182,7 @@ def markdown(found: Sequence[Line]) -> str:
     out = []
     for N, stream in dict.fromkeys((line.N, line.stream) for line in found):
         part = [line for line in found if (line.N, line.stream) == (N, stream)]
-        out.append(f"## N = {N}{', stream: one memory, texts of every age in it' if stream else ''}")
+        out.append(f"## {part_name(N, stream)}{': one memory, texts of every age in it' * stream}")
         for title, some in sections(part):
             out.append(f"### {title}\n\n{_table(some)}")
     return "\n\n".join(out) + "\n"
@@ -199,6 +203,11 @@ def sections(part: Sequence[Line]) -> list[tuple[str, list[Line]]]:
     return [(heading, some) for heading, some in groups if some]
 
 
+def part_name(N: int, stream: bool) -> str:
+    """How a part of the tables is called."""
+    return f"N = {N}{', stream' * stream}" if N else "without a memory"
+
+
 def label(line: Line) -> str:
     """How a line is called in a table."""
     return {"relative": f"{line.name} / oracle", "bound": f"bound for {line.name}"}.get(line.kind, line.name)
@@ -214,7 +223,7 @@ def terminal(found: Sequence[Line]) -> Iterator[tuple[str, Table]]:
             table.add_column(column, justify="right" if table.columns else "left")
         for line in some:
             table.add_row(line.name, *(cell_text(line.cells[t]) if t in line.cells else "" for t in steps))
-        yield f"Token accuracy, N = {N}{', stream' * stream}", table
+        yield f"Token accuracy, {part_name(N, stream)}", table
 
 
 def cell_text(cell: Estimate) -> str:
