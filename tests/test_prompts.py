@@ -76,6 +76,13 @@ def test_a_base_model_is_asked_as_in_the_paper():
         prompts.written("x", "user")
 
 
+def test_an_answer_stands_behind_a_space_where_there_is_no_template(prompts):
+    assert prompts.answer("Where is it?", "Rome") == prompts.text("Rome")
+    base = Prompts(byte_tokenizer(chat=False))
+    asked = base.question("Where is it?", bare=True)
+    assert base.tokenizer.decode(asked + base.answer("Where is it?", "Rome")) == "Question: Where is it? Answer: Rome"
+
+
 def test_the_sink_is_bos_or_the_first_token_of_the_template():
     tokenizer = byte_tokenizer()
     assert Prompts(tokenizer).first_token == IM_START

@@ -1,6 +1,8 @@
 """Retention: with models whose right table is known, with a real one, over kills and restarts, and as a command."""
 
 import json
+import os
+import signal
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -375,6 +377,28 @@ def test_bm25_is_not_given_a_text_that_shares_no_word_with_the_question():
         assert retention._find(library, [question]) != [library[-1]]
 
 
+def test_a_question_for_which_bm25_finds_nothing_is_asked_closed_book(tmp_path):
+    data = made()
+    data = replace(
+        data, texts=(replace(data.texts[0], questions=(Question("q0-9", "who is it", ("gold0x0",)),)), *data.texts[1:])
+    )
+    records = work(Knowing(data), Settings(steps=(0,), capacities=(20,), rows=("floor", "bm25")), tmp_path)
+    floor, found = (r for r in records if r["question"] == "q0-9")
+    assert found["left"] == 0 and found["loglik"] == floor["loglik"] == BOTTOM
+    assert {r["left"] for r in records if r["row"] == "bm25" and r["question"] != "q0-9"} == {1}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_window_is_no_longer_than_the_model_has_room_for(tmp_path, stream):
+    llm = Knowing(made())
+    llm.limit = 50 + 1 + 5 + retention.LONGEST_ANSWER  # opening, question, answer
+    settings = Settings(steps=(0, 1, 2), capacities=(60,), rows=("window",), stream=stream)
+    records = work(llm, settings, tmp_path)
+    assert cells(records, "left", "step") == {(0,): 1, (1,): 1, (2,): 0.5}  # 50 words, of texts of 20
+    assert all(record["left"] == pytest.approx(seen(record), abs=1e-5) for record in records)
+    assert {context.length for _, context in llm.asked} == {51} and {r["N"] for r in records} == {60}
+
+
 def test_bm25_does_not_depend_on_what_else_is_asked():
     data = made()
     library = [*data.unrelated, *(t.text for t in data.texts)]
@@ -709,6 +733,9 @@ def test_a_stream_of_a_real_model_goes_on_after_a_kill(tmp_path, llm, monkeypatc
         ({"rows": ()}, "rows must be some of .*got none"),
         ({"fills": ("half",)}, "fills must be some of full, empty, got half"),
         ({"fills": ()}, "fills must be .*got none"),
+        ({"rows": ("ours", "ours")}, "rows must be some of .*got ours, ours"),
+        ({"capacities": (64, 64)}, "capacities must differ, got 64, 64"),
+        ({"fills": ("empty",), "stream": True}, "a stream .*begins with a full memory: add the fill 'full'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong, sentence):
@@ -888,6 +915,56 @@ def test_a_folder_of_another_question_is_refused_and_left_alone(tmp_path):
     assert {p: p.read_bytes() for p in out.iterdir()} == before
 
 
+def test_a_folder_that_another_process_works_on_is_refused(tmp_path):
+    data, out = made(), tmp_path / "run"
+
+    def meanwhile(done, total):
+        with pytest.raises(ValueError, match=r"another process is measuring into .*run: wait for it, or choose"):
+            measure(Knowing(data), data, QUICK, out)
+
+    lines = measure(Knowing(data), data, QUICK, out, command="first", progress=meanwhile)
+    assert [run["command"] for run in json.loads((out / "config.json").read_text())["runs"]] == ["first"]
+    assert measure(Knowing(data), data, QUICK, out) == lines  # it is free again
+
+
+def test_damaged_files_are_named(tmp_path):
+    data, out = made(), tmp_path / "run"
+    lines = measure(Knowing(data), data, QUICK, out)
+    written = (out / "records.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "records.jsonl").write_bytes(b"".join([*written[:3], b'{"unit": [\n', *written[4:]]))
+    with pytest.raises(ValueError, match=r"line 4 of .*records.jsonl is damaged; remove it, and the run does its unit"):
+        measure(Knowing(data), data, QUICK, out)
+    (out / "records.jsonl").write_bytes(b"".join([*written[:3], *written[4:]]))
+    assert measure(Knowing(data), data, QUICK, out) == lines
+    for other in ('{"model_type": "llama"}', "[1]", "not JSON"):
+        (out / "config.json").write_text(other)
+        with pytest.raises(ValueError, match=r"config.json was not written by a run; choose another folder"):
+            measure(Knowing(data), data, QUICK, out)
+        assert (out / "config.json").read_text() == other
+
+
+class Killed:
+    """A worker whose process is killed in the middle of its second unit."""
+
+    def units(self):
+        return [("unit", i) for i in range(6)]
+
+    def chains(self):
+        return []
+
+    def run(self, unit):
+        if unit[1] == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [{"row": "floor"}]
+
+
+def test_a_worker_that_is_killed_is_one_sentence_and_what_is_finished_is_kept(tmp_path):
+    folder = runner.Folder(tmp_path / "run", {})
+    with pytest.raises(ValueError, match=r"a worker was killed.* same command with fewer --workers"):
+        runner.run(folder, Killed(), Killed, (), 2, lambda done, total: None)
+    assert set(folder.done()) <= {("unit", i) for i in range(6)} - {("unit", 1)}
+
+
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     data = made()
     (tmp_path / "notes.txt").write_text("mine")
@@ -923,7 +1000,9 @@ def run(home, tiny_folder, monkeypatch, capsys):
     def command(out, **options):
         given = {"model": tiny_folder, "questions": 10, "steps": "0,1", "capacity": 64, "device": "cpu"}
         given |= {"dtype": "float32", "workers": 1, "data": "synthetic", **options}
-        args = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+        args = [
+            f"--{key.replace('_', '-')}" + (f"={value}" if value is not None else "") for key, value in given.items()
+        ]
         monkeypatch.setattr(sys, "argv", ["latentmem", "eval", "retention", "--out", str(out), *args])
         try:
             cli.main()
@@ -999,6 +1078,7 @@ def test_a_command_that_is_stopped_says_how_to_go_on(run, tmp_path, monkeypatch)
         ({"dtype": "int3"}, "int3"),
         ({"model": "no-such-model"}, "unknown model 'no-such-model'"),
         ({"questions": "0"}, "--questions"),
+        ({"quick": None}, "--quick chooses --questions, --steps and --capacity itself"),
         ({"workers": "0"}, "--workers"),
     ],
 )

@@ -77,7 +77,7 @@ def _examples(records: Sequence[dict[str, Any]], data: QuestionSet) -> str:
         for key in wanted:
             found = said.get((*key, question.id))
             kind = ' class="hit"' if found and found["hit"] else ""
-            cells.append(f"<td{kind}>{escape(found['said']) if found else ''}</td>")
+            cells.append(f"<td{kind}>{escape(found.get('said', '')) if found else ''}</td>")
         gold = escape(" / ".join(question.answers))
         rows.append(f"<tr><td>{escape(question.question)}</td><td>{gold}</td>{''.join(cells)}</tr>")
     return f'<div><table class="words">{"".join(rows)}</table></div>'
