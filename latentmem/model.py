@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -14,16 +13,20 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from latentmem import streaming
 from latentmem.adapters import READ, WRITE, Adapters, bits, changes
 from latentmem.core import attention
 from latentmem.core import memory as memories
+from latentmem.core.attention import KV
 from latentmem.core.memory import Memory
-from latentmem.core.prefix import KV, Decoder, Prefix, attention_mask, functional_cache, memory_cache, read
-from latentmem.core.write import first_states, write_exact, write_paper
+from latentmem.core.prefix import Decoder, Front, Prefix, attention_mask, functional_cache, memory_cache, read
+from latentmem.core.write import first_states, write_exact, write_exact_rows, write_paper
 from latentmem.prompts import Prompts, Style
 
 Ids = Tensor | Sequence[int]
+Streamer = Callable[[list[int], Collection[int]], Any]  # (rows of a pass, end tokens) -> what takes their tokens
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
+ROWS = 32  # that go through the model at once
 MAX_NEW_TOKENS = 128  # of an answer, unless the caller says otherwise
 
 
@@ -57,19 +60,38 @@ class Score:
 
 @dataclass(frozen=True)
 class Context:
-    """What stands in front of any number of rows: a memory (`MemoryModel.behind`) or text (`MemoryModel.plain`).
+    """What stands in front of rows: memories (`MemoryModel.behind`) or text (`MemoryModel.plain`).
 
     Args:
-        length: its positions.
-        room: tokens that fit behind it.
-        cache: gives a fresh cache over it, which stores the rows' text or not; None where there is nothing.
-        adapter: which adapter reads it, if any.
+        fronts: one for any number of rows, or one for each row; None where nothing stands in front.
+        rooms: tokens that fit behind each.
+        adapter: which adapter reads them, if any.
     """
 
-    length: int
-    room: int
-    cache: Callable[[bool], Cache | None]
+    fronts: tuple[Front | None, ...]
+    rooms: tuple[int, ...]
     adapter: str | None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Positions of each front."""
+        return [front.P if front else 0 for front in self.fronts]
+
+    @property
+    def length(self) -> int:
+        """Positions of the longest front."""
+        return max(self.lengths)
+
+    @property
+    def room(self) -> int:
+        """Tokens that fit behind every front."""
+        return min(self.rooms)
+
+    def of(self, rows: Sequence[int]) -> Context:
+        """The context of these rows."""
+        if len(self.fronts) == 1:
+            return self
+        return Context(tuple(self.fronts[i] for i in rows), tuple(self.rooms[i] for i in rows), self.adapter)
 
 
 class MemoryModel:
@@ -236,41 +258,83 @@ class MemoryModel:
             cache = self._functional(memory) or self._prefix(memory).cache(store=False)
             return write_exact(self.decoder, cache, tokens, memory.compression)
 
+    @overload
+    def write_ids(self, memory: Memory, ids: Ids, source: str = ..., progress: Progress | None = ...) -> Memory: ...
+
+    @overload
+    def write_ids(
+        self, memory: Sequence[Memory], ids: Sequence[Ids], source: str = ..., progress: Progress | None = ...
+    ) -> list[Memory]: ...
+
     @torch.no_grad()
-    def write_ids(self, memory: Memory, ids: Ids, source: str = "text", progress: Progress | None = None) -> Memory:
+    def write_ids(
+        self,
+        memory: Memory | Sequence[Memory],
+        ids: Ids | Sequence[Ids],
+        source: str = "text",
+        progress: Progress | None = None,
+    ) -> Memory | list[Memory]:
         """Write tokens into a memory, in pieces of at most `memory.piece`, one update each.
 
+        Several memories take their texts at once, piece by piece: each as if it were written alone, but for rounding
+        (1e-4 in float32), because padding and another batch size round otherwise. The preset "paper" takes its turn
+        one memory after another.
+
         Args:
-            ids: tokens, [n], n >= 1, written as they are, without any wrapping.
+            ids: tokens, [n], n >= 1, written as they are, without any wrapping; or as many of them as memories.
             source: the name under which they are accounted.
             progress: called after each piece with (tokens done, tokens in all).
 
         Returns:
-            The next memory; the given one stays valid.
+            The next memory, or a list of them; the given ones stay valid.
 
         Raises:
             ValueError: no tokens, ids outside the vocabulary, or a memory of another model.
         """
-        tokens = self._ids(ids)
-        done = 0
-        for piece in tokens.split(memory.piece):
-            new = self.new_slots(memory, piece)
-            dropped = memories.draw(memory, new.shape[1])
-            following = memories.update(
-                replace(memory, slots=memory.slots.to(new.device)),
-                new,
-                dropped=dropped,
-                source=source,
-                tokens=len(piece),
-            )
-            with self._using(READ):
-                fresh = self.decoder.project_all(new)
-            self._prefixes[following] = self._prefix(memory).after(memories.kept(dropped, memory.M), fresh)
-            memory = following
-            done += len(piece)
-            if progress:
-                progress(done, len(tokens))
-        return memory
+        if isinstance(memory, Memory):
+            return self._write_all([memory], [self._ids(ids)], source, progress)[0]  # type: ignore[arg-type]
+        return self._write_all(list(memory), [self._ids(i) for i in ids], source, progress)  # type: ignore[arg-type]
+
+    def _write_all(
+        self, after: list[Memory], texts: list[Tensor], source: str, progress: Progress | None
+    ) -> list[Memory]:
+        for memory in after:
+            self.check(memory)
+        pieces = [text.split(memory.piece) for memory, text in zip(after, texts, strict=True)]
+        done, total = 0, sum(map(len, texts))
+        for number in range(max(map(len, pieces), default=0)):
+            waiting = [i for i, some in enumerate(pieces) if number < len(some)]
+            together = [i for i in waiting if after[i].preset == "exact"]
+            turns = [together[i : i + ROWS] for i in range(0, len(together), ROWS)]
+            for rows in [*turns, *([i] for i in waiting if after[i].preset != "exact")]:
+                read = [pieces[i][number] for i in rows]
+                for i, new in zip(rows, self._new_slots([after[i] for i in rows], read), strict=True):
+                    after[i] = self._following(after[i], new, source, len(pieces[i][number]))
+                done += sum(map(len, read))
+                if progress:
+                    progress(done, total)
+        return after
+
+    def _new_slots(self, memories: Sequence[Memory], pieces: Sequence[Tensor]) -> list[Tensor]:
+        """`new_slots` of several memories of the preset "exact" in one pass, without gradients."""
+        if len(memories) == 1:
+            return [self.new_slots(memories[0], pieces[0])]
+        context = Context(tuple(self._prefix(m).front for m in memories), (), WRITE)
+        tokens = torch.nn.utils.rnn.pad_sequence(list(pieces), batch_first=True)
+        with self._using(WRITE):
+            cache = memory_cache([front for front in context.fronts if front], self.decoder, store=False)
+            placed = self._placed(context, tokens)
+            return write_exact_rows(self.decoder, cache, pieces, [m.compression for m in memories], **placed)
+
+    def _following(self, memory: Memory, new: Tensor, source: str, tokens: int) -> Memory:
+        """The memory after an update, with its prefix derived from the one before."""
+        dropped = memories.draw(memory, new.shape[1])
+        on_device = replace(memory, slots=memory.slots.to(new.device))
+        following = memories.update(on_device, new, dropped=dropped, source=source, tokens=tokens)
+        with self._using(READ):
+            fresh = self.decoder.project_all(new)
+        self._prefixes[following] = self._prefix(memory).after(memories.kept(dropped, memory.M), fresh)
+        return following
 
     def logits(self, memory: Memory, ids: Ids) -> Tensor:
         """Logits of the next token at every position of `ids` read behind the memory, [n, vocab].
@@ -293,35 +357,35 @@ class MemoryModel:
         """How likely `answer` is after `ids` behind the memory."""
         return self.score_rows(self.behind(memory), [ids], [answer])[0]
 
-    def behind(self, memory: Memory) -> Context:
-        """A memory as the context of many rows.
+    def behind(self, memory: Memory | Sequence[Memory]) -> Context:
+        """A memory as the context of many rows, or several as the contexts of as many rows.
 
         Raises:
             ValueError: a memory of another model.
         """
-        self.check(memory)
-        if memory.M == 0:
-            return Context(0, self.room(memory), lambda store: None, None)
-        prefix = self._prefix(memory)
-        return Context(prefix.P, self.room(memory), lambda store: prefix.cache(store=store), READ)
+        some = [memory] if isinstance(memory, Memory) else list(memory)
+        for one in some:
+            self.check(one)
+        fronts = tuple(self._prefix(one).front if one.M else None for one in some)
+        return Context(fronts, tuple(self.room(one) for one in some), READ)
 
     @torch.no_grad()
     def plain(self, ids: Sequence[int]) -> Context:
         """Text as the context of many rows, read by the plain model: no memory, no adapter; `ids` may be empty."""
         if not len(ids):
-            return Context(0, self._limit, lambda store: None, None)
+            return Context((None,), (self._limit,), None)
         tokens = self._ids(ids)[None]
         self._fits(self.blank(), tokens.shape[1])
         cache = DynamicCache()
         with self._using(None):
             self.decoder.body(input_ids=tokens, past_key_values=cache, use_cache=True)
         n = tokens.shape[1]
-        layers = [_always((layer.keys, layer.values)) for layer in cache.layers]
-        return Context(n, self._limit - n, lambda store: memory_cache(layers, n, self.decoder, store=store), None)
+        front = Front(n, [_always((layer.keys, layer.values)) for layer in cache.layers])
+        return Context((front,), (self._limit - n,), None)
 
     @torch.no_grad()
     def score_rows(self, context: Context, ids: Sequence[Ids], answers: Sequence[Ids]) -> list[Score]:
-        """How likely each of B answers is after its own prompt behind one context, in one pass.
+        """How likely each of B answers is after its own prompt behind one context, or each behind its own.
 
         Args:
             ids: B prompts, [n] each.
@@ -330,18 +394,25 @@ class MemoryModel:
         Raises:
             ValueError: empty rows, or prompt and answer do not fit into the model's context.
         """
-        if not ids:
-            return []
         pairs = [(self._ids(i), self._ids(a)) for i, a in zip(ids, answers, strict=True)]
+        scores: list[Score] = [Score(torch.empty(0), torch.empty(0))] * len(pairs)
+        for rows in self._together(context, [0] * len(pairs)):
+            for i, score in zip(rows, self._scores(context.of(rows), [pairs[i] for i in rows]), strict=True):
+                scores[i] = score
+        return scores
+
+    def _scores(self, context: Context, pairs: list[tuple[Tensor, Tensor]]) -> list[Score]:
+        """`score_rows` in one pass."""
         rows = [torch.cat(pair) for pair in pairs]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # right: no row looks at its padding
-        self._fits_behind(context, tokens.shape[1])
+        for row, room in zip(rows, context.rooms * (len(rows) // len(context.rooms)), strict=True):
+            self._fits_behind(room, len(row))
         keep = tokens.shape[1] - min(len(prompt) for prompt, _ in pairs) + 1
-        with self._using(context.adapter):
-            cache = context.cache(False)
+        with self._using(_adapter(context)):
+            cache = self._cache(context, store=False)
             logits = self.base(
                 input_ids=tokens,
-                attention_mask=attention_mask(cache, tokens),
+                **self._placed(context, tokens),
                 past_key_values=cache,
                 use_cache=False,
                 logits_to_keep=keep,
@@ -356,79 +427,137 @@ class MemoryModel:
 
     @torch.no_grad()
     def generate_rows(self, context: Context, ids: Sequence[Ids], max_new_tokens: int) -> list[Tensor]:
-        """Greedy continuations of B prompts behind one context, at once.
+        """Greedy continuations of B prompts behind one context, or each behind its own, at once.
 
         Args:
             ids: B prompts, [n] each; they are padded on the left.
             max_new_tokens: at most so many tokens are made for each.
 
         Returns:
-            B tensors of new ids, [at most max_new_tokens] each; one that ended early holds its end token, then padding.
+            B tensors of new ids, [at most max_new_tokens] each, up to an end token and with it.
 
         Raises:
             ValueError: empty rows, or prompt and answer do not fit into the model's context.
         """
-        rows = [self._ids(i) for i in ids]
-        output: list[Tensor] = [torch.empty(0)] * len(rows)
-        for alike in self._padded_together(rows, context):
-            for i, continued in zip(
-                alike, self._continue([rows[i] for i in alike], context, max_new_tokens), strict=True
-            ):
-                output[i] = continued
-        return output
+        found = self._generate(context, ids, do_sample=False, max_new_tokens=max_new_tokens)
+        return [output[0, len(row) :] for output, row in zip(found, ids, strict=True)]
 
-    def _padded_together(self, rows: list[Tensor], context: Context) -> list[list[int]]:
-        """Which rows go in one pass: all, or those of one length where padding would stand inside a sliding window.
+    def _generate(
+        self, context: Context, ids: Sequence[Ids], streamer: Streamer | None = None, **generate_kwargs: Any
+    ) -> list[Tensor]:
+        """Transformers' `generate` for B prompts, in as few passes as are right.
 
-        Transformers counts a window in columns, so padding between context and text hides a part of the context.
+        Args:
+            streamer: made for the rows of each pass.
+
+        Returns:
+            For each prompt [answers, n + new]: the prompt and its continuations, up to where the last of them ended.
+        """
+        prompts = [self._ids(i) for i in ids]
+        found: list[Tensor] = [torch.empty(0)] * len(prompts)
+        settings = generate_kwargs.get("generation_config") or self.base.generation_config
+        new, longest, ends = (
+            generate_kwargs.get(key) or getattr(settings, key, None) or 0
+            for key in ("max_new_tokens", "max_length", "eos_token_id")
+        )
+        ends = [ends] if isinstance(ends, int) and ends else list(ends or [])
+        pad = self._pad_id()
+        if generate_kwargs.get("pad_token_id") is None:
+            generate_kwargs["pad_token_id"] = pad
+        one = any(generate_kwargs.get(key) for key in ("prompt_lookup_num_tokens", "assistant_model"))  # take one row
+        for rows in self._together(context, [len(prompt) for prompt in prompts], 1 if one else None):
+            some, n = context.of(rows), max(len(prompts[i]) for i in rows)
+            padded = [torch.nn.functional.pad(prompts[i], (n - len(prompts[i]), 0), value=pad or 0) for i in rows]
+            for i, room in zip(rows, some.rooms * (len(rows) // len(some.rooms)), strict=True):
+                self._fits_behind(room, len(prompts[i]), new or max(0, longest - n))
+            text = torch.ones(len(rows), n, dtype=torch.long, device=self.decoder.device)
+            for line, i in zip(text, rows, strict=True):
+                line[: n - len(prompts[i])] = 0
+            with self._using(_adapter(some)):
+                output = self.base.generate(
+                    input_ids=torch.stack(padded),
+                    attention_mask=self._mask(some, text),
+                    past_key_values=self._cache(some, store=True),
+                    streamer=streamer(rows, ends) if streamer else None,
+                    **generate_kwargs,
+                )
+            for i, answers in zip(rows, output.unflatten(0, (len(rows), -1)), strict=True):
+                found[i] = _ended(answers[:, n - len(prompts[i]) :], len(prompts[i]), ends)
+        return found
+
+    def _together(self, context: Context, lengths: Sequence[int], most: int | None = None) -> list[list[int]]:
+        """Which rows go in one pass: at most `most` (`ROWS`); those without a memory apart, for the plain model.
+
+        Transformers counts a sliding window in columns, so padding between memory and text would hide a part of the
+        memory: then only texts of one length go together.
+
+        Args:
+            lengths: of each row's text, as far as it is padded on the left.
         """
         kinds = getattr(self.base.config.get_text_config(), "layer_types", None) or ()
         windows = "sliding_attention" in kinds or getattr(self.base.config.get_text_config(), "sliding_window", None)
-        if not windows or not context.length:
-            return [list(range(len(rows)))] if rows else []
-        lengths = dict.fromkeys(len(row) for row in rows)
-        return [[i for i, row in enumerate(rows) if len(row) == length] for length in lengths]
+        fronts = context.fronts * len(lengths) if len(context.fronts) == 1 else context.fronts
+        alike: dict[tuple[bool, int], list[int]] = {}
+        for i, (front, length) in enumerate(zip(fronts, lengths, strict=True)):
+            alike.setdefault((front is None, length if windows and front else 0), []).append(i)
+        most = most or ROWS
+        return [rows[i : i + most] for rows in alike.values() for i in range(0, len(rows), most)]
 
-    def _continue(self, rows: list[Tensor], context: Context, max_new_tokens: int) -> list[Tensor]:
-        n = max(len(row) for row in rows)
-        self._fits_behind(context, n, max_new_tokens)
-        pad = self._pad_id()
-        tokens = torch.stack([torch.nn.functional.pad(row, (n - len(row), 0), value=pad or 0) for row in rows])
-        mask = torch.ones(len(rows), context.length + n, dtype=torch.long, device=tokens.device)
-        for line, row in zip(mask, rows, strict=True):
-            line[context.length : context.length + n - len(row)] = 0
-        with self._using(context.adapter):
-            output = self.base.generate(
-                input_ids=tokens,
-                attention_mask=mask,
-                past_key_values=context.cache(True),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=pad,
-            )
-        return list(output[:, n:])
+    def _cache(self, context: Context, *, store: bool) -> Cache | None:
+        fronts = [front for front in context.fronts if front]
+        return memory_cache(fronts, self.decoder, store=store) if fronts else None
+
+    def _mask(self, context: Context, text: Tensor) -> Tensor:
+        """The mask over memories and text, [B, P + n]: shorter memories are padded on the left."""
+        P = context.length
+        lengths = torch.tensor(context.lengths, device=text.device)[:, None]
+        there = torch.arange(P, device=text.device)[None] >= P - lengths
+        return torch.cat([there.long().expand(len(text), -1), text], dim=1)
+
+    def _placed(self, context: Context, tokens: Tensor) -> dict[str, Tensor]:
+        """Mask and, where memories differ in length, positions of tokens [B, n] without padding on the left."""
+        mask = self._mask(context, torch.ones_like(tokens))
+        if len(set(context.lengths)) == 1:
+            return {"attention_mask": mask}
+        start = torch.tensor(context.lengths, device=tokens.device)[:, None]
+        return {"attention_mask": mask, "position_ids": start + torch.arange(tokens.shape[1], device=tokens.device)}
+
+    @overload
+    def generate_ids(self, memory: Memory, ids: Ids, cache: Cache | None = ..., **generate_kwargs: Any) -> Any: ...
+
+    @overload
+    def generate_ids(
+        self, memory: Sequence[Memory], ids: Sequence[Ids], cache: None = ..., **generate_kwargs: Any
+    ) -> list[Tensor]: ...
 
     @torch.no_grad()
-    def generate_ids(self, memory: Memory, ids: Ids, cache: Cache | None = None, **generate_kwargs: Any) -> Any:
-        """Transformers' own `generate` behind the memory: greedy, sampling, beams, streaming.
+    def generate_ids(
+        self,
+        memory: Memory | Sequence[Memory],
+        ids: Ids | Sequence[Ids],
+        cache: Cache | None = None,
+        **generate_kwargs: Any,
+    ) -> Any:
+        """Transformers' own `generate` behind a memory, or behind several at once: greedy, sampling, beams, streaming.
 
         Args:
-            ids: the prompt, [n].
+            ids: the prompt, [n], or as many of them as memories.
             cache: of this memory and of a text already read (`text_cache`), to go on from; then `ids` is what follows.
             generate_kwargs: as in `generate`; greedy unless `do_sample=True`.
 
         Returns:
-            What `generate` returns: prompt and continuation, [rows, n + new].
+            What `generate` returns: prompt and continuation, [rows, n + new]; for several memories a list of such
+            tensors, each up to where the last of its rows ended.
 
         Raises:
-            ValueError: memory, prompt and answer do not fit into the model's context.
+            ValueError: memory, prompt and answer do not fit into the model's context, or options that several
+                memories do not take.
         """
+        if not isinstance(memory, Memory):
+            return self._generate_many(memory, ids, cache, generate_kwargs)  # type: ignore[arg-type]
         self.check(memory)
-        tokens = self._ids(ids)[None]
-        if "generation_config" not in generate_kwargs:
-            generate_kwargs.setdefault("do_sample", False)
-            if "max_length" not in generate_kwargs:
-                generate_kwargs.setdefault("max_new_tokens", MAX_NEW_TOKENS)
+        tokens = self._ids(ids)[None]  # type: ignore[arg-type]
+        _set_defaults(generate_kwargs)
         if self.base.generation_config.pad_token_id is None and generate_kwargs.get("pad_token_id") is None:
             generate_kwargs["pad_token_id"] = self._pad_id()
         if cache is None:
@@ -449,6 +578,22 @@ class MemoryModel:
                 past_key_values=cache,
                 **generate_kwargs,
             )
+
+    def _generate_many(
+        self,
+        memory: Sequence[Memory],
+        ids: Sequence[Ids],
+        cache: Cache | None,
+        generate_kwargs: dict[str, Any],
+        streamer: Streamer | None = None,
+    ) -> list[Tensor]:
+        one = [name for name in ("streamer", "return_dict_in_generate") if generate_kwargs.get(name)]
+        if cache is not None or one:
+            raise ValueError(f"{', '.join(['cache'] * (cache is not None) + one)}: this takes one memory, not a list.")
+        if len(memory) != len(ids):
+            raise ValueError(f"give as many prompts as memories: got {len(ids)} and {len(memory)}.")
+        _set_defaults(generate_kwargs)
+        return self._generate(self.behind(memory), ids, streamer, **generate_kwargs) if ids else []
 
     def text_cache(self, memory: Memory) -> Cache | None:
         """A fresh cache with the memory and no text in it; None for an empty memory: the plain model makes its own."""
@@ -479,7 +624,7 @@ class MemoryModel:
         role: str | None = None,
         progress: Progress | None = None,
     ) -> Memory | list[Memory]:
-        """Write a text into a memory, or each of several texts into a memory of its own, one after another.
+        """Write a text into a memory, or each of several texts into a memory of its own, at once (see `write_ids`).
 
         Args:
             text: not empty; special tokens in it stay plain text.
@@ -495,8 +640,9 @@ class MemoryModel:
         """
         pairs, many = _pairs(memory, text)
         ids = [self.prompts_or_raise().written(t, role) for _, t in pairs]
-        after = [self.write_ids(m, i, source, progress) for (m, _), i in zip(pairs, ids, strict=True)]
-        return after if many else after[0]
+        if many:
+            return self.write_ids([m for m, _ in pairs], ids, source, progress)
+        return self.write_ids(pairs[0][0], ids[0], source, progress)
 
     @overload
     def ask(self, memory: Memory, question: str, **generate_kwargs: Any) -> str: ...
@@ -507,7 +653,7 @@ class MemoryModel:
     def ask(
         self, memory: Memory | Sequence[Memory], question: str | Sequence[str], **generate_kwargs: Any
     ) -> str | list[str]:
-        """Answer a question with a memory, or each of several with its own, one after another.
+        """Answer a question with a memory, or each of several with its own, at once.
 
         Greedy, at most 128 new tokens, unless `generate_kwargs` says otherwise.
 
@@ -519,46 +665,65 @@ class MemoryModel:
             raise ValueError("`ask` gives one answer as text; use `generate_ids` for several, or for scores.")
         pairs, many = _pairs(memory, question)
         prompts = [self.prompts_or_raise().question(q, bare=m.M > 0) for m, q in pairs]
-        outputs = [self.generate_ids(m, p, **generate_kwargs) for (m, _), p in zip(pairs, prompts, strict=True)]
+        if many:
+            outputs = self.generate_ids([m for m, _ in pairs], prompts, **generate_kwargs)
+        else:
+            outputs = [self.generate_ids(pairs[0][0], prompts[0], **generate_kwargs)]
         answers = [self._decode(output[0, len(p) :]) for output, p in zip(outputs, prompts, strict=True)]
         return answers if many else answers[0]
 
-    def stream(self, memory: Memory, question: str, **generate_kwargs: Any) -> Iterator[str]:
-        """Answer a question piece by piece; leaving the loop stops the generation."""
-        prompt = self.prompts_or_raise().question(question, bare=memory.M > 0)
-        return self.stream_ids(memory, prompt, **generate_kwargs)
+    @overload
+    def stream(self, memory: Memory, question: str, **generate_kwargs: Any) -> Iterator[str]: ...
 
-    def stream_ids(self, memory: Memory, ids: Ids, **generate_kwargs: Any) -> Iterator[str]:
-        """Continue token ids and give the text piece by piece; the arguments are those of `generate_ids`."""
-        from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+    @overload
+    def stream(
+        self, memory: Sequence[Memory], question: Sequence[str], **generate_kwargs: Any
+    ) -> Iterator[tuple[int, str]]: ...
 
-        self.prompts_or_raise()
-        left = threading.Event()
+    def stream(
+        self, memory: Memory | Sequence[Memory], question: str | Sequence[str], **generate_kwargs: Any
+    ) -> Iterator[str] | Iterator[tuple[int, str]]:
+        """Answer a question piece by piece, or several at once; leaving the loop stops the generation.
 
-        class Left(StoppingCriteria):
-            def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-                return torch.full((input_ids.shape[0],), left.is_set(), device=input_ids.device, dtype=torch.bool)
+        Returns:
+            Pieces of text; for several questions pairs (number of the question, piece), as they come.
+        """
+        pairs, many = _pairs(memory, question)
+        prompts = [self.prompts_or_raise().question(q, bare=m.M > 0) for m, q in pairs]
+        if many:
+            return self.stream_ids([m for m, _ in pairs], prompts, **generate_kwargs)
+        return self.stream_ids(pairs[0][0], prompts[0], **generate_kwargs)
 
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        criteria = StoppingCriteriaList([*generate_kwargs.pop("stopping_criteria", []), Left()])
-        failed: list[BaseException] = []
+    @overload
+    def stream_ids(self, memory: Memory, ids: Ids, **generate_kwargs: Any) -> Iterator[str]: ...
 
-        def run() -> None:
-            try:
-                self.generate_ids(memory, ids, streamer=streamer, stopping_criteria=criteria, **generate_kwargs)
-            except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-                failed.append(error)
-                streamer.end()
+    @overload
+    def stream_ids(
+        self, memory: Sequence[Memory], ids: Sequence[Ids], **generate_kwargs: Any
+    ) -> Iterator[tuple[int, str]]: ...
 
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        try:
-            yield from streamer
-        finally:
-            left.set()
-            thread.join()
-        if failed:
-            raise failed[0]
+    def stream_ids(
+        self, memory: Memory | Sequence[Memory], ids: Ids | Sequence[Ids], **generate_kwargs: Any
+    ) -> Iterator[Any]:
+        """Continue token ids and give the text in pieces; arguments as in `generate_ids`, pieces as in `stream`."""
+        from transformers import StoppingCriteriaList
+
+        tokenizer = self.prompts_or_raise().tokenizer
+        criteria = generate_kwargs.pop("stopping_criteria", [])
+
+        def one(give: Callable[[str], None], left: streaming.Left) -> None:
+            streamer = streaming.Pieces(tokenizer, give, skip_prompt=True)
+            some = StoppingCriteriaList([*criteria, left])
+            self.generate_ids(memory, ids, streamer=streamer, stopping_criteria=some, **generate_kwargs)  # type: ignore
+
+        def many(give: Callable[[tuple[int, str]], None], left: streaming.Left) -> None:
+            def streamer(rows: list[int], ends: Collection[int]) -> streaming.Rows:
+                return streaming.Rows(tokenizer, rows, ends, give)
+
+            generate_kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, left])
+            self._generate_many(memory, ids, None, generate_kwargs, streamer)  # type: ignore[arg-type]
+
+        return streaming.stream(one) if isinstance(memory, Memory) else streaming.stream(many)
 
     @torch.no_grad()
     def text_of(self, memory: Memory) -> Tensor:
@@ -676,11 +841,11 @@ class MemoryModel:
         eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
         return config.pad_token_id if config.pad_token_id is not None else eos
 
-    def _fits_behind(self, context: Context, n: int, new: int = 0) -> None:
-        if context.room < n + new:
+    def _fits_behind(self, room: int, n: int, new: int = 0) -> None:
+        if room < n + new:
             raise ValueError(
-                f"the text takes {n} tokens and the answer up to {new}, and behind this context of {context.length} "
-                f"positions there is room for {context.room}. Shorten the text, or use a smaller memory."
+                f"the text takes {n} tokens and the answer up to {new}, and behind this context of "
+                f"{self._limit - room} positions there is room for {room}. Shorten the text, or use a smaller memory."
             )
 
     def _fits(self, memory: Memory, n: int, new: int = 0) -> None:
@@ -699,6 +864,28 @@ class MemoryModel:
 
     def _decode(self, ids: Tensor) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def _set_defaults(generate_kwargs: dict[str, Any]) -> None:
+    """Greedy and a bound for the answer, unless the caller says otherwise."""
+    if "generation_config" not in generate_kwargs:
+        generate_kwargs.setdefault("do_sample", False)
+        if "max_length" not in generate_kwargs:
+            generate_kwargs.setdefault("max_new_tokens", MAX_NEW_TOKENS)
+
+
+def _adapter(context: Context) -> str | None:
+    """The adapter that reads a context; where nothing stands in front the plain model answers."""
+    return context.adapter if any(context.fronts) else None
+
+
+def _ended(rows: Tensor, start: int, ends: Sequence[int]) -> Tensor:
+    """Rows [answers, n], without what follows the end token of the last that ends; answers begin at `start`."""
+    if not ends:
+        return rows
+    stops = torch.isin(rows[:, start:], torch.tensor(ends, device=rows.device))
+    last = torch.where(stops.any(1), stops.int().argmax(1) + 1, stops.shape[1]).max() if stops.shape[1] else 0
+    return rows[:, : start + int(last)]
 
 
 def _always(kv: KV) -> Callable[[], KV]:

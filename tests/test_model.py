@@ -23,7 +23,7 @@ def test_lists_are_one_memory_for_each_text(llm, memory):
     texts, questions = ["first text", "second"], ["which one?", "and this?"]
     written = llm.write([memory, other], texts)
     alone = [llm.write(m, t) for m, t in zip([memory, other], texts, strict=True)]
-    assert all(torch.equal(a.slots, b.slots) for a, b in zip(written, alone, strict=True))
+    assert all((a.slots - b.slots).abs().max() < 1e-4 for a, b in zip(written, alone, strict=True))
     answers = llm.ask(written, questions, max_new_tokens=6)
     assert answers == [llm.ask(m, q, max_new_tokens=6) for m, q in zip(alone, questions, strict=True)]
     for wrong in (([memory], texts), (memory, texts), ([memory], "text")):

@@ -180,15 +180,14 @@ def test_rows_may_be_lists_or_tensors():
     assert lists(llm.generate_rows(context, prompts, 3)) == lists(llm.generate_rows(context, PROMPTS, 3))
 
 
-def test_a_row_that_ends_early_holds_its_end_token_then_padding():
+def test_a_row_that_ends_early_ends_with_its_end_token():
     llm = untrained()
     context = made(llm, "a memory")
     free = lists(llm.generate_rows(context, PROMPTS, 10))
     end = llm.base.generation_config.eos_token_id = free[0][2]
     cut = [row[: row.index(end) + 1] if end in row else row for row in free]
-    n = max(map(len, cut))
-    assert len(cut[0]) <= 3 < n
-    assert lists(llm.generate_rows(context, PROMPTS, 10)) == [row + [0] * (n - len(row)) for row in cut]
+    assert len(cut[0]) <= 3 < max(map(len, cut))
+    assert lists(llm.generate_rows(context, PROMPTS, 10)) == cut
 
 
 # --- contexts -------------------------------------------------------------------------------------------------------
@@ -211,12 +210,12 @@ def test_a_context_is_used_many_times_in_any_order_and_never_changed(family):
             for kind, context in contexts.items():
                 assert uses[i](context) == expected[kind][i]
     for kind, tensors in before.items():
-        assert contexts[kind].length == contexts[kind].cache(True).get_seq_length() == 1 + len(TEXT)
+        assert contexts[kind].length == llm._cache(contexts[kind], store=True).get_seq_length() == 1 + len(TEXT)
         assert all(map(torch.equal, bits(contexts[kind]), tensors))
 
 
 def bits(context):
-    return [tensor.clone() for layer in context.cache(False).layers for tensor in layer.kv()]
+    return [tensor.clone() for kv in context.fronts[0].layers for tensor in kv()]
 
 
 def test_a_context_outlives_its_memory():

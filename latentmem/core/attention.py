@@ -1,17 +1,21 @@
-"""Attention over a memory on CPU in half precision, where torch's own kernel is slow (letters: `latentmem.core`).
+"""Attention over memories on the CPU, where torch's own kernels copy what all rows share (letters: `latentmem.core`).
 
-`MemoryLayer` hands the memory over by itself (`hand_over`), so that any number of rows read one copy of it:
+`MemoryLayer` hands the memories over by themselves (`hand_over`), so that nothing of them is copied, padded or
+expanded, however many rows read one and however different they are:
 
-    per key head, [P + B * t] keys: the memory's, then those of each row's text
-    all rows and query heads ask them in one product; what belongs to another row's text is hidden
+    scores   of all rows on their own text in one product, and on each memory in one product for the rows that read it
+    weights  one softmax over both
+    output   the weights on the memory times its values, plus the weights on the text times its values
 
-Registered under `NAME` for transformers. A layer with a sliding window that hides a part of the memory, and everything
-without a memory, goes to transformers' own function, and so do float32 and other devices: `choose`.
+Registered under `NAME` for transformers. A layer with a sliding window that hides a part of a memory, and everything
+without a memory, goes to transformers' own function, and so do other devices (`choose`) and long texts of one row in
+float32, where torch's kernel is faster.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,15 +25,19 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "latentmem_cpu"
-_handed = threading.local()  # what the cache of this thread's current layer handed over: (text keys, keys, values)
+QUERIES = 64  # at once for one memory: the scores of more do not fit into a core's cache
+LONG = 128  # queries of one row from which on torch's kernel is faster in float32
+KV = tuple[Tensor, Tensor]  # keys and values, each [B, heads, positions, head width]
+_handed = threading.local()  # what the cache of this thread's current layer handed over: (text keys, memories, rows)
 
 
-def hand_over(text_keys: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Give the memory's keys and values to the attention that is called next, with these keys of the text.
+def hand_over(text_keys: Tensor, memories: Sequence[KV], rows: Sequence[int]) -> None:
+    """Give memories to the attention that is called next, with these keys of the text.
 
     Args:
         text_keys: what the cache returns to the layer; the attention has to get this very tensor.
-        keys, values: of the memory, [1, key heads, P, head width].
+        memories: rotated keys and values of each memory, [1, key heads, P, head width], each with its own P.
+        rows: which memory each of B rows reads.
 
     Raises:
         RuntimeError: the last layer's memory was not read, so this model's attention is not ours.
@@ -37,12 +45,23 @@ def hand_over(text_keys: Tensor, keys: Tensor, values: Tensor) -> None:
     if getattr(_handed, "memory", None) is not None:
         _handed.memory = None
         raise RuntimeError("a layer did not read its memory: its attention is not the one that was chosen for it.")
-    _handed.memory = (text_keys, keys, values)
+    _handed.memory = (text_keys, memories, rows)
 
 
 def begin() -> None:
     """Forget what a pass that was broken off in this thread handed over; called where a new cache is made."""
     _handed.memory = None
+
+
+def stacked(memories: Sequence[KV], rows: Sequence[int]) -> KV:
+    """Memories as one tensor of B rows, shorter ones padded on the left; a memory that all rows read is not copied."""
+    if len(memories) == 1:
+        keys, values = memories[0]
+        return keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1)
+    P = max(keys.shape[2] for keys, _ in memories)
+    padded = [[torch.nn.functional.pad(t, (0, 0, P - t.shape[2], 0)) for t in memory] for memory in memories]
+    keys, values = (torch.cat([padded[i][part] for i in rows]) for part in (0, 1))
+    return keys, values
 
 
 def attend(
@@ -54,13 +73,14 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of n queries over P positions of the memory that was handed over, if any, and t of the text.
+    """Attention of n queries over P positions of the memories that were handed over, if any, and t of the text.
 
     Args:
         query: [B, heads, n, head width].
         key: [B, key heads, t, head width].
         value: as `key`.
-        attention_mask: None, or bool [B or 1, 1, n, P + t], True where a query may look.
+        attention_mask: None, or bool [B or 1, 1, n, P + t], True where a query may look; P is the largest of all, and
+            the columns of a shorter memory are the last before the text.
 
     Returns:
         [B, n, heads, head width], and no weights.
@@ -71,36 +91,79 @@ def attend(
     handed, _handed.memory = getattr(_handed, "memory", None), None
     if handed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    text_keys, keys, values = handed
+    text_keys, memories, rows = handed
     if text_keys is not key:
         raise RuntimeError("a layer changed its keys after the cache had returned them; its memory would be lost.")
-    P, n = keys.shape[2], query.shape[2]
-    if kwargs.get("dropout") or (attention_mask is None and n > 1) or not _sees_all(attention_mask, P):
-        rows = key.shape[0]
-        key = torch.cat([keys.expand(rows, -1, -1, -1), key], dim=2)
-        value = torch.cat([values.expand(rows, -1, -1, -1), value], dim=2)
+    B, _, n, width = query.shape
+    theirs = kwargs.get("dropout") or (query.dtype == torch.float32 and B == 1 and n >= LONG)
+    if theirs or (attention_mask is None and n > 1) or not _sees_all(attention_mask, memories, rows):
+        keys, values = stacked(memories, rows)
+        key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    B, heads, _, width = query.shape
-    shared, t = key.shape[1], key.shape[2]
-    asked = (query * (width**-0.5 if scaling is None else scaling)).reshape(B, shared, -1, width)
-    asked = asked.transpose(0, 1).reshape(shared, -1, width)  # all rows ask one memory
-    scores = asked @ _behind(keys, key).transpose(1, 2)  # [shared, B * heads / shared * n, P + B * t]
-    on_text = scores.view(shared, B, -1, n, P + B * t)[..., P:].unflatten(-1, (B, t))
-    own = torch.eye(B, dtype=torch.bool, device=key.device)[:, None, None, :, None]
-    seen = own if attention_mask is None else own & attention_mask[:, :, :, None, P:]  # [B, 1, n, B, t]
-    on_text.masked_fill_(~seen, float("-inf"))
-    output = scores.softmax(-1) @ _behind(values, value)
-    return output.view(shared, B, -1, n, width).permute(1, 3, 0, 2, 4).reshape(B, n, heads, width), None
+    shared = key.shape[1]
+    asked = (query * (width**-0.5 if scaling is None else scaling)).view(B, shared, -1, n, width).transpose(0, 1)
+    text = key.transpose(0, 1), value.transpose(0, 1)
+    seen = None if attention_mask is None else attention_mask[:, :, :, -key.shape[2] :]
+    readers = [(memory, _where(i, rows)) for i, memory in enumerate(memories)]
+    step = max(1, QUERIES // (B // len(memories)))
+    parts = []
+    for start in range(0, n, step):
+        some = slice(start, start + step)
+        parts.append(_read(asked[..., some, :], readers, text, None if seen is None else seen[:, :, some]))
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], None
 
 
-def _behind(memory: Tensor, text: Tensor) -> Tensor:
-    """One memory with the texts of all rows behind it, [key heads, P + B * t, head width]."""
-    return torch.cat([memory[0], text.transpose(0, 1).flatten(1, 2)], dim=1)
+def _read(asked: Tensor, readers: Sequence[tuple[KV, slice | list[int]]], text: KV, seen: Tensor | None) -> Tensor:
+    """What some queries read.
+
+    Args:
+        asked: scaled queries, [key heads, B, query heads per key head, n, head width].
+        readers: each memory with the rows that read it.
+        text: keys and values of the text, [key heads, B, t, head width].
+        seen: bool [B or 1, 1, n, t].
+
+    Returns:
+        [B, n, heads, head width].
+    """
+    shared, B, group, n, width = asked.shape
+    asked = asked.reshape(shared, B, group * n, width)
+    P = max(memory[0].shape[2] for memory, _ in readers)
+    scores = asked.new_empty(shared, B, group * n, P + text[0].shape[2])
+    if len(readers) > 1:
+        scores[..., :P] = float("-inf")  # behind the end of a shorter memory
+    for (keys, _), rows in readers:
+        found = asked[:, rows].reshape(shared, -1, width) @ keys[0].transpose(1, 2)
+        scores[:, rows, :, : keys.shape[2]] = found.view(shared, -1, group * n, keys.shape[2])
+    on_text = (asked @ text[0].transpose(2, 3)).view(shared, B, group, n, -1)
+    if seen is not None:
+        on_text.masked_fill_(~seen, float("-inf"))
+    scores[..., P:] = on_text.flatten(2, 3)
+    weights = scores.softmax(-1)
+    output = weights[..., P:] @ text[1]
+    for (_, values), rows in readers:
+        on_memory = weights[:, rows, :, : values.shape[2]]
+        output[:, rows] += (on_memory.flatten(1, 2) @ values[0]).view(shared, -1, group * n, width)
+    return output.view(shared, B, group, n, width).permute(1, 3, 0, 2, 4).reshape(B, n, shared * group, width)
 
 
-def _sees_all(mask: Tensor | None, P: int) -> bool:
-    """Whether every query sees the whole memory; what it sees of the text may be anything."""
-    return mask is None or (mask.dtype == torch.bool and bool(mask[..., :P].all()))
+def _where(memory: int, rows: Sequence[int]) -> slice | list[int]:
+    """The rows that read a memory, as a slice if they stand together: then nothing is copied."""
+    found = [row for row, i in enumerate(rows) if i == memory]
+    return slice(found[0], found[-1] + 1) if found[-1] - found[0] == len(found) - 1 else found
+
+
+def _sees_all(mask: Tensor | None, memories: Sequence[KV], rows: Sequence[int]) -> bool:
+    """Whether every query sees the whole memory of its row and nothing before it; of the text it may see anything."""
+    lengths = [keys.shape[2] for keys, _ in memories]
+    P = max(lengths)
+    if mask is None:
+        return min(lengths) == P
+    if mask.dtype != torch.bool:
+        return False
+    if min(lengths) == P:
+        return bool(mask[..., :P].all())
+    there = torch.arange(P)[None] >= P - torch.tensor([lengths[i] for i in rows])[:, None]
+    return bool((mask[..., :P] == there[:, None, None]).all())
 
 
 AttentionInterface.register(NAME, attend)
@@ -108,14 +171,13 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def choose(model: PreTrainedModel) -> None:
-    """Let a model on the CPU take the fast ways: `attend` in half precision, and an output layer that copies nothing.
+    """Let a model on the CPU take the fast ways: `attend`, and an output layer that copies nothing.
 
     Torch multiplies a part of a tensor, such as the last positions of all rows, by copying the matrix for each row.
     """
-    weight = model.get_input_embeddings().weight
-    if weight.device.type != "cpu":
+    if model.get_input_embeddings().weight.device.type != "cpu":
         return
-    if weight.dtype in (torch.bfloat16, torch.float16) and model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
     head: Any = model.get_output_embeddings()
     if head is not None and not head._forward_pre_hooks:

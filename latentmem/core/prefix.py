@@ -27,9 +27,10 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from latentmem.core import attention
+from latentmem.core.attention import KV
 
+ROOM = 64  # tokens by which a text's buffers are made longer than the text
 BLOCK = 128  # rows of one projection; a fixed shape makes a row's bits independent of how many are projected
-KV = tuple[Tensor, Tensor]  # keys and values, each [B, heads, positions, head width]
 
 
 class _Stop(Exception):  # noqa: N818 - no error
@@ -189,6 +190,19 @@ class Decoder:
         raise ValueError(f"{self._name}: the keys and values of layer {i} can not be taken ({reason}).")
 
 
+@dataclass(frozen=True)
+class Front:
+    """What stands in front of a row of text: keys and values of P positions in every layer.
+
+    Args:
+        P: positions.
+        layers: for each layer, what gives its rotated keys and values, [1, heads, P, head width] each.
+    """
+
+    P: int
+    layers: Sequence[Callable[[], KV]]
+
+
 @dataclass(frozen=True, eq=False)
 class Prefix:
     """Keys and values of one memory in every layer, projected once: [first ; slots], P = s + M positions.
@@ -227,10 +241,14 @@ class Prefix:
         keys = [move(old, i, new[i][0]) for i, old in enumerate(self.keys)]
         return Prefix(self.decoder, keys, [move(old, i, new[i][1]) for i, old in enumerate(self.values)], self.s)
 
+    @property
+    def front(self) -> Front:
+        """This prefix as what stands in front of a row."""
+        return Front(self.P, tuple(partial(self._kv, i) for i in range(len(self.keys))))
+
     def cache(self, *, store: bool = True) -> Cache:
         """A fresh cache over this prefix, for `forward` or `generate`; see `MemoryLayer`."""
-
-        return memory_cache([partial(self._kv, i) for i in range(len(self.keys))], self.P, self.decoder, store=store)
+        return memory_cache([self.front], self.decoder, store=store)
 
     def _kv(self, i: int) -> KV:
         return self.rotated[i], self.values[i]
@@ -249,10 +267,21 @@ def read(decoder: Decoder, first: Tensor, slots: Tensor) -> Prefix:
     return prefix.after(none, bodies) if bodies else prefix
 
 
-def memory_cache(kv: Sequence[Callable[[], KV]], length: int, decoder: Decoder, *, store: bool) -> Cache:
-    """A fresh cache that shows each layer a prefix in front of its text; see `MemoryLayer`."""
+def memory_cache(fronts: Sequence[Front], decoder: Decoder, *, store: bool) -> Cache:
+    """A fresh cache that shows each layer what stands in front of its text; see `MemoryLayer`.
+
+    Args:
+        fronts: one for any number of rows, or one for each row.
+    """
     apart = decoder.model.config._attn_implementation == attention.NAME
-    return Cache(layers=[MemoryLayer(make, length, store=store, apart=apart) for make in kv])
+    return Cache(
+        layers=[
+            MemoryLayer(
+                [front.layers[i] for front in fronts], max(front.P for front in fronts), store=store, apart=apart
+            )
+            for i in range(decoder.L)
+        ]
+    )
 
 
 def functional_cache(
@@ -273,49 +302,110 @@ def functional_cache(
 
         return wrap(kv) if wrap else kv
 
-    return memory_cache([make(i) for i in range(decoder.L)], hidden.shape[1], decoder, store=False)
+    return memory_cache([Front(hidden.shape[1], [make(i) for i in range(decoder.L)])], decoder, store=False)
 
 
 class MemoryLayer(DynamicLayer):
-    """One layer's cache: the memory's keys and values in front of a growing text.
+    """One layer's cache: the keys and values of memories in front of a growing text.
 
-    The memory has one row and serves any number of rows (beams, samples); only the text is stored per row, moved by
-    beams and cut by `crop`. The attention mask that goes with it covers P + text.
+    One memory serves any number of rows (beams, samples, questions); several serve as many rows, or each of them as
+    many as there are rows for each, side by side. Shorter ones are padded on the left, so the attention mask that goes
+    with this covers the longest and the text. Only the text is stored per row, in buffers that are grown in advance;
+    beams move it and `crop` cuts it.
 
     Args:
-        kv: gives the memory's rotated keys and values, [1, heads, P, head width] each.
-        length: P.
+        kv: of each memory, gives its rotated keys and values, [1, heads, its P, head width] each.
+        length: P of the longest.
         store: keep the text that passes through (`generate`), or not (`forward` with gradients, replayed at will).
-        apart: hand the memory to `core.attention` instead of copying it in front of every row's text.
+        apart: hand the memories to `core.attention` instead of copying them in front of every row's text.
     """
 
-    def __init__(self, kv: Callable[[], KV], length: int, *, store: bool = True, apart: bool = False) -> None:
+    keys: Any
+    values: Any
+
+    def __init__(self, kv: Sequence[Callable[[], KV]], length: int, *, store: bool = True, apart: bool = False) -> None:
         super().__init__()
         self.kv, self.length, self.store, self.apart = kv, length, store, apart
+        self._rows = list(range(len(kv)))  # which memory each row reads
+        self._buffers: KV | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> KV:
-        if self.store:
-            key_states, value_states = super().update(key_states, value_states)
-        keys, values = self.kv()
+        rows = self._rows_of(key_states.shape[0])
         if self.apart:
-            attention.hand_over(key_states, keys, values)
+            if self.store:
+                key_states, value_states = self._append(key_states, value_states, rows)
+            attention.hand_over(key_states, [kv() for kv in self.kv], rows)
             return key_states, value_states
-        keys, values = (t.expand(key_states.shape[0], -1, -1, -1) for t in (keys, values))
+        if self.store:
+            return self._append(key_states, value_states, rows)
+        keys, values = attention.stacked([kv() for kv in self.kv], rows)
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
+    def _rows_of(self, B: int) -> list[int]:
+        """The memory of each of B rows; `generate` makes several rows of one without telling its cache."""
+        rows = [0] * B if len(self.kv) == 1 else [i for i in self._rows for _ in range(B // len(self._rows))]
+        if len(rows) != B:
+            raise ValueError(f"a cache over {len(self._rows)} memories takes as many rows or a multiple, got {B}.")
+        self._rows = rows
+        return rows
+
+    def _append(self, key_states: Tensor, value_states: Tensor, rows: Sequence[int]) -> KV:
+        """Store more text and give all of it, behind the memories if they are not handed over apart."""
+        lead, t = (0 if self.apart else self.length), self._text
+        end = t + key_states.shape[2]
+        buffers = self._buffers
+        if buffers is None or not self._fits(buffers[0], key_states.shape[0], lead, lead + end):
+            B, heads = key_states.shape[:2]
+            room = lead + end + max(ROOM, end // 2)
+            buffers = (
+                key_states.new_empty(B, heads, room, key_states.shape[3]),
+                value_states.new_empty(B, heads, room, value_states.shape[3]),
+            )
+            memories = attention.stacked([kv() for kv in self.kv], rows) if lead else (None, None)
+            for buffer, old, memory in zip(buffers, (self.keys, self.values), memories, strict=True):
+                if memory is not None:
+                    buffer[:, :, :lead] = memory
+                if t:
+                    buffer[:, :, lead : lead + t] = old
+            self._buffers = buffers
+        for buffer, new in zip(buffers, (key_states, value_states), strict=True):
+            buffer[:, :, lead + t : lead + end] = new
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.keys, self.values = buffers[0][:, :, lead : lead + end], buffers[1][:, :, lead : lead + end]
+        return buffers[0][:, :, : lead + end], buffers[1][:, :, : lead + end]
+
+    def _fits(self, buffer: Tensor, B: int, lead: int, end: int) -> bool:
+        """Whether the text stands in this buffer (and not in a tensor that beams made of it), with room to `end`."""
+        stands = not self._text or self.keys.data_ptr() == buffer[:, :, lead:].data_ptr()
+        return stands and buffer.shape[0] == B and end <= buffer.shape[2]
+
+    @property
+    def _text(self) -> int:
+        return self.keys.shape[2] if self.is_initialized and self.keys is not None else 0
+
     def get_seq_length(self) -> int:
-        return self.length + (self.keys.shape[2] if self.is_initialized else 0)
+        return self.length + self._text
+
+    def reset(self) -> None:
+        self._buffers = None
+        super().reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.is_initialized:
+        if len(self.kv) > 1:
+            self._rows = [self._rows[i] for i in beam_idx.tolist()]
+        if self._text:
             super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
+        if len(self.kv) > 1:
+            self._rows = [i for i in self._rows for _ in range(repeats)]
+        if self._text:
             super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized:
+        if len(self.kv) > 1:
+            self._rows = [self._rows[i] for i in indices.tolist()]
+        if self._text:
             super().batch_select_indices(indices)
 
 

@@ -12,7 +12,7 @@ Both are one stock forward pass with a hook per layer.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,9 +68,9 @@ def layers_seen(decoder: Decoder, change: Change | None = None, *, outputs: bool
             handle.remove()
 
 
-def _run(decoder: Decoder, ids: Tensor, cache: Cache | None) -> None:
-    mask = attention_mask(cache, ids)
-    decoder.body(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=False)
+def _run(decoder: Decoder, ids: Tensor, cache: Cache | None, **placed: Tensor) -> None:
+    placed = placed or {"attention_mask": attention_mask(cache, ids)}
+    decoder.body(input_ids=ids, **placed, past_key_values=cache, use_cache=False)
 
 
 def first_states(decoder: Decoder, token: int) -> Tensor:
@@ -91,11 +91,30 @@ def write_exact(decoder: Decoder, cache: Cache, ids: Tensor, compression: int = 
     Returns:
         [L, ceil(n / c), d].
     """
+    return write_exact_rows(decoder, cache, [ids], [compression])[0]
+
+
+def write_exact_rows(
+    decoder: Decoder, cache: Cache, ids: Sequence[Tensor], compressions: Sequence[int], **placed: Tensor
+) -> list[Tensor]:
+    """`write_exact` of B texts into memories of their own, in one pass.
+
+    Args:
+        cache: over one memory for all texts, or one for each, not storing.
+        ids: B texts, [n] each; they are padded on the right, and no text looks at its padding.
+        placed: `attention_mask` and `position_ids` of the padded texts, where memories differ in length.
+
+    Returns:
+        B tensors [L, ceil(n / c), d].
+    """
     with layers_seen(decoder) as seen:
-        _run(decoder, ids[None], cache)
-    n = ids.shape[0]
-    last = (torch.arange(-(-n // compression), device=ids.device) * compression + compression - 1).clamp(max=n - 1)
-    return torch.cat(seen)[:, last]
+        _run(decoder, torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True), cache, **placed)
+    found = []
+    for row, (text, c) in enumerate(zip(ids, compressions, strict=True)):
+        n = len(text)
+        last = (torch.arange(-(-n // c), device=text.device) * c + c - 1).clamp(max=n - 1)
+        found.append(torch.stack([hidden[row, last] for hidden in seen]))
+    return found
 
 
 def write_paper(decoder: Decoder, bos: Tensor, mark: Tensor, newest: Tensor, ids: Tensor, K: int) -> Tensor:
