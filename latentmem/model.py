@@ -305,7 +305,7 @@ class MemoryModel:
         for number in range(max(map(len, pieces), default=0)):
             waiting = [i for i, some in enumerate(pieces) if number < len(some)]
             together = [i for i in waiting if after[i].preset == "exact"]
-            turns = [together[i : i + ROWS] for i in range(0, len(together), ROWS)]
+            turns = _turns(together, [len(pieces[i][number]) for i in together], self._tokens_at_once)
             for rows in [*turns, *([i] for i in waiting if after[i].preset != "exact")]:
                 read = [pieces[i][number] for i in rows]
                 for i, new in zip(rows, self._new_slots([after[i] for i in rows], read), strict=True):
@@ -325,6 +325,11 @@ class MemoryModel:
             cache = memory_cache([front for front in context.fronts if front], self.decoder, store=False)
             placed = self._placed(context, tokens)
             return write_exact_rows(self.decoder, cache, pieces, [m.compression for m in memories], **placed)
+
+    @property
+    def _tokens_at_once(self) -> int:
+        """Tokens that are written in one pass: more bring nothing once they keep the device busy, and take its memory."""
+        return 1024 if self.decoder.device.type == "cpu" else 16_384
 
     def _following(self, memory: Memory, new: Tensor, source: str, tokens: int) -> Memory:
         """The memory after an update, with its prefix derived from the one before."""
@@ -872,6 +877,19 @@ def _set_defaults(generate_kwargs: dict[str, Any]) -> None:
         generate_kwargs.setdefault("do_sample", False)
         if "max_length" not in generate_kwargs:
             generate_kwargs.setdefault("max_new_tokens", MAX_NEW_TOKENS)
+
+
+def _turns(rows: Sequence[int], lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Rows in order, cut into turns of at most `ROWS` rows and `most` tokens when padded; at least one row each."""
+    turns: list[list[int]] = []
+    longest = 0
+    for row, length in zip(rows, lengths, strict=True):
+        longest = max(longest, length)
+        if not turns or len(turns[-1]) == ROWS or longest * (len(turns[-1]) + 1) > most:
+            turns.append([])
+            longest = length
+        turns[-1].append(row)
+    return turns
 
 
 def _adapter(context: Context) -> str | None:

@@ -195,6 +195,21 @@ def test_more_rows_than_go_at_once_are_read_in_turns(monkeypatch):
     assert all((m.slots - s).abs().max() < 1e-4 for m, s in zip(llm.write_ids(after, MORE), slots, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("lengths", "most", "expected"),
+    [
+        ([5, 5, 5], 100, [[0, 1, 2]]),
+        ([5, 5, 5], 10, [[0, 1], [2]]),
+        ([1, 9, 1, 1], 10, [[0], [1], [2, 3]]),  # as padded
+        ([50, 50], 10, [[0], [1]]),
+        ([1] * 33, 100, [list(range(32)), [32]]),
+        ([], 10, []),
+    ],
+)
+def test_writes_go_in_turns_of_so_many_tokens(lengths, most, expected):
+    assert models._turns(range(len(lengths)), lengths, most) == expected
+
+
 # --- text -----------------------------------------------------------------------------------------------------------
 
 NOTES = ["My cat is called Zorro.", "The red key opens the shed.", "x"]

@@ -26,7 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "latentmem_cpu"
 QUERIES = 64  # at once for one memory: the scores of more do not fit into a core's cache
-LONG = 128  # queries of one row from which on torch's kernel is faster in float32
+LONG = 128  # queries from which on one row after another, in float32 by torch's kernel, is as fast as all at once
 KV = tuple[Tensor, Tensor]  # keys and values, each [B, heads, positions, head width]
 _handed = threading.local()  # what the cache of this thread's current layer handed over: (text keys, memories, rows)
 
@@ -95,16 +95,28 @@ def attend(
     if text_keys is not key:
         raise RuntimeError("a layer changed its keys after the cache had returned them; its memory would be lost.")
     B, _, n, width = query.shape
-    theirs = kwargs.get("dropout") or (query.dtype == torch.float32 and B == 1 and n >= LONG)
-    if theirs or (attention_mask is None and n > 1) or not _sees_all(attention_mask, memories, rows):
+    if kwargs.get("dropout") or (attention_mask is None and n > 1) or not _sees_all(attention_mask, memories, rows):
         keys, values = stacked(memories, rows)
+        key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    readers = [(memory, _where(i, rows)) for i, memory in enumerate(memories)]
+    if len(memories) > 1 and n >= LONG:  # one after another: nothing is gained together, and the scores stay small
+        output = query.new_empty(B, n, query.shape[1], width)
+        for (keys, values), where in readers:
+            text_keys, mask = key[where], attention_mask
+            if mask is not None:
+                mask = (mask[where] if len(mask) == B else mask)[..., -keys.shape[2] - key.shape[2] :]
+            hand_over(text_keys, [(keys, values)], [0] * len(text_keys))
+            output[where] = attend(module, query[where], text_keys, value[where], mask, scaling, **kwargs)[0]
+        return output, None
+    if B == 1 and n >= LONG and query.dtype == torch.float32:
+        keys, values = memories[0]
         key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     shared = key.shape[1]
     asked = (query * (width**-0.5 if scaling is None else scaling)).view(B, shared, -1, n, width).transpose(0, 1)
     text = key.transpose(0, 1), value.transpose(0, 1)
     seen = None if attention_mask is None else attention_mask[:, :, :, -key.shape[2] :]
-    readers = [(memory, _where(i, rows)) for i, memory in enumerate(memories)]
     step = max(1, QUERIES // (B // len(memories)))
     parts = []
     for start in range(0, n, step):
