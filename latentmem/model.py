@@ -328,7 +328,7 @@ class MemoryModel:
 
     @property
     def _tokens_at_once(self) -> int:
-        """Tokens that are written in one pass: more bring nothing once they keep the device busy, and take its memory."""
+        """Tokens that are written in one pass; more bring nothing once they keep the device busy, and take memory."""
         return 1024 if self.decoder.device.type == "cpu" else 16_384
 
     def _following(self, memory: Memory, new: Tensor, source: str, tokens: int) -> Memory:
