@@ -13,7 +13,8 @@ def _layer(model, i, hidden, positions):
     body = model.get_decoder()
     T = hidden.shape[1]
     layer_types = getattr(body.config, "layer_types", None)
-    kind = layer_types[i] if layer_types else "full_attention"
+    everywhere = "sliding_attention" if getattr(body.config, "sliding_window", None) else "full_attention"
+    kind = layer_types[i] if layer_types else everywhere
     at = torch.arange(T)
     sees = at[None, :] <= at[:, None]
     if kind == "sliding_attention":
@@ -28,7 +29,18 @@ def _layer(model, i, hidden, positions):
 
 
 def _embed(model, ids):
-    return model.get_input_embeddings()(torch.as_tensor(ids)[None])
+    """What layer 0 gets: some models scale their embeddings."""
+    scale = getattr(model.config, "embedding_multiplier", 1.0)  # granite; gemma's embedding does it itself
+    return model.get_input_embeddings()(torch.as_tensor(ids)[None]) * scale
+
+
+def _head(model, hidden):
+    body = model.get_decoder()
+    norm = body.norm if hasattr(body, "norm") else body.final_layernorm
+    logits = model.lm_head(norm(hidden))[0]
+    logits = logits * getattr(model.config, "logit_scale", 1.0) / getattr(model.config, "logits_scaling", 1.0)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def read(model, first, slots, ids):
@@ -39,7 +51,7 @@ def read(model, first, slots, ids):
         full = torch.cat([first[i][None], slots[i][None], hidden], dim=1)
         positions = torch.arange(full.shape[1])[None]
         hidden = _layer(model, i, full, positions)[:, -n:]
-    return model.lm_head(model.get_decoder().norm(hidden))[0]
+    return _head(model, hidden)
 
 
 def sink(model, token):

@@ -1,6 +1,9 @@
 """The law on a tiny random model of every supported family: memory = text in the context, as long as it is not full."""
 
+from dataclasses import replace
+
 import pytest
+import reference
 import torch
 from transformers import AutoConfig
 
@@ -16,7 +19,10 @@ OPTIONS = {
     "gemma2": {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
     "gemma3_text": {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
     "glm4": {"head_dim": 8},
+    "gpt_oss": {"head_dim": 8, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     "hunyuan_v1_dense": {"head_dim": 8},
+    "ministral": {"head_dim": 8, "sliding_window": 8},
+    "ministral3": {"head_dim": 8},
     "mistral": {"head_dim": 8, "sliding_window": 8},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmo3": {"sliding_window": 8},
@@ -31,8 +37,8 @@ OPTIONS = {
 @pytest.mark.parametrize("family", SUPPORTED)
 @torch.no_grad()
 def test_the_law_holds_in_one_piece_and_in_many(family, attention):
-    if family == "gemma2" and attention != "eager":
-        pytest.skip("transformers has no sdpa for gemma2")
+    if family in ("gemma2", "gpt_oss") and attention != "eager":
+        pytest.skip(f"transformers has no sdpa for {family}")
     model = tiny_model(family, attention=attention, **OPTIONS.get(family, {}))
     llm = MemoryModel(model, first_token=1)
     text, question = list(range(10, 40)), [3, 4, 5, 6]
@@ -47,6 +53,38 @@ def test_the_law_holds_in_one_piece_and_in_many(family, attention):
     greedy = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
     ours = llm.generate_ids(memory, question, max_new_tokens=12)
     assert ours[0, len(question) :].tolist() == greedy[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", NAME])
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_a_full_memory_equals_the_reference_with_its_gradients(family, attention):
+    if family in ("gemma2", "gpt_oss") and attention != "eager":
+        pytest.skip(f"transformers has no sdpa for {family}")
+    model = tiny_model(family, attention="eager" if attention == "eager" else "sdpa", **OPTIONS.get(family, {}))
+    llm = MemoryModel(model, first_token=1)
+    model.set_attn_implementation(attention)
+    memory = llm.write_ids(llm.empty(N=16, K=6), list(range(10, 40)))
+    assert memory.M == 16 and len({tuple(births.tolist()) for births in memory.births}) == llm.decoder.L  # drawn apart
+    first = reference.sink(model, 1).detach()
+    assert (llm.first - first).abs().max() < 1e-5
+    model.requires_grad_(True)
+    results = []
+    for ours in (True, False):
+        slots = memory.slots.clone().requires_grad_()
+        if ours:
+            now = replace(memory, slots=slots)
+            new, logits = llm.new_slots(now, [7, 8, 9, 77, 5]), llm.logits(now, [3, 4, 5, 6])
+        else:
+            new = reference.write_exact(model, first, slots, [7, 8, 9, 77, 5])
+            logits = reference.read(model, first, slots, [3, 4, 5, 6])
+        weights = [p for p in model.parameters() if p.ndim > 1]
+        generator = torch.Generator().manual_seed(0)
+        loss = sum((x * torch.randn(x.shape, generator=generator)).sum() for x in (new, logits))
+        found = torch.autograd.grad(loss, [slots, *weights], allow_unused=True)
+        results.append([new, logits, *(torch.zeros(()) if g is None else g for g in found)])
+    assert results[1][2].abs().max() > 1e-3
+    for mine, theirs in zip(*results, strict=True):
+        assert (mine - theirs).abs().max() < 1e-4 * max(1, theirs.abs().max())
 
 
 def test_an_unknown_family_is_refused_with_what_is_supported():

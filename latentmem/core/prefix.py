@@ -69,7 +69,7 @@ class Decoder:
         self._by_layer_type = "layer_type" in inspect.signature(self.body.rotary_emb.forward).parameters
         kinds = [self._kind(i) for i in range(self.L)]
         known = {kind: self._understand(kinds.index(kind)) for kind in set(kinds)}
-        self._rotates = [known[kind][0] for kind in kinds]
+        self._turned = [known[kind][0] for kind in kinds]  # how much of a head's width each layer rotates
         self._direct = [known[kind][1] for kind in kinds]
 
     @property
@@ -97,11 +97,10 @@ class Decoder:
 
     def rotate(self, i: int, keys: Tensor, positions: Tensor) -> Tensor:
         """Rotate keys of layer i to positions [B or 1, m], as far as the model rotates them."""
-        return self._rotate(i, keys, positions) if self._rotates[i] else keys
+        return self._rotate(i, keys, positions, self._turned[i]) if self._turned[i] else keys
 
-    def _rotate(self, i: int, keys: Tensor, positions: Tensor) -> Tensor:
+    def _rotate(self, i: int, keys: Tensor, positions: Tensor, r: int) -> Tensor:
         cos, sin = self._cos_sin(i, keys, positions)
-        r = cos.shape[-1]
         apply = sys.modules[type(self.layers[i].self_attn).__module__].apply_rotary_pos_emb
         turned = apply(keys[..., :r], keys[..., :r], cos, sin)[1]
         return turned if r == keys.shape[-1] else torch.cat([turned, keys[..., r:]], dim=-1)
@@ -139,7 +138,8 @@ class Decoder:
         x = layer.input_layernorm(hidden) if hasattr(layer, "input_layernorm") else hidden
         grab = _Grab()
         with contextlib.suppress(_Stop):
-            layer.self_attn(x, position_embeddings=cos_sin, attention_mask=None, past_key_values=grab)
+            at = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)  # some scale their queries by it
+            layer.self_attn(x, position_embeddings=cos_sin, position_ids=at, attention_mask=None, past_key_values=grab)
         return grab.kv
 
     def _cos_sin(self, i: int, like: Tensor, positions: Tensor) -> KV:
@@ -163,8 +163,8 @@ class Decoder:
         return f"{parts} {sorted(settings.items())} {self._layer_type(i)}"
 
     @torch.no_grad()
-    def _understand(self, i: int) -> tuple[bool, bool]:
-        """Whether layer i rotates its keys, and whether it has the usual layout.
+    def _understand(self, i: int) -> tuple[int, bool]:
+        """How much of its keys' width layer i rotates, and whether it has the usual layout.
 
         Raises:
             ValueError: its unrotated keys and their rotation together do not give the keys that it makes itself.
@@ -181,9 +181,12 @@ class Decoder:
                 direct = torch.equal(mine[0], plain) and torch.equal(mine[1], values)
             tolerance = 1e-2 * keys.abs().max()
             if (keys - plain).abs().max() <= 1e-3 * tolerance:
-                return False, direct
-            if (keys - self._rotate(i, plain, positions)).abs().max() <= tolerance:
-                return True, direct
+                return 0, direct
+            width = self._cos_sin(i, x, positions)[0].shape[-1]
+            for r in (width, 2 * width):  # most repeat their angles for both halves, some (gpt-oss) do not
+                with contextlib.suppress(RuntimeError):
+                    if (keys - self._rotate(i, plain, positions, r)).abs().max() <= tolerance:
+                        return r, direct
             reason = "its keys are not rotated in a known way"
         except (AttributeError, TypeError, RuntimeError, ValueError, KeyError) as error:
             reason = f"{type(error).__name__}: {error}"
