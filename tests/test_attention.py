@@ -12,7 +12,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
 from latentmem.core import attention
-from latentmem.core.attention import NAME, _contiguous, _sees_all, attend, begin, choose, hand_over
+from latentmem.core.attention import (
+    CUDA,
+    NAME,
+    _contiguous,
+    _sees_all,
+    attend,
+    attend_below,
+    begin,
+    choose,
+    hand_over,
+    mask_if_needed,
+)
 from latentmem.core.prefix import attention_mask
 from latentmem.model import MemoryModel
 from latentmem.testing import tiny_model
@@ -472,6 +483,47 @@ def test_threads_do_not_see_each_others_memory(stock):
         assert gap(outputs[n], theirs(*inputs(3, n, n), made(3, n, n, 20))) < 1e-5
     assert torch.equal(outputs[4], sdpa_attention_forward(*inputs(3, 4, 4)[:4], made(3, 4, 4, 0))[0])
     assert len(stock) == 1
+
+
+# --- without a mask -------------------------------------------------------------------------------------------------
+
+
+@every_heads
+def test_queries_at_the_end_of_all_keys_need_no_mask(heads, shared):
+    for B, n, t in ((1, 5, 20), (3, 7, 7), (2, 1, 9), (1, 19, 20)):
+        module, query, key, value, *_ = inputs(B, n, t, heads=heads, shared=shared)
+        leaves = [part.requires_grad_() for part in (query, key, value)]
+        found = attend_below(module, query, key, value, None, scaling=0.3)[0]
+        expected = sdpa_attention_forward(module, query, key, value, made(B, n, t, 0), scaling=0.3)[0]
+        assert gap(found, expected) < 1e-5 and found.is_contiguous()
+        for mine, other in zip(
+            *(torch.autograd.grad(x.square().sum(), leaves) for x in (found, expected)), strict=True
+        ):
+            assert gap(mine, other) < 1e-4
+
+
+def test_a_mask_is_made_only_where_something_is_hidden():
+    sizes = {"batch_size": 2, "q_length": 4, "kv_length": 9, "q_offset": 5, "kv_offset": 0}
+    window = sliding_window_causal_mask_function(6)
+    padded = torch.ones(2, 9, dtype=torch.bool)
+    assert mask_if_needed(**sizes) is None and mask_if_needed(**sizes, attention_mask=padded) is None
+    assert mask_if_needed(**sizes, mask_function=window).shape == (2, 1, 4, 9)
+    padded[1, 0] = False
+    assert not mask_if_needed(**sizes, attention_mask=padded)[1, 0, :, 0].any()
+    assert mask_if_needed(**{**sizes, "q_offset": 3}) is not None  # the last keys are not yet written
+
+
+def test_without_a_mask_is_for_cuda():
+    assert AttentionInterface()[CUDA] is attend_below
+    chosen, weight = [], SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    choose(
+        SimpleNamespace(
+            get_input_embeddings=lambda: SimpleNamespace(weight=weight),
+            config=SimpleNamespace(_attn_implementation="sdpa"),
+            set_attn_implementation=chosen.append,
+        )
+    )
+    assert chosen == [CUDA]  # and no hook on the output layer
 
 
 # --- which models ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from test_adapters import adapted
 
 from latentmem import model as models
 from latentmem.core import memory as memories
-from latentmem.core.attention import NAME
+from latentmem.core.attention import CUDA, NAME
 from latentmem.model import MemoryModel
 from latentmem.streaming import Rows
 from latentmem.testing import byte_tokenizer, tiny_model
@@ -30,7 +30,7 @@ ANSWERS = [[8, 9], [10, 11, 12, 13, 14, 15, 16], [13], [201, 5, 5]]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-@pytest.fixture(params=[NAME, "sdpa", "eager"])
+@pytest.fixture(params=[NAME, CUDA, "sdpa", "eager"])
 def attention(request):
     return request.param
 

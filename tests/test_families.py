@@ -7,7 +7,7 @@ import reference
 import torch
 from transformers import AutoConfig
 
-from latentmem.core.attention import NAME
+from latentmem.core.attention import CUDA, NAME
 from latentmem.loading import SUPPORTED, check_supported
 from latentmem.model import MemoryModel
 from latentmem.testing import tiny_model
@@ -33,14 +33,15 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", NAME])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", NAME, CUDA])
 @pytest.mark.parametrize("family", SUPPORTED)
 @torch.no_grad()
 def test_the_law_holds_in_one_piece_and_in_many(family, attention):
     if family in ("gemma2", "gpt_oss") and attention != "eager":
         pytest.skip(f"transformers has no sdpa for {family}")
-    model = tiny_model(family, attention=attention, **OPTIONS.get(family, {}))
+    model = tiny_model(family, attention="eager" if attention == "eager" else "sdpa", **OPTIONS.get(family, {}))
     llm = MemoryModel(model, first_token=1)
+    model.set_attn_implementation(attention)
     text, question = list(range(10, 40)), [3, 4, 5, 6]
     plain = model(torch.tensor([[1, *text, *question]])).logits[0, -4:]
     scale = plain.abs().max()
@@ -55,7 +56,7 @@ def test_the_law_holds_in_one_piece_and_in_many(family, attention):
     assert ours[0, len(question) :].tolist() == greedy[0, prompt.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", NAME])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", NAME, CUDA])
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_a_full_memory_equals_the_reference_with_its_gradients(family, attention):
     if family in ("gemma2", "gpt_oss") and attention != "eager":

@@ -1,4 +1,4 @@
-"""Attention over memories on the CPU, where torch's own kernels copy what all rows share (letters: `latentmem.core`).
+"""Attention over memories: on the CPU without copies of what rows share, on CUDA without a mask (`latentmem.core`).
 
 `MemoryLayer` hands the memories over by themselves (`hand_over`), so that nothing of them is copied, padded or
 expanded, however many rows read one and however different they are:
@@ -7,9 +7,13 @@ expanded, however many rows read one and however different they are:
     weights  one softmax over both
     output   the weights on the memory times its values, plus the weights on the text times its values
 
-Registered under `NAME` for transformers. A layer with a sliding window that hides a part of a memory, and everything
-without a memory, goes to transformers' own function, and so do other devices (`choose`) and long texts of one row in
-float32, where torch's kernel is faster.
+Registered under `NAME` for transformers on the CPU. A layer with a sliding window that hides a part of a memory, and
+everything without a memory, goes to transformers' own function, and so do long texts of one row in float32, where
+torch's kernel is faster.
+
+On CUDA (`CUDA`) a memory stands in front of the text in one tensor. Transformers would make a mask for that, and with a
+mask torch neither takes its flash kernel nor shares key heads; that text sees all that stands before it can be said
+without one (`causal_lower_right`), as long as nothing is padded and no window hides anything.
 """
 
 from __future__ import annotations
@@ -20,11 +24,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 NAME = "latentmem_cpu"
+CUDA = "latentmem_cuda"
 QUERIES = 64  # at once for one memory: the scores of more do not fit into a core's cache
 LONG = 128  # queries from which on one row after another, in float32 by torch's kernel, is as fast as all at once
 KV = tuple[Tensor, Tensor]  # keys and values, each [B, heads, positions, head width]
@@ -178,19 +185,68 @@ def _sees_all(mask: Tensor | None, memories: Sequence[KV], rows: Sequence[int]) 
     return bool((mask[..., :P] == there[:, None, None]).all())
 
 
+def attend_below(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of n queries at the end of t keys, each seeing all keys up to itself, where there is no mask.
+
+    Args:
+        query: [B, heads, n, head width].
+        key: [B, key heads, t, head width], t >= n.
+        value: as `key`.
+        attention_mask: of `mask_if_needed`.
+
+    Returns:
+        [B, n, heads, head width], and no weights.
+    """
+    n, t = query.shape[2], key.shape[2]
+    if attention_mask is not None or n in (1, t):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    output = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=causal_lower_right(n, t),
+        dropout_p=kwargs.get("dropout", 0.0),
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def mask_if_needed(**kwargs: Any) -> Tensor | None:
+    """The mask of transformers, or None where every query sees all keys up to itself."""
+    padding = kwargs.get("attention_mask")
+    plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
+    ends = kwargs.get("q_offset", 0) + kwargs["q_length"] == kwargs.get("kv_offset", 0) + kwargs["kv_length"]
+    if plain and ends and not kwargs.get("kv_offset", 0) and (padding is None or bool(padding.all())):
+        return None
+    return sdpa_mask(**kwargs)
+
+
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(CUDA, attend_below)
+AttentionMaskInterface.register(CUDA, mask_if_needed)
 
 
 def choose(model: PreTrainedModel) -> None:
-    """Let a model on the CPU take the fast ways: `attend`, and an output layer that copies nothing.
+    """Let a model take the fast ways: `attend` or `attend_below`, and on the CPU an output layer that copies nothing.
 
     Torch multiplies a part of a tensor, such as the last positions of all rows, by copying the matrix for each row.
     """
-    if model.get_input_embeddings().weight.device.type != "cpu":
+    device = model.get_input_embeddings().weight.device.type
+    ways = {"cpu": NAME, "cuda": CUDA}
+    if model.config._attn_implementation == "sdpa" and device in ways:
+        model.set_attn_implementation(ways[device])
+    if device != "cpu":
         return
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(NAME)
     head: Any = model.get_output_embeddings()
     if head is not None and not head._forward_pre_hooks:
         head.register_forward_pre_hook(_contiguous)
