@@ -302,7 +302,10 @@ def retention(
     stream: Annotated[bool, typer.Option("--stream", help="One stream for all steps, not only above 50.")] = False,
     seed: Annotated[int, typer.Option(help="Of the drawn questions and of every drop.")] = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes [all cores on a CPU, 1 on a GPU].")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float32 or float16 [bfloat16; float32 with --quantize].")
+    ] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8: linear layers in 8 bits, on a CPU.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small run of minutes: 50 questions, N = 1024.")] = False,
     model: Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, a .gguf file or a hub id.")] = PACKAGED,
     device: Device = None,
@@ -333,7 +336,8 @@ def retention(
         stream=stream,
         seed=seed,
     )
-    loading: dict[str, Any] = {"name": model, "dtype": dtype, "device": device}
+    kind = dtype or ("float32" if quantize else "bfloat16")
+    loading: dict[str, Any] = {"name": model, "dtype": kind, "device": device, "quantize": quantize}
     llm = latentmem.load(**loading)
     prompts = llm.prompts_or_raise()
     drawn: dict[str, Any] = {"questions": questions, "per_text": per_text, "seed": seed}

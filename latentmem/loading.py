@@ -72,6 +72,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     adapters: str | None = "auto",
+    quantize: str | None = None,
 ) -> MemoryModel:
     """Load a language model that can read and write memories.
 
@@ -81,10 +82,25 @@ def load(
         dtype: "float32", "bfloat16" or "float16"; by default float32 on a CPU and bfloat16 elsewhere.
         device: for example "cpu" or "cuda"; by default the fastest that is there.
         adapters: "auto" takes the write/read pair that belongs to the model, None the untrained model.
+        quantize: "int8" for linear layers in 8 bits, float32 on the CPU only; its memories are its own.
 
     Raises:
         ValueError: an unknown name, an architecture that is not supported, a damaged file; the message says what to do.
     """
+    if quantize is not None:
+        from latentmem.quantize import quantize as in_place
+
+        llm = load(name, dtype=dtype or "float32", device=device or "cpu", adapters=adapters)
+        in_place(llm.base, quantize)
+        return MemoryModel(
+            llm.base,
+            llm.tokenizer,
+            name=llm.name,
+            style=llm.prompts.style if llm.prompts else None,
+            adapters=llm.adapters,
+            trained=llm.trained,
+            identity=f"{llm.identity}-{quantize}",
+        )
     where = _device(device) if device is not None else _fastest()
     kind = _dtype(dtype) if dtype is not None else (torch.float32 if where.type == "cpu" else torch.bfloat16)
     if adapters not in ("auto", None):
