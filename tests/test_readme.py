@@ -38,3 +38,9 @@ def test_every_command_and_option_that_is_shown_exists():
 def test_the_supported_decoders_are_listed():
     listed = re.search(r"Supported decoders \(`model_type`\): (.*?)\. For each", README, re.DOTALL)
     assert tuple(listed[1].replace("\n", " ").split(", ")) == SUPPORTED
+
+
+def test_the_lowest_transformers_that_is_tested_is_the_lowest_that_is_allowed():
+    root = Path(__file__).parent.parent
+    allowed = re.search(r'"transformers>=([\d.]+),', (root / "pyproject.toml").read_text(encoding="utf-8"))[1]
+    assert re.search(r"LOWEST := ([\d.]+)#", (root / "Makefile").read_text(encoding="utf-8"))[1] == allowed
