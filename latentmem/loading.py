@@ -13,6 +13,7 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +93,17 @@ def load(
 
         llm = load(name, dtype=dtype or "float32", device=device or "cpu", adapters=adapters)
         in_place(llm.base, quantize)
+        identity, trained = f"{quantize}-{llm.identity}", llm.trained
+        if trained:
+            trained = replace(trained, pool=replace(trained.pool, model=identity))
         return MemoryModel(
             llm.base,
             llm.tokenizer,
             name=llm.name,
             style=llm.prompts.style if llm.prompts else None,
             adapters=llm.adapters,
-            trained=llm.trained,
-            identity=f"{llm.identity}-{quantize}",
+            trained=trained,
+            identity=identity,
         )
     where = _device(device) if device is not None else _fastest()
     kind = _dtype(dtype) if dtype is not None else (torch.float32 if where.type == "cpu" else torch.bfloat16)

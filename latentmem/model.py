@@ -298,6 +298,8 @@ class MemoryModel:
     def _write_all(
         self, after: list[Memory], texts: list[Tensor], source: str, progress: Progress | None
     ) -> list[Memory]:
+        if len(after) != len(texts):
+            raise ValueError(f"give as many texts as memories: got {len(texts)} and {len(after)}.")
         for memory in after:
             self.check(memory)
         pieces = [text.split(memory.piece) for memory, text in zip(after, texts, strict=True)]
@@ -369,6 +371,8 @@ class MemoryModel:
             ValueError: a memory of another model.
         """
         some = [memory] if isinstance(memory, Memory) else list(memory)
+        if not some:
+            raise ValueError("no memory was given; give at least one.")
         for one in some:
             self.check(one)
         fronts = tuple(self._prefix(one).front if one.M else None for one in some)
@@ -461,36 +465,42 @@ class MemoryModel:
         prompts = [self._ids(i) for i in ids]
         found: list[Tensor] = [torch.empty(0)] * len(prompts)
         settings = generate_kwargs.get("generation_config") or self.base.generation_config
-        new, longest, ends = (
-            generate_kwargs.get(key) or getattr(settings, key, None) or 0
-            for key in ("max_new_tokens", "max_length", "eos_token_id")
-        )
-        ends = [ends] if isinstance(ends, int) and ends else list(ends or [])
-        pad = self._pad_id()
-        if generate_kwargs.get("pad_token_id") is None:
-            generate_kwargs["pad_token_id"] = pad
-        one = any(generate_kwargs.get(key) for key in ("prompt_lookup_num_tokens", "assistant_model"))  # take one row
-        for rows in self._together(context, [len(prompt) for prompt in prompts], 1 if one else None):
-            some, n = context.of(rows), max(len(prompts[i]) for i in rows)
-            padded = [torch.nn.functional.pad(prompts[i], (n - len(prompts[i]), 0), value=pad or 0) for i in rows]
+
+        def option(name: str) -> Any:
+            value = generate_kwargs.get(name)
+            return getattr(settings, name, None) if value is None else value
+
+        ends = option("eos_token_id")
+        ends = [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
+        if option("pad_token_id") is None:
+            generate_kwargs["pad_token_id"] = self._pad_id()
+        pad = option("pad_token_id") or 0
+        one = any(map(option, ("prompt_lookup_num_tokens", "assistant_model")))  # transformers takes one row
+        lengths = [len(prompt) for prompt in prompts]
+        for rows in self._together(context, lengths, 1 if one else ROWS, alone=any(_looks_back(option))):
+            some, n = context.of(rows), max(lengths[i] for i in rows)
             for i, room in zip(rows, some.rooms * (len(rows) // len(some.rooms)), strict=True):
-                self._fits_behind(room, len(prompts[i]), new or max(0, longest - n))
+                self._fits_behind(room, lengths[i], option("max_new_tokens") or max(0, (option("max_length") or 0) - n))
             text = torch.ones(len(rows), n, dtype=torch.long, device=self.decoder.device)
             for line, i in zip(text, rows, strict=True):
-                line[: n - len(prompts[i])] = 0
+                line[: n - lengths[i]] = 0
             with self._using(_adapter(some)):
                 output = self.base.generate(
-                    input_ids=torch.stack(padded),
+                    input_ids=torch.stack([_padded(prompts[i], n, pad) for i in rows]),
                     attention_mask=self._mask(some, text),
                     past_key_values=self._cache(some, store=True),
                     streamer=streamer(rows, ends) if streamer else None,
                     **generate_kwargs,
                 )
+            criteria = option("stopping_criteria") or option("stop_strings")
             for i, answers in zip(rows, output.unflatten(0, (len(rows), -1)), strict=True):
-                found[i] = _ended(answers[:, n - len(prompts[i]) :], len(prompts[i]), ends)
+                answers = _ended(answers[:, n - lengths[i] :], lengths[i], ends)
+                found[i] = _unpadded(answers, lengths[i], pad) if criteria and pad not in ends else answers
         return found
 
-    def _together(self, context: Context, lengths: Sequence[int], most: int | None = None) -> list[list[int]]:
+    def _together(
+        self, context: Context, lengths: Sequence[int], most: int | None = None, *, alone: bool = False
+    ) -> list[list[int]]:
         """Which rows go in one pass: at most `most` (`ROWS`); those without a memory apart, for the plain model.
 
         Transformers counts a sliding window in columns, so padding between memory and text would hide a part of the
@@ -498,13 +508,18 @@ class MemoryModel:
 
         Args:
             lengths: of each row's text, as far as it is padded on the left.
+            alone: nothing may be padded, neither texts nor memories.
         """
         kinds = getattr(self.base.config.get_text_config(), "layer_types", None) or ()
         windows = "sliding_attention" in kinds or getattr(self.base.config.get_text_config(), "sliding_window", None)
+        if len(context.fronts) not in (1, len(lengths)):
+            raise ValueError(f"give as many rows as memories: got {len(lengths)} and {len(context.fronts)}.")
         fronts = context.fronts * len(lengths) if len(context.fronts) == 1 else context.fronts
-        alike: dict[tuple[bool, int], list[int]] = {}
+        alike: dict[tuple[int, int], list[int]] = {}
         for i, (front, length) in enumerate(zip(fronts, lengths, strict=True)):
-            alike.setdefault((front is None, length if windows and front else 0), []).append(i)
+            P = front.P if front else 0
+            kind = (P if alone else min(P, 1), length if alone or (windows and front) else 0)
+            alike.setdefault(kind, []).append(i)
         most = most or ROWS
         return [rows[i : i + most] for rows in alike.values() for i in range(0, len(rows), most)]
 
@@ -598,7 +613,13 @@ class MemoryModel:
         if len(memory) != len(ids):
             raise ValueError(f"give as many prompts as memories: got {len(ids)} and {len(memory)}.")
         _set_defaults(generate_kwargs)
-        return self._generate(self.behind(memory), ids, streamer, **generate_kwargs) if ids else []
+        settings = generate_kwargs.get("generation_config")
+        if getattr(settings, "return_dict_in_generate", None):
+            raise ValueError("return_dict_in_generate: this takes one memory, not a list.")
+        answers = generate_kwargs.get("num_return_sequences") or getattr(settings, "num_return_sequences", None) or 1
+        if streamer and answers > 1:
+            raise ValueError(f"a stream gives one answer to each question, got num_return_sequences={answers}.")
+        return self._generate(self.behind(memory), ids, streamer, **generate_kwargs) if len(ids) else []
 
     def text_cache(self, memory: Memory) -> Cache | None:
         """A fresh cache with the memory and no text in it; None for an empty memory: the plain model makes its own."""
@@ -723,6 +744,7 @@ class MemoryModel:
 
         def many(give: Callable[[tuple[int, str]], None], left: streaming.Left) -> None:
             def streamer(rows: list[int], ends: Collection[int]) -> streaming.Rows:
+                left.check()
                 return streaming.Rows(tokenizer, rows, ends, give)
 
             generate_kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, left])
@@ -808,7 +830,10 @@ class MemoryModel:
 
     def _ids(self, ids: Ids) -> Tensor:
         """Check token ids and bring them to [n] on the model's device."""
-        tokens = torch.as_tensor(ids, device=self.decoder.device)
+        try:
+            tokens = torch.as_tensor(ids, device=self.decoder.device)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"token ids must be one list of integers for each memory ({error}).") from None
         if tokens.numel() and (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool):
             raise ValueError(f"token ids must be integers, got {str(tokens.dtype)[6:]}.")
         tokens = tokens.long()
@@ -877,6 +902,21 @@ def _set_defaults(generate_kwargs: dict[str, Any]) -> None:
         generate_kwargs.setdefault("do_sample", False)
         if "max_length" not in generate_kwargs:
             generate_kwargs.setdefault("max_new_tokens", MAX_NEW_TOKENS)
+    settings = generate_kwargs.get("generation_config")
+    if False in (generate_kwargs.get("use_cache"), getattr(settings, "use_cache", None)):
+        raise ValueError("use_cache=False: a memory is read through the cache; leave it on.")
+
+
+def _looks_back(option: Callable[[str], Any]) -> Iterator[bool]:
+    """Options by which a row's next token depends on the length or the tokens of its prompt: there padding counts."""
+    yield option("repetition_penalty") not in (None, 1.0)
+    yield option("max_length") is not None and option("max_new_tokens") is None
+    names = ("no_repeat_ngram_size", "min_length", "logits_processor", "exponential_decay_length_penalty")
+    yield from (bool(option(name)) for name in names)
+
+
+def _padded(prompt: Tensor, n: int, pad: int) -> Tensor:
+    return torch.nn.functional.pad(prompt, (n - len(prompt), 0), value=pad)
 
 
 def _turns(rows: Sequence[int], lengths: Sequence[int], most: int) -> list[list[int]]:
@@ -904,6 +944,12 @@ def _ended(rows: Tensor, start: int, ends: Sequence[int]) -> Tensor:
     stops = torch.isin(rows[:, start:], torch.tensor(ends, device=rows.device))
     last = torch.where(stops.any(1), stops.int().argmax(1) + 1, stops.shape[1]).max() if stops.shape[1] else 0
     return rows[:, : start + int(last)]
+
+
+def _unpadded(rows: Tensor, start: int, pad: int) -> Tensor:
+    """Rows without the padding at the end of all of them: they were stopped by something else than an end token."""
+    held = (rows[:, start:] != pad).any(0).nonzero()
+    return rows[:, : start + (int(held[-1]) + 1 if len(held) else 0)]
 
 
 def _always(kv: KV) -> Callable[[], KV]:

@@ -15,11 +15,20 @@ from transformers.generation.streamers import BaseStreamer
 Piece = TypeVar("Piece")
 
 
+class Gone(Exception):  # noqa: N818 - no error
+    """Ends a generation whose reader has left, between two of its passes."""
+
+
 class Left(StoppingCriteria):
     """Stops the generation of all rows once nobody reads what it gives."""
 
     def __init__(self) -> None:
         self.event = threading.Event()
+
+    def check(self) -> None:
+        """Raise `Gone` if nobody reads any more."""
+        if self.event.is_set():
+            raise Gone
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device, dtype=torch.bool)
@@ -88,6 +97,8 @@ def stream(generate: Callable[[Callable[[Piece], None], Left], Any]) -> Iterator
     def run() -> None:
         try:
             generate(lambda piece: queue.put((piece,)), left)
+        except Gone:
+            pass
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             failed.append(error)
         finally:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_adapters import adapted
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from latentmem import model as models
 from latentmem.core import memory as memories
@@ -149,6 +150,9 @@ WAYS = {
     "the most likely of samples": {"do_sample": True, "top_k": 1, "num_return_sequences": 3},
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
     "a bound of all tokens": {"max_length": 20},
+    "a penalty of repetitions": {"repetition_penalty": 5.0},
+    "no repeated pair": {"no_repeat_ngram_size": 2},
+    "a length at least": {"min_length": 9},
 }
 
 
@@ -161,10 +165,7 @@ def test_answers_are_those_behind_each_memory_alone(family, attention, options):
     options = {"max_new_tokens": 9, **options} if "max_length" not in options else options
     alone = [llm.generate_ids(m, p, **options) for m, p in zip(after, prompts, strict=True)]
     found = llm.generate_ids(after, prompts, **options)
-    for mine, theirs, prompt in zip(found, alone, prompts, strict=True):
-        if "max_length" in options:  # counts the padding of a batch too
-            theirs = theirs[:, : mine.shape[1]]
-            assert len(prompt) < mine.shape[1] <= 20
+    for mine, theirs in zip(found, alone, strict=True):
         assert mine.tolist() == theirs.tolist()
     assert len({tuple(x[0, -3:].tolist()) for x in found}) > 1
 
@@ -182,6 +183,39 @@ def test_rows_that_end_early_end_with_their_end_token():
     assert cut[1].shape[1] == 4 and max(x.shape[1] - len(p) for x, p in zip(cut, PROMPTS, strict=True)) == 9
     alone = [llm.generate_ids(m, p, max_new_tokens=9).tolist() for m, p in zip(after, PROMPTS, strict=True)]
     assert [x.tolist() for x in cut] == alone
+
+
+@pytest.mark.parametrize("end", [0, 2])  # an id that is no truth, and one that is
+def test_an_end_token_is_any_id(end):
+    llm = made()
+    after = written(llm)
+    free = llm.generate_ids(after, PROMPTS, max_new_tokens=9)
+    with torch.no_grad():  # the first row's third token becomes this one
+        for weights in (llm.base.lm_head.weight, llm.base.get_input_embeddings().weight):
+            weights[[end, int(free[0][0, 6])]] = weights[[int(free[0][0, 6]), end]]
+    llm = MemoryModel(llm.base, first_token=1)
+    llm.base.generation_config.eos_token_id = end
+    after = written(llm)
+    found = llm.generate_ids(after, PROMPTS, max_new_tokens=30)
+    alone = [llm.generate_ids(m, p, max_new_tokens=30) for m, p in zip(after, PROMPTS, strict=True)]
+    assert [x.tolist() for x in found] == [x.tolist() for x in alone]
+    assert any(x[0, -1] == end and x.shape[1] < 30 for x in found)
+
+
+def test_rows_are_stopped_by_what_a_caller_says():
+    llm = made()
+    after = written(llm)
+    free = llm.generate_ids(after, PROMPTS, max_new_tokens=9)
+    stop_at = int(free[0][0, 6])
+
+    class Seen(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            return input_ids[:, -1] == stop_at
+
+    options = {"max_new_tokens": 9, "stopping_criteria": StoppingCriteriaList([Seen()])}
+    alone = [llm.generate_ids(m, p, **options) for m, p in zip(after, PROMPTS, strict=True)]
+    assert [x.tolist() for x in llm.generate_ids(after, PROMPTS, **options)] == [x.tolist() for x in alone]
+    assert alone[0].shape[1] <= 7 < max(x.shape[1] for x in alone)
 
 
 def test_more_rows_than_go_at_once_are_read_in_turns(monkeypatch):
@@ -262,6 +296,17 @@ def test_leaving_the_loop_stops_all_rows(talking):
         list(talking.stream(after, QUESTIONS[:2], num_beams=2, max_new_tokens=4))
 
 
+def test_nothing_more_is_begun_once_nobody_reads(talking, monkeypatch):
+    monkeypatch.setattr(models, "ROWS", 1)
+    begun, generate = [], talking.base.generate
+    monkeypatch.setattr(talking.base, "generate", lambda **more: begun.append(1) or generate(**more))
+    after = talking.write([talking.empty(N=128, K=16) for _ in range(3)], NOTES)
+    pieces = talking.stream(after * 4, QUESTIONS * 4, max_new_tokens=60)
+    next(pieces)
+    pieces.close()
+    assert len(begun) < 12
+
+
 def test_what_several_memories_do_not_take_is_refused(talking):
     memory = talking.write(talking.empty(N=32, K=16), NOTES[0])
     with pytest.raises(ValueError, match="as many prompts as memories: got 1 and 2"):
@@ -270,6 +315,24 @@ def test_what_several_memories_do_not_take_is_refused(talking):
         talking.generate_ids([memory], [[5, 6]], return_dict_in_generate=True)
     with pytest.raises(ValueError, match="cache: this takes one memory"):
         talking.generate_ids([memory], [[5, 6]], talking.text_cache(memory))
+    with pytest.raises(ValueError, match="return_dict_in_generate: this takes one memory"):
+        config = GenerationConfig(return_dict_in_generate=True, max_new_tokens=2)
+        talking.generate_ids([memory], [[5, 6]], generation_config=config)
+    with pytest.raises(ValueError, match="a stream gives one answer to each question, got num_return_sequences=2"):
+        list(talking.stream([memory], ["Who?"], num_return_sequences=2, do_sample=True))
+    for one in ((memory, [5, 6]), ([memory], [[5, 6]])):
+        with pytest.raises(ValueError, match="use_cache=False: a memory is read through the cache"):
+            talking.generate_ids(*one, use_cache=False)
+    with pytest.raises(ValueError, match="as many texts as memories: got 1 and 2"):
+        talking.write_ids([memory, memory], [[5, 6]])
+    with pytest.raises(ValueError, match="one list of integers for each memory"):
+        talking.write_ids(memory, [[5, 6], [7]])
+    with pytest.raises(ValueError, match="as many rows as memories: got 3 and 2"):
+        talking.score_rows(talking.behind([memory, memory]), [[5]] * 3, [[6]] * 3)
+    with pytest.raises(ValueError, match="no memory was given"):
+        talking.behind([])
+    both = talking.generate_ids([memory, memory], torch.tensor([[5, 6], [7, 8]]), max_new_tokens=2)
+    assert [x.shape[1] for x in both] == [4, 4]
     with pytest.raises(ValueError, match="there is room for"):
         talking.generate_ids([memory, memory], [[5, 6], [5] * 1100], max_new_tokens=2)
     stranger = replace(memory, model="another")

@@ -1,5 +1,7 @@
 """Linear layers in 8 bits: what is replaced, and that answers stay near those of the exact model."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_adapters import adapted
@@ -9,6 +11,7 @@ import latentmem
 from latentmem.quantize import quantize
 from latentmem.testing import tiny_model
 
+GOLDEN = Path(__file__).parent / "golden" / "memoryllm"
 TEXT, QUESTION = list(range(10, 40)), [3, 4, 5, 6]
 
 
@@ -23,7 +26,7 @@ def test_all_linear_layers_but_those_of_keys_and_values_are_replaced():
 
 def test_answers_are_near_those_of_the_exact_model(tiny_folder):
     exact, rounded = latentmem.load(str(tiny_folder)), latentmem.load(str(tiny_folder), quantize="int8")
-    assert rounded.identity == f"{exact.identity}-int8" and rounded.decoder.dtype == torch.float32
+    assert rounded.identity == f"int8-{exact.identity}" and rounded.decoder.dtype == torch.float32
     memories = [llm.write_ids(llm.empty(N=16, K=6), TEXT) for llm in (exact, rounded)]
     logits = [llm.logits(m, QUESTION).detach() for llm, m in zip((exact, rounded), memories, strict=True)]
     difference = (logits[0] - logits[1]).abs().max() / logits[0].abs().max()
@@ -51,6 +54,14 @@ def test_adapters_stay_exact_and_work():
     assert 0 < (before - after).abs().max() / before.abs().max() < 0.3
     lora = {type(part) for name, part in llm.base.named_modules() if name.split(".")[-2:-1] in (["lora_A"], ["lora_B"])}
     assert lora == {nn.Linear}
+
+
+def test_a_released_checkpoint_reads_its_own_pool():
+    exact, rounded = (latentmem.load(str(GOLDEN), device="cpu", quantize=kind) for kind in (None, "int8"))
+    logits = [llm.logits(llm.write_ids(llm.empty(), TEXT), QUESTION).detach() for llm in (exact, rounded)]
+    assert 0 < (logits[0] - logits[1]).abs().max() / logits[0].abs().max() < 0.3
+    with pytest.raises(ValueError, match=r"another model \(.*, int8-.*\) than this model"):
+        exact.check(rounded.empty())
 
 
 def test_what_can_not_be_quantized_is_refused(tiny_folder):
