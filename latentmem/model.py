@@ -740,7 +740,7 @@ class MemoryModel:
         def one(give: Callable[[str], None], left: streaming.Left) -> None:
             streamer = streaming.Pieces(tokenizer, give, skip_prompt=True)
             some = StoppingCriteriaList([*criteria, left])
-            self.generate_ids(memory, ids, streamer=streamer, stopping_criteria=some, **generate_kwargs)  # type: ignore
+            self.generate_ids(memory, ids, streamer=streamer, stopping_criteria=some, **generate_kwargs)  # type: ignore[arg-type]
 
         def many(give: Callable[[tuple[int, str]], None], left: streaming.Left) -> None:
             def streamer(rows: list[int], ends: Collection[int]) -> streaming.Rows:

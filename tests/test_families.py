@@ -33,15 +33,22 @@ OPTIONS = {
 }
 
 
+def made(family, attention):
+    """A tiny model of a family that uses this attention."""
+    if family in ("gemma2", "gpt_oss") and attention != "eager":
+        pytest.skip(f"transformers has no sdpa for {family}")
+    kind = "eager" if attention == "eager" else "sdpa"
+    llm = MemoryModel(tiny_model(family, attention=kind, **OPTIONS.get(family, {})), first_token=1)
+    llm.base.set_attn_implementation(attention)
+    return llm
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager", NAME, CUDA])
 @pytest.mark.parametrize("family", SUPPORTED)
 @torch.no_grad()
 def test_the_law_holds_in_one_piece_and_in_many(family, attention):
-    if family in ("gemma2", "gpt_oss") and attention != "eager":
-        pytest.skip(f"transformers has no sdpa for {family}")
-    model = tiny_model(family, attention="eager" if attention == "eager" else "sdpa", **OPTIONS.get(family, {}))
-    llm = MemoryModel(model, first_token=1)
-    model.set_attn_implementation(attention)
+    llm = made(family, attention)
+    model = llm.base
     text, question = list(range(10, 40)), [3, 4, 5, 6]
     plain = model(torch.tensor([[1, *text, *question]])).logits[0, -4:]
     scale = plain.abs().max()
@@ -59,11 +66,8 @@ def test_the_law_holds_in_one_piece_and_in_many(family, attention):
 @pytest.mark.parametrize("attention", ["sdpa", "eager", NAME, CUDA])
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_a_full_memory_equals_the_reference_with_its_gradients(family, attention):
-    if family in ("gemma2", "gpt_oss") and attention != "eager":
-        pytest.skip(f"transformers has no sdpa for {family}")
-    model = tiny_model(family, attention="eager" if attention == "eager" else "sdpa", **OPTIONS.get(family, {}))
-    llm = MemoryModel(model, first_token=1)
-    model.set_attn_implementation(attention)
+    llm = made(family, attention)
+    model = llm.base
     memory = llm.write_ids(llm.empty(N=16, K=6), list(range(10, 40)))
     assert memory.M == 16 and len({tuple(births.tolist()) for births in memory.births}) == llm.decoder.L  # drawn apart
     first = reference.sink(model, 1).detach()
