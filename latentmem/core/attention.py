@@ -102,7 +102,8 @@ def attend(
     if text_keys is not key:
         raise RuntimeError("a layer changed its keys after the cache had returned them; its memory would be lost.")
     B, _, n, width = query.shape
-    if kwargs.get("dropout") or (attention_mask is None and n > 1) or not _sees_all(attention_mask, memories, rows):
+    theirs = kwargs.get("dropout") or (B == 1 and n >= LONG and query.dtype == torch.float32)
+    if theirs or (attention_mask is None and n > 1) or not _sees_all(attention_mask, memories, rows):
         keys, values = stacked(memories, rows)
         key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -116,10 +117,6 @@ def attend(
             hand_over(text_keys, [(keys, values)], [0] * len(text_keys))
             output[where] = attend(module, query[where], text_keys, value[where], mask, scaling, **kwargs)[0]
         return output, None
-    if B == 1 and n >= LONG and query.dtype == torch.float32:
-        keys, values = memories[0]
-        key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     shared = key.shape[1]
     asked = (query * (width**-0.5 if scaling is None else scaling)).view(B, shared, -1, n, width).transpose(0, 1)
     text = key.transpose(0, 1), value.transpose(0, 1)

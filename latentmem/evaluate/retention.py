@@ -116,6 +116,10 @@ class Retention:
         prompts = llm.prompts_or_raise()
         asked = [len(prompts.question(q.question, bare=True)) for text in data.texts for q in text.questions]
         self._room = llm.plain([]).room - len(prompts.opening) - max(asked) - max(settings.new_tokens, LONGEST_ANSWER)
+        if self._room < 1:
+            raise ValueError(
+                f"the questions and answers leave no room for a text in this model's context ({llm.name})."
+            )
         if "bm25" in settings.rows:
             _find(["a passage"], ["a question"])  # an error now, if it is not installed, and not after hours
         for N in self.capacities:
