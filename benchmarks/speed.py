@@ -26,6 +26,7 @@ import transformers
 from transformers import DynamicCache
 
 import latentmem
+from latentmem.core import linear
 from latentmem.core.memory import Memory
 from latentmem.model import MemoryModel
 
@@ -37,6 +38,7 @@ class Peer:
 
     def __init__(self, llm: MemoryModel) -> None:
         self.model = copy.deepcopy(llm.base)
+        linear.undo(self.model)
         self.model.set_attn_implementation("sdpa")
         for part in self.model.modules():
             part._forward_pre_hooks.clear()

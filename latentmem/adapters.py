@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,22 +37,40 @@ class Adapters:
         self._active: ContextVar[str | None] = ContextVar("adapter", default=None)
         self._stamp, self._identity = -1, ""
         self.layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-        followers: dict[type, type] = {}
+        followers: dict[Any, type] = {}
         for layer in self.layers:
             kind = type(layer)
             if kind not in followers:
                 followers[kind] = self._follower(kind)
             layer.__class__ = followers[kind]
+        self._weights = [weight for _, weight in self.parameters()]
 
-    def _follower(self, kind: type) -> type:
+    def _follower(self, kind: Any) -> type:
         """A LoRA layer whose active adapter is what `use` says in the thread that runs it."""
+
+        from peft.tuners import lora
 
         def refuse(layer: Any, value: Any) -> None:
             raise RuntimeError("this adapter is switched by `Adapters.use` alone.")
 
+        def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """PEFT's own forward for one plain LoRA adapter, without its bookkeeping for each token."""
+            name = self._active.get()
+            if name is None and not layer.merged:
+                return layer.base_layer(x, *args, **kwargs)
+            if args or kwargs or layer.training or layer.merged or layer.lora_variant or name not in layer.lora_A:
+                return kind.forward(layer, x, *args, **kwargs)
+            A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+            if A.dtype != x.dtype:
+                return kind.forward(layer, x)
+            return torch.add(layer.base_layer(x), linear(linear(x, A), B), alpha=layer.scaling[name])
+
         active = property(lambda layer: [self._active.get() or READ], refuse)
         disabled = property(lambda layer: self._active.get() is None, refuse)
-        return type(kind.__name__, (kind,), {"_active_adapter": active, "_disable_adapters": disabled})
+        own: dict[str, Any] = {"_active_adapter": active, "_disable_adapters": disabled}
+        if kind is lora.Linear:
+            own["forward"] = forward
+        return type(kind.__name__, (kind,), own)
 
     @contextlib.contextmanager
     def use(self, name: str | None) -> Iterator[None]:
@@ -73,7 +92,7 @@ class Adapters:
     @property
     def stamp(self) -> int:
         """Grows whenever a weight of an adapter is changed in place, for example by an optimizer's step."""
-        return changes(weight for _, weight in self.parameters())
+        return changes(self._weights)
 
     @property
     def identity(self) -> str:

@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from latentmem import streaming
 from latentmem.adapters import READ, WRITE, Adapters, bits, changes
-from latentmem.core import attention
+from latentmem.core import attention, linear
 from latentmem.core import memory as memories
 from latentmem.core.attention import KV
 from latentmem.core.memory import Memory
@@ -130,6 +130,7 @@ class MemoryModel:
         self.identity = identity or fingerprint(base)
         base.requires_grad_(False)
         attention.choose(base)
+        linear.choose(base)
         self.decoder = Decoder(base)
         self.adapters, self.trained = adapters, trained
         self.prompts = Prompts(tokenizer, style) if tokenizer is not None else None
@@ -137,7 +138,8 @@ class MemoryModel:
         self._first_token = first_token
         self._first: Tensor | None = None
         self._prefixes: weakref.WeakKeyDictionary[Memory, Prefix] = weakref.WeakKeyDictionary()
-        self._stamp = changes(base.parameters())
+        self._weights = list(base.parameters())
+        self._stamp = changes(self._weights)
 
     # --- memories ---------------------------------------------------------------------------------------------------
 
@@ -801,7 +803,7 @@ class MemoryModel:
 
     def _forget_if_changed(self) -> None:
         """Drop what was derived from weights that were changed in place since, by an optimizer for example."""
-        stamp = changes(self.base.parameters())
+        stamp = changes(self._weights)
         if stamp != self._stamp:
             self._prefixes.clear()
             self._first, self._stamp = None, stamp

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from latentmem.core import linear
+
 KINDS = ("int8",)
 _KEPT = ("k_proj", "v_proj", "qkv_proj", "query_key_value", "lora_A", "lora_B")  # keys and values stay exact
 
@@ -36,6 +38,7 @@ def quantize(model: nn.Module, kind: str) -> None:
     engine: Any = getattr(torch.ao, "quantization", None)
     if not hasattr(engine, "quantize_dynamic"):
         raise ValueError(f"torch {torch.__version__} has no dynamic quantization any more; use torch 2.13.")
+    linear.undo(model)
     names = {
         name
         for name, part in model.named_modules()

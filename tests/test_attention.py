@@ -238,8 +238,8 @@ def several(lengths, B, n, t, heads=9, shared=3, width=8):
     ]
 
 
-def read(parts, memories, rows, mask):
-    hand_over(parts[2], memories, rows)
+def read(parts, memories, rows, mask, stack=None):
+    hand_over(parts[2], memories, rows, stack)
     return attend(*parts, mask)[0]
 
 
@@ -270,6 +270,10 @@ def test_each_row_reads_its_own_memory(stock, heads, shared, lengths, n, t, rows
     assert gap(found, expected) < 1e-5
     if n == 1 and len(set(lengths)) == 1:
         assert gap(read(parts, memories, rows, None), expected) < 1e-5
+    if rows == [0, 1, 2]:
+        stack = attention.Stack.of(memories)
+        assert stack.keys.shape == (3, shared, P, 8) and (stack.beyond is None) == (len(set(lengths)) == 1)
+        assert gap(read(parts, memories, rows, mask, stack), expected) < 1e-5
     for mine, other in zip(
         torch.autograd.grad(found.square().sum(), leaves),
         torch.autograd.grad(expected.square().sum(), leaves),
@@ -287,6 +291,11 @@ def test_a_neighbours_memory_changes_no_bit(stock):
         memories[1] = tuple(x + 1 for x in memories[1])
         after = read(parts, memories, [0, 1, 2], mask)
         assert torch.equal(before[[0, 2]], after[[0, 2]]) and gap(before[1], after[1]) > 0.1
+        stack = attention.Stack.of(memories)
+        one = read(parts, memories, [0, 1, 2], mask, stack)
+        stack.keys[1] += 1
+        two = read(parts, memories, [0, 1, 2], mask, stack)
+        assert torch.equal(one[[0, 2]], two[[0, 2]]) and gap(one[1], two[1]) > 0.1
     assert not stock
 
 

@@ -9,7 +9,8 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from latentmem import model as models
 from latentmem.core import memory as memories
-from latentmem.core.attention import CUDA, NAME
+from latentmem.core import prefix
+from latentmem.core.attention import CUDA, NAME, Stack
 from latentmem.model import MemoryModel
 from latentmem.streaming import Rows
 from latentmem.testing import byte_tokenizer, tiny_model
@@ -170,6 +171,19 @@ def test_answers_are_those_behind_each_memory_alone(family, attention, options):
     for mine, theirs in zip(found, alone, strict=True):
         assert mine.tolist() == theirs.tolist()
     assert len({tuple(x[0, -3:].tolist()) for x in found}) > 1
+
+
+@pytest.mark.parametrize(("options", "limit", "stacks"), [({}, 2**31, 3), ({}, 100, 0), (WAYS["beams"], 2**31, 0)])
+def test_memories_are_stacked_once_for_an_answer_if_they_are_not_too_large(monkeypatch, options, limit, stacks):
+    made_of, calls = Stack.of, []
+    monkeypatch.setattr(Stack, "of", lambda memories: (calls.append(len(memories)), made_of(memories))[1])
+    monkeypatch.setattr(prefix, "STACKED", limit)
+    llm = made()
+    after = written(llm)
+    alone = [llm.generate_ids(m, p, max_new_tokens=9, **options) for m, p in zip(after, PROMPTS, strict=True)]
+    found = llm.generate_ids(after, PROMPTS, max_new_tokens=9, **options)
+    assert calls == [4] * stacks and llm.decoder.L == 3
+    assert [x.tolist() for x in found] == [x.tolist() for x in alone]
 
 
 def test_rows_that_end_early_end_with_their_end_token():

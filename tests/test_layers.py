@@ -14,7 +14,7 @@ ROOMS = {  # room -> rooms of latentmem that it may import
     "prompts": set(),
     "testing": {"core"},
     "streaming": set(),
-    "quantize": set(),
+    "quantize": {"core"},
     "model": {"core", "adapters", "prompts", "streaming"},
     "released": {"core", "adapters", "prompts", "model", "loading"},
     "loading": {"prompts", "model", "released", "quantize"},

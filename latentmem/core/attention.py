@@ -1,15 +1,16 @@
 """Attention over memories: on the CPU without copies of what rows share, on CUDA without a mask (`latentmem.core`).
 
-`MemoryLayer` hands the memories over by themselves (`hand_over`), so that nothing of them is copied, padded or
+`MemoryLayer` hands the memories over by themselves (`hand_over`), so that nothing that rows share is copied, padded or
 expanded, however many rows read one and however different they are:
 
     scores   of all rows on their own text in one product, and on each memory in one product for the rows that read it
     weights  one softmax over both
     output   the weights on the memory times its values, plus the weights on the text times its values
 
-Registered under `NAME` for transformers on the CPU. A layer with a sliding window that hides a part of a memory, and
-everything without a memory, goes to transformers' own function, and so do long texts of one row in float32, where
-torch's kernel is faster.
+Where each row reads a memory of its own for many tokens, the memories are stacked once (`Stack`), and one product reads
+them all. Registered under `NAME` for transformers on the CPU. A layer with a sliding window that hides a part of a
+memory, and everything without a memory, goes to transformers' own function, and so do long texts of one row in float32,
+where torch's kernel is faster.
 
 On CUDA (`CUDA`) a memory stands in front of the text in one tensor. Transformers would make a mask for that, and with a
 mask torch neither takes its flash kernel nor shares key heads; that text sees all that stands before it can be said
@@ -20,7 +21,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,16 +37,41 @@ CUDA = "latentmem_cuda"
 QUERIES = 64  # at once for one memory: the scores of more do not fit into a core's cache
 LONG = 128  # queries from which on one row after another, in float32 by torch's kernel, is as fast as all at once
 KV = tuple[Tensor, Tensor]  # keys and values, each [B, heads, positions, head width]
-_handed = threading.local()  # what the cache of this thread's current layer handed over: (text keys, memories, rows)
+_handed = threading.local()  # by the cache of this thread's current layer: (text keys, memories, rows, stack)
 
 
-def hand_over(text_keys: Tensor, memories: Sequence[KV], rows: Sequence[int]) -> None:
+@dataclass(frozen=True)
+class Stack:
+    """Different memories in one tensor, the shorter ones padded at their end: one row each.
+
+    Args:
+        keys: rotated, [B, key heads, P, head width], P of the longest.
+        values: as `keys`.
+        beyond: bool [B, 1, 1, P], True behind the end of a shorter memory; None if all are equally long.
+    """
+
+    keys: Tensor
+    values: Tensor
+    beyond: Tensor | None
+
+    @staticmethod
+    def of(memories: Sequence[KV]) -> Stack:
+        lengths = torch.tensor([keys.shape[2] for keys, _ in memories])
+        P = int(lengths.max())
+        padded = [[torch.nn.functional.pad(t, (0, 0, 0, P - t.shape[2])) for t in memory] for memory in memories]
+        keys, values = (torch.cat(part) for part in zip(*padded, strict=True))
+        beyond = (torch.arange(P)[None] >= lengths[:, None])[:, None, None] if int(lengths.min()) < P else None
+        return Stack(keys, values, beyond)
+
+
+def hand_over(text_keys: Tensor, memories: Sequence[KV], rows: Sequence[int], stack: Stack | None = None) -> None:
     """Give memories to the attention that is called next, with these keys of the text.
 
     Args:
         text_keys: what the cache returns to the layer; the attention has to get this very tensor.
         memories: rotated keys and values of each memory, [1, key heads, P, head width], each with its own P.
         rows: which memory each of B rows reads.
+        stack: the same memories, if each row reads its own.
 
     Raises:
         RuntimeError: the last layer's memory was not read, so this model's attention is not ours.
@@ -52,7 +79,7 @@ def hand_over(text_keys: Tensor, memories: Sequence[KV], rows: Sequence[int]) ->
     if getattr(_handed, "memory", None) is not None:
         _handed.memory = None
         raise RuntimeError("a layer did not read its memory: its attention is not the one that was chosen for it.")
-    _handed.memory = (text_keys, memories, rows)
+    _handed.memory = (text_keys, memories, rows, stack)
 
 
 def begin() -> None:
@@ -98,7 +125,7 @@ def attend(
     handed, _handed.memory = getattr(_handed, "memory", None), None
     if handed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    text_keys, memories, rows = handed
+    text_keys, memories, rows, stack = handed
     if text_keys is not key:
         raise RuntimeError("a layer changed its keys after the cache had returned them; its memory would be lost.")
     B, _, n, width = query.shape
@@ -107,10 +134,10 @@ def attend(
         keys, values = stacked(memories, rows)
         key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    readers = [(memory, _where(i, rows)) for i, memory in enumerate(memories)]
     if len(memories) > 1 and n >= LONG:  # one after another: nothing is gained together, and the scores stay small
         output = query.new_empty(B, n, query.shape[1], width)
-        for (keys, values), where in readers:
+        for i, (keys, values) in enumerate(memories):
+            where = _where(i, rows)
             text_keys, mask = key[where], attention_mask
             if mask is not None:
                 mask = (mask[where] if len(mask) == B else mask)[..., -keys.shape[2] - key.shape[2] :]
@@ -118,48 +145,100 @@ def attend(
             output[where] = attend(module, query[where], text_keys, value[where], mask, scaling, **kwargs)[0]
         return output, None
     shared = key.shape[1]
-    asked = (query * (width**-0.5 if scaling is None else scaling)).view(B, shared, -1, n, width).transpose(0, 1)
-    text = key.transpose(0, 1), value.transpose(0, 1)
-    seen = None if attention_mask is None else attention_mask[:, :, :, -key.shape[2] :]
+    asked = (query * (width**-0.5 if scaling is None else scaling)).view(B, shared, -1, n, width)
+    reader: _Read = (
+        _ReadStack(stack) if stack else _ReadOne(memories[0]) if len(memories) == 1 else _ReadEach(memories, rows)
+    )
+    seen = None if attention_mask is None else attention_mask[:, :, None, :, -key.shape[2] :]
     step = max(1, QUERIES // (B // len(memories)))
     parts = []
     for start in range(0, n, step):
         some = slice(start, start + step)
-        parts.append(_read(asked[..., some, :], readers, text, None if seen is None else seen[:, :, some]))
+        parts.append(_read(asked[..., some, :], reader, (key, value), None if seen is None else seen[..., some, :]))
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], None
 
 
-def _read(asked: Tensor, readers: Sequence[tuple[KV, slice | list[int]]], text: KV, seen: Tensor | None) -> Tensor:
+def _read(asked: Tensor, memory: _Read, text: KV, seen: Tensor | None) -> Tensor:
     """What some queries read.
 
     Args:
-        asked: scaled queries, [key heads, B, query heads per key head, n, head width].
-        readers: each memory with the rows that read it.
-        text: keys and values of the text, [key heads, B, t, head width].
-        seen: bool [B or 1, 1, n, t].
+        asked: scaled queries, [B, key heads, query heads per key head, n, head width].
+        memory: what gives scores on the memories of all rows, and what the weights on them read.
+        text: keys and values of the text, [B, key heads, t, head width].
+        seen: bool [B or 1, 1, 1, n, t].
 
     Returns:
         [B, n, heads, head width].
     """
-    shared, B, group, n, width = asked.shape
-    asked = asked.reshape(shared, B, group * n, width)
-    P = max(memory[0].shape[2] for memory, _ in readers)
-    scores = asked.new_empty(shared, B, group * n, P + text[0].shape[2])
-    if len(readers) > 1:
-        scores[..., :P] = float("-inf")  # behind the end of a shorter memory
-    for (keys, _), rows in readers:
-        found = asked[:, rows].reshape(shared, -1, width) @ keys[0].transpose(1, 2)
-        scores[:, rows, :, : keys.shape[2]] = found.view(shared, -1, group * n, keys.shape[2])
-    on_text = (asked @ text[0].transpose(2, 3)).view(shared, B, group, n, -1)
+    B, shared, group, n, width = asked.shape
+    asked = asked.reshape(B, shared, group * n, width)
+    on_text = asked @ text[0].transpose(2, 3)
     if seen is not None:
-        on_text.masked_fill_(~seen, float("-inf"))
-    scores[..., P:] = on_text.flatten(2, 3)
-    weights = scores.softmax(-1)
-    output = weights[..., P:] @ text[1]
-    for (_, values), rows in readers:
-        on_memory = weights[:, rows, :, : values.shape[2]]
-        output[:, rows] += (on_memory.flatten(1, 2) @ values[0]).view(shared, -1, group * n, width)
-    return output.view(shared, B, group, n, width).permute(1, 3, 0, 2, 4).reshape(B, n, shared * group, width)
+        on_text.view(B, shared, group, n, -1).masked_fill_(~seen, float("-inf"))
+    weights = torch.cat([memory.scores(asked), on_text], dim=-1).softmax(-1)
+    t = on_text.shape[-1]
+    output = weights[..., -t:] @ text[1]
+    memory.add(output, weights[..., :-t])
+    return output.view(B, shared * group, n, width).transpose(1, 2).contiguous()
+
+
+class _Read(Protocol):
+    """Queries on memories. `scores`: [B, key heads, m, head width] -> [B, key heads, m, P]; `add`: what they read."""
+
+    def scores(self, asked: Tensor) -> Tensor: ...
+    def add(self, output: Tensor, weights: Tensor) -> None: ...
+
+
+class _ReadOne:
+    """All rows read one memory: its heads once, the queries of all rows side by side."""
+
+    def __init__(self, memory: KV) -> None:
+        self.keys, self.values = memory[0][0], memory[1][0]
+
+    def scores(self, asked: Tensor) -> Tensor:
+        B, shared, m, width = asked.shape
+        found = asked.transpose(0, 1).reshape(shared, B * m, width) @ self.keys.transpose(1, 2)
+        return found.view(shared, B, m, -1).transpose(0, 1)
+
+    def add(self, output: Tensor, weights: Tensor) -> None:
+        B, shared, m, P = weights.shape
+        found = weights.transpose(0, 1).reshape(shared, B * m, P) @ self.values
+        output += found.view(shared, B, m, -1).transpose(0, 1)
+
+
+class _ReadStack:
+    """Each row reads a memory of its own, all in one product."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+
+    def scores(self, asked: Tensor) -> Tensor:
+        found = asked @ self.stack.keys.transpose(2, 3)
+        return found if self.stack.beyond is None else found.masked_fill_(self.stack.beyond, float("-inf"))
+
+    def add(self, output: Tensor, weights: Tensor) -> None:
+        output += weights @ self.stack.values
+
+
+class _ReadEach:
+    """Any rows read any memories: one product for each memory."""
+
+    def __init__(self, memories: Sequence[KV], rows: Sequence[int]) -> None:
+        self.parts = [(_where(i, rows), _ReadOne(memory)) for i, memory in enumerate(memories)]
+        self.lengths = [keys.shape[2] for keys, _ in memories]
+
+    def scores(self, asked: Tensor) -> Tensor:
+        B, shared, m, _ = asked.shape
+        found = asked.new_full((B, shared, m, max(self.lengths)), float("-inf"))  # behind the end of a shorter memory
+        for (rows, part), P in zip(self.parts, self.lengths, strict=True):
+            found[rows, :, :, :P] = part.scores(asked[rows])
+        return found
+
+    def add(self, output: Tensor, weights: Tensor) -> None:
+        for (rows, part), P in zip(self.parts, self.lengths, strict=True):
+            read = output[rows]
+            part.add(read, weights[rows, :, :, :P])
+            output[rows] = read
 
 
 def _where(memory: int, rows: Sequence[int]) -> slice | list[int]:

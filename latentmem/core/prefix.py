@@ -30,6 +30,7 @@ from latentmem.core import attention
 from latentmem.core.attention import KV
 
 ROOM = 64  # tokens by which a text's buffers are made longer than the text
+STACKED = 2 * 2**30  # bytes up to which the memories of a batch are stacked while it generates
 BLOCK = 128  # rows of one projection; a fixed shape makes a row's bits independent of how many are projected
 
 
@@ -280,7 +281,11 @@ def memory_cache(fronts: Sequence[Front], decoder: Decoder, *, store: bool) -> C
     return Cache(
         layers=[
             MemoryLayer(
-                [front.layers[i] for front in fronts], max(front.P for front in fronts), store=store, apart=apart
+                [front.layers[i] for front in fronts],
+                max(front.P for front in fronts),
+                store=store,
+                apart=apart,
+                stacked=STACKED // decoder.L,
             )
             for i in range(decoder.L)
         ]
@@ -321,28 +326,50 @@ class MemoryLayer(DynamicLayer):
         length: P of the longest.
         store: keep the text that passes through (`generate`), or not (`forward` with gradients, replayed at will).
         apart: hand the memories to `core.attention` instead of copying them in front of every row's text.
+        stacked: bytes up to which several memories are handed over in one tensor, too, where each row stores its text.
     """
 
     keys: Any
     values: Any
 
-    def __init__(self, kv: Sequence[Callable[[], KV]], length: int, *, store: bool = True, apart: bool = False) -> None:
+    def __init__(
+        self,
+        kv: Sequence[Callable[[], KV]],
+        length: int,
+        *,
+        store: bool = True,
+        apart: bool = False,
+        stacked: int = 0,
+    ) -> None:
         super().__init__()
         self.kv, self.length, self.store, self.apart = kv, length, store, apart
         self._rows = list(range(len(kv)))  # which memory each row reads
         self._buffers: KV | None = None
+        self._stacked = stacked
+        self._stack: attention.Stack | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> KV:
         rows = self._rows_of(key_states.shape[0])
         if self.apart:
             if self.store:
                 key_states, value_states = self._append(key_states, value_states, rows)
-            attention.hand_over(key_states, [kv() for kv in self.kv], rows)
+            memories = [kv() for kv in self.kv]
+            attention.hand_over(key_states, memories, rows, self._stack_of(memories, rows) if self.store else None)
             return key_states, value_states
         if self.store:
             return self._append(key_states, value_states, rows)
         keys, values = attention.stacked([kv() for kv in self.kv], rows)
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+
+    def _stack_of(self, memories: Sequence[KV], rows: Sequence[int]) -> attention.Stack | None:
+        """The memories in one tensor, made once, if each row reads its own and they are not too large together."""
+        if len(memories) == 1 or rows != list(range(len(memories))):
+            return None
+        if self._stack is None:
+            keys, values = memories[0]
+            bytes_ = len(memories) * self.length * (keys[0, :, 0].nbytes + values[0, :, 0].nbytes)
+            self._stack = attention.Stack.of(memories) if bytes_ <= self._stacked else None
+        return self._stack
 
     def _rows_of(self, B: int) -> list[int]:
         """The memory of each of B rows; `generate` makes several rows of one without telling its cache."""
