@@ -148,8 +148,8 @@ def compare(llm: Any, theirs: torch.Tensor, ask: Callable[[str], dict[str, Any]]
             else:
                 cold[job] = pair
     ours, others = ({job: statistics.median(p[i] for p in pairs) for job, pairs in warm.items()} for i in (0, 1))
-    print(f"`python benchmarks/released.py --runs {args.runs} --threads {args.threads}`, {date.today()}, torch ", end="")
-    print(f"{torch.__version__}, float32; medians of {args.runs} runs in turns; logits apart by {apart:.0e} at most\n")
+    print(f"`python benchmarks/released.py --runs {args.runs} --threads {args.threads}`, {date.today()}, ", end="")
+    print(f"torch {torch.__version__}, float32; medians of {args.runs} runs in turns; logits apart by {apart:.0e}\n")
     print("| | ours | released code | times faster | cold: ours | cold: released code |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     last = f"generate {1 + NEW}"

@@ -1,8 +1,9 @@
 """How fast is a memory, beside plain transformers with an equally long cache, and one that has to read the text first?
 
 All peers run the same weights in the same process, dtype and threads, in turns; what is printed is the median of each,
-the ratio of the medians, and this machine's own limits: how fast it multiplies matrices and reads memory. Memories hold
-random slots and prompts random tokens: nothing here depends on what is said.
+the ratio of the medians, the first run, which warms up, and this machine's own limit: what the multiplications take at
+its matrix rate, and how often it can read all weights and memories in a second. The peak of the memory is measured in
+processes of their own. Memories hold random slots and prompts random tokens: nothing here depends on what is said.
 
     python benchmarks/speed.py                          # the packaged model, minutes
     python benchmarks/speed.py --held 0 1024 --batch 1 8 --runs 3 --dtype bfloat16
@@ -15,10 +16,13 @@ import copy
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,8 +84,13 @@ def seconds(run: Callable[[Any], Any], prepare: Callable[[], Any]) -> float:
 
 def in_turns(runs: int, *pairs: tuple[Callable[[Any], Any], Callable[[], Any]]) -> list[float]:
     """The median seconds of several ways, run in turns; the first turn is warming up."""
-    times = [[seconds(run, prepare) for run, prepare in pairs] for _ in range(runs + 1)][1:]
-    return [statistics.median(column) for column in zip(*times, strict=True)]
+    return turns(runs, *pairs)[0]
+
+
+def turns(runs: int, *pairs: tuple[Callable[[Any], Any], Callable[[], Any]]) -> tuple[list[float], list[float]]:
+    """`in_turns`, and the seconds of the first turn."""
+    first, *times = [[seconds(run, prepare) for run, prepare in pairs] for _ in range(runs + 1)]
+    return [statistics.median(column) for column in zip(*times, strict=True)], first
 
 
 def remembering(llm: MemoryModel, M: int, B: int, N: int, K: int) -> list[Memory]:
@@ -103,13 +112,40 @@ def random_ids(B: int, n: int) -> torch.Tensor:
     return torch.randint(1000, 40_000, (B, n), generator=torch.Generator().manual_seed(n))
 
 
-def limits(dtype: torch.dtype) -> str:
+class Limits:
     """This machine's own: multiplications of large matrices, and reading more than its caches hold."""
-    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
-    big = torch.randn(128 * 2**20 // 4)
-    product = min(seconds(lambda _: a @ b, lambda: None) for _ in range(5))
-    reading = min(seconds(lambda _: big.sum(), lambda: None) for _ in range(5))
-    return f"{2 * 2048**3 / product / 1e9:.0f} GFLOP/s in {str(dtype)[6:]}, {128 / 1024 / reading:.1f} GiB/s"
+
+    def __init__(self, llm: MemoryModel) -> None:
+        dtype, config = llm.decoder.dtype, llm.base.config
+        layer = torch.nn.Linear(2048, 2048, bias=False, dtype=dtype).requires_grad_(False)
+        a, big = torch.randn(2048, 2048).to(dtype), torch.randn(128 * 2**20 // 4)
+        product = []
+        for kind in (torch.nn.Linear, linear.Linear):
+            layer.__class__ = kind
+            product.append(min(seconds(lambda _: layer(a), lambda: None) for _ in range(5)))
+        self.flops = 2 * 2048**3 / min(product)  # a second
+        self.bytes = 2**27 / min(seconds(lambda _: big.sum(), lambda: None) for _ in range(5))  # a second
+        self.matrices = sum(p.numel() for p in llm.decoder.layers.parameters() if p.ndim == 2)
+        self.head = llm.base.get_output_embeddings().weight.numel()
+        self.size = dtype.itemsize
+        self.heads, self.shared = config.num_attention_heads, config.num_key_value_heads
+        self.width, self.L = llm.decoder.d // self.heads, llm.decoder.L
+        self.name = str(dtype)[6:]
+
+    def writing(self, M: int, n: int) -> float:
+        """Seconds of all multiplications of n tokens behind M slots."""
+        return 2 * n * (self.matrices + 2 * self.L * self.heads * self.width * (M + n / 2)) / self.flops
+
+    def held(self, M: int) -> int:
+        """Bytes of one memory's keys and values."""
+        return 2 * self.L * M * self.shared * self.width * self.size
+
+    def decoding(self, M: int, B: int) -> float:
+        """Tokens a second, if for each token of all rows the weights and all memories are read once."""
+        return B * self.bytes / (self.size * (self.matrices + self.head) + B * self.held(M))
+
+    def __str__(self) -> str:
+        return f"{self.flops / 1e9:.0f} GFLOP/s in {self.name}, {self.bytes / 2**30:.1f} GiB/s"
 
 
 def main() -> None:
@@ -122,50 +158,60 @@ def main() -> None:
     parser.add_argument("--texts", type=int, nargs="+", default=[128, 512], help="tokens of a text that is written")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--largest", type=float, default=6.0, help="GiB of keys, values and slots; more is left out")
+    parser.add_argument("--peak", nargs=3, metavar=("WHO", "M", "B"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.peak:
+        print(peak(args, args.peak[0], int(args.peak[1]), int(args.peak[2])))
+        return
     exact = latentmem.load(args.model, dtype=args.dtype, device="cpu")
     peer = Peer(exact)
     llm = latentmem.load(args.model, dtype=args.dtype, device="cpu", quantize=args.quantize) if args.quantize else exact
+    limits = Limits(exact)
     given = " ".join(f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in vars(args).items() if v)
     print(f"`python benchmarks/speed.py {given}`, {date.today()}, {torch.get_num_threads()} of {os.cpu_count()} cores,")
     print(f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__};")
-    print(f"this machine: {limits(llm.decoder.dtype)}; medians of {args.runs} runs in turns\n", flush=True)
-    writing(llm, peer, args)
-    reading(llm, peer, args)
+    print(f"this machine: {limits}; medians of {args.runs} runs in turns\n", flush=True)
+    writing(llm, peer, limits, args)
+    reading(llm, peer, limits, args)
     together(llm, args)
+    peaks(args, limits)
 
 
-def writing(llm: MemoryModel, peer: Peer, args: argparse.Namespace) -> None:
-    print("## Write a text (one update)\n\n| slots held | tokens | ours, ms | equally long cache, ms | ratio |")
-    print("| ---: | ---: | ---: | ---: | ---: |")
+def writing(llm: MemoryModel, peer: Peer, limits: Limits, args: argparse.Namespace) -> None:
+    print("## Write a text (one update)\n")
+    print(
+        "| slots held | tokens | ours, ms | equally long cache, ms | ratio | at the matrix rate, ms | first run, ms |"
+    )
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for M in args.held:
         for n in args.texts:
             (memory,) = remembering(llm, M, 1, M + n, n)
             ids = random_ids(1, n)
             cache = peer.cache(llm, [memory])
-            ours, theirs = in_turns(
+            (ours, theirs), (first, _) = turns(
                 args.runs,
                 (lambda _, m=memory, i=ids: llm.write_ids(m, i[0]), lambda: None),
                 (lambda c, i=ids: peer.read(c, i), lambda c=cache: copy.deepcopy(c)),
             )
-            print(f"| {M} | {n} | {ours * 1e3:.0f} | {theirs * 1e3:.0f} | {ours / theirs:.2f} |", flush=True)
+            row = [f"{x * 1e3:.0f}" for x in (ours, theirs, limits.writing(M, n), first)]
+            print(f"| {M} | {n} | {row[0]} | {row[1]} | {ours / theirs:.2f} | {row[2]} | {row[3]} |", flush=True)
 
 
-def reading(llm: MemoryModel, peer: Peer, args: argparse.Namespace) -> None:
+def reading(llm: MemoryModel, peer: Peer, limits: Limits, args: argparse.Namespace) -> None:
     print(f"\n## First token behind a question of {PROMPT} tokens, and tokens per second after it\n")
-    head = "first: ours, ms | equally long cache, ms | ratio | reads the text, ms | times faster"
+    head = "first: ours, ms | equally long cache, ms | ratio | reads the text, ms | times faster | first run, ms"
     print(f"| slots held | memories | {head} |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    rest = ["| slots held | memories | ours, tokens/s | equally long cache, tokens/s | ours / cache | ours / M = 0 |"]
-    rest.append("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    rest = ["| slots held | memories | ours, tokens/s | equally long cache, tokens/s | ours / cache | ours / M = 0 | "]
+    rest[0] += "at the memory rate, tokens/s | the same / M = 0 |"
+    rest.append("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     alone: dict[int, float] = {}
     for M in args.held:
         for B in args.batch:
-            weight = llm.decoder.dtype.itemsize
-            heads = llm.base.config.num_key_value_heads * llm.base.config.head_dim
-            needed = B * M * llm.decoder.L * weight * (llm.decoder.d + 3 * 2 * heads) / 2**30
+            slots = M * llm.decoder.L * llm.decoder.d * llm.decoder.dtype.itemsize
+            needed = B * (slots + 3 * limits.held(M)) / 2**30
             if needed > args.largest:
-                print(f"| {M} | {B} | left out: {needed:.1f} GiB | | | | |", flush=True)
+                print(f"| {M} | {B} | left out: {needed:.1f} GiB | | | | | |", flush=True)
                 continue
             memories = remembering(llm, M, B, max(M, 8), 8)
             cache, ids = peer.cache(llm, memories), random_ids(B, PROMPT)
@@ -182,13 +228,15 @@ def reading(llm: MemoryModel, peer: Peer, args: argparse.Namespace) -> None:
             ]
             if B == 1:
                 ways.append((lambda _, i=whole: peer.generate(None, i, 1), lambda: None))
-            first, end, their_first, their_end, *prefill = in_turns(args.runs, *ways)
-            ms = [f"{x * 1e3:.0f}" for x in (first, their_first)]
+            (first, end, their_first, their_end, *prefill), cold = turns(args.runs, *ways)
+            ms = [f"{x * 1e3:.0f}" for x in (first, their_first, cold[0])]
             read = f"{prefill[0] * 1e3:.0f} | {prefill[0] / first:.1f}" if prefill else " | "
-            print(f"| {M} | {B} | {ms[0]} | {ms[1]} | {first / their_first:.2f} | {read} |", flush=True)
+            print(f"| {M} | {B} | {ms[0]} | {ms[1]} | {first / their_first:.2f} | {read} | {ms[2]} |", flush=True)
             speed, theirs = B * NEW / (end - first), B * NEW / (their_end - their_first)
             alone.setdefault(B, speed)
-            rest.append(f"| {M} | {B} | {speed:.1f} | {theirs:.1f} | {speed / theirs:.2f} | {speed / alone[B]:.2f} |")
+            row = f"| {M} | {B} | {speed:.1f} | {theirs:.1f} | {speed / theirs:.2f} | {speed / alone[B]:.2f} |"
+            most = limits.decoding(M, B)
+            rest.append(f"{row} {most:.1f} | {most / limits.decoding(args.held[0], B):.2f} |")
     print("\n" + "\n".join(rest))
 
 
@@ -213,6 +261,47 @@ def together(llm: MemoryModel, args: argparse.Namespace) -> None:
                 (lambda _, each=each: [run(None) for run in each], lambda: None),
             )
             print(f"| {M} | {B} | {one:.1f} | {many:.1f} | {many / one:.1f} |", flush=True)
+
+
+def peaks(args: argparse.Namespace, limits: Limits) -> None:
+    """What a process holds more than the model's weights while it answers, each in a process of its own."""
+    if not Path("/proc/self/clear_refs").exists():
+        return
+    print("\n## Peak of the memory above the loaded model, while answering, GiB\n")
+    print("| slots held | memories | ours | equally long cache | keys and values of the memories |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    for M in args.held:
+        for B in args.batch:
+            if B * limits.held(M) * 4 / 2**30 > args.largest:
+                continue
+            found = []
+            for who in ("ours", "cache"):
+                command = [sys.executable, __file__, "--model", args.model, "--dtype", args.dtype]
+                command += ["--peak", who, str(M), str(B)]
+                found.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            print(f"| {M} | {B} | {found[0]:.2f} | {found[1]:.2f} | {B * limits.held(M) / 2**30:.2f} |", flush=True)
+
+
+def peak(args: argparse.Namespace, who: str, M: int, B: int) -> float:
+    llm = latentmem.load(args.model, dtype=args.dtype, device="cpu")
+    peer = Peer(llm) if who == "cache" else None
+    ids = random_ids(B, PROMPT)
+
+    def status(field: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return float(next(line for line in lines if line.startswith(field)).split()[1]) / 2**20
+
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    if peer is None:
+        answering(llm, remembering(llm, M, B, max(M, 8), 8), ids, NEW)(None)
+    else:
+        config, cache = llm.base.config, DynamicCache()
+        for i in range(llm.decoder.L if M else 0):
+            shape = (B, config.num_key_value_heads, M, llm.decoder.d // config.num_attention_heads)
+            cache.update(torch.randn(shape, dtype=llm.decoder.dtype), torch.randn(shape, dtype=llm.decoder.dtype), i)
+        peer.generate(cache if M else None, ids, NEW)
+    return status("VmHWM") - before
 
 
 if __name__ == "__main__":

@@ -58,10 +58,13 @@ class Stack:
     def of(memories: Sequence[KV]) -> Stack:
         lengths = torch.tensor([keys.shape[2] for keys, _ in memories])
         P = int(lengths.max())
-        padded = [[torch.nn.functional.pad(t, (0, 0, 0, P - t.shape[2])) for t in memory] for memory in memories]
-        keys, values = (torch.cat(part) for part in zip(*padded, strict=True))
+        made = [part.new_empty(len(memories), part.shape[1], P, part.shape[3]) for part in memories[0]]
+        for row, memory in enumerate(memories):
+            for into, tensor in zip(made, memory, strict=True):
+                into[row, :, : tensor.shape[2]] = tensor[0]
+                into[row, :, tensor.shape[2] :] = 0
         beyond = (torch.arange(P)[None] >= lengths[:, None])[:, None, None] if int(lengths.min()) < P else None
-        return Stack(keys, values, beyond)
+        return Stack(made[0], made[1], beyond)
 
 
 def hand_over(text_keys: Tensor, memories: Sequence[KV], rows: Sequence[int], stack: Stack | None = None) -> None:
@@ -197,11 +200,16 @@ class _ReadOne:
 
     def scores(self, asked: Tensor) -> Tensor:
         B, shared, m, width = asked.shape
+        if B == 1:
+            return torch.bmm(asked[0], self.keys.transpose(1, 2))[None]
         found = asked.transpose(0, 1).reshape(shared, B * m, width) @ self.keys.transpose(1, 2)
         return found.view(shared, B, m, -1).transpose(0, 1)
 
     def add(self, output: Tensor, weights: Tensor) -> None:
         B, shared, m, P = weights.shape
+        if B == 1:
+            output[0].baddbmm_(weights[0], self.values)
+            return
         found = weights.transpose(0, 1).reshape(shared, B * m, P) @ self.values
         output += found.view(shared, B, m, -1).transpose(0, 1)
 

@@ -1,7 +1,7 @@
 """Linear layers in float32 on an x86 CPU, without gradients: the same products, by kernels that are faster there.
 
-Torch gives them to MKL. Up to four rows, the weights as a batch of two halves are multiplied 1.9 to 2.8 times as fast,
-and more rows 1.3 to 1.8 times as fast by oneDNN, which torch carries too (`benchmarks/linear.py`).
+Torch gives them to MKL. Up to four rows the weights as a batch of two halves are faster, 1.8 to 2.8 times on two cores,
+and beyond oneDNN, which torch carries too, 1.2 to 1.3 times (`benchmarks/linear.py`, docs/results/speed.md).
 """
 
 from __future__ import annotations
