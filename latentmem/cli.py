@@ -32,6 +32,9 @@ ModelName = Annotated[
     typer.Option("--model", help="smollm2-135m, a folder, a .gguf file or a hub id; by default what wrote the memory."),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps; by default the fastest.")]
+Quantize = Annotated[
+    str | None, typer.Option("--quantize", help="New memory: int8 for a model of 8-bit linear layers, on a CPU.")
+]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
 
 
@@ -63,6 +66,7 @@ def write(
     preset: Annotated[str | None, typer.Option(help="New memory: exact or paper [exact].")] = None,
     compression: Annotated[int | None, typer.Option(help="New memory: tokens per slot, exact only [1].")] = None,
     seed: Annotated[int | None, typer.Option(help="New memory: seed of its random drops [0].")] = None,
+    quantize: Quantize = None,
     model: ModelName = None,
     device: Device = None,
 ) -> None:
@@ -81,7 +85,7 @@ def write(
                     f"the memory {memory!r} was made with {key}={getattr(before, key)}, not {value}. "
                     f"Leave it out, or choose a new name."
                 )
-        llm = _load(before, model, device)
+        llm = _load(before, model, device, quantize)
         start = before if before is not None else llm.empty(**given)
         llm.check(start)
         prompts = llm.prompts_or_raise()
@@ -126,7 +130,11 @@ def ask(
 
 @app.command()
 def chat(
-    memory: Name = "default", max_new_tokens: NewTokens = 256, model: ModelName = None, device: Device = None
+    memory: Name = "default",
+    max_new_tokens: NewTokens = 256,
+    quantize: Quantize = None,
+    model: ModelName = None,
+    device: Device = None,
 ) -> None:
     """Talk with a memory; what leaves the conversation is written into it, the rest at the end (Ctrl-D or /exit)."""
     from latentmem.chat import Conversation
@@ -135,7 +143,7 @@ def chat(
     place = NamedMemory(memory)
     with place.writing():
         before = place.load() if place.exists else None
-        llm = _load(before, model, device)
+        llm = _load(before, model, device, quantize)
         start = before if before is not None else llm.empty()
         place.begin(start)
         talk = Conversation(llm, start, place.pending(), journal=place)
@@ -421,13 +429,21 @@ def _decoded(name: str, data: bytes) -> str:
     return text
 
 
-def _load(memory: Memory | None, model: str | None, device: str | None) -> MemoryModel:
-    """The model that is asked for, or the one that wrote the memory, in the memory's dtype."""
+def _load(memory: Memory | None, model: str | None, device: str | None, quantize: str | None = None) -> MemoryModel:
+    """The model that is asked for, or the one that wrote the memory, in the memory's dtype and quantized as it was."""
     import latentmem
     from latentmem.loading import PACKAGED
 
     name = model or (memory.model_name if memory is not None else "") or PACKAGED
-    return latentmem.load(name, device=device, dtype=memory.slots.dtype if memory is not None else None)
+    if memory is None:
+        return latentmem.load(name, device=device, quantize=quantize)
+    made = memory.model.rpartition("-")[0] or None
+    if quantize not in (None, made):
+        raise ValueError(
+            f"the memory was written by a model with {f'--quantize {made}' if made else 'exact weights'}, "
+            f"not --quantize {quantize}. Leave it out, or choose a new name."
+        )
+    return latentmem.load(name, device=device, dtype=memory.slots.dtype, quantize=made)
 
 
 def _speak(parts: Any) -> None:

@@ -67,6 +67,24 @@ def test_ask_prints_what_the_library_answers(run, tiny_folder):
     assert code == 0 and "with memory:" in out and "without memory:" in out
 
 
+def test_a_memory_of_a_quantized_model_is_read_by_one(run, tiny_folder):
+    options = ("-m", "small", "-N", 64, "-K", 16)
+    assert run("write", "the door is blue", *options, "--quantize", "int8")[0] == 0
+    llm = latentmem.load(str(tiny_folder), device="cpu", quantize="int8")
+    memory = NamedMemory("small").load()
+    assert memory.model == llm.identity and memory.model.startswith("int8-")
+    code, out, _ = run("ask", "which colour?", "-m", "small", "--max-new-tokens", 8)
+    assert code == 0 and out.strip() == llm.ask(memory, "which colour?", max_new_tokens=8)
+    for more in ((), ("--quantize", "int8")):
+        assert run("write", "it is open", "-m", "small", *more)[0] == 0
+    assert NamedMemory("small").load().updates > memory.updates
+    assert run("chat", "-m", "talked", "--quantize", "int8", stdin="hello\n")[0] == 0
+    assert NamedMemory("talked").load().model == llm.identity
+    run("write", "the door is blue", "-m", "exact", "-N", 64, "-K", 16)
+    code, _, err = run("write", "it is open", "-m", "exact", "--quantize", "int8")
+    assert code == 2 and "a model with exact weights, not --quantize int8" in err
+
+
 def test_undo_goes_one_command_back_and_then_says_so(run, home):
     run("write", "first text here", "-m", "work", "-N", 64, "-K", 16)
     first = NamedMemory("work").load()
