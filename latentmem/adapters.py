@@ -60,10 +60,10 @@ class Adapters:
                 return layer.base_layer(x, *args, **kwargs)
             if args or kwargs or layer.training or layer.merged or layer.lora_variant or name not in layer.lora_A:
                 return kind.forward(layer, x, *args, **kwargs)
-            A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-            if A.dtype != x.dtype:
+            A, B = layer.lora_A[name], layer.lora_B[name]
+            if A.weight.dtype != x.dtype or B.bias is not None:
                 return kind.forward(layer, x)
-            return torch.add(layer.base_layer(x), linear(linear(x, A), B), alpha=layer.scaling[name])
+            return torch.add(layer.base_layer(x), linear(linear(x, A.weight), B.weight), alpha=layer.scaling[name])
 
         active = property(lambda layer: [self._active.get() or READ], refuse)
         disabled = property(lambda layer: self._active.get() is None, refuse)

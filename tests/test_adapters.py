@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners import lora
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from latentmem.adapters import READ, WRITE, Adapters, insert
@@ -288,6 +290,48 @@ def test_use_nests_and_puts_back_what_was_active():
         assert torch.equal(output(llm), writing)
     assert torch.equal(output(llm), plain)
     assert not torch.equal(reading, writing)
+
+
+KINDS = {
+    "plain": {},
+    "bias": {"lora_bias": True},
+    "dora": {"use_dora": True},
+    "rank-stabilised": {"use_rslora": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:`lora_bias=True` was passed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_layer_gives_what_pefts_own_forward_gives(kind, dtype):
+    base = tiny().to(dtype)
+    for name in (WRITE, READ):
+        config = LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=0.5, target_modules=TARGETS, **KINDS[kind])
+        inject_adapter_in_model(config, base, adapter_name=name)
+    base.eval()
+    for i, (name, part) in enumerate(base.named_modules()):
+        if name.endswith((f"lora_A.{WRITE}", f"lora_B.{WRITE}", f"lora_B.{READ}")):
+            for weight in part.parameters():
+                weight.copy_(0.5 * random(*weight.shape, seed=i))
+        if READ in name and dtype == torch.bfloat16:
+            part.float()  # as PEFT does with adapters of a model in 16 bits
+    theirs = copy.deepcopy(base)
+    adapters, layers = Adapters(base), [m for m in theirs.modules() if isinstance(m, lora.Linear)]
+    assert {layer.lora_A[READ].weight.dtype for layer in adapters.layers} == {torch.float32}
+    for name in (WRITE, READ):
+        for mine, other in zip(adapters.layers, layers, strict=True):
+            x = random(1, 5, mine.in_features).to(dtype)
+            other.set_adapter(name)
+            with adapters.use(name):
+                found = mine(x)
+            expected = other(x)
+            precision = 1e-5 if dtype == torch.float32 else 1e-2
+            assert gap(found, expected) <= precision * expected.abs().max() and found.dtype == dtype
+            assert gap(found, mine(x)) > 0.01 and torch.equal(mine(x), mine.base_layer(x))
+    base.train()
+    with adapters.use(WRITE):
+        assert gap(mine(x), mine(x)) > 0  # dropout
 
 
 def test_an_error_inside_use_puts_back_what_was_active():
