@@ -130,7 +130,6 @@ def main() -> None:
 
 def compare(llm: Any, theirs: torch.Tensor, ask: Callable[[str], dict[str, Any]], args: argparse.Namespace) -> None:
     memory, prompt = llm.empty(), ids(PROMPT)[0]
-    apart = (llm.logits(memory, prompt) - theirs).abs().max().item()
     options = [{"max_new_tokens": new, "min_new_tokens": new} for new in (1, 1 + NEW)]
     jobs: dict[str, Callable[[], Any]] = {
         **{f"write {n}": lambda n=n: llm.write_ids(memory, ids(n)[0]) for n in TEXTS},
@@ -147,6 +146,7 @@ def compare(llm: Any, theirs: torch.Tensor, ask: Callable[[str], dict[str, Any]]
                 warm[job].append(pair)
             else:
                 cold[job] = pair
+    apart = (llm.logits(memory, prompt) - theirs).abs().max().item()  # not earlier: it makes keys and values
     ours, others = ({job: statistics.median(p[i] for p in pairs) for job, pairs in warm.items()} for i in (0, 1))
     print(f"`python benchmarks/released.py --runs {args.runs} --threads {args.threads}`, {date.today()}, ", end="")
     print(f"torch {torch.__version__}, float32; medians of {args.runs} runs in turns; logits apart by {apart:.0e}\n")

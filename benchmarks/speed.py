@@ -112,6 +112,10 @@ def random_ids(B: int, n: int) -> torch.Tensor:
     return torch.randint(1000, 40_000, (B, n), generator=torch.Generator().manual_seed(n))
 
 
+def head_width(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 class Limits:
     """This machine's own: multiplications of large matrices, and reading more than its caches hold."""
 
@@ -129,7 +133,7 @@ class Limits:
         self.head = llm.base.get_output_embeddings().weight.numel()
         self.size = dtype.itemsize
         self.heads, self.shared = config.num_attention_heads, config.num_key_value_heads
-        self.width, self.L = llm.decoder.d // self.heads, llm.decoder.L
+        self.width, self.L = head_width(config), llm.decoder.L
         self.name = str(dtype)[6:]
 
     def writing(self, M: int, n: int) -> float:
@@ -236,7 +240,8 @@ def reading(llm: MemoryModel, peer: Peer, limits: Limits, args: argparse.Namespa
             alone.setdefault(B, speed)
             row = f"| {M} | {B} | {speed:.1f} | {theirs:.1f} | {speed / theirs:.2f} | {speed / alone[B]:.2f} |"
             most = limits.decoding(M, B)
-            rest.append(f"{row} {most:.1f} | {most / limits.decoding(args.held[0], B):.2f} |")
+            same = f"{most:.1f} | {most / limits.decoding(args.held[0], B):.2f}"
+            rest.append(f"{row} {' | ' if args.quantize else same} |")  # which bytes are read is known of exact weights
     print("\n" + "\n".join(rest))
 
 
@@ -278,12 +283,13 @@ def peaks(args: argparse.Namespace, limits: Limits) -> None:
             for who in ("ours", "cache"):
                 command = [sys.executable, __file__, "--model", args.model, "--dtype", args.dtype]
                 command += ["--peak", who, str(M), str(B)]
+                command += ["--quantize", args.quantize] if args.quantize and who == "ours" else []
                 found.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
             print(f"| {M} | {B} | {found[0]:.2f} | {found[1]:.2f} | {B * limits.held(M) / 2**30:.2f} |", flush=True)
 
 
 def peak(args: argparse.Namespace, who: str, M: int, B: int) -> float:
-    llm = latentmem.load(args.model, dtype=args.dtype, device="cpu")
+    llm = latentmem.load(args.model, dtype=args.dtype, device="cpu", quantize=args.quantize)
     peer = Peer(llm) if who == "cache" else None
     ids = random_ids(B, PROMPT)
 
@@ -298,7 +304,7 @@ def peak(args: argparse.Namespace, who: str, M: int, B: int) -> float:
     else:
         config, cache = llm.base.config, DynamicCache()
         for i in range(llm.decoder.L if M else 0):
-            shape = (B, config.num_key_value_heads, M, llm.decoder.d // config.num_attention_heads)
+            shape = (B, config.num_key_value_heads, M, head_width(config))
             cache.update(torch.randn(shape, dtype=llm.decoder.dtype), torch.randn(shape, dtype=llm.decoder.dtype), i)
         peer.generate(cache if M else None, ids, NEW)
     return status("VmHWM") - before

@@ -138,8 +138,7 @@ class MemoryModel:
         self._first_token = first_token
         self._first: Tensor | None = None
         self._prefixes: weakref.WeakKeyDictionary[Memory, Prefix] = weakref.WeakKeyDictionary()
-        self._weights = list(base.parameters())
-        self._stamp = changes(self._weights)
+        self._stamp = self._state()
 
     # --- memories ---------------------------------------------------------------------------------------------------
 
@@ -803,10 +802,13 @@ class MemoryModel:
 
     def _forget_if_changed(self) -> None:
         """Drop what was derived from weights that were changed in place since, by an optimizer for example."""
-        stamp = changes(self._weights)
+        stamp = self._state()
         if stamp != self._stamp:
             self._prefixes.clear()
             self._first, self._stamp = None, stamp
+
+    def _state(self) -> tuple[int, torch.dtype, torch.device]:
+        return changes(self.base), self.decoder.dtype, self.decoder.device
 
     def _functional(self, memory: Memory) -> Cache | None:
         """The prefix with gradients, if there is anything to differentiate."""

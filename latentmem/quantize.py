@@ -11,14 +11,21 @@ from torch import nn
 from latentmem.core import linear
 
 KINDS = ("int8",)
-_KEPT = ("k_proj", "v_proj", "qkv_proj", "query_key_value", "lora_A", "lora_B")  # keys and values stay exact
+_KEYS = ("k_proj", "v_proj", "qkv_proj", "query_key_value")  # a memory must not depend on what is projected beside it
+_DOWN = (
+    "down_proj",
+    "fc2",
+    "c_proj",
+)  # a few of its inputs are far larger than the rest, and one scale has to hold all
+_KEPT = (*_KEYS, *_DOWN, "lora_A", "lora_B")  # these stay exact
 
 
 def quantize(model: nn.Module, kind: str) -> None:
     """Replace a model's linear layers, in place, by ones with 8-bit weights (one scale per output) and inputs.
 
     Inputs get one scale for all rows of a pass, so rows of a batch change each other's rounding. Layers that make keys
-    and values are kept as they are: what a memory is read as must not depend on what is projected beside it.
+    and values are kept as they are, and those at the end of each MLP, without which the packaged model loses a third of
+    its answers (docs/results/speed.md).
 
     Args:
         model: in float32 on the CPU.

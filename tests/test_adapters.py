@@ -277,6 +277,18 @@ def output(llm):
         return llm.base(input_ids=torch.tensor([Q])).logits
 
 
+def test_a_second_pair_of_switches_works_too():
+    llm = adapted()
+    plain = output(llm)
+    with llm.adapters.use(READ):
+        reading = output(llm)
+    for base in (llm.base, copy.deepcopy(llm.base)):
+        again = Adapters(base)
+        with torch.no_grad(), again.use(READ):
+            assert torch.equal(base(input_ids=torch.tensor([Q])).logits, reading)
+        assert torch.equal(output(llm), plain)
+
+
 def test_use_nests_and_puts_back_what_was_active():
     llm = adapted()
     plain = output(llm)

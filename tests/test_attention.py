@@ -239,7 +239,7 @@ def several(lengths, B, n, t, heads=9, shared=3, width=8):
 
 
 def read(parts, memories, rows, mask, stack=None):
-    hand_over(parts[2], memories, rows, stack)
+    hand_over(parts[2], memories, rows, stack and (lambda: stack))
     return attend(*parts, mask)[0]
 
 

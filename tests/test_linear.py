@@ -64,6 +64,17 @@ def test_gradients_are_torchs_own(fast):
         assert not layer(x).requires_grad and fast == ["halves"]
 
 
+def test_a_bias_learns_alone_and_gradients_are_taken_forwards(fast):
+    layer, x = made(8, 6, True), torch.randn(20, 8)
+    layer.bias.requires_grad_()
+    layer(x).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((6,), 20.0)) and not fast
+    layer.requires_grad_(False)
+    for rows in (1, 20):
+        value, slope = torch.func.jvp(layer, (x[:rows],), (torch.ones(rows, 8),))
+        assert (slope - layer.weight.sum(1)).abs().max() < 1e-5 and value.shape == (rows, 6) and not fast
+
+
 def test_other_dtypes_autocast_and_no_rows_are_torchs_own(fast):
     half = made(8, 6, True, torch.bfloat16)
     x = torch.randn(20, 8)

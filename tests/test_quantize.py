@@ -20,8 +20,8 @@ def test_all_linear_layers_but_those_of_keys_and_values_are_replaced():
     exact = {name for name, part in model.named_modules() if type(part) is nn.Linear}
     quantize(model, "int8")
     left = {name for name, part in model.named_modules() if type(part) is nn.Linear}
-    assert left == {name for name in exact if name.endswith(("k_proj", "v_proj"))} and len(left) == 6
-    assert "lm_head" in exact - left and len(exact - left) == 3 * 5 + 1
+    assert left == {name for name in exact if name.endswith(("k_proj", "v_proj", "down_proj"))} and len(left) == 9
+    assert "lm_head" in exact - left and len(exact - left) == 3 * 4 + 1
 
 
 def test_answers_are_near_those_of_the_exact_model(tiny_folder):

@@ -20,7 +20,7 @@ without one (`causal_lower_right`), as long as nothing is padded and no window h
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,14 +67,16 @@ class Stack:
         return Stack(made[0], made[1], beyond)
 
 
-def hand_over(text_keys: Tensor, memories: Sequence[KV], rows: Sequence[int], stack: Stack | None = None) -> None:
+def hand_over(
+    text_keys: Tensor, memories: Sequence[KV], rows: Sequence[int], stack: Callable[[], Stack | None] | None = None
+) -> None:
     """Give memories to the attention that is called next, with these keys of the text.
 
     Args:
         text_keys: what the cache returns to the layer; the attention has to get this very tensor.
         memories: rotated keys and values of each memory, [1, key heads, P, head width], each with its own P.
         rows: which memory each of B rows reads.
-        stack: the same memories, if each row reads its own.
+        stack: gives the same memories in one tensor, if each row reads its own.
 
     Raises:
         RuntimeError: the last layer's memory was not read, so this model's attention is not ours.
@@ -139,8 +141,8 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if len(memories) > 1 and n >= LONG:  # one after another: nothing is gained together, and the scores stay small
         output = query.new_empty(B, n, query.shape[1], width)
-        for i, (keys, values) in enumerate(memories):
-            where = _where(i, rows)
+        for i in sorted(set(rows)):
+            (keys, values), where = memories[i], _where(i, rows)
             text_keys, mask = key[where], attention_mask
             if mask is not None:
                 mask = (mask[where] if len(mask) == B else mask)[..., -keys.shape[2] - key.shape[2] :]
@@ -149,11 +151,12 @@ def attend(
         return output, None
     shared = key.shape[1]
     asked = (query * (width**-0.5 if scaling is None else scaling)).view(B, shared, -1, n, width)
-    reader: _Read = (
-        _ReadStack(stack) if stack else _ReadOne(memories[0]) if len(memories) == 1 else _ReadEach(memories, rows)
-    )
+    together = stack() if stack else None
+    reader: _Read = _ReadStack(together) if together else _ReadEach(memories, rows)
+    if len(memories) == 1:
+        reader = _ReadOne(memories[0])
     seen = None if attention_mask is None else attention_mask[:, :, None, :, -key.shape[2] :]
-    step = max(1, QUERIES // (B // len(memories)))
+    step = max(1, QUERIES // max(1, B // len(memories)))
     parts = []
     for start in range(0, n, step):
         some = slice(start, start + step)
@@ -232,12 +235,14 @@ class _ReadEach:
     """Any rows read any memories: one product for each memory."""
 
     def __init__(self, memories: Sequence[KV], rows: Sequence[int]) -> None:
-        self.parts = [(_where(i, rows), _ReadOne(memory)) for i, memory in enumerate(memories)]
-        self.lengths = [keys.shape[2] for keys, _ in memories]
+        read = sorted(set(rows))
+        self.parts = [(_where(i, rows), _ReadOne(memories[i])) for i in read]
+        self.lengths = [memories[i][0].shape[2] for i in read]
+        self.P = max(keys.shape[2] for keys, _ in memories)
 
     def scores(self, asked: Tensor) -> Tensor:
         B, shared, m, _ = asked.shape
-        found = asked.new_full((B, shared, m, max(self.lengths)), float("-inf"))  # behind the end of a shorter memory
+        found = asked.new_full((B, shared, m, self.P), float("-inf"))  # behind the end of a shorter memory
         for (rows, part), P in zip(self.parts, self.lengths, strict=True):
             found[rows, :, :, :P] = part.scores(asked[rows])
         return found

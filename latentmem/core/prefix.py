@@ -239,6 +239,8 @@ class Prefix:
         """The prefix of the next memory: slots `kept` [L, m] stay, `new` keys and values come behind; no projection."""
 
         def move(old: Tensor, i: int, fresh: Tensor) -> Tensor:
+            if kept.shape[1] == self.P - self.s:
+                return torch.cat([old, fresh], dim=2)
             stays = old[:, :, self.s :].index_select(2, kept[i].to(old.device))
             return torch.cat([old[:, :, : self.s], stays, fresh], dim=2)
 
@@ -354,17 +356,16 @@ class MemoryLayer(DynamicLayer):
             if self.store:
                 key_states, value_states = self._append(key_states, value_states, rows)
             memories = [kv() for kv in self.kv]
-            attention.hand_over(key_states, memories, rows, self._stack_of(memories, rows) if self.store else None)
+            own = self.store and len(memories) > 1 and rows == list(range(len(memories)))  # each row reads its own
+            attention.hand_over(key_states, memories, rows, partial(self._stack_of, memories) if own else None)
             return key_states, value_states
         if self.store:
             return self._append(key_states, value_states, rows)
         keys, values = attention.stacked([kv() for kv in self.kv], rows)
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
-    def _stack_of(self, memories: Sequence[KV], rows: Sequence[int]) -> attention.Stack | None:
-        """The memories in one tensor, made once, if each row reads its own and they are not too large together."""
-        if len(memories) == 1 or rows != list(range(len(memories))):
-            return None
+    def _stack_of(self, memories: Sequence[KV]) -> attention.Stack | None:
+        """The memories in one tensor, made once, if they are not too large together."""
         if self._stack is None:
             keys, values = memories[0]
             bytes_ = len(memories) * self.length * (keys[0, :, 0].nbytes + values[0, :, 0].nbytes)
@@ -417,7 +418,7 @@ class MemoryLayer(DynamicLayer):
         return self.length + self._text
 
     def reset(self) -> None:
-        self._buffers = None
+        self._buffers = self._stack = None
         super().reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
