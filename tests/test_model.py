@@ -68,6 +68,23 @@ def test_changed_weights_are_noticed():
     assert torch.equal(after, fresh.logits(memory, [5, 6, 7])) and not torch.equal(after, before)
 
 
+def test_weights_that_were_replaced_and_a_model_that_was_cast_are_noticed():
+    llm = MemoryModel(tiny_model(), first_token=1)
+    state = {name: weight.clone() for name, weight in llm.base.state_dict().items()}
+    llm.base.load_state_dict(state, assign=True)
+    memory = llm.write_ids(llm.empty(N=64, K=16), [5, 6, 7])
+    llm.logits(memory, [8, 9])
+    with torch.no_grad():
+        for weight in llm.base.parameters():
+            weight.mul_(1.3)
+    fresh = MemoryModel(llm.base, first_token=1, identity=llm.identity)
+    assert torch.equal(llm.logits(memory, [8, 9]), fresh.logits(memory, [8, 9]))
+    llm.base.to(torch.bfloat16)
+    assert llm.logits(llm.write_ids(llm.empty(N=64, K=16), [5, 6, 7]), [8, 9]).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="holds float32, the model runs in bfloat16"):
+        llm.logits(memory, [8, 9])
+
+
 def test_the_default_size_fits_the_context():
     llm = MemoryModel(tiny_model(max_position_embeddings=256), byte_tokenizer())
     memory = llm.empty()
