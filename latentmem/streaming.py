@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cache
+from pathlib import Path
 from queue import Queue
 from typing import Any, TypeVar
 
@@ -82,6 +87,27 @@ class Rows(BaseStreamer):
                 streamer.end()
 
 
+@cache
+def _openmp() -> list[Any]:
+    """The GNU OpenMP that torch computes with on a CPU under Linux, if it is loaded."""
+    torch_folder, found = Path(torch.__file__).parent, []
+    for path in (*torch_folder.glob("lib/libgomp*.so*"), *torch_folder.parent.glob("torch.libs/libgomp*.so*")):
+        with contextlib.suppress(OSError, AttributeError):  # not Linux, not loaded, or older than OpenMP 5
+            library = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            found.append(library.omp_pause_resource_all)
+    return found
+
+
+def release_threads() -> None:
+    """End the helpers with which this thread computes; they come back when it computes again.
+
+    Each thread that computes has helpers of its own. If there are more of them than cores, GNU OpenMP puts them to
+    sleep after every loop, and a thread that generates beside one that only waits is much slower.
+    """
+    for pause in _openmp():
+        pause(2)  # omp_pause_hard; it changes nothing if this thread has no helpers
+
+
 def stream(generate: Callable[[Callable[[Piece], None], Left], Any]) -> Iterator[Piece]:
     """What `generate` gives while it runs in a thread of its own; leaving the loop stops it.
 
@@ -104,6 +130,7 @@ def stream(generate: Callable[[Callable[[Piece], None], Left], Any]) -> Iterator
         finally:
             queue.put(None)
 
+    release_threads()
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:

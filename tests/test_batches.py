@@ -1,6 +1,8 @@
 """Several memories at once: each row is written, read and continued as if it stood alone."""
 
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from test_adapters import adapted
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from latentmem import model as models
+from latentmem import streaming
 from latentmem.core import memory as memories
 from latentmem.core import prefix
 from latentmem.core.attention import CUDA, NAME, Stack
@@ -321,6 +324,22 @@ def test_nothing_more_is_begun_once_nobody_reads(talking, monkeypatch):
     next(pieces)
     pieces.close()
     assert len(begun) < 12
+
+
+def test_a_stream_runs_with_the_helpers_of_one_thread_alone(talking, monkeypatch):
+    """What is given back comes back: a thread computes on after it let its helpers go."""
+    a, b = torch.randn(300, 300), torch.randn(300, 300)
+    before = a @ b
+    assert all(pause(2) == 0 for pause in streaming._openmp())
+    streaming.release_threads()
+    assert torch.equal(a @ b, before)
+    shipped = list((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    assert len(streaming._openmp()) >= (len(shipped) > 0)
+    calls = []
+    monkeypatch.setattr(streaming, "release_threads", lambda: calls.append(threading.get_ident()))
+    llm = talking
+    assert list(llm.stream(llm.write(llm.empty(N=64, K=16), "the door is blue"), "Which?", max_new_tokens=4))
+    assert calls == [threading.get_ident()]
 
 
 def test_what_several_memories_do_not_take_is_refused(talking):
