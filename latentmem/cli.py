@@ -63,7 +63,7 @@ def write(
     per_update: Annotated[
         int | None, typer.Option("--per-update", "-K", help="New memory: slots that one update may write [256].")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="New memory: exact or paper [exact].")] = None,
+    preset: Annotated[str | None, typer.Option(help="New memory: exact or paper.", show_default="exact")] = None,
     compression: Annotated[int | None, typer.Option(help="New memory: tokens per slot, exact only [1].")] = None,
     seed: Annotated[int | None, typer.Option(help="New memory: seed of its random drops [0].")] = None,
     quantize: Quantize = None,
@@ -309,9 +309,12 @@ def retention(
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="One stream for all steps, not only above 50.")] = False,
     seed: Annotated[int, typer.Option(help="Of the drawn questions and of every drop.")] = 0,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes [all cores on a CPU, 1 on a GPU].")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes.", show_default="all cores on a CPU, 1 on a GPU")
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="bfloat16, float32 or float16 [bfloat16; float32 with --quantize].")
+        str | None,
+        typer.Option(help="bfloat16, float32 or float16.", show_default="bfloat16; float32 with --quantize"),
     ] = None,
     quantize: Annotated[str | None, typer.Option(help="int8: linear layers in 8 bits, on a CPU.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small run of minutes: 50 questions, N = 1024.")] = False,

@@ -85,6 +85,16 @@ def test_a_memory_of_a_quantized_model_is_read_by_one(run, tiny_folder):
     assert code == 2 and "a model with exact weights, not --quantize int8" in err
 
 
+@pytest.mark.parametrize("command", [("write",), ("ask",), ("chat",), ("eval", "retention")])
+def test_help_says_what_is_taken_by_default(run, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = run(*command, "--help", "--model", "none")
+    assert (
+        code == 0 and "--model" in out and not re.search(r" [.]", out)
+    )  # a word in brackets would be taken for markup
+    assert command != ("write",) or "(exact)" in out
+
+
 def test_undo_goes_one_command_back_and_then_says_so(run, home):
     run("write", "first text here", "-m", "work", "-N", 64, "-K", 16)
     first = NamedMemory("work").load()
