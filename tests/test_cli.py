@@ -89,9 +89,8 @@ def test_a_memory_of_a_quantized_model_is_read_by_one(run, tiny_folder):
 def test_help_says_what_is_taken_by_default(run, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = run(*command, "--help", "--model", "none")
-    assert (
-        code == 0 and "--model" in out and not re.search(r" [.]", out)
-    )  # a word in brackets would be taken for markup
+    assert code == 0 and "--model" in out
+    assert not re.search(r" [.]\s", out)  # a word in brackets would be taken for markup
     assert command != ("write",) or "(exact)" in out
 
 
