@@ -148,7 +148,8 @@ def compare(llm: Any, theirs: torch.Tensor, ask: Callable[[str], dict[str, Any]]
                 cold[job] = pair
     apart = (llm.logits(memory, prompt) - theirs).abs().max().item()  # not earlier: it makes keys and values
     ours, others = ({job: statistics.median(p[i] for p in pairs) for job, pairs in warm.items()} for i in (0, 1))
-    print(f"`python benchmarks/released.py --runs {args.runs} --threads {args.threads}`, {date.today()}, ", end="")
+    given = f"--python theirs/bin/python --code released --runs {args.runs} --threads {args.threads}"  # as above
+    print(f"`python benchmarks/released.py {given}`, {date.today()}, ", end="")
     print(f"torch {torch.__version__}, float32; medians of {args.runs} runs in turns; logits apart by {apart:.0e}\n")
     print("| | ours | released code | times faster | cold: ours | cold: released code |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")

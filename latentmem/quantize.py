@@ -24,8 +24,8 @@ def quantize(model: nn.Module, kind: str) -> None:
     """Replace a model's linear layers, in place, by ones with 8-bit weights (one scale per output) and inputs.
 
     Inputs get one scale for all rows of a pass, so rows of a batch change each other's rounding. Layers that make keys
-    and values are kept as they are, and those at the end of each MLP, without which the packaged model loses a third of
-    its answers (docs/results/speed.md).
+    and values are kept as they are, and those at the end of each MLP: with them the packaged model would lose up to a
+    third of its token accuracy (docs/results/speed.md).
 
     Args:
         model: in float32 on the CPU.

@@ -722,6 +722,12 @@ def test_a_stream_of_a_real_model_goes_on_after_a_kill(tmp_path, llm, monkeypatc
 # --- settings -------------------------------------------------------------------------------------------------------
 
 
+def test_questions_that_leave_no_room_for_a_text_are_refused(tmp_path):
+    llm = Knowing(made(4))
+    with pytest.raises(ValueError, match="leave no room for a text in this model's context"):
+        Retention(llm, llm.data, Settings(steps=(0,), capacities=(40,), rows=("ours",), new_tokens=10**6), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [

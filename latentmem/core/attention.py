@@ -151,10 +151,11 @@ def attend(
         return output, None
     shared = key.shape[1]
     asked = (query * (width**-0.5 if scaling is None else scaling)).view(B, shared, -1, n, width)
-    together = stack() if stack else None
-    reader: _Read = _ReadStack(together) if together else _ReadEach(memories, rows)
     if len(memories) == 1:
-        reader = _ReadOne(memories[0])
+        reader: _Read = _ReadOne(memories[0])
+    else:
+        together = stack() if stack else None
+        reader = _ReadStack(together) if together else _ReadEach(memories, rows)
     seen = None if attention_mask is None else attention_mask[:, :, None, :, -key.shape[2] :]
     step = max(1, QUERIES // max(1, B // len(memories)))
     parts = []
