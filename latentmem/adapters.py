@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import os
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,10 +63,11 @@ class Adapters:
             if name is None:
                 return layer.base_layer(x)
             A, B, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
-            plain = A.weight.dtype == x.dtype and B.bias is None and isinstance(scaling, (int, float))
-            if not plain or layer.lora_dropout[name].training:
+            plain, dropout = B.bias is None and isinstance(scaling, (int, float)), layer.lora_dropout[name]
+            if not plain or (dropout.training and not isinstance(dropout, nn.Identity)):
                 return kind.forward(layer, x)
-            return torch.add(layer.base_layer(x), linear(linear(x, A.weight), B.weight), alpha=scaling)
+            down, up = A.weight.to(x.dtype), B.weight.to(x.dtype)  # float32 adapters of a bfloat16 model are cast here
+            return torch.add(layer.base_layer(x), linear(linear(x, down), up), alpha=scaling)
 
         active = property(lambda layer: [self._active.get() or READ], refuse)
         disabled = property(lambda layer: self._active.get() is None, refuse)
@@ -71,6 +75,11 @@ class Adapters:
         if kind is lora.Linear:
             own["forward"] = forward
         return type(kind.__name__, (kind,), own)
+
+    @property
+    def active(self) -> str | None:
+        """Which adapter is active in this thread."""
+        return self._active.get()
 
     @contextlib.contextmanager
     def use(self, name: str | None) -> Iterator[None]:
@@ -140,3 +149,62 @@ def insert(model: PreTrainedModel, *, r: int, alpha: float, dropout: float, targ
             inject_adapter_in_model(config, model, adapter_name=name)
     model.eval()
     return Adapters(model)
+
+
+def weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The weights of both adapters, by the names that they have in the model."""
+    return {name: weight for name, weight in model.named_parameters() if ".lora_" in name}
+
+
+def save(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write trained adapters to one safetensors file, atomically.
+
+    Args:
+        tensors: weights by the names of `weights`, and "bos" and "mark" of the preset "paper".
+        facts: r, alpha and target_modules of the LoRA pair, the model's identity and the memory's shape; JSON.
+    """
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.new")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"latentmem": json.dumps(facts)})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save` wrote.
+
+    Raises:
+        ValueError: no such file, or not one of ours.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {})["latentmem"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not iterable
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: no adapters can be read there ({error}).") from None
+    except (KeyError, ValueError):
+        raise ValueError(f"{path} holds no adapters of latentmem: its header does not say so.") from None
+    return tensors, facts
+
+
+def put(model: PreTrainedModel, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Adapters:
+    """Put trained adapters into a plain model, in its dtype.
+
+    Raises:
+        ValueError: weights are missing, unknown or of another shape; all are named.
+    """
+    adapters = insert(model, dropout=0.0, **{key: facts[key] for key in ("r", "alpha", "target_modules")})
+    own = weights(model)
+    theirs = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+    wrong = sorted(own.keys() ^ theirs.keys()) + [n for n in own if n in theirs and own[n].shape != theirs[n].shape]
+    if wrong:
+        more = " ..." if len(wrong) > 8 else ""
+        raise ValueError(f"these adapters do not fit the model: {', '.join(wrong[:8])}{more}.")
+    with torch.no_grad():
+        for name, weight in own.items():
+            weight.copy_(theirs[name])
+    return adapters

