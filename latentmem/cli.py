@@ -35,6 +35,9 @@ Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps; by
 Quantize = Annotated[
     str | None, typer.Option("--quantize", help="New memory: int8 for a model of 8-bit linear layers, on a CPU.")
 ]
+Adapters = Annotated[
+    str, typer.Option("--adapters", help="auto: the model's own; none: untrained; or what `latentmem train` made.")
+]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
 
 
@@ -281,6 +284,59 @@ def doctor(
     raise typer.Exit(0 if alive else 1)
 
 
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of one that comes with the package.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the same one goes on with it.")],
+    changes: Annotated[list[str] | None, typer.Option("--set", help="A value of the config: steps.total=100")] = None,
+    stop: Annotated[int | None, typer.Option(min=1, help="End after so many steps in all; go on later.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show counts, time and memory; write nothing.")] = False,
+) -> None:
+    """Teach a model to write and read its memory; what is stopped or killed goes on with the same command."""
+    try:
+        from latentmem.train import config as configs
+        from latentmem.train import loop
+    except ImportError as error:
+        raise ValueError(f"training needs {error.name}: run `pip install 'latentmem[train]'`.") from None
+    settings = configs.load(config, changes or ())
+    if dry_run:
+        _print(_rehearsed(loop.rehearse(settings)))
+        return
+    run = loop.Run(settings, out)
+    try:
+        with _progress("steps", seconds=600) as progress:
+            task = progress.add_task("training", total=settings.steps.total)
+
+            def show(done: int, total: int, row: dict[str, Any]) -> None:
+                words = f"loss {row['loss']:.2f}, {row['tokens'] / row['seconds']:.0f} tokens/s"
+                progress.update(task, completed=done, total=total, description=words)
+
+            run.train(show, stop)
+    except KeyboardInterrupt:
+        _error(f"stopped; the newest checkpoint is in {out}, and the same command goes on from there.")
+        raise typer.Exit(130) from None
+    if run.rank == 0:
+        done = run.step == settings.steps.total
+        typer.echo(f"The adapters are in {out / loop.RESULT}." if done else f"{run.step} steps are done; see {out}.")
+
+
+def _rehearsed(facts: dict[str, Any]) -> Any:
+    """What a dry run found, as a table."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for path, kind, documents, questions in facts["sources"]:
+        table.add_row(
+            path,
+            f"{documents:,} documents, {questions:,} questions" if kind == "questions" else f"{documents:,} documents",
+        )
+    table.add_row("trained weights", f"{facts['trained']:,} beside {facts['frozen']:,} that stay as they are")
+    table.add_row("steps", f"{facts['steps']:,}, about {facts['tokens']:,} tokens")
+    table.add_row("time", f"about {facts['seconds'] / 60:,.0f} minutes here, without the points of the curve")
+    table.add_row("memory", f"{facts['bytes'] / 2**30:.1f} GiB")
+    return table
+
+
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 _SHOWN = ("preset", "compression", "seed", "updates", "tokens", "model_name", "model", "adapters", "version", "parent")
@@ -303,7 +359,9 @@ def retention(
     fill: Annotated[str, typer.Option(help="The memory before the text: full, empty.")] = "full,empty",
     rows: Annotated[str, typer.Option(help="What is measured.")] = "floor,dead,oracle,window,bm25,ours",
     per_update: Annotated[int, typer.Option("--per-update", "-K", help="Slots that one update may write.")] = 512,
-    compression: Annotated[int, typer.Option(min=1, help="Tokens per slot.")] = 1,
+    compression: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per slot.", show_default="as the adapters were trained, else 1")
+    ] = None,
     new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens in which an answer has to come [10; synthetic 20].")
     ] = None,
@@ -320,6 +378,7 @@ def retention(
     quick: Annotated[bool, typer.Option("--quick", help="A small run of minutes: 50 questions, N = 1024.")] = False,
     model: Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, a .gguf file or a hub id.")] = PACKAGED,
     device: Device = None,
+    adapters: Adapters = "auto",
 ) -> None:
     """How much is still known of a text after others were written, beside floor, oracle, window and BM25."""
     import shlex
@@ -336,20 +395,21 @@ def retention(
             raise ValueError("--quick chooses --questions, --steps and --capacity itself: leave it or them out.")
         questions, steps, capacity = 50, "0,1,5,20", "1024"
     per_text = per_text or (1 if data == "nq" else 5)
+    kind = dtype or ("float32" if quantize else "bfloat16")
+    loading: dict[str, Any] = {"name": model, "dtype": kind, "device": device, "quantize": quantize}
+    loading["adapters"] = None if adapters == "none" else adapters
+    llm = latentmem.load(**loading)
     settings = Settings(
         steps=_numbers("--steps", steps),
         capacities=_numbers("--capacity", capacity),
         fills=tuple(fill.split(",")),
         rows=tuple(rows.split(",")),
         K=per_update,
-        compression=compression,
+        compression=compression or (llm.shape.compression if llm.shape else 1),
         new_tokens=new_tokens or (20 if data == "synthetic" else NEW_TOKENS),
         stream=stream,
         seed=seed,
     )
-    kind = dtype or ("float32" if quantize else "bfloat16")
-    loading: dict[str, Any] = {"name": model, "dtype": kind, "device": device, "quantize": quantize}
-    llm = latentmem.load(**loading)
     prompts = llm.prompts_or_raise()
     drawn: dict[str, Any] = {"questions": questions, "per_text": per_text, "seed": seed}
     chosen = sets.load(data, lambda text: len(prompts.text(text)), **drawn)
@@ -375,6 +435,74 @@ def retention(
         typer.echo(f"\n{title}")
         _print(table)
     typer.echo(f"\nAll tables, the plot and the page are in {out}: table.md, plot.png, report.html, summary.json")
+
+
+@evaluation.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="name=folder of each run; the first is what others gain over.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for compare.md, compare.json and compare.png.")],
+    capacity: Annotated[int, typer.Option("--capacity", "-N", help="Slots per layer.")] = 2048,
+) -> None:
+    """Retention runs side by side: untrained and trained, other presets, other compressions."""
+    import shlex
+
+    from latentmem.evaluate import compare as protocol
+
+    pairs = [run.partition("=") for run in runs]
+    if not all(name and folder for name, _, folder in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
+        raise ValueError(f"runs are given as name=folder with different names, got {' '.join(runs)}.")
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    found = protocol.write({name: Path(folder) for name, _, folder in pairs}, capacity, out, command)
+    typer.echo(protocol.markdown([line for line in found if line.metric == "accuracy"]))
+
+
+@evaluation.command()
+def effects(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the same one goes on with it.")],
+    texts: Annotated[int, typer.Option(min=2, help="Articles to read, and paragraphs to ask about.")] = 100,
+    capacity: Annotated[
+        int, typer.Option("--capacity", "-N", help="Slots per layer; a checkpoint has its own.")
+    ] = 2048,
+    compression: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per slot.", show_default="as the adapters were trained, else 1")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn and of every drop.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes.", show_default="all cores on a CPU, 1 on a GPU")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    model: Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, a .gguf file or a hub id.")] = PACKAGED,
+    device: Device = None,
+    adapters: Adapters = "auto",
+) -> None:
+    """What a memory changes beside remembering: the perplexity of other text, and saying "I don't know"."""
+    import shlex
+
+    import latentmem
+    from latentmem.evaluate import effects as protocol
+    from latentmem.evaluate import questions as sets
+    from latentmem.evaluate import runner
+
+    loading: dict[str, Any] = {"name": model, "dtype": dtype, "device": device}
+    loading["adapters"] = None if adapters == "none" else adapters
+    llm = latentmem.load(**loading)
+    prompts = llm.prompts_or_raise()
+    chosen = sets.load("squad", lambda text: len(prompts.text(text)), questions=4 * texts, per_text=4, seed=seed)
+    c = compression or (llm.shape.compression if llm.shape else 1)
+    settings = protocol.Settings(N=capacity, compression=c, texts=texts, seed=seed)
+    with _progress("units", seconds=600) as progress:
+        task = progress.add_task("effects", total=None)
+        found = protocol.measure(
+            llm,
+            chosen,
+            settings,
+            out,
+            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            workers=workers or (runner.cores() if llm.decoder.device.type == "cpu" else 1),
+            loading=loading,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    typer.echo(protocol.markdown(found))
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
@@ -440,13 +568,14 @@ def _load(memory: Memory | None, model: str | None, device: str | None, quantize
     name = model or (memory.model_name if memory is not None else "") or PACKAGED
     if memory is None:
         return latentmem.load(name, device=device, quantize=quantize)
+    adapters = "auto" if memory.adapters else None  # a memory of the untrained model is read as it was written
     made = memory.model.rpartition("-")[0] or None
     if quantize not in (None, made):
         raise ValueError(
             f"the memory was written by a model with {f'--quantize {made}' if made else 'exact weights'}, "
             f"not --quantize {quantize}. Leave it out, or choose a new name."
         )
-    return latentmem.load(name, device=device, dtype=memory.slots.dtype, quantize=made)
+    return latentmem.load(name, device=device, dtype=memory.slots.dtype, quantize=made, adapters=adapters)
 
 
 def _speak(parts: Any) -> None:

@@ -11,7 +11,8 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ LONGEST = 512  # tokens of a text, as in the paper
 SHORTEST = 16  # tokens of a Natural Questions context
 ANSWER = {"squad": 3, "nq": 4}  # tokens of an answer at most (MemoryLLM section 4.4)
 UNRELATED = 1_000  # of the synthetic set, and the most that is taken from the hub
+_NO_ANSWER = "no answer"
 Count = Callable[[str], int]
 
 
@@ -143,6 +145,39 @@ def _grouped(pairs: Iterable[tuple[str, Question]]) -> list[Text]:
 def _nq_fits(row: dict[str, Any], count: Count) -> bool:
     gold = row["answers"][0]
     return gold in row["context"] and count(gold) <= ANSWER["nq"] and SHORTEST <= count(row["context"]) <= LONGEST
+
+
+def unanswerable(texts: Collection[str]) -> dict[str, tuple[Question, ...]]:
+    """Questions of SQuAD 2.0 that seem to be about one of these texts and are not answered by it, by text."""
+    local = _local("squad/eval_unanswerable.jsonl.gz")
+    if local:
+        rows = local[0]
+    else:
+        with _hub("rajpurkar/squad_v2") as hub:
+            rows = [row for row in hub(split="validation") if not row["answers"]["text"]]
+    found: dict[str, list[Question]] = {}
+    for row in rows:
+        if row["context"] in texts:
+            found.setdefault(row["context"], []).append(Question(row["id"], row["question"], (_NO_ANSWER,)))
+    return {text: tuple(some) for text, some in found.items()}
+
+
+def heldout(count: int, seed: int) -> list[str]:
+    """Articles that are never trained on, drawn by seed: for perplexity.
+
+    Raises:
+        ValueError: data that can not be found, or too little of it.
+    """
+    local = _local("corpus/wiki2015_heldout.jsonl.gz", "corpus/wiki2018_heldout.jsonl.gz")
+    if local:
+        texts = [row["text"] for rows in local for row in rows]
+    else:
+        with _hub("Salesforce/wikitext") as hub:
+            lines = [row["text"] for row in hub("wikitext-2-raw-v1", split="test")]
+        texts = [part for part in re.split(r"\n(?= = [^=])", "\n".join(lines)) if len(part) > 2000]
+    if len(texts) < count:
+        raise ValueError(f"there are {len(texts)} held-out articles, and {count} were asked for. Ask for fewer.")
+    return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))[:count]]
 
 
 # --- where the rows come from ---------------------------------------------------------------------------------------

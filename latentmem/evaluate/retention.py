@@ -284,7 +284,7 @@ class Retention:
         return self.llm.empty(N=N, K=min(N, s.K), compression=s.compression, seed=s.seed)
 
     def _fill(self, N: int) -> Memory:
-        """A memory full of unrelated texts; a checkpoint's own pool is full already."""
+        """A memory full of unrelated texts; a checkpoint's own pool gets as many of them on top."""
         memory = self._empty(N)
         for text in self._filler(N):
             memory = self._write(memory, text, "filler")
@@ -292,12 +292,12 @@ class Retention:
 
     def _filler(self, N: int) -> Sequence[str]:
         """Unrelated texts that fill a memory of N slots; the first ones are kept for the steps."""
-        texts, slots = [], self._empty(N).M
+        memory, texts, slots = self._empty(N), [], 0
         for text in self.data.unrelated[self._steps_supply :]:
             if slots >= N:
                 break
             texts.append(text)
-            slots += len(self._ids(text)) // self.settings.compression
+            slots += memory.K if self.llm.trained else len(self._ids(text)) // self.settings.compression
         return texts
 
     def _ask(self, context: Context, questions: Sequence[Question]) -> list[Answer]:
