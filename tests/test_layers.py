@@ -17,12 +17,13 @@ ROOMS = {  # room -> rooms of latentmem that it may import
     "quantize": {"core"},
     "model": {"core", "adapters", "prompts", "streaming"},
     "released": {"core", "adapters", "prompts", "model", "loading"},
-    "loading": {"prompts", "model", "released", "quantize"},
+    "loading": {"core", "adapters", "prompts", "model", "released", "quantize"},
     "chat": {"core", "model", "prompts"},
     "doctor": {"core", "model"},
     "files": {"core", "prompts"},
     "evaluate": {"core", "model", "loading", "evaluate"},
-    "cli": {"core", "model", "chat", "doctor", "files", "loading", "evaluate", ""},
+    "train": {"core", "adapters", "prompts", "model", "loading", "train"},
+    "cli": {"core", "model", "chat", "doctor", "files", "loading", "evaluate", "train", ""},
     "__init__": {"core", "chat", "loading", "model"},
 }
 CORE_MAY_IMPORT = {"torch", "safetensors", "transformers"}

@@ -1,0 +1,309 @@
+"""Documents -> episodes: what is written, how old it is when it is asked for, and what is asked.
+
+    new_knowledge   write the first part of a text, predict its next part                       (MemoryLLM 3.2.1)
+    continuous      write x1 .. x(n-1) one after another, predict xn; n grows while training     (MemoryLLM 3.2.2)
+    forgetting      as new_knowledge, with other documents between the text and its next part    (MemoryLLM 3.2.3)
+    repetition      the start of a passage of a written text, continued word for word    (released "Repeat:" steps)
+    distillation    the same model with the text in its context says what should be said
+    questions       questions about several texts in one memory, each at an age of its own
+    unknown         as questions, half of them about texts that the memory does not hold: "I don't know."
+
+An episode is a function of the seed and its number alone, so a run can go on after a kill, and processes share the work
+without talking about it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from latentmem.prompts import Prompts
+from latentmem.train.config import Config
+from latentmem.train.data import Apart, Document, Documents, cloze, sentences
+
+UNKNOWN = "I don't know."
+START = 10  # tokens of a passage that are given where the rest of it is to be repeated
+TRIES = 50  # documents that are looked at until one is long enough
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is read behind a memory.
+
+    Args:
+        prompt: ids that are given, without bos.
+        answer: ids whose likelihood is the loss.
+        about: number of the text in the episode; None: the memory does not hold it.
+    """
+
+    prompt: Ids
+    answer: Ids
+    about: int | None
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What one pass of training does.
+
+    Args:
+        objective: its name.
+        names: of the texts' documents.
+        texts: ids of each, oldest first.
+        ages: for each text, how many updates are between it and the rows, falling.
+        in_sequence: each text is written behind the ones before it, else beside them.
+        fill: share of the pool that stands before the texts, from 0 to 1.
+        rows: what is read.
+        taught: the teacher's distribution is learned instead of the answer.
+        seed: of what is dropped.
+    """
+
+    objective: str
+    names: tuple[str, ...]
+    texts: tuple[Ids, ...]
+    ages: tuple[int, ...]
+    in_sequence: bool
+    fill: float
+    rows: tuple[Row, ...]
+    taught: bool
+    seed: int
+
+    @property
+    def written(self) -> int:
+        """Tokens that are written."""
+        return sum(map(len, self.texts))
+
+    @property
+    def read(self) -> int:
+        """Tokens that are read."""
+        return sum(len(row.prompt) + len(row.answer) for row in self.rows)
+
+
+class Episodes:
+    """All episodes of a run.
+
+    Args:
+        prompts: how texts and questions are put to the model.
+        sources: documents, in the order of `config.data`.
+        apart: what must not be trained on; a text that clashes with it is passed over.
+        world: processes that share the episodes of a step.
+
+    Raises:
+        ValueError: an objective finds nothing to train on in these sources.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        prompts: Prompts,
+        sources: Sequence[Documents],
+        apart: Apart | None = None,
+        world: int = 1,
+    ) -> None:
+        self.config, self.prompts, self.sources, self.world = config, prompts, sources, world
+        self._apart = apart or Apart(())
+        self._count = lru_cache(maxsize=4096)(lambda text: len(prompts.text(text)))
+        self._around = len(prompts.written("x")) - self._count("x")  # ids that wrap a text
+        prose = [i for i, source in enumerate(sources) if source.source.kind == "text"]
+        needing = [
+            name for name in ("new_knowledge", "continuous", "forgetting", "repetition") if config.objectives.get(name)
+        ]
+        if needing and not prose:
+            raise ValueError(f"objectives.{needing[0]} needs a source of kind text; give one, or take it out.")
+        self._prose = prose
+
+    def __getitem__(self, number: int) -> Episode:
+        """Episode 0, 1, ...; any of them at any time."""
+        config = self.config
+        random = np.random.default_rng([config.seed, number])
+        names = [name for name, weight in config.objectives.items() if weight > 0]
+        weights = np.array([config.objectives[name] for name in names])
+        objective = names[random.choice(len(names), p=weights / weights.sum())]
+        make: dict[str, Callable[..., Episode]] = {
+            "new_knowledge": self._continued,
+            "forgetting": self._continued,
+            "continuous": self._continuous,
+            "repetition": self._repeated,
+        }
+        return make.get(objective, self._asked)(objective, number, random)
+
+    def _done(self, number: int) -> float:
+        """The share of the run that lies before an episode."""
+        return number / (self.config.steps.total * self.config.steps.episodes * self.world)
+
+    # --- objectives -------------------------------------------------------------------------------------------------
+
+    def _continued(self, objective: str, number: int, random: np.random.Generator) -> Episode:
+        names, texts, rows = [], [], []
+        for i in range(self.config.texts.at_once):
+            document, (first, then) = self._pieces(number, i, 2, random)
+            names.append(document.id)
+            texts.append(self._written(first))
+            rows.append(self._continuation(then, i))
+        aged = objective == "forgetting"
+        return self._episode(objective, number, random, names, texts, rows, ages=None if aged else (0,) * len(texts))
+
+    def _continuous(self, objective: str, number: int, random: np.random.Generator) -> Episode:
+        config = self.config
+        most = 2 + int(min(1.0, self._done(number)) * (config.texts.most_pieces - 1))
+        n = int(random.integers(2, max(3, most + 1)))
+        document, pieces = self._pieces(number, 0, n, random)
+        rows = [self._continuation(pieces[-1], len(pieces) - 2)]
+        texts = [self._written(piece) for piece in pieces[:-1]]
+        return self._episode(
+            objective, number, random, [document.id] * len(texts), texts, rows, ages=(0,) * len(texts), in_sequence=True
+        )
+
+    def _repeated(self, objective: str, number: int, random: np.random.Generator) -> Episode:
+        t = self.config.texts
+        names, texts, rows = [], [], []
+        for i in range(t.at_once):
+            document, (text,) = self._pieces(number, i, 1, random)
+            ids = tuple(self.prompts.text(text))
+            names.append(document.id)
+            texts.append(self._written(text))
+            for _ in range(max(1, t.rows // (2 * t.at_once))):
+                given, new = START, t.continuation // 2
+                at = int(random.integers(max(1, len(ids) - given - new + 1)))
+                rows.append(Row(ids[at : at + given], ids[at + given : at + given + new], i))
+        return self._episode(objective, number, random, names, texts, [row for row in rows if row.answer])
+
+    def _asked(self, objective: str, number: int, random: np.random.Generator) -> Episode:
+        t = self.config.texts
+        names, texts, asked = [], [], []
+        for i in range(t.at_once):
+            document, text, questions = self._with_questions(number, i, random)
+            names.append(document.id)
+            texts.append(self._written(text))
+            asked += [(question, answer, i) for question, answer in questions]
+        chosen = [asked[i] for i in random.permutation(len(asked))[: t.rows]]
+        rows = [self._question(question, answer, about) for question, answer, about in chosen]
+        if objective == "unknown":
+            for i in range(len(rows) // 2):
+                _, _, questions = self._with_questions(number, i, random, names)
+                rows[i] = self._question(questions[0][0], UNKNOWN, None)
+        return self._episode(objective, number, random, names, texts, rows, taught=objective == "distillation")
+
+    # --- parts ------------------------------------------------------------------------------------------------------
+
+    def _episode(
+        self,
+        objective: str,
+        number: int,
+        random: np.random.Generator,
+        names: list[str],
+        texts: Sequence[Ids],
+        rows: Sequence[Row],
+        ages: Sequence[int] | None = None,
+        in_sequence: bool | None = None,
+        taught: bool = False,
+    ) -> Episode:
+        t = self.config.texts
+        drawn = sorted((self._age(random, len(text)) for text in texts), reverse=True)
+        sequence = bool(random.random() < t.in_sequence) if in_sequence is None else in_sequence
+        if not sequence and ages is None:
+            drawn = [drawn[i] for i in random.permutation(len(drawn))]  # written side by side: no order among them
+        fill = float(random.choice([0.0, 0.5, 1.0], p=[0.15, 0.35, 0.5])) * float(random.uniform(0.5, 1))
+        return Episode(
+            objective,
+            tuple(names),
+            tuple(texts),
+            tuple(drawn if ages is None else ages),
+            sequence,
+            fill * min(1.0, self._done(number) / t.grow if t.grow else 1.0),
+            tuple(rows),
+            taught,
+            int(random.integers(1 << 62)),
+        )
+
+    def _age(self, random: np.random.Generator, n: int) -> int:
+        """An age for a text of n tokens: often 0, else as likely between 1 and 2 as between 20 and 40."""
+        t, m = self.config.texts, self.config.memory
+        k = m.K if m.preset == "paper" else -(-n // m.compression)
+        oldest = min(t.oldest, math.log(t.least_left) / math.log1p(-min(k, m.N - 1) / m.N))
+        if oldest < 1 or random.random() < t.recent:
+            return 0
+        return round(float(np.exp(random.uniform(0, np.log(oldest)))))
+
+    def _question(self, question: str, answer: str, about: int | None) -> Row:
+        end = self.prompts.tokenizer.eos_token_id
+        ids = [*self.prompts.answer(question, answer), *([] if end is None else [end])]
+        return Row(tuple(self.prompts.question(question, bare=True)), tuple(ids), about)
+
+    def _written(self, text: str) -> Ids:
+        return tuple(self.prompts.written(text))
+
+    def _continuation(self, text: str, about: int) -> Row:
+        ids = tuple(self.prompts.text(text))[: self.config.texts.continuation]
+        return Row(ids[:1], ids[1:], about)
+
+    def _pick(
+        self, number: int, i: int, among: Sequence[int], random: np.random.Generator, away: int, opposite: bool = False
+    ) -> Document:
+        weights = np.array([self.sources[j].source.weight for j in among])
+        source = self.sources[among[random.choice(len(among), p=weights / weights.sum())]]
+        n = number * self.config.texts.at_once + i + away
+        return source.opposite(n) if opposite else source[n]
+
+    def _pieces(self, number: int, i: int, n: int, random: np.random.Generator) -> tuple[Document, list[str]]:
+        """n pieces of one text, each following the one before."""
+        t = self.config.texts
+        for away in range(TRIES):
+            document = self._pick(number, i, self._prose, random, away * 7919)
+            some = sentences(document.text)
+            start = int(random.integers(len(some)))
+            pieces: list[str] = []
+            for _ in range(n):
+                most = int(random.integers(t.shortest, t.longest + 1)) - self._around
+                piece, start = self._run(some, start, max(1, most))
+                pieces.append(piece)
+            if self._apart.clashes(" ".join(pieces)):
+                continue
+            if all(pieces) and self._count(pieces[-1]) > 1:
+                return document, pieces
+        raise ValueError(
+            f"{self.sources[self._prose[0]].source.path}: {TRIES} documents were looked at, and none has {n} pieces of "
+            f"{t.shortest} to {t.longest} tokens. Make texts.longest smaller, or give longer documents."
+        )
+
+    def _run(self, some: Sequence[str], start: int, most: int) -> tuple[str, int]:
+        """Sentences from `start` on with at most so many tokens, as one text, and where they end."""
+        taken: list[str] = []
+        while start < len(some) and self._count(" ".join([*taken, some[start]])) <= most:
+            taken.append(some[start])
+            start += 1
+        return " ".join(taken), start
+
+    def _with_questions(
+        self, number: int, i: int, random: np.random.Generator, without: Sequence[str] = ()
+    ) -> tuple[Document, str, list[tuple[str, str]]]:
+        """A text of any source that answers at least one question, and these questions in a drawn order.
+
+        Args:
+            without: names of documents; the text is far from them in the order, and none of them.
+        """
+        t = self.config.texts
+        everything = range(len(self.sources))
+        for attempt in range(TRIES):
+            document = self._pick(number, i, everything, random, attempt * 7919, bool(without))
+            if document.id in without:
+                continue
+            text, questions = document.text, list(document.questions)
+            if self._count(text) + self._around > t.longest:
+                some = sentences(text)
+                start = 0 if questions else int(random.integers(len(some)))
+                text, _ = self._run(some, start, int(random.integers(t.shortest, t.longest + 1)) - self._around)
+                questions = [(question, answer) for question, answer in questions if answer in text]
+            if self._apart.clashes(text):
+                continue
+            questions = questions or (cloze(text) if not document.questions else [])
+            if questions and self._count(text) + self._around >= t.shortest:
+                return document, text, [questions[j] for j in random.permutation(len(questions))]
+        raise ValueError(
+            f"{TRIES} documents were looked at, and none of {t.shortest} to {t.longest} tokens answers a question. "
+            f"Change texts.shortest and texts.longest, or give other data."
+        )

@@ -1,0 +1,281 @@
+"""An episode -> a loss: texts are written with gradient, set into a memory at their age, and asked for.
+
+The memory is real: a pool of everything that was written in the last steps, updated and dropped from as in use
+(`core.memory.update`). Its slots carry no gradient; those of the episode's texts do, through the write as well. Before
+the rows are read, each text is set behind the slots that are older than it, and is dropped from as if it had aged that
+long, so that a model learns in one pass what a memory looks like after fifty updates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from latentmem.adapters import READ, WRITE
+from latentmem.core import memory as memories
+from latentmem.core.attention import KV, begin
+from latentmem.core.memory import Memory
+from latentmem.core.prefix import Front, attention_mask, memory_cache
+from latentmem.core.write import write_exact, write_exact_rows, write_paper
+from latentmem.model import MemoryModel, Trained
+from latentmem.train.episodes import Episode, Row
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an episode brought.
+
+    Args:
+        loss: a scalar with gradient.
+        accuracy: share of the answers' tokens that were the most likely ones.
+        new_slots: of each text, [L, k, d], without gradient, for the pool.
+    """
+
+    loss: Tensor
+    accuracy: float
+    new_slots: list[Tensor]
+
+
+class Learner(nn.Module):
+    """A model with its adapters (and bos and mark of the preset "paper") as one module with one forward.
+
+    Args:
+        llm: with fresh or trained adapters.
+        preset, compression, K: of the memory that is trained.
+        bos, mark: of the preset "paper"; they become parameters.
+    """
+
+    sink: Tensor
+
+    def __init__(
+        self,
+        llm: MemoryModel,
+        *,
+        preset: str,
+        K: int,
+        compression: int = 1,
+        bos: Tensor | None = None,
+        mark: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        assert llm.adapters is not None
+        self.base = llm.base
+        self.preset, self.K, self.compression = preset, K, compression
+        self.bos = nn.Parameter(bos.float()) if bos is not None else None
+        self.mark = nn.Parameter(mark.float()) if mark is not None else None
+        self._llm = [llm]  # in a list: no submodule
+        text: Any = llm.base.config.get_text_config()
+        kinds = getattr(text, "layer_types", None) or ()
+        self._slides = "sliding_attention" in kinds or bool(getattr(text, "sliding_window", None))
+        self.register_buffer("sink", llm.first.detach().clone(), persistent=False)
+
+    @property
+    def llm(self) -> MemoryModel:
+        return self._llm[0]
+
+    def reader(self, N: int) -> MemoryModel:
+        """The model as it is used, with the weights of now; in "paper" with an empty pool."""
+        if self.bos is not None and self.mark is not None:
+            llm, d = self.llm, self.llm.decoder
+            pool = memories.empty(d.L, d.d, dtype=d.dtype, device=d.device, N=N, K=self.K, preset="paper")
+            assert llm.adapters is not None
+            of: Any = {"model": llm.identity, "adapters": llm.adapters.identity, "tokenizer": llm.tokenizer_identity}
+            mark = self.mark.detach().to(d.dtype)
+            return llm.with_trained(Trained(self.first.detach(), mark, replace(pool, model_name=llm.name, **of)))
+        return self.llm
+
+    @property
+    def first(self) -> Tensor:
+        """What stands in front of the slots in each layer, [L, 1, d]."""
+        return self.sink if self.bos is None else self.bos.to(self.sink.dtype)
+
+    def passes(self, episode: Episode) -> tuple[int, int]:
+        """How often an episode goes through the layers before its rows are read: (as teacher, to write)."""
+        writes = len(episode.texts) if episode.in_sequence or self.preset == "paper" else 1
+        return len(episode.rows) if episode.taught else 0, writes
+
+    def forward(self, episode: Episode, pool: Memory, at_least: Sequence[int] = (0, 0)) -> Outcome:
+        """Write the episode's texts behind a part of the pool, and read its rows.
+
+        Args:
+            pool: of the learner's preset and compression; it is not changed.
+            at_least: as many `passes` are made, the others for nothing: processes that share their weights gather
+                them layer by layer, so all have to go through the layers equally often.
+        """
+        taught = self._teach(episode) if episode.taught else None
+        idle = [most - mine for most, mine in zip(at_least, self.passes(episode), strict=True)]
+        nothing = replace(episode, texts=((self.llm.first_token,),), rows=(Row((self.llm.first_token,), (0,), None),))
+        for _ in range(idle[0]):
+            self._teach(nothing)
+        M = min(int(episode.fill * pool.M), max(0, pool.N - self._slots_of(episode)))
+        if self.preset == "paper":
+            M = max(M, min(pool.M, self.K))
+        start = pool.M - M  # the newest stay
+        some = replace(
+            pool, slots=pool.slots[:, start:], births=pool.births[:, start:], origins=pool.origins[:, start:]
+        )
+        before = _Pool(self, some.slots)
+        new = self._write(before, episode)
+        vain = [self._write(before, nothing)[0].sum() for _ in range(idle[1])]
+        behind = self._aged(before, some, new, episode)
+        logits, answers = self._read(behind, episode.rows)
+        accuracy = float((logits.argmax(-1) == answers).float().mean())
+        if taught is None:
+            loss = nn.functional.cross_entropy(logits.float(), answers)
+        else:
+            loss = nn.functional.kl_div(logits.float().log_softmax(-1), taught, reduction="batchmean", log_target=True)
+        return Outcome(sum((0.0 * part for part in vain), loss), accuracy, [slots.detach() for slots in new])
+
+    def _slots_of(self, episode: Episode) -> int:
+        c = self.compression
+        each = (self.K if self.preset == "paper" else -(-len(text) // c) for text in episode.texts)
+        return sum(each)
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def _write(self, before: _Pool, episode: Episode) -> list[Tensor]:
+        """New slots of each text, [L, k, d], with gradient."""
+        device = self.sink.device
+        texts = [torch.tensor(text, device=device) for text in episode.texts]
+        if self.preset == "paper":
+            return self._write_paper(before, texts, episode.in_sequence)
+        new: list[Tensor] = []
+        if episode.in_sequence:
+            for text in texts:
+                cache = self._cache(before, new, None)
+                with self._using(WRITE):
+                    new.append(write_exact(self.llm.decoder, cache, text, self.compression))
+            return new
+        with self._using(WRITE):
+            cache = self._cache(before, [], None)
+            return write_exact_rows(self.llm.decoder, cache, texts, [self.compression] * len(texts))
+
+    def _write_paper(self, before: _Pool, texts: Sequence[Tensor], in_sequence: bool) -> list[Tensor]:
+        new: list[Tensor] = []
+        mark = self.mark.to(self.sink.dtype) if self.mark is not None else self.sink.new_zeros(self.sink.shape[-1])
+        for text in texts:
+            newest = torch.cat([before.slots, *(new if in_sequence else [])], dim=1)[:, -self.K :]
+            with self._using(WRITE):
+                new.append(write_paper(self.llm.decoder, self.first, mark, newest, text, self.K))
+        return new
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def _aged(self, before: _Pool, pool: Memory, new: Sequence[Tensor], episode: Episode) -> Any:
+        """A cache over the pool with each text at its age, dropped from as often as its age says."""
+        generator = torch.Generator().manual_seed(episode.seed % (1 << 63))
+        keys, fresh = [pool.births.double()], []
+        for slots, age in zip(new, episode.ages, strict=True):
+            L, k, _ = slots.shape
+            share = memories.survival(pool.N, min(k, pool.N - 1), age)
+            m = max(1, round(share * k))
+            stays = torch.rand(L, k, generator=generator).argsort(1)[:, :m].sort(1).values.to(slots.device)
+            fresh.append(slots.gather(1, stays[..., None].expand(-1, -1, slots.shape[2])) if m < k else slots)
+            keys.append(torch.full((L, m), pool.updates - age + 0.5, dtype=torch.double))
+        order = torch.cat(keys, dim=1).argsort(dim=1, stable=True)
+        return self._cache(before, fresh, order)
+
+    def _read(self, cache: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Logits of all answers' tokens, [tokens, vocab], and the tokens, [tokens]."""
+        device = self.sink.device
+        tokens = pad_sequence([torch.tensor(row.prompt + row.answer) for row in rows], batch_first=True).to(device)
+        with self._using(READ):
+            hidden = self.llm.decoder.body(
+                input_ids=tokens, attention_mask=attention_mask(cache, tokens), past_key_values=cache, use_cache=False
+            ).last_hidden_state
+        return self._at_answers(hidden, tokens, rows, 0)
+
+    def _at_answers(self, hidden: Tensor, tokens: Tensor, rows: Sequence[Row], lead: int) -> tuple[Tensor, Tensor]:
+        at = [(i, lead + len(row.prompt) + j) for i, row in enumerate(rows) for j in range(len(row.answer))]
+        row, column = torch.tensor(at, device=hidden.device).T
+        head: Any = self.base.get_output_embeddings()
+        return self._capped(head(hidden[row, column - 1])), tokens[row, column]
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        """As the models that do it squash or scale their logits."""
+        config: Any = self.base.config.get_text_config()
+        cap = getattr(config, "final_logit_softcapping", None)
+        if getattr(config, "logits_scaling", None):
+            logits = logits / config.logits_scaling
+        if getattr(config, "logit_scale", None):
+            logits = logits * config.logit_scale
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    @torch.no_grad()
+    def _teach(self, episode: Episode) -> Tensor:
+        """Log-probabilities of the plain model with the row's text in its context, [tokens, vocab]."""
+        found = []
+        first = self.llm.first_token
+        for row in episode.rows:
+            text = episode.texts[row.about] if row.about is not None else ()
+            lead = 1 + len(text)
+            tokens = torch.tensor([[first, *text, *row.prompt, *row.answer]], device=self.sink.device)
+            with self._using(None):
+                hidden = self.llm.decoder.body(input_ids=tokens, use_cache=False).last_hidden_state
+            found.append(self._at_answers(hidden, tokens, [row], lead)[0])
+        return torch.cat(found).float().log_softmax(-1)
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _using(self, name: str | None) -> contextlib.AbstractContextManager[None]:
+        begin()
+        assert self.llm.adapters is not None
+        return self.llm.adapters.use(name)
+
+    def _cache(self, before: _Pool, fresh: Sequence[Tensor], order: Tensor | None) -> Any:
+        """A cache over [first ; pool ; fresh slots], or over the slots in another order.
+
+        Args:
+            fresh: [L, k, d] each, projected with gradient inside each layer's own forward.
+            order: [L, M + all k], which slot stands where.
+        """
+        decoder = self.llm.decoder
+        P = self.first.shape[1] + before.slots.shape[1] + sum(slots.shape[1] for slots in fresh)
+        hidden = torch.cat([self.first, *fresh], dim=1)  # first with its gradient, if it is learned
+        s = self.first.shape[1]
+        positions, places = torch.arange(P, device=hidden.device)[None], None
+        if order is not None:  # attention asks for no order among keys: each is rotated to its place where it is
+            behind = torch.arange(s).expand(len(order), -1)
+            places = torch.cat([behind, s + order.argsort(dim=1)], dim=1).to(hidden.device)
+
+        def kv(i: int) -> KV:
+            assert self.llm.adapters is not None
+            with self.llm.adapters.use(READ):
+                mine, pooled = decoder.keys_values(i, hidden[i][None]), before(i)
+            keys, values = (
+                torch.cat([own[:, :, :s], old, own[:, :, s:]], dim=2) for own, old in zip(mine, pooled, strict=True)
+            )
+            if places is None:
+                return decoder.rotate(i, keys, positions), values
+            if not self._slides:
+                return decoder.rotate(i, keys, places[i][None]), values
+            back = places[i].argsort()  # a window counts keys as they stand
+            return decoder.rotate(i, keys.index_select(2, back), positions), values.index_select(2, back)
+
+        return memory_cache([Front(P, [partial(kv, i) for i in range(decoder.L)])], decoder, store=False)
+
+
+class _Pool:
+    """The pool's slots, projected once per episode, without gradient; a layer's inside its own forward.
+
+    Args:
+        slots: [L, M, d].
+    """
+
+    def __init__(self, learner: Learner, slots: Tensor) -> None:
+        self.slots, self._decoder = slots.to(learner.sink.device), learner.llm.decoder
+        self._made: dict[int, KV] = {}
+
+    def __call__(self, i: int) -> KV:
+        """Keys without rotation, and values, of layer i; under the adapter that is active."""
+        if i not in self._made:
+            with torch.no_grad():
+                self._made[i] = self._decoder.keys_values(i, self.slots[i][None])
+        return self._made[i]

@@ -1,0 +1,637 @@
+"""A training run: kills, full disks and bad data cost nothing but time, and many processes do what one does."""
+
+import gzip
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import latentmem
+from latentmem import adapters as pairs
+from latentmem.core.memory import Memory
+from latentmem.prompts import Prompts
+from latentmem.testing import byte_tokenizer, tiny_model
+from latentmem.train import loop
+from latentmem.train.config import OBJECTIVES, Config, Lora, MemoryShape, Source, Steps, Texts, Watch
+from latentmem.train.data import Documents
+from latentmem.train.episodes import Episodes
+from latentmem.train.learner import Learner
+from latentmem.train.log import Log, lines
+from latentmem.train.loop import RESULT, Run
+
+TOTAL = 3
+NAMES = (
+    "Maron",
+    "Tessel",
+    "Quill",
+    "Ardo",
+    "Bexley",
+    "Corin",
+    "Delphi",
+    "Elster",
+    "Farrow",
+    "Gantry",
+    "Hollis",
+    "Ivens",
+)
+KEPT = ("Corin", "Delphi")  # titles of the probe
+
+
+def sentence(i, j):
+    """An invented fact; no two are alike."""
+    return f"{NAMES[i % 12]} of Lower Veld built mill {i}.{j} for {NAMES[(i + j) % 12]} in Veld."
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Invented articles, and paragraphs with two questions each."""
+    folder = tmp_path_factory.mktemp("data")
+    articles = [{"title": NAMES[i % 12], "text": " ".join(sentence(i, j) for j in range(6))} for i in range(40)]
+    asked = [
+        {
+            "title": NAMES[i % 12],
+            "context": sentence(100 + i, 0),
+            "question": f"Who built mill {100 + i}.0, {word}?",
+            "answers": {"text": [NAMES[(100 + i) % 12]]},
+        }
+        for i in range(36)
+        for word in ("tell me", "please")
+    ]
+    text = write_rows(folder / "text.jsonl", articles)
+    questions = write_rows(folder / "questions.jsonl", asked)
+    return Source(str(text)), Source(str(questions), "questions")
+
+
+def settings(folder, data):
+    return Config(
+        model=str(folder),
+        dtype="float32",
+        memory=MemoryShape(N=256, K=128),
+        lora=Lora(r=2, alpha=4.0, target_modules=("q_proj", "v_proj")),
+        objectives=dict.fromkeys(OBJECTIVES, 1.0),
+        data=data,
+        texts=Texts(at_once=2, shortest=20, longest=128, rows=3, continuation=24),
+        steps=Steps(total=TOTAL, lr=1e-2, warmup=2),
+        watch=Watch(checkpoint=2, probe=0, tensorboard=False),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_plots():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.plots, "draw", lambda *_: None)
+        yield
+
+
+@pytest.fixture
+def config(tiny_folder, data):
+    return settings(tiny_folder, data)
+
+
+def state(out, world=1):
+    """All that a finished run has left, but for the time that it took: tensors, and the rest."""
+    folder = loop._newest(out)
+    facts = json.loads((folder / "state.json").read_text())
+    log = lines(out / "log.jsonl")
+    for part in (facts, *log):
+        part.pop("seconds", None)
+    pools = [Memory.load(folder / f"pool-{rank}.safetensors") for rank in range(world)]
+    result = {f"result.{name}": tensor for name, tensor in load_file(out / RESULT).items()}
+    tensors = {**load_file(folder / "state.safetensors"), **result}
+    return tensors, (folder.name, facts, log, [(pool.M, pool.version) for pool in pools])
+
+
+def same(one, other):
+    """To the bit."""
+    assert one[1] == other[1] and one[0].keys() == other[0].keys()
+    assert all(torch.equal(tensor, other[0][name]) for name, tensor in one[0].items())
+    assert any(name.startswith("optimizer.exp_avg_sq.") for name in one[0])
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Gives the state of a run that was never stopped."""
+    done = {}
+
+    def made(config):
+        if repr(config) not in done:
+            out = tmp_path_factory.mktemp("straight")
+            Run(config, out).train()
+            done[repr(config)] = state(out)
+        return done[repr(config)]
+
+    return made
+
+
+# --- going on -------------------------------------------------------------------------------------------------------
+
+FORMS = {
+    "exact": {},
+    "compressed, recomputed, with dropout": {
+        "memory": MemoryShape(N=64, K=32, compression=4),
+        "lora": Lora(r=2, alpha=4.0, dropout=0.2, target_modules=("q_proj", "v_proj")),
+        "checkpointing": True,
+    },
+    "paper, full from birth, two episodes": {
+        "memory": MemoryShape("paper", N=48, K=16, birth="full"),
+        "steps": Steps(total=TOTAL, lr=1e-2, warmup=2, episodes=2),
+    },
+    "with the live curve": {
+        "watch": Watch(checkpoint=2, probe=2, titles=KEPT, texts=2, ages=(0, 1), tensorboard=False),
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_that_stops_after_every_step_is_the_run_that_never_stops(form, config, straight, tmp_path):
+    config = replace(config, **FORMS[form])
+    for step in range(1, TOTAL + 1):
+        run = Run(config, tmp_path / "stopped")
+        run.train(stop=step)
+        assert run.step == step and (tmp_path / "stopped" / f"checkpoint-{step}").is_dir()
+    same(state(tmp_path / "stopped"), straight(config))
+    log = straight(config)[1][2]
+    assert [row["step"] for row in log if "loss" in row] == list(range(1, TOTAL + 1))
+    assert [row["step"] for row in log if "curve" in row] == ([0, 2, 3] if "curve" in form else [])
+
+
+def killed_in_a_step(kill):
+    forward, passes = Learner.forward, []
+
+    def third(self, *args):
+        passes.append(1)
+        return kill() if len(passes) == 3 else forward(self, *args)
+
+    Learner.forward = third
+
+
+def killed_while_it_writes_a_checkpoint(kill):
+    def second(tensors, path):
+        save_file(tensors, path)
+        if "checkpoint-3" in str(path):
+            os.truncate(path, path.stat().st_size // 2)
+            kill()
+
+    loop.save_file = second
+
+
+def killed_before_the_checkpoint_has_its_name(kill):
+    rename = Path.rename
+    Path.rename = lambda self, to: kill() if to.name == "checkpoint-3" else rename(self, to)
+
+
+def killed_before_the_old_checkpoint_is_gone(kill):
+    remove = shutil.rmtree
+
+    def late(path, **options):
+        if path.name == "checkpoint-2" and path.is_dir():
+            (path / "pool-0.safetensors").unlink()  # half of it is gone
+            kill()
+        remove(path, **options)
+
+    shutil.rmtree = late
+
+
+def killed_while_it_writes_the_log(kill):
+    add = Log.add
+
+    def third(self, row):
+        add(self, row)
+        if row["step"] == 3:
+            self._file.write(json.dumps(row)[:30])
+            self._file.flush()
+            kill()
+
+    Log.add = third
+
+
+def run_until(moment, config, out):
+    loop.plots.draw = lambda *_: None
+    moment(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    Run(config, out).train()
+
+
+MOMENTS = (
+    killed_in_a_step,
+    killed_while_it_writes_a_checkpoint,
+    killed_before_the_checkpoint_has_its_name,
+    killed_before_the_old_checkpoint_is_gone,
+    killed_while_it_writes_the_log,
+)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(config, straight, tmp_path):
+    outs = [tmp_path / moment.__name__ for moment in MOMENTS]
+    assert together([(run_until, moment, config, out) for moment, out in zip(MOMENTS, outs, strict=True)]) == [-9] * 5
+    for moment, out in zip(MOMENTS, outs, strict=True):
+        left = {path.name for path in out.glob("*checkpoint-*")}
+        assert left == {
+            killed_in_a_step: {"checkpoint-2"},
+            killed_before_the_old_checkpoint_is_gone: {"checkpoint-2", "checkpoint-3"},
+            killed_while_it_writes_the_log: {"checkpoint-2"},
+        }.get(moment, {"checkpoint-2", ".checkpoint-3"}), moment.__name__
+        assert not (out / RESULT).exists()
+        Run(config, out).train()
+        same(state(out), straight(config))
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+PROCESSES = multiprocessing.get_context("forkserver")  # imports once, and forks before anything has run
+PROCESSES.set_forkserver_preload(["latentmem.train.loop", "latentmem.testing"])
+
+
+def _do(out, job, *args):
+    try:
+        job(*args)
+    except BaseException:  # noqa: BLE001 - told by the process that waits
+        Path(out).write_text(traceback.format_exc())
+        raise SystemExit(1) from None
+
+
+def together(jobs, seconds=120):
+    """Do functions with arguments in a process each; their exit codes, 0 for all that are done."""
+    with tempfile.TemporaryDirectory() as folder:
+        errors = [Path(folder) / str(i) for i in range(len(jobs))]
+        processes = [PROCESSES.Process(target=_do, args=(out, *job)) for out, job in zip(errors, jobs, strict=True)]
+        for process in processes:
+            process.start()
+        try:
+            for process in processes:
+                process.join(seconds)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        assert not any(out.exists() for out in errors), "".join(out.read_text() for out in errors if out.exists())
+        return [process.exitcode for process in processes]
+
+
+def apart(rank, world, port, *job):
+    """What a process is told by `torchrun`, and then its job."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    loop.plots.draw = lambda *_: None
+    job[0](*job[1:])
+    torch.distributed.destroy_process_group()
+
+
+def in_two(*job):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert together([(apart, rank, 2, port, *job) for rank in range(2)]) == [0, 0]
+
+
+def forgetful(config, out):
+    """Train with a pool that stays empty: the processes' own pools would differ from one that has seen all texts."""
+    remember, Run._remember = Run._remember, lambda self, outcome: None
+    try:
+        run = Run(config, out)
+        assert run.sharded == (config.sharding == "fsdp2" and run.world > 1)
+        run.train()
+    finally:
+        Run._remember = remember
+    return run
+
+
+def all_forgetful(configs, out):
+    for name, config in configs.items():
+        forgetful(config, out / name)
+
+
+def straight_and_stopped(configs, out):
+    for name, config in configs.items():
+        Run(config, out / name / "straight").train()
+        Run(config, out / name / "stopped").train(stop=1)
+        Run(config, out / name / "stopped").train()
+
+
+WAYS = {
+    "data parallel": {},
+    "sharded": {"sharding": "fsdp2"},
+    "sharded paper in bfloat16, recomputed": {
+        "sharding": "fsdp2",
+        "memory": MemoryShape("paper", N=48, K=16),
+        "dtype": "bfloat16",
+        "checkpointing": True,
+    },
+}
+
+
+def test_two_processes_learn_what_one_learns_from_as_many_episodes(config, tmp_path):
+    ways = {name: replace(config, **changes) for name, changes in WAYS.items()}
+    in_two(all_forgetful, ways, tmp_path / "two")
+    for name, two in ways.items():
+        one = replace(two, steps=replace(two.steps, episodes=2), sharding="none")
+        run = forgetful(one, tmp_path / "one" / name)
+        passes = [run.learner.passes(run.episodes[number]) for number in range(2 * TOTAL)]
+        unequal = [mine != other for mine, other in zip(passes[::2], passes[1::2], strict=True)]
+        assert any(unequal)  # where weights are sharded, a process has to wait for what the other does
+        (ours, facts), (theirs, others) = (state(tmp_path / part / name) for part in ("two", "one"))
+        assert ours.keys() == theirs.keys()
+        gaps = {n: (tensor - theirs[n]).abs().max().item() for n, tensor in ours.items() if "result." not in n}
+        assert max(gaps.values()) < (1e-6 if name == "data parallel" else 1e-5)
+        for mine, other in zip(facts[2], others[2], strict=True):
+            assert mine["tokens"] == other["tokens"] and abs(mine["loss"] - other["loss"]) < 2e-5
+            assert abs(mine["norm"] - other["norm"]) < 2e-4
+
+
+def test_two_processes_that_were_stopped_go_on_as_if_they_had_not(config, tmp_path):
+    ways = {name: replace(config, **WAYS[name]) for name in ("data parallel", "sharded")}
+    ways["data parallel"] = replace(ways["data parallel"], memory=MemoryShape(N=256, K=128, birth="full"))
+    in_two(straight_and_stopped, ways, tmp_path)
+    for name in ways:
+        same(*(state(tmp_path / name / part, world=2) for part in ("stopped", "straight")))
+        pairs.put(tiny_model(), *pairs.load(tmp_path / name / "straight" / RESULT))  # all of it is there
+
+
+def test_processes_share_the_episodes_of_a_step(config):
+    one, two = (replace(config, steps=Steps(total=30, episodes=each)) for each in (2, 1))
+
+    def numbers(config, rank, world):
+        run = object.__new__(Run)
+        run.config, run.rank, run.world = config, rank, world
+        return [run._numbers(step) for step in range(3)]
+
+    assert numbers(one, 0, 1) == [[0, 1], [2, 3], [4, 5]]
+    assert [numbers(two, rank, 2) for rank in range(2)] == [[[0], [2], [4]], [[1], [3], [5]]]
+    alone, shared = episodes_of(one), episodes_of(two, world=2)
+    assert [alone[number] for number in range(60)] == [shared[number] for number in range(60)]
+
+
+def test_the_order_of_the_data_depends_on_the_seed_alone(config, data):
+    def texts(config):
+        return [episodes_of(config)[number] for number in range(20)]
+
+    other = replace(config, lora=Lora(r=5), steps=replace(config.steps, lr=0.5), dtype="bfloat16", checkpointing=True)
+    assert texts(config) == texts(other) != texts(replace(config, seed=1))
+    documents = Documents(data[0], seed=3)
+    rounds = [[documents[i].id for i in range(40 * n, 40 * n + 40)] for n in range(3)]
+    assert len({tuple(sorted(names)) for names in rounds}) == 1 and len({tuple(names) for names in rounds}) == 3
+    assert rounds[1] == [Documents(data[0], seed=3)[i].id for i in range(40, 80)]
+
+
+def episodes_of(config, world=1):
+    sources = [Documents(source, config.seed + i) for i, source in enumerate(config.data)]
+    return Episodes(config, Prompts(byte_tokenizer()), sources, world=world)
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+def changed(change):
+    """`Learner.forward` with another loss in the third pass."""
+    forward, passes = Learner.forward, []
+
+    def third(self, *args):
+        outcome = forward(self, *args)
+        passes.append(1)
+        return replace(outcome, loss=change(outcome.loss)) if len(passes) == 3 else outcome
+
+    return third
+
+
+FAULTS = {
+    "no number": (lambda loss: loss * float("nan"), "the loss is nan"),
+    "far too high": (lambda loss: loss * 100, "the loss is [0-9]{3}"),
+    "without a gradient's norm": (lambda loss: loss + 0 * (loss - loss.detach()).abs().pow(0.5), "norm nan"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_loss_that_makes_no_sense_stops_the_run_before_the_step(fault, config, straight, tmp_path, monkeypatch):
+    config = replace(config, objectives={"questions": 1.0}, steps=replace(config.steps, patience=2))
+    row = straight(config)[1][2][2]
+    run, (change, words) = Run(config, tmp_path / "run"), FAULTS[fault]
+    seen = []
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"step 3: .*{words}.* checkpoint") as raised:
+        patch.setattr(Learner, "forward", changed(change))
+        run.train(lambda *_: seen.append(copied(run)))
+    for name in (*row["objectives"], *row["texts"], str(tmp_path / "run")):
+        assert name in str(raised.value)
+    assert run.step == len(seen) == 2
+    assert all(torch.equal(seen[-1][name], weight) for name, weight in copied(run).items())
+    Run(config, tmp_path / "run").train()
+    same(state(tmp_path / "run"), straight(config))
+
+
+def copied(run):
+    return {name: weight.detach().clone() for name, weight in run.parameters.items()}
+
+
+def test_a_high_loss_is_borne_while_its_objective_is_new(config, tmp_path, monkeypatch):
+    # Losses of objectives differ tenfold: what is high for one is usual for another.
+    monkeypatch.setattr(Learner, "forward", changed(lambda loss: loss * 100))
+    Run(replace(config, steps=replace(config.steps, patience=2)), tmp_path / "run").train()
+    log = lines(tmp_path / "run" / "log.jsonl")
+    assert log[2]["loss"] > 100 and log[2]["objectives"] != log[1]["objectives"]
+
+
+FULL = (
+    OSError(28, "No space left on device"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),  # as it really is
+)
+
+
+@pytest.mark.parametrize("error", FULL, ids=["of the system", "of the library"])
+@pytest.mark.parametrize("what", ["the checkpoint of step 3", "the result"])
+def test_a_full_disk_keeps_the_checkpoint_before(what, error, config, straight, tmp_path, monkeypatch):
+    def disk(tensors, path, *_):
+        Path(path).write_bytes(b"a part")
+        raise error
+
+    out = tmp_path / "run"
+    Run(config, out).train(stop=2)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match=f"{what} could not be .*No space left.*make room"),
+    ):
+        if what == "the result":
+            patch.setattr("safetensors.torch.save_file", disk)
+        else:
+            patch.setattr(loop, "save_file", disk)
+        Run(config, out).train()
+    assert not (out / RESULT).exists()
+    assert loop._newest(out).name == ("checkpoint-3" if what == "the result" else "checkpoint-2")
+    Run(config, out).train()
+    same(state(out), straight(config))
+
+
+def test_a_full_disk_under_the_log_is_said(tmp_path):
+    with Log(tmp_path, 0, False) as log:
+        log._file = SimpleNamespace(write=Mock(side_effect=FULL[0]), close=log._file.close)
+        with pytest.raises(ValueError, match="the log could not be written: No space left"):
+            log.add({"step": 1})
+
+
+BAD = {
+    "no gzip": (b"these are no rows", "bad.jsonl.gz can not be read after line 0"),
+    "cut off": (gzip.compress(b'{"text": "one"}\n' * 4000)[:60], "bad.jsonl.gz can not be read after line"),
+    "damaged": (b"", "bad.jsonl.gz can not be read after line"),
+    "no JSON": (gzip.compress(b'{"text": "one"}\n{"text": '), "bad.jsonl.gz can not be read after line 2"),
+    "no object": (gzip.compress(b'{"text": "one"}\n[1, 2]\n'), "after line 2: a JSON object was expected"),
+    "no UTF-8": (gzip.compress(b'{"text": "\xff\xfe"}\n'), "bad.jsonl.gz can not be read after line 0"),
+    "no text": (
+        gzip.compress(b'{"text": "one"}\n{"title": "two", "words": "three"}\n'),
+        "row 2 .*'text'.*title, words",
+    ),
+    "a number": (gzip.compress(b'{"text": 7}\n'), "row 1 .*'text' with a text"),
+    "only empty texts": (gzip.compress(b'{"text": "  "}\n' * 3), "no text in it that may be trained on"),
+    "nothing": (gzip.compress(b""), "no text in it that may be trained on"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_data_is_named(what, config, tmp_path):
+    content, words = BAD[what]
+    if what == "damaged":
+        whole = gzip.compress(bytes(range(256)) * 40)
+        content = whole[:40] + bytes(40) + whole[80:]
+    (tmp_path / "bad.jsonl.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        Run(replace(config, data=(Source(str(tmp_path / "bad.jsonl.gz")),)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", ["missing.jsonl", "some/missing/folder", "./missing.jsonl.gz"])
+def test_data_that_is_not_there_is_named(path, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LATENTMEM_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=path):
+        Run(replace(config, data=(Source(path),)), tmp_path / "run")
+
+
+def test_questions_without_a_context_are_named(config, tmp_path):
+    file = write_rows(tmp_path / "asked.jsonl", [{"question": "Who?", "answers": {"text": ["Quill"]}}])
+    with pytest.raises(ValueError, match=r"row 1 of .*asked.jsonl lacks context.*question, answers"):
+        Run(replace(config, data=(Source(str(file), "questions"),)), tmp_path / "run")
+
+
+def test_empty_documents_are_passed_over(tmp_path):
+    file = write_rows(tmp_path / "some.jsonl", [{"text": text} for text in ("", "one", " \n ", "two")])
+    assert sorted(document.text for document in Documents(Source(str(file)), 0).all) == ["one", "two"]
+    (tmp_path / "folder").mkdir()
+    for name, text in (("a.txt", ""), ("b.md", "words")):
+        (tmp_path / "folder" / name).write_text(text)
+    assert [document.text for document in Documents(Source(str(tmp_path / "folder")), 0).all] == ["words"]
+
+
+def test_a_folder_belongs_to_one_run(config, tmp_path):
+    out = tmp_path / "run"
+    Run(config, out).train(stop=1)
+    with pytest.raises(ValueError, match=r"another run with other settings|other settings \(seed, steps\)"):
+        Run(replace(config, seed=1, steps=replace(config.steps, lr=0.5)), out).train()
+    with pytest.raises(ValueError, match="another process trains"), loop.FileLock(out / ".lock"):
+        Run(config, out).train()
+    facts = json.loads((out / "checkpoint-1" / "state.json").read_text())
+    (out / "checkpoint-1" / "state.json").write_text(json.dumps({**facts, "world": 4}))
+    with pytest.raises(ValueError, match="trained by 4 processes, and these are 1"):
+        Run(config, out).train()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds no run"):
+        Run(config, tmp_path / "other").train()
+    assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
+
+
+# --- the result -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["exact", "paper"])
+def trained(request, tiny_folder, data, tmp_path_factory):
+    """A run that is done, and its folder."""
+    config = settings(tiny_folder, data)
+    if request.param == "paper":
+        config = replace(config, memory=MemoryShape("paper", N=48, K=16))
+    run = Run(config, tmp_path_factory.mktemp("runs") / "out")
+    run.train()
+    return run
+
+
+def test_the_result_is_what_was_trained(trained):
+    tensors, facts = pairs.load(trained.out / RESULT)
+    own = {name.removeprefix("base."): weight for name, weight in trained.parameters.items()}
+    assert tensors.keys() == own.keys() and ("bos" in own) == (trained.config.memory.preset == "paper")
+    assert all(torch.equal(tensor, own[name].bfloat16()) for name, tensor in tensors.items())
+    assert facts["model"] == trained.llm.identity and facts["steps"] == TOTAL and facts["tokens"] > 0
+    plain = tiny_model()
+    put = pairs.put(plain, tensors, facts)
+    assert all(torch.equal(weight.bfloat16(), tensors[name]) for name, weight in pairs.weights(plain).items())
+    assert put.identity == trained.llm.adapters.identity
+
+
+def test_saving_and_loading_give_the_same(trained, tmp_path):
+    tensors, facts = pairs.load(trained.out / RESULT)
+    pairs.save(tmp_path / "again", tensors, facts)
+    again, told = pairs.load(tmp_path / "again")
+    assert told == facts and again.keys() == tensors.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+
+def test_a_trained_model_loads_and_remembers(trained, tiny_folder):
+    llm = latentmem.load(str(tiny_folder), adapters=str(trained.out), device="cpu")
+    assert llm.adapters.identity == trained.llm.adapters.identity
+    memory = llm.empty()
+    assert (memory.N, memory.preset) == (trained.config.memory.N, trained.config.memory.preset)
+    memory = llm.write(memory, "Quill of Lower Veld built mill 7.")
+    assert llm.ask(memory, "Who built mill 7?", max_new_tokens=3) is not None
+    if llm.trained:
+        assert torch.equal(llm.trained.bos, trained.learner.bos.bfloat16().float()) and memory.M == 48
+    plain = latentmem.load(str(tiny_folder), adapters=None, device="cpu")
+    with torch.no_grad():
+        ids = torch.tensor([[7, 8, 9]])
+        assert torch.equal(llm.base(input_ids=ids).logits, plain.base(input_ids=ids).logits)
+
+
+def test_adapters_of_another_model_are_refused(trained, tmp_path):
+    tiny_model(seed=1).save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=f"belong to {trained.llm.name}"):
+        latentmem.load(str(tmp_path / "other"), adapters=str(trained.out / RESULT), device="cpu")
+
+
+def without(tensors, name):
+    return {n: tensor for n, tensor in tensors.items() if n != name}
+
+
+@pytest.mark.parametrize("fault", ["missing", "unknown", "of another shape"])
+def test_adapters_that_do_not_fit_are_refused_by_name(fault, trained):
+    tensors, facts = pairs.load(trained.out / RESULT)
+    name = "model.layers.1.self_attn.q_proj.lora_A.write.weight"
+    if fault == "unknown":
+        name, tensors = name.replace(".1.", ".7."), {**tensors, name.replace(".1.", ".7."): tensors[name]}
+    else:
+        tensors = without(tensors, name) | ({} if fault == "missing" else {name: tensors[name][:1]})
+    with pytest.raises(ValueError, match=f"do not fit the model: {name}[.]$"):
+        pairs.put(tiny_model(), tensors, facts)
+
+
+def test_a_file_that_holds_no_adapters_is_refused(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "others.safetensors")
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(ValueError, match="holds no adapters of latentmem"):
+        pairs.load(tmp_path / "others.safetensors")
+    for name in ("text", "missing"):
+        with pytest.raises(ValueError, match="no adapters can be read there"):
+            pairs.load(tmp_path / name)
