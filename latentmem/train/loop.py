@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from filelock import FileLock, Timeout
@@ -38,6 +39,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from latentmem import adapters as pairs
 from latentmem import loading
@@ -54,6 +56,8 @@ from latentmem.train.probe import Probe
 
 Progress = Callable[[int, int, dict[str, Any]], None]  # (steps done, steps in all, the step's numbers)
 RESULT = "adapters.safetensors"
+# Older versions of transformers run a layer's hooks inside what is recomputed, when those of a write are gone.
+HOOKS_STAY = "__call__" not in vars(GradientCheckpointingLayer)
 # What a pool of the preset "paper" holds before anything is written into it.
 BIRTH = (
     "This is the memory of a language model. It is a pool of vectors of fixed size in every layer. Whatever is read "
@@ -455,7 +459,16 @@ def _empty_pool(config: Config, llm: MemoryModel) -> Memory:
 
 
 def recompute(learner: Learner) -> None:
-    """Gradient checkpointing of each layer, replayed under the adapter of its forward pass and behind its memory."""
+    """Gradient checkpointing of each layer, replayed under the adapter of its forward pass and behind its memory.
+
+    Raises:
+        ValueError: the preset "paper" with a transformers that recomputes a layer without what was done to its input.
+    """
+    if learner.preset == "paper" and not HOOKS_STAY:
+        raise ValueError(
+            f"checkpointing of the preset 'paper' needs a newer transformers than {transformers.__version__}, "
+            f"5.23 for example. Install it, or set checkpointing to false."
+        )
     adapters = learner.llm.adapters
     assert adapters is not None
     learner.base.train()  # transformers recomputes in training mode only; the adapters' dropout is as configured
