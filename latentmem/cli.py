@@ -68,6 +68,9 @@ def write(
     ] = None,
     preset: Annotated[str | None, typer.Option(help="New memory: exact or paper.", show_default="exact")] = None,
     compression: Annotated[int | None, typer.Option(help="New memory: tokens per slot, exact only [1].")] = None,
+    choice: Annotated[
+        str | None, typer.Option(help="New memory: which token becomes a slot, last or surprise.", show_default="last")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="New memory: seed of its random drops [0].")] = None,
     quantize: Quantize = None,
     model: ModelName = None,
@@ -78,7 +81,8 @@ def write(
 
     sources = _read_all(texts)
     place = NamedMemory(memory)
-    wanted = {"N": capacity, "K": per_update, "preset": preset, "compression": compression, "seed": seed}
+    wanted = {"N": capacity, "K": per_update, "preset": preset, "seed": seed}
+    wanted |= {"compression": compression, "choice": choice}
     given: dict[str, Any] = {key: value for key, value in wanted.items() if value is not None}
     with place.writing():
         before = place.load() if place.exists else None
@@ -339,7 +343,10 @@ def _rehearsed(facts: dict[str, Any]) -> Any:
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
-_SHOWN = ("preset", "compression", "seed", "updates", "tokens", "model_name", "model", "adapters", "version", "parent")
+_SHOWN = (
+    *("preset", "compression", "choice", "seed", "updates", "tokens"),
+    *("model_name", "model", "adapters", "version", "parent"),
+)
 
 
 ALL_STEPS = "0,1,2,5,10,20,50"
@@ -361,6 +368,10 @@ def retention(
     per_update: Annotated[int, typer.Option("--per-update", "-K", help="Slots that one update may write.")] = 512,
     compression: Annotated[
         int | None, typer.Option(min=1, help="Tokens per slot.", show_default="as the adapters were trained, else 1")
+    ] = None,
+    choice: Annotated[
+        str | None,
+        typer.Option(help="Which token becomes a slot: last, surprise.", show_default="last"),
     ] = None,
     new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens in which an answer has to come [10; synthetic 20].")
@@ -406,6 +417,7 @@ def retention(
         rows=tuple(rows.split(",")),
         K=per_update,
         compression=compression or (llm.shape.compression if llm.shape else 1),
+        choice=choice or (llm.shape.choice if llm.shape else "last"),
         new_tokens=new_tokens or (20 if data == "synthetic" else NEW_TOKENS),
         stream=stream,
         seed=seed,
@@ -466,6 +478,10 @@ def effects(
     compression: Annotated[
         int | None, typer.Option(min=1, help="Tokens per slot.", show_default="as the adapters were trained, else 1")
     ] = None,
+    choice: Annotated[
+        str | None,
+        typer.Option(help="Which token becomes a slot: last, surprise.", show_default="last"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn and of every drop.")] = 0,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes.", show_default="all cores on a CPU, 1 on a GPU")
@@ -489,7 +505,8 @@ def effects(
     prompts = llm.prompts_or_raise()
     chosen = sets.load("squad", lambda text: len(prompts.text(text)), questions=4 * texts, per_text=4, seed=seed)
     c = compression or (llm.shape.compression if llm.shape else 1)
-    settings = protocol.Settings(N=capacity, compression=c, texts=texts, seed=seed)
+    way = choice or (llm.shape.choice if llm.shape else "last")
+    settings = protocol.Settings(N=capacity, compression=c, choice=way, texts=texts, seed=seed)
     with _progress("units", seconds=600) as progress:
         task = progress.add_task("effects", total=None)
         found = protocol.measure(
@@ -606,7 +623,8 @@ def _show_tables(name: str, memory: Memory, left: Any) -> None:
     facts.add_row(
         "half-life", f"{memory.half_life:.1f} updates of {memory.K} slots once it is full" if memory.half_life else "0"
     )
-    facts.add_row("kind", f"{memory.preset}, {memory.compression} token(s) per slot, seed {memory.seed}")
+    per_slot = f"{memory.compression} token(s) per slot" + f" ({memory.choice})" * (memory.compression > 1)
+    facts.add_row("kind", f"{memory.preset}, {per_slot}, seed {memory.seed}")
     facts.add_row("model", Text(f"{memory.model_name} {memory.model[:12]}"))
     facts.add_row("bytes", f"{_size(memory.slots.nbytes)} in {str(memory.slots.dtype)[6:]}")
     facts.add_row("version", memory.version[:12] + (f", after {memory.parent[:12]}" if memory.parent else ""))

@@ -179,7 +179,7 @@ def _with_adapters(llm: MemoryModel, path: Path) -> MemoryModel:
     linear.choose(llm.base)
     m = facts["memory"]
     if m["preset"] == "exact":
-        llm.shape = Shape(m["N"], m["K"], m["compression"])
+        llm.shape = Shape(m["N"], m["K"], m["compression"], m["choice"])
         return llm
     like: Any = {"device": llm.decoder.device, "dtype": llm.decoder.dtype}
     bos, mark = tensors["bos"].to(**like), tensors["mark"].to(**like)

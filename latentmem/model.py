@@ -51,12 +51,13 @@ class Shape:
     """The memory that trained adapters were trained with: what `empty` makes unless told otherwise.
 
     Args:
-        N, K, compression: as in `Memory`.
+        N, K, compression, choice: as in `Memory`.
     """
 
     N: int
     K: int
     compression: int
+    choice: str = "last"
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ class MemoryModel:
         preset: str | None = None,
         compression: int | None = None,
         seed: int = 0,
+        choice: str | None = None,
     ) -> Memory:
         """A memory to begin with: one that holds nothing, or, for a released checkpoint, the checkpoint's own pool.
 
@@ -182,13 +184,15 @@ class MemoryModel:
             preset: "exact" (default) or "paper"; see `core.write`.
             compression: tokens per slot, by default 1, "exact" only; above 1 only a trained model reads them well.
             seed: determines every random drop.
+            choice: which token of c becomes a slot, by default "last" of each group; "surprise" those of a piece that
+                were expected least.
 
         Raises:
             ValueError: sizes that do not fit each other, the model's context, or the checkpoint.
         """
         if self.trained is not None:
             pool = self.trained.pool
-            asked = {"N": N, "K": K, "preset": preset, "compression": compression}
+            asked = {"N": N, "K": K, "preset": preset, "compression": compression, "choice": choice}
             for what, value in asked.items():
                 if value is not None and value != getattr(pool, what):
                     raise ValueError(
@@ -200,6 +204,7 @@ class MemoryModel:
             N = self.shape.N if N is None else N
             K = min(self.shape.K, N) if K is None else K
             compression = self.shape.compression if compression is None else compression
+            choice = self.shape.choice if choice is None else choice
         compression = 1 if compression is None else compression
         if N is None:
             N = 2048
@@ -215,6 +220,7 @@ class MemoryModel:
             K=K,
             preset=preset,
             compression=compression,
+            choice=choice or "last",
             seed=seed,
         )
         need = self._positions_needed(N, K, preset, compression)
@@ -286,7 +292,7 @@ class MemoryModel:
                 newest = memory.slots.to(self.decoder.device)[:, -memory.K :]
                 return write_paper(self.decoder, self.first, mark, newest, tokens, memory.K)
             cache = self._functional(memory) or self._prefix(memory).cache(store=False)
-            return write_exact(self.decoder, cache, tokens, memory.compression)
+            return write_exact(self.decoder, cache, tokens, memory.compression, memory.choice)
 
     @overload
     def write_ids(self, memory: Memory, ids: Ids, source: str = ..., progress: Progress | None = ...) -> Memory: ...
@@ -356,7 +362,9 @@ class MemoryModel:
         with self._using(WRITE):
             cache = memory_cache([front for front in context.fronts if front], self.decoder, store=False)
             placed = self._placed(context, tokens)
-            return write_exact_rows(self.decoder, cache, pieces, [m.compression for m in memories], **placed)
+            return write_exact_rows(
+                self.decoder, cache, pieces, [(m.compression, m.choice) for m in memories], **placed
+            )
 
     @property
     def _tokens_at_once(self) -> int:

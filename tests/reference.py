@@ -63,12 +63,25 @@ def sink(model, token):
     return torch.stack(inputs)
 
 
-def write_exact(model, first, slots, ids, c=1):
-    """New slots [L, ceil(n/c), d]: each layer's input, the last of each group of c; the text sees all of the memory."""
+def last(ids, c):
+    """Which ceil(n/c) of n tokens become slots: the last of each group of c."""
+    return [min(g + c, len(ids)) - 1 for g in range(0, len(ids), c)]
+
+
+def surprise(model, first, slots, ids, c):
+    """Which ceil(n/c) of n tokens become slots: those whose -log p is greatest; the first token's is 0."""
+    logp = torch.log_softmax(read(model, first, slots, ids), -1)
+    little = [0.0] + [-logp[t - 1, ids[t]].item() for t in range(1, len(ids))]
+    return sorted(sorted(range(len(ids)), key=lambda t: -little[t])[: -(-len(ids) // c)])
+
+
+def write_exact(model, first, slots, ids, c=1, choice="last"):
+    """New slots [L, ceil(n/c), d]: each layer's input at the chosen tokens; the text sees all of the memory."""
+    chosen = surprise(model, first, slots, ids, c) if choice == "surprise" else last(ids, c)
     hidden, new = _embed(model, ids), []
     n = hidden.shape[1]
     for i in range(len(model.get_decoder().layers)):
-        new.append(torch.stack([hidden[0, min(g + c, n) - 1] for g in range(0, n, c)]))
+        new.append(torch.stack([hidden[0, t] for t in chosen]))
         full = torch.cat([first[i][None], slots[i][None], hidden], dim=1)
         hidden = _layer(model, i, full, torch.arange(full.shape[1])[None])[:, -n:]
     return torch.stack(new)

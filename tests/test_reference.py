@@ -152,6 +152,37 @@ def test_exact_new_slots_equal_the_reference(attention, M, c):
         assert gap(new, theirs) < 1e-5, n
 
 
+@pytest.mark.parametrize("c", [2, 4])
+@pytest.mark.parametrize("M", [0, 7, N])
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_slots_of_the_least_expected_tokens_equal_the_reference(attention, M, c):
+    llm = shared(attention)
+    memory = holding(llm, M, compression=c, choice="surprise")
+    for n in (1, K, K + 1, K * c - 1, K * c):
+        with torch.no_grad():
+            new = llm.new_slots(memory, text(n))
+            theirs = reference.write_exact(llm.base, llm.first, memory.slots, text(n), c, "surprise")
+            plain = reference.write_exact(llm.base, llm.first, memory.slots, text(n), c)
+        assert gap(new, theirs) < 1e-5, n
+        assert n < K * c or gap(new, plain) > 1e-2
+
+
+def test_least_expected_tokens_of_several_memories_are_chosen_as_alone():
+    llm = shared()
+    memories = [holding(llm, M, compression=c, choice="surprise") for M, c in ((0, 2), (7, 3), (N, 2))]
+    texts = [text(n) for n in (2 * K, 3 * K - 1, K + 1)]
+    for one, together in zip(memories, llm.write_ids(memories, texts), strict=True):
+        assert gap(together.slots, llm.write_ids(one, texts[memories.index(one)]).slots) < 1e-4
+
+
+def test_surprise_of_a_long_text_is_computed_piece_by_piece(monkeypatch):
+    llm = shared()
+    memory = holding(llm, 7, compression=2, choice="surprise")
+    whole = llm.new_slots(memory, text(2 * K))
+    monkeypatch.setattr("latentmem.core.write.AT_ONCE", 3)
+    assert torch.equal(llm.new_slots(memory, text(2 * K)), whole)
+
+
 @pytest.mark.parametrize("c", [1, 2])
 def test_a_text_longer_than_a_piece_is_no_single_update(c):
     llm = shared()

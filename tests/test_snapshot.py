@@ -20,7 +20,7 @@ from latentmem.testing import byte_tokenizer, tiny_model
 def written(dtype=torch.float32, d=3):
     """A memory in which no field but the preset has its default value."""
     generator = torch.Generator().manual_seed(0)
-    memory = empty(3, d, dtype=dtype, N=7, K=3, compression=2, seed=-5)
+    memory = empty(3, d, dtype=dtype, N=7, K=3, compression=2, choice="surprise", seed=-5)
     for step in range(4):
         new = torch.randn(3, 3, d, generator=generator).to(dtype)
         memory = update(memory, new, source=f"Datei {step % 2} 'ü' \"\n", tokens=5)
@@ -79,6 +79,18 @@ def test_every_field_comes_back_to_the_bit(tmp_path, dtype):
         assert type(getattr(saved, field.name)) is type(getattr(loaded, field.name)), field.name
         if field.name != "preset":
             assert getattr(saved, field.name) is not field.default, f"{field.name} proves nothing: its default"
+
+
+def test_a_file_of_before_there_was_a_choice_means_the_last(tmp_path):
+    memory, path = replace(written(), choice="last"), tmp_path / "old.safetensors"
+    memory.save(path)
+    with safe_open(path, "pt") as opened:
+        header = json.loads(opened.metadata()["memory"])
+    del header["choice"]
+    old = json.dumps(header, sort_keys=True)
+    checksum = snapshot._checksum(old, load_file(path))
+    rewritten(path, memory=old, checksum=checksum)
+    assert same(Memory.load(path), replace(memory, version=checksum))
 
 
 def test_an_empty_memory_comes_back(tmp_path):

@@ -105,7 +105,7 @@ def model_of(learner):
     llm, of = learner.llm, (N, K, learner.preset, learner.compression)
     if learner.preset == "paper":
         llm = llm.with_trained(Trained(learner.bos, learner.mark, llm.empty(*of)))
-    return llm, llm.empty(*of)
+    return llm, llm.empty(*of, choice=learner.choice)
 
 
 def through_the_model(learner, episode):
@@ -139,7 +139,7 @@ def through_the_reference(learner, episode):
             new = reference.write_paper(write, learner.bos, learner.mark, seen, text, K)
         else:
             every = write_reference(write, read, learner.first, seen, list(text))
-            new = every[:, [min(g + c, len(text)) - 1 for g in range(0, len(text), c)]]
+            new = every[:, reference.last(text, c)]
         slots = torch.cat([slots, new], dim=1)
     rows = (row.prompt + row.answer for row in episode.rows)
     return cross_entropy(*at_answers([reference.read(read, learner.first, slots, row) for row in rows]))
@@ -154,6 +154,16 @@ def test_loss_and_all_gradients_are_those_of(way, precision, in_sequence, preset
     ours, theirs = learner(episode, pool_of(learner)).loss, way(learner, episode)
     assert abs(ours - theirs) < 1e-5
     same_gradients(gradients(ours, learner), gradients(theirs, learner), learner, precision)
+
+
+@pytest.mark.parametrize("in_sequence", [True, False], ids=["in_sequence", "beside"])
+def test_least_expected_tokens_are_learned_from_as_the_model_writes_them(in_sequence):
+    learner, episode = learner_of("exact", 3), episode_of(in_sequence=in_sequence)
+    last = learner(episode, pool_of(learner)).loss
+    learner.choice = "surprise"
+    ours, theirs = learner(episode, pool_of(learner)).loss, through_the_model(learner, episode)
+    assert abs(ours - theirs) < 1e-5 and abs(ours - last) > 1e-3
+    same_gradients(gradients(ours, learner), gradients(theirs, learner), learner, 1e-5)
 
 
 @pytest.mark.parametrize(("preset", "c"), FORMS)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 PRESETS = ("exact", "paper")
+CHOICES = ("last", "surprise")
 PAPER_PIECE = 512  # tokens: the longest text that the released models were trained to write at once
 
 
@@ -42,6 +43,7 @@ class Memory:
         K: slots that one update may write per layer.
         preset: "exact" (slots are layer inputs; ours) or "paper" (layer outputs; the released checkpoints).
         compression: tokens per slot, c >= 1; always 1 in "paper".
+        choice: which token of c becomes a slot, "last" or "surprise"; see `core.write.write_exact`.
         seed: with the number of the update and of the layer it determines every random drop.
         updates: updates so far.
         tokens: tokens read in so far.
@@ -64,6 +66,7 @@ class Memory:
     K: int
     preset: str = "exact"
     compression: int = 1
+    choice: str = "last"
     seed: int = 0
     updates: int = 0
     tokens: int = 0
@@ -85,6 +88,8 @@ class Memory:
             )
         if self.compression < 1 or (self.preset == "paper" and self.compression != 1):
             raise ValueError(f"compression must be 1 or more, in 'paper' 1: got {self.compression} in {self.preset!r}.")
+        if self.choice not in CHOICES:
+            raise ValueError(f"choice must be one of {', '.join(CHOICES)}, got {self.choice!r}.")
         if not -(1 << 63) <= self.seed < 1 << 63:
             raise ValueError(f"the seed must fit into 64 bits, got {self.seed}.")
         if self.slots.ndim != 3:
@@ -150,12 +155,13 @@ def empty(
     K: int = 256,
     preset: str = "exact",
     compression: int = 1,
+    choice: str = "last",
     seed: int = 0,
 ) -> Memory:
     """A memory that holds nothing, [L, 0, d]; the arguments are those of `Memory`."""
     nothing = torch.zeros(layers, 0, dtype=torch.int32)
     slots = torch.zeros(layers, 0, width, dtype=dtype, device=device)
-    return Memory(slots, nothing, nothing, N, K, preset, compression, seed)
+    return Memory(slots, nothing, nothing, N, K, preset, compression, choice, seed)
 
 
 def draw(memory: Memory, k: int) -> Tensor:

@@ -96,6 +96,18 @@ class Decoder:
         """
         return self._project(i, hidden) if self._direct[i] else self._grab_plain(i, hidden)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the next token from what the body gives, [..., d] -> [..., vocab], scaled and capped."""
+        head: Any = self.model.get_output_embeddings()
+        config: Any = self.model.config.get_text_config()
+        logits = head(hidden)
+        if getattr(config, "logits_scaling", None):
+            logits = logits / config.logits_scaling
+        if getattr(config, "logit_scale", None):
+            logits = logits * config.logit_scale
+        cap = getattr(config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
     def rotate(self, i: int, keys: Tensor, positions: Tensor) -> Tensor:
         """Rotate keys of layer i to positions [B or 1, m], as far as the model rotates them."""
         return self._rotate(i, keys, positions, self._turned[i]) if self._turned[i] else keys

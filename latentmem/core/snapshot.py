@@ -24,9 +24,10 @@ FORMAT = "latentmem memory 1"
 TENSORS = ("slots", "births", "origins")
 KINDS = {
     **dict.fromkeys(("N", "K", "compression", "seed", "updates", "tokens"), int),
-    **dict.fromkeys(("preset", "model", "adapters", "tokenizer", "model_name", "parent"), str),
+    **dict.fromkeys(("preset", "choice", "model", "adapters", "tokenizer", "model_name", "parent"), str),
     "sources": list,
 }
+LATER = {"choice": "last"}  # what older files of this format do not say, and mean
 HEADER = tuple(f.name for f in fields(Memory) if f.name not in (*TENSORS, "version"))
 
 
@@ -73,6 +74,7 @@ def load(path: str | Path) -> Memory:
     if _checksum(json.dumps(header, sort_keys=True), tensors) != checksum:
         raise ValueError(f"{path} was altered or damaged: its checksum does not match. Restore it from a copy.")
     try:
+        header = LATER | header
         for name, kind in KINDS.items():
             if type(header[name]) is not kind:
                 raise ValueError(f"{name} is {header[name]!r}")
@@ -99,7 +101,7 @@ def _header(path: Path, file: Any) -> tuple[dict[str, Any], str, int]:
         raise ValueError(f"{path} is not a memory of this version: expected the format {FORMAT!r}, got {found!r}.")
     try:
         header = json.loads(metadata["memory"])
-        complete = isinstance(header, dict) and set(header) == set(HEADER) and metadata["checksum"]
+        complete = isinstance(header, dict) and set(LATER | header) == set(HEADER) and metadata["checksum"]
     except (KeyError, ValueError):
         complete = False
     if not complete:

@@ -22,6 +22,7 @@ from transformers import Cache
 
 from latentmem.core.prefix import Decoder, attention_mask, functional_cache
 
+AT_ONCE = 256  # tokens whose surprise is computed at once: each takes as many numbers as the vocabulary has words
 Change = Callable[[int, Tensor], Tensor]  # (layer, hidden states at its input [B, n, d]) -> what it gets instead
 
 
@@ -68,9 +69,9 @@ def layers_seen(decoder: Decoder, change: Change | None = None, *, outputs: bool
             handle.remove()
 
 
-def _run(decoder: Decoder, ids: Tensor, cache: Cache | None, **placed: Tensor) -> None:
+def _run(decoder: Decoder, ids: Tensor, cache: Cache | None, **placed: Tensor) -> Tensor:
     placed = placed or {"attention_mask": attention_mask(cache, ids)}
-    decoder.body(input_ids=ids, **placed, past_key_values=cache, use_cache=False)
+    return decoder.body(input_ids=ids, **placed, past_key_values=cache, use_cache=False).last_hidden_state
 
 
 def first_states(decoder: Decoder, token: int) -> Tensor:
@@ -80,40 +81,64 @@ def first_states(decoder: Decoder, token: int) -> Tensor:
     return torch.cat(seen)
 
 
-def write_exact(decoder: Decoder, cache: Cache, ids: Tensor, compression: int = 1) -> Tensor:
-    """New slots of the preset "exact": the layers' inputs, the last of each group of c tokens.
+@torch.no_grad()
+def surprise(decoder: Decoder, hidden: Tensor, ids: Tensor) -> Tensor:
+    """How little each token was expected after those before it: its negative log-probability, [n]; 0 for the first.
+
+    Args:
+        hidden: what the body gave for the n tokens, [n, d].
+        ids: the tokens, [n].
+    """
+    parts = [hidden.new_zeros(1, dtype=torch.float32)]
+    for some, then in zip(hidden[:-1].split(AT_ONCE), ids[1:].split(AT_ONCE), strict=True):
+        parts.append(torch.nn.functional.cross_entropy(decoder.logits(some).float(), then, reduction="none"))
+    return torch.cat(parts)
+
+
+def write_exact(decoder: Decoder, cache: Cache, ids: Tensor, compression: int = 1, choice: str = "last") -> Tensor:
+    """New slots of the preset "exact": the layers' inputs at one token of c.
+
+    Which ones: "last" takes the last of each group of c tokens, "surprise" those of the whole piece that were expected
+    least after what stood before them, in their order.
 
     Args:
         cache: over [sink ; all slots], not storing.
         ids: n tokens, [n].
         compression: c.
+        choice: "last" or "surprise".
 
     Returns:
         [L, ceil(n / c), d].
     """
-    return write_exact_rows(decoder, cache, [ids], [compression])[0]
+    return write_exact_rows(decoder, cache, [ids], [(compression, choice)])[0]
 
 
 def write_exact_rows(
-    decoder: Decoder, cache: Cache, ids: Sequence[Tensor], compressions: Sequence[int], **placed: Tensor
+    decoder: Decoder, cache: Cache, ids: Sequence[Tensor], ways: Sequence[tuple[int, str]], **placed: Tensor
 ) -> list[Tensor]:
     """`write_exact` of B texts into memories of their own, in one pass.
 
     Args:
         cache: over one memory for all texts, or one for each, not storing.
         ids: B texts, [n] each; they are padded on the right, and no text looks at its padding.
+        ways: compression and choice of each.
         placed: `attention_mask` and `position_ids` of the padded texts, where memories differ in length.
 
     Returns:
         B tensors [L, ceil(n / c), d].
     """
     with layers_seen(decoder) as seen:
-        _run(decoder, torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True), cache, **placed)
+        output = _run(decoder, torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True), cache, **placed)
     found = []
-    for row, (text, c) in enumerate(zip(ids, compressions, strict=True)):
+    for row, (text, (c, choice)) in enumerate(zip(ids, ways, strict=True)):
         n = len(text)
-        last = (torch.arange(-(-n // c), device=text.device) * c + c - 1).clamp(max=n - 1)
-        found.append(torch.stack([hidden[row, last] for hidden in seen]))
+        k = -(-n // c)
+        if choice == "surprise" and c > 1:
+            little = surprise(decoder, output[row, :n], text)
+            at = little.argsort(descending=True, stable=True)[:k].sort().values
+        else:
+            at = (torch.arange(k, device=text.device) * c + c - 1).clamp(max=n - 1)
+        found.append(torch.stack([hidden[row, at] for hidden in seen]))
     return found
 
 

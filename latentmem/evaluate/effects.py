@@ -42,6 +42,7 @@ class Settings:
     Args:
         N: slots of the memory; a checkpoint has its own.
         compression: tokens per slot.
+        choice: which token becomes a slot.
         texts: held-out articles for the perplexity, and paragraphs for the abstention.
         tokens: of each article.
         seed: of every drop and drawing.
@@ -49,6 +50,7 @@ class Settings:
 
     N: int = 2048
     compression: int = 1
+    choice: str = "last"
     texts: int = 100
     tokens: int = 512
     seed: int = 0
@@ -106,7 +108,11 @@ class Effects:
         if self._kept is None:
             s = self.settings
             trained = self.llm.trained is not None
-            memory = self.llm.empty(seed=s.seed) if trained else self.llm.empty(s.N, None, None, s.compression, s.seed)
+            memory = (
+                self.llm.empty(seed=s.seed)
+                if trained
+                else self.llm.empty(s.N, compression=s.compression, seed=s.seed, choice=s.choice)
+            )
             written_ = 0
             for text in self.data.unrelated:
                 if memory.M == memory.N and written_ >= memory.N:

@@ -41,6 +41,7 @@ OWN_RUN = 50  # steps up to which every sample has its own run
 LONGEST_ANSWER = 64  # tokens that are kept free for a gold answer
 SEGMENT = 20  # steps of a stream that are one unit of work
 CHOSEN = ("rows", "fills", "capacities")  # settings that choose units and change none: a later run may add to them
+UNSAID = (("choice", "last"),)  # settings that folders of before did not know
 Unit = tuple[Any, ...]  # (row, N, fill, index of the text), or ("stream", row, N, segment)
 Record = dict[str, Any]
 
@@ -56,6 +57,7 @@ class Settings:
         rows: of `ROWS`.
         K: slots that one update may write; by default every text is one update.
         compression: tokens per slot.
+        choice: which token becomes a slot, "last" of each group or "surprise".
         new_tokens: of an answer, in which the gold answer has to stand.
         stream: ask all steps in the stream, not only those beyond `OWN_RUN`.
         seed: of every drop.
@@ -70,6 +72,7 @@ class Settings:
     rows: tuple[str, ...] = ROWS
     K: int = LONGEST
     compression: int = 1
+    choice: str = "last"
     new_tokens: int = NEW_TOKENS
     stream: bool = False
     seed: int = 0
@@ -281,7 +284,7 @@ class Retention:
         s = self.settings
         if self.llm.trained:
             return self.llm.empty(seed=s.seed)
-        return self.llm.empty(N=N, K=min(N, s.K), compression=s.compression, seed=s.seed)
+        return self.llm.empty(N=N, K=min(N, s.K), compression=s.compression, seed=s.seed, choice=s.choice)
 
     def _fill(self, N: int) -> Memory:
         """A memory full of unrelated texts; a checkpoint's own pool gets as many of them on top."""
@@ -383,7 +386,9 @@ def measure(
     config = {
         "protocol": PROTOCOL,
         "data": {"name": data.name, "source": data.source, "sha256": data.identity, **(drawn or {})},
-        "settings": {key: value for key, value in asdict(settings).items() if key not in CHOSEN},
+        "settings": {
+            key: value for key, value in asdict(settings).items() if (key, value) not in UNSAID and key not in CHOSEN
+        },
         "model": {
             "name": llm.name,
             "sha256": llm.identity,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+CHOICES = ("last", "surprise")
 OBJECTIVES = ("new_knowledge", "continuous", "forgetting", "repetition", "distillation", "questions", "unknown")
 KINDS = ("text", "questions")
 CONFIGS = Path(__file__).parent / "configs"
@@ -24,6 +25,7 @@ class MemoryShape:
         N: slots that a layer can hold.
         K: slots that one update writes at most; in "paper" exactly.
         compression: tokens per slot, "exact" only.
+        choice: which token of c becomes a slot: "last" of each group, or "surprise": those that were expected least.
         birth: "empty", or "full": the pool is filled with texts of the data before the first step.
     """
 
@@ -31,6 +33,7 @@ class MemoryShape:
     N: int = 2048
     K: int = 256
     compression: int = 1
+    choice: str = "last"
     birth: str = "empty"
 
 
@@ -195,6 +198,7 @@ class Config:
             (self.objectives, f"objectives: give at least one of {', '.join(OBJECTIVES)}."),
             (sum(self.objectives.values()) > 0, "objectives: the weights are all 0."),
             (m.preset in ("exact", "paper"), f"memory.preset must be exact or paper, got {m.preset!r}."),
+            (m.choice in CHOICES, f"memory.choice must be one of {', '.join(CHOICES)}, got {m.choice!r}."),
             (m.birth in ("empty", "full"), f"memory.birth must be empty or full, got {m.birth!r}."),
             (1 <= m.K <= m.N, f"memory.K must lie between 1 and memory.N={m.N}, got {m.K}."),
             (m.compression >= 1, f"memory.compression must be at least 1, got {m.compression}."),

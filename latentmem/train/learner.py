@@ -48,7 +48,7 @@ class Learner(nn.Module):
 
     Args:
         llm: with fresh or trained adapters.
-        preset, compression, K: of the memory that is trained.
+        preset, compression, choice, K: of the memory that is trained.
         bos, mark: of the preset "paper"; they become parameters.
     """
 
@@ -61,13 +61,14 @@ class Learner(nn.Module):
         preset: str,
         K: int,
         compression: int = 1,
+        choice: str = "last",
         bos: Tensor | None = None,
         mark: Tensor | None = None,
     ) -> None:
         super().__init__()
         assert llm.adapters is not None
         self.base = llm.base
-        self.preset, self.K, self.compression = preset, K, compression
+        self.preset, self.K, self.compression, self.choice = preset, K, compression, choice
         self.bos = nn.Parameter(bos.float()) if bos is not None else None
         self.mark = nn.Parameter(mark.float()) if mark is not None else None
         self._llm = [llm]  # in a list: no submodule
@@ -151,11 +152,11 @@ class Learner(nn.Module):
             for text in texts:
                 cache = self._cache(before, new, None)
                 with self._using(WRITE):
-                    new.append(write_exact(self.llm.decoder, cache, text, self.compression))
+                    new.append(write_exact(self.llm.decoder, cache, text, self.compression, self.choice))
             return new
         with self._using(WRITE):
             cache = self._cache(before, [], None)
-            return write_exact_rows(self.llm.decoder, cache, texts, [self.compression] * len(texts))
+            return write_exact_rows(self.llm.decoder, cache, texts, [(self.compression, self.choice)] * len(texts))
 
     def _write_paper(self, before: _Pool, texts: Sequence[Tensor], in_sequence: bool) -> list[Tensor]:
         new: list[Tensor] = []
@@ -195,18 +196,7 @@ class Learner(nn.Module):
     def _at_answers(self, hidden: Tensor, tokens: Tensor, rows: Sequence[Row], lead: int) -> tuple[Tensor, Tensor]:
         at = [(i, lead + len(row.prompt) + j) for i, row in enumerate(rows) for j in range(len(row.answer))]
         row, column = torch.tensor(at, device=hidden.device).T
-        head: Any = self.base.get_output_embeddings()
-        return self._capped(head(hidden[row, column - 1])), tokens[row, column]
-
-    def _capped(self, logits: Tensor) -> Tensor:
-        """As the models that do it squash or scale their logits."""
-        config: Any = self.base.config.get_text_config()
-        cap = getattr(config, "final_logit_softcapping", None)
-        if getattr(config, "logits_scaling", None):
-            logits = logits / config.logits_scaling
-        if getattr(config, "logit_scale", None):
-            logits = logits * config.logit_scale
-        return torch.tanh(logits / cap) * cap if cap else logits
+        return self.llm.decoder.logits(hidden[row, column - 1]), tokens[row, column]
 
     @torch.no_grad()
     def _teach(self, episode: Episode) -> Tensor:

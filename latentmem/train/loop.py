@@ -402,7 +402,7 @@ def result(path: Path, config: Config, llm: MemoryModel, tensors: dict[str, Tens
         "r": config.lora.r,
         "alpha": config.lora.alpha,
         "target_modules": list(config.lora.target_modules),
-        "memory": {"preset": m.preset, "N": m.N, "K": K, "compression": m.compression},
+        "memory": {"preset": m.preset, "N": m.N, "K": K, "compression": m.compression, "choice": m.choice},
         "birth": BIRTH if m.preset == "paper" else "",
         **more,
     }
@@ -438,6 +438,7 @@ def learner_of(config: Config, llm: MemoryModel) -> Learner:
         preset=m.preset,
         K=m.K,
         compression=m.compression,
+        choice=m.choice,
         bos=first.detach().clone() if paper else None,
         mark=first.new_zeros(first.shape[-1]) if paper else None,
     )
@@ -454,6 +455,7 @@ def _empty_pool(config: Config, llm: MemoryModel) -> Memory:
         K=m.K,
         preset=m.preset,
         compression=m.compression,
+        choice=m.choice,
         seed=config.seed,
     )
 

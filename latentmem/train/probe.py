@@ -51,7 +51,7 @@ class Probe:
 
     def _curve(self, llm: MemoryModel) -> list[dict[str, Any]]:
         prompts, m, ages = llm.prompts_or_raise(), self.config.memory, self.config.watch.ages
-        memory = llm.empty() if llm.trained else llm.empty(m.N, m.K, m.preset, m.compression)
+        memory = llm.empty() if llm.trained else llm.empty(m.N, m.K, m.preset, m.compression, choice=m.choice)
         others = itertools.cycle(self.others)
         while memory.M < memory.N:
             memory = llm.write_ids(memory, prompts.written(next(others).text))
