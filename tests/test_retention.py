@@ -104,8 +104,8 @@ class StandIn:
     def prompts_or_raise(self):
         return self.prompts
 
-    def empty(self, N, K, compression, seed):
-        assert compression == 1
+    def empty(self, N, K, compression, seed, choice):
+        assert (compression, choice) == (1, "last")
         return labelled_memory(LAYERS, N, K, seed=seed)
 
     def write_ids(self, memory, ids, source):
