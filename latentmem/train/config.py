@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-CHOICES = ("last", "surprise")
+from latentmem.core.memory import CHOICES, PAPER_PIECE, PRESETS
+
 OBJECTIVES = ("new_knowledge", "continuous", "forgetting", "repetition", "distillation", "questions", "unknown")
 KINDS = ("text", "questions")
 CONFIGS = Path(__file__).parent / "configs"
@@ -192,12 +193,12 @@ class Config:
 
     def __post_init__(self) -> None:
         m, t, s = self.memory, self.texts, self.steps
-        piece = 512 if m.preset == "paper" else m.K * m.compression
+        piece = PAPER_PIECE if m.preset == "paper" else m.K * m.compression
         rules = [
             (self.data, "data: give at least one source."),
             (self.objectives, f"objectives: give at least one of {', '.join(OBJECTIVES)}."),
             (sum(self.objectives.values()) > 0, "objectives: the weights are all 0."),
-            (m.preset in ("exact", "paper"), f"memory.preset must be exact or paper, got {m.preset!r}."),
+            (m.preset in PRESETS, f"memory.preset must be one of {', '.join(PRESETS)}, got {m.preset!r}."),
             (m.choice in CHOICES, f"memory.choice must be one of {', '.join(CHOICES)}, got {m.choice!r}."),
             (m.birth in ("empty", "full"), f"memory.birth must be empty or full, got {m.birth!r}."),
             (1 <= m.K <= m.N, f"memory.K must lie between 1 and memory.N={m.N}, got {m.K}."),
@@ -234,11 +235,6 @@ class Config:
         for right, message in rules:
             if not right:
                 raise ValueError(message)
-
-    @property
-    def piece(self) -> int:
-        """Tokens that one update reads at most."""
-        return 512 if self.memory.preset == "paper" else self.memory.K * self.memory.compression
 
 
 def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
