@@ -548,8 +548,7 @@ class MemoryModel:
             lengths: of each row's text, as far as it is padded on the left.
             alone: nothing may be padded, neither texts nor memories.
         """
-        kinds = getattr(self.base.config.get_text_config(), "layer_types", None) or ()
-        windows = "sliding_attention" in kinds or getattr(self.base.config.get_text_config(), "sliding_window", None)
+        windows = self.decoder.slides
         if len(context.fronts) not in (1, len(lengths)):
             raise ValueError(f"give as many rows as memories: got {len(lengths)} and {len(context.fronts)}.")
         fronts = context.fronts * len(lengths) if len(context.fronts) == 1 else context.fronts

@@ -107,3 +107,17 @@ def test_positions_that_change_with_the_length_are_refused():
 def test_a_model_built_in_another_way_is_refused(family, reason):
     with pytest.raises(ValueError, match=f"is not supported: .*{reason}"):
         MemoryModel(tiny_model(family), first_token=1)
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+@torch.no_grad()
+def test_logits_of_what_the_body_gives_are_those_of_the_model(family):
+    llm, ids = made(family, "eager"), torch.tensor([[1, 40, 77, 5, 120]])
+    config = llm.base.config
+    for name, value in (("logits_scaling", 3.0), ("logit_scale", 0.25), ("final_logit_softcapping", 2.0)):
+        if hasattr(config, name):
+            setattr(config, name, value)
+    if hasattr(llm.base, "logit_scale"):
+        llm.base.logit_scale = 0.25  # cohere reads it once
+    found = llm.decoder.logits(llm.decoder.body(input_ids=ids).last_hidden_state)
+    assert (found - llm.base(input_ids=ids).logits).abs().max() < 1e-6

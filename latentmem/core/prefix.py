@@ -96,6 +96,13 @@ class Decoder:
         """
         return self._project(i, hidden) if self._direct[i] else self._grab_plain(i, hidden)
 
+    @property
+    def slides(self) -> bool:
+        """Whether some layer sees a window of the last positions only."""
+        config: Any = self.model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None) or ()
+        return "sliding_attention" in kinds or bool(getattr(config, "sliding_window", None))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of the next token from what the body gives, [..., d] -> [..., vocab], scaled and capped."""
         head: Any = self.model.get_output_embeddings()

@@ -167,7 +167,7 @@ class Config:
         model: as for `latentmem.load`.
         dtype: of the frozen weights; adapters are float32.
         seed: of adapters, data order and every drop.
-        checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        checkpointing: recompute activations in the backward pass: less memory, more time.
         sharding: "none", or "fsdp2": weights sharded over all processes.
         objectives: name -> weight; one is drawn for each episode.
         data: sources.

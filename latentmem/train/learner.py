@@ -72,9 +72,6 @@ class Learner(nn.Module):
         self.bos = nn.Parameter(bos.float()) if bos is not None else None
         self.mark = nn.Parameter(mark.float()) if mark is not None else None
         self._llm = [llm]  # in a list: no submodule
-        text: Any = llm.base.config.get_text_config()
-        kinds = getattr(text, "layer_types", None) or ()
-        self._slides = "sliding_attention" in kinds or bool(getattr(text, "sliding_window", None))
         self.register_buffer("sink", llm.first.detach().clone(), persistent=False)
 
     @property
@@ -244,7 +241,7 @@ class Learner(nn.Module):
             )
             if places is None:
                 return decoder.rotate(i, keys, positions), values
-            if not self._slides:
+            if not decoder.slides:
                 return decoder.rotate(i, keys, places[i][None]), values
             back = places[i].argsort()  # a window counts keys as they stand
             return decoder.rotate(i, keys.index_select(2, back), positions), values.index_select(2, back)
