@@ -338,7 +338,8 @@ def test_a_layer_gives_what_pefts_own_forward_gives(kind, dtype):
             with adapters.use(name):
                 found = mine(x)
             expected = other(x)
-            precision = 1e-5 if dtype == torch.float32 else 1e-2
+            # In bfloat16 both round what comes from the layer, from A, from B and their sum, in sums of another order.
+            precision = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
             assert gap(found, expected) <= precision * expected.abs().max() and found.dtype == dtype
             assert gap(found, mine(x)) > 0.01 and torch.equal(mine(x), mine.base_layer(x))
     base.train()
