@@ -12,7 +12,17 @@ from typing import Any
 
 from latentmem.core.memory import CHOICES, PAPER_PIECE, PRESETS
 
-OBJECTIVES = ("new_knowledge", "continuous", "forgetting", "repetition", "distillation", "questions", "unknown")
+OBJECTIVES = (
+    "new_knowledge",
+    "continuous",
+    "forgetting",
+    "repetition",
+    "distillation",
+    "questions",
+    "recall",
+    "unknown",
+    "unrelated",
+)
 KINDS = ("text", "questions")
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -87,7 +97,7 @@ class Texts:
     Args:
         at_once: texts that one episode writes.
         shortest, longest: tokens of a text.
-        rows: questions or continuations that are read behind one memory.
+        rows: questions that are read behind one memory; of longer rows there are fewer.
         continuation: tokens of a continuation at most; a repetition has half as many.
         in_sequence: share of episodes in which a text is written behind the ones before it, not beside them.
         recent: share of texts that are asked at once; the others have an age of up to `oldest` updates.

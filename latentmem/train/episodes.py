@@ -6,7 +6,9 @@
     repetition      the start of a passage of a written text, continued word for word    (released "Repeat:" steps)
     distillation    the same model with the text in its context says what should be said
     questions       questions about several texts in one memory, each at an age of its own
+    recall          questions about texts of this and earlier episodes, out of the pool as it stands; reading is learned
     unknown         as questions, half of them about texts that the memory does not hold: "I don't know."
+    unrelated       text that has nothing to do with the memory goes on as the plain model says
 
 An episode is a function of the seed and its number alone, so a run can go on after a kill, and processes share the work
 without talking about it.
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -38,7 +40,7 @@ class Row:
     Args:
         prompt: ids that are given, without bos.
         answer: ids whose likelihood is the loss.
-        about: number of the text in the episode; None: the memory does not hold it.
+        about: number of the text in the episode; None: it is about none of them.
     """
 
     prompt: Ids
@@ -60,6 +62,7 @@ class Episode:
         rows: what is read.
         taught: the teacher's distribution is learned instead of the answer.
         seed: of what is dropped.
+        from_pool: texts are written into the pool itself, without gradient, and the rows read all of it.
     """
 
     objective: str
@@ -71,6 +74,7 @@ class Episode:
     rows: tuple[Row, ...]
     taught: bool
     seed: int
+    from_pool: bool = False
 
     @property
     def written(self) -> int:
@@ -107,10 +111,13 @@ class Episodes:
         self.config, self.prompts, self.sources, self.world = config, prompts, sources, world
         self._apart = apart or Apart(())
         self._count = lru_cache(maxsize=4096)(lambda text: len(prompts.text(text)))
+        self._told = lru_cache(maxsize=512)(self._tell)
         self._around = len(prompts.written("x")) - self._count("x")  # ids that wrap a text
         prose = [i for i, source in enumerate(sources) if source.source.kind == "text"]
         needing = [
-            name for name in ("new_knowledge", "continuous", "forgetting", "repetition") if config.objectives.get(name)
+            name
+            for name in ("new_knowledge", "continuous", "forgetting", "repetition", "unrelated")
+            if config.objectives.get(name)
         ]
         if needing and not prose:
             raise ValueError(f"objectives.{needing[0]} needs a source of kind text; give one, or take it out.")
@@ -118,18 +125,28 @@ class Episodes:
 
     def __getitem__(self, number: int) -> Episode:
         """Episode 0, 1, ...; any of them at any time."""
-        config = self.config
-        random = np.random.default_rng([config.seed, number])
-        names = [name for name, weight in config.objectives.items() if weight > 0]
-        weights = np.array([config.objectives[name] for name in names])
-        objective = names[random.choice(len(names), p=weights / weights.sum())]
+        objective, random = self._drawn(number)
         make: dict[str, Callable[..., Episode]] = {
             "new_knowledge": self._continued,
             "forgetting": self._continued,
             "continuous": self._continuous,
             "repetition": self._repeated,
+            "recall": self._recalled,
+            "unrelated": self._unrelated,
         }
         return make.get(objective, self._asked)(objective, number, random)
+
+    def _drawn(self, number: int) -> tuple[str, np.random.Generator]:
+        """An episode's objective, and what all else in it is drawn from."""
+        random = np.random.default_rng([self.config.seed, number])
+        names = [name for name, weight in self.config.objectives.items() if weight > 0]
+        weights = np.array([self.config.objectives[name] for name in names])
+        return names[random.choice(len(names), p=weights / weights.sum())], random
+
+    def _before(self, number: int) -> int:
+        """The episode that the same process does before this one; negative if there is none."""
+        each = self.config.steps.episodes
+        return number - 1 if number % each else number - 1 - (self.world - 1) * each
 
     def _done(self, number: int) -> float:
         """The share of the run that lies before an episode."""
@@ -188,6 +205,53 @@ class Episodes:
                 rows[i] = self._question(questions[0][0], UNKNOWN, None)
         return self._episode(objective, number, random, names, texts, rows, taught=objective == "distillation")
 
+    def _recalled(self, objective: str, number: int, random: np.random.Generator) -> Episode:
+        own, t = self._told(number), self.config.texts
+        rows: dict[Row, None] = {}
+        for _ in range(TRIES):
+            some = self._at_age(number, self._age(random, len(own[-1][1])))
+            row = some[random.integers(len(some))]
+            rows |= {row: None} if len(rows) < t.rows else {}
+        made = self._episode(objective, number, random, [x[0] for x in own], [x[1] for x in own], list(rows))
+        return replace(made, ages=(0,) * len(own), in_sequence=True, fill=1.0, from_pool=True)
+
+    def _unrelated(self, objective: str, number: int, random: np.random.Generator) -> Episode:
+        t, names, texts = self.config.texts, [], []
+        for i in range(t.at_once):
+            document, (text,) = self._pieces(number, i, 1, random)
+            names.append(document.id)
+            texts.append(self._written(text))
+        rows = []
+        for i in range(-(-t.rows // 3)):
+            _, (text,) = self._pieces(number, i, 1, random, names)
+            rows.append(self._continuation(text, None))
+        made = self._episode(objective, number, random, names, texts, rows, taught=True)
+        return replace(made, ages=(0,) * len(texts), in_sequence=True, fill=1.0, from_pool=True)
+
+    def _tell(self, number: int) -> tuple[tuple[str, Ids, tuple[Row, ...]], ...]:
+        """What an episode of "recall" writes: name, ids and questions of each text; nothing if it is another one."""
+        objective, random = self._drawn(number)
+        told = []
+        for i in range(self.config.texts.at_once if objective == "recall" else 0):
+            document, text, questions = self._with_questions(number, i, random)
+            rows = tuple(self._question(question, answer, None) for question, answer in questions)
+            told.append((document.id, self._written(text), rows))
+        return tuple(told)
+
+    def _at_age(self, number: int, age: int) -> tuple[Row, ...]:
+        """Questions about a text that about so many updates stand behind; of the oldest one where none is as old."""
+        found: tuple[Row, ...] = ()
+        while number >= 0:
+            told = self._told(number)
+            for _, _, rows in reversed(told):
+                found = rows
+                if age <= 0:
+                    return found
+                age -= 1
+            age -= 0 if told else self.config.texts.at_once
+            number = self._before(number)
+        return found
+
     # --- parts ------------------------------------------------------------------------------------------------------
 
     def _episode(
@@ -237,7 +301,7 @@ class Episodes:
     def _written(self, text: str) -> Ids:
         return tuple(self.prompts.written(text))
 
-    def _continuation(self, text: str, about: int) -> Row:
+    def _continuation(self, text: str, about: int | None) -> Row:
         ids = tuple(self.prompts.text(text))[: self.config.texts.continuation]
         return Row(ids[:1], ids[1:], about)
 
@@ -249,11 +313,19 @@ class Episodes:
         n = number * self.config.texts.at_once + i + away
         return source.opposite(n) if opposite else source[n]
 
-    def _pieces(self, number: int, i: int, n: int, random: np.random.Generator) -> tuple[Document, list[str]]:
-        """n pieces of one text, each following the one before."""
+    def _pieces(
+        self, number: int, i: int, n: int, random: np.random.Generator, without: Sequence[str] = ()
+    ) -> tuple[Document, list[str]]:
+        """n pieces of one text, each following the one before.
+
+        Args:
+            without: names of documents; the text is far from them in the order, and none of them.
+        """
         t = self.config.texts
         for away in range(TRIES):
-            document = self._pick(number, i, self._prose, random, away * 7919)
+            document = self._pick(number, i, self._prose, random, away * 7919, bool(without))
+            if document.id in without:
+                continue
             some = sentences(document.text)
             start = int(random.integers(len(some)))
             pieces: list[str] = []

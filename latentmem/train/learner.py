@@ -3,7 +3,11 @@
 The memory is real: a pool of everything that was written in the last steps, updated and dropped from as in use
 (`core.memory.update`). Its slots carry no gradient; those of the episode's texts do, through the write as well. Before
 the rows are read, each text is set behind the slots that are older than it, and is dropped from as if it had aged that
-long, so that a model learns in one pass what a memory looks like after fifty updates.
+long, so that a model learns in one pass what a memory looks like after fifty updates. How all of these slots are read
+is learned; that a write reads the pool, too, is not followed back.
+
+To read alone is learned at a fraction of the cost: in "recall" texts go into the pool without gradient, as in use, and
+are asked for out of it in this and in later episodes.
 """
 
 from __future__ import annotations
@@ -94,12 +98,17 @@ class Learner(nn.Module):
         """What stands in front of the slots in each layer, [L, 1, d]."""
         return self.sink if self.bos is None else self.bos.to(self.sink.dtype)
 
-    def passes(self, episode: Episode) -> tuple[int, int]:
-        """How often an episode goes through the layers before its rows are read: (as teacher, to write)."""
-        writes = len(episode.texts) if episode.in_sequence or self.preset == "paper" else 1
-        return len(episode.rows) if episode.taught else 0, writes
+    def passes(self, episode: Episode) -> tuple[int, int, int]:
+        """How often an episode goes through the layers before its rows are read.
 
-    def forward(self, episode: Episode, pool: Memory, at_least: Sequence[int] = (0, 0)) -> Outcome:
+        Returns:
+            Times as teacher, to write without gradient, to write with gradient.
+        """
+        writes = len(episode.texts) if episode.in_sequence or self.preset == "paper" else 1
+        teaches = len(episode.rows) if episode.taught else 0
+        return (teaches, writes, 0) if episode.from_pool else (teaches, 0, writes)
+
+    def forward(self, episode: Episode, pool: Memory, at_least: Sequence[int] = (0, 0, 0)) -> Outcome:
         """Write the episode's texts behind a part of the pool, and read its rows.
 
         Args:
@@ -112,29 +121,42 @@ class Learner(nn.Module):
         nothing = replace(episode, texts=((self.llm.first_token,),), rows=(Row((self.llm.first_token,), (0,), None),))
         for _ in range(idle[0]):
             self._teach(nothing)
-        M = min(int(episode.fill * pool.M), max(0, pool.N - self._slots_of(episode)))
-        if self.preset == "paper":
-            M = max(M, min(pool.M, self.K))
-        start = pool.M - M  # the newest stay
-        some = replace(
-            pool, slots=pool.slots[:, start:], births=pool.births[:, start:], origins=pool.origins[:, start:]
-        )
-        before = _Pool(self, some.slots)
-        new = self._write(before, episode)
-        vain = [self._write(before, nothing)[0].sum() for _ in range(idle[1])]
-        behind = self._aged(before, some, new, episode)
-        logits, answers = self._read(behind, episode.rows)
+        new, pool = self._remembered(pool, episode) if episode.from_pool else ([], self._part(pool, episode))
+        for _ in range(idle[1]):
+            self._remembered(pool, nothing)
+        before = _Pool(self, pool.slots)
+        learned = [] if episode.from_pool else self._write(before, episode)
+        vain = [self._write(before, nothing)[0].sum() for _ in range(idle[2])]
+        logits, answers = self._read(self._aged(pool, learned, episode), episode.rows)
         accuracy = float((logits.argmax(-1) == answers).float().mean())
         if taught is None:
             loss = nn.functional.cross_entropy(logits.float(), answers)
         else:
             loss = nn.functional.kl_div(logits.float().log_softmax(-1), taught, reduction="batchmean", log_target=True)
-        return Outcome(sum((0.0 * part for part in vain), loss), accuracy, [slots.detach() for slots in new])
+        return Outcome(
+            sum((0.0 * part for part in vain), loss), accuracy, [slots.detach() for slots in [*new, *learned]]
+        )
 
-    def _slots_of(self, episode: Episode) -> int:
+    def _part(self, pool: Memory, episode: Episode) -> Memory:
+        """What stands of the pool in front of an episode's texts: as much as it says, of the newest."""
         c = self.compression
-        each = (self.K if self.preset == "paper" else -(-len(text) // c) for text in episode.texts)
-        return sum(each)
+        slots = sum(self.K if self.preset == "paper" else -(-len(text) // c) for text in episode.texts)
+        M = min(int(episode.fill * pool.M), max(0, pool.N - slots))
+        if self.preset == "paper":
+            M = max(M, min(pool.M, self.K))
+        start = pool.M - M
+        return replace(
+            pool, slots=pool.slots[:, start:], births=pool.births[:, start:], origins=pool.origins[:, start:]
+        )
+
+    @torch.no_grad()
+    def _remembered(self, pool: Memory, episode: Episode) -> tuple[list[Tensor], Memory]:
+        """New slots of each text, written one after another as in use, and the pool that holds them."""
+        new = []
+        for text in episode.texts:
+            new += self._write(_Pool(self, pool.slots), replace(episode, texts=(text,)))
+            pool = remember(pool, new[-1])
+        return new, pool
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -166,11 +188,11 @@ class Learner(nn.Module):
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    def _aged(self, before: _Pool, pool: Memory, new: Sequence[Tensor], episode: Episode) -> Any:
+    def _aged(self, pool: Memory, new: Sequence[Tensor], episode: Episode) -> Any:
         """A cache over the pool with each text at its age, dropped from as often as its age says."""
         generator = torch.Generator().manual_seed(episode.seed % (1 << 63))
         keys, fresh = [pool.births.double()], []
-        for slots, age in zip(new, episode.ages, strict=True):
+        for slots, age in zip(new, episode.ages[: len(new)], strict=True):
             L, k, _ = slots.shape
             share = memories.survival(pool.N, min(k, pool.N - 1), age)
             m = max(1, round(share * k))
@@ -178,7 +200,7 @@ class Learner(nn.Module):
             fresh.append(slots.gather(1, stays[..., None].expand(-1, -1, slots.shape[2])) if m < k else slots)
             keys.append(torch.full((L, m), pool.updates - age + 0.5, dtype=torch.double))
         order = torch.cat(keys, dim=1).argsort(dim=1, stable=True)
-        return self._cache(before, fresh, order)
+        return self._cache(pool.slots.to(self.sink.device), fresh, order)
 
     def _read(self, cache: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Logits of all answers' tokens, [tokens, vocab], and the tokens, [tokens]."""
@@ -216,17 +238,19 @@ class Learner(nn.Module):
         assert self.llm.adapters is not None
         return self.llm.adapters.use(name)
 
-    def _cache(self, before: _Pool, fresh: Sequence[Tensor], order: Tensor | None) -> Any:
+    def _cache(self, before: _Pool | Tensor, fresh: Sequence[Tensor], order: Tensor | None) -> Any:
         """A cache over [first ; pool ; fresh slots], or over the slots in another order.
 
         Args:
+            before: the pool; slots [L, M, d] are projected with gradient, like all that is fresh.
             fresh: [L, k, d] each, projected with gradient inside each layer's own forward.
             order: [L, M + all k], which slot stands where.
         """
-        decoder = self.llm.decoder
-        P = self.first.shape[1] + before.slots.shape[1] + sum(slots.shape[1] for slots in fresh)
-        hidden = torch.cat([self.first, *fresh], dim=1)  # first with its gradient, if it is learned
-        s = self.first.shape[1]
+        decoder, s = self.llm.decoder, self.first.shape[1]
+        pooled = before if isinstance(before, _Pool) else None
+        slots = before.slots if isinstance(before, _Pool) else before
+        hidden = torch.cat([self.first, *([] if pooled else [slots]), *fresh], dim=1)  # first may be learned
+        P = s + slots.shape[1] + sum(part.shape[1] for part in fresh)
         positions, places = torch.arange(P, device=hidden.device)[None], None
         if order is not None:  # attention asks for no order among keys: each is rotated to its place where it is
             behind = torch.arange(s).expand(len(order), -1)
@@ -235,10 +259,12 @@ class Learner(nn.Module):
         def kv(i: int) -> KV:
             assert self.llm.adapters is not None
             with self.llm.adapters.use(READ):
-                mine, pooled = decoder.keys_values(i, hidden[i][None]), before(i)
-            keys, values = (
-                torch.cat([own[:, :, :s], old, own[:, :, s:]], dim=2) for own, old in zip(mine, pooled, strict=True)
-            )
+                keys, values = decoder.keys_values(i, hidden[i][None])
+                if pooled:
+                    keys, values = (
+                        torch.cat([own[:, :, :s], old, own[:, :, s:]], dim=2)
+                        for own, old in zip((keys, values), pooled(i), strict=True)
+                    )
             if places is None:
                 return decoder.rotate(i, keys, positions), values
             if not decoder.slides:
@@ -249,8 +275,13 @@ class Learner(nn.Module):
         return memory_cache([Front(P, [partial(kv, i) for i in range(decoder.L)])], decoder, store=False)
 
 
+def remember(pool: Memory, slots: Tensor) -> Memory:
+    """The pool after an update with new slots, [L, k, d]."""
+    return memories.update(pool, slots[:, -min(slots.shape[1], pool.N) :].to(pool.slots.dtype))
+
+
 class _Pool:
-    """The pool's slots, projected once per episode, without gradient; a layer's inside its own forward.
+    """The pool's slots behind which texts are written, projected once, without gradient, in each layer's own forward.
 
     Args:
         slots: [L, M, d].

@@ -50,12 +50,13 @@ from latentmem.train import plots
 from latentmem.train.config import OBJECTIVES, Config
 from latentmem.train.data import Apart, Documents
 from latentmem.train.episodes import Episode, Episodes
-from latentmem.train.learner import Learner, Outcome
+from latentmem.train.learner import Learner, Outcome, remember
 from latentmem.train.log import Log
 from latentmem.train.probe import Probe
 
 Progress = Callable[[int, int, dict[str, Any]], None]  # (steps done, steps in all, the step's numbers)
 RESULT = "adapters.safetensors"
+SMALL = 0.1  # nats per token: no smaller loss is what a spike is measured by
 # Older versions of transformers run a layer's hooks inside what is recomputed, when those of a write are gone.
 HOOKS_STAY = "__call__" not in vars(GradientCheckpointingLayer)
 # What a pool of the preset "paper" holds before anything is written into it.
@@ -221,8 +222,7 @@ class Run:
 
     def _remember(self, outcome: Outcome) -> None:
         for slots in outcome.new_slots:
-            slots = slots[:, -min(slots.shape[1], self.pool.N) :]
-            self.pool = memories.update(self.pool, slots.to(self.pool.slots.dtype))
+            self.pool = remember(self.pool, slots)
 
     def _clip(self) -> float:
         norm: Any = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.steps.clip)
@@ -239,7 +239,7 @@ class Run:
         """Refuse a step whose loss makes no sense, by the running mean of its own objective: they differ tenfold."""
         s = self.config.steps
         known = {name: mean for name, (steps, mean) in self.means.items() if steps >= s.patience}
-        high = any(value > s.spike * known.get(name, math.inf) for name, value in each.items())
+        high = any(value > s.spike * max(SMALL, known.get(name, math.inf)) for name, value in each.items())
         if not math.isfinite(loss) or not math.isfinite(norm) or high:
             names = ", ".join(name for episode in episodes for name in episode.names)
             kinds = ", ".join(episode.objective for episode in episodes)
@@ -352,7 +352,7 @@ class Run:
 
 
 def rehearse(config: Config, episodes: int = 3) -> dict[str, Any]:
-    """What a run would be, by counting and by doing a few episodes without learning from them; nothing is written.
+    """What a run would be, by counting and by doing a few episodes behind a full pool; nothing is learned or written.
 
     Returns:
         documents and questions of each source, trained weights, steps, tokens, seconds and bytes, by expectation.
@@ -360,12 +360,12 @@ def rehearse(config: Config, episodes: int = 3) -> dict[str, Any]:
     run = Run(dataclasses.replace(config, watch=dataclasses.replace(config.watch, probe=0)), Path())
     some = [run.episodes[number] for number in range(100)]
     tokens = sum(episode.written + episode.read for episode in some) / len(some)
-    took = []
+    pool, took = run.pool, []
+    while pool.M < pool.N:
+        pool = remember(pool, torch.randn(pool.L, min(pool.K, pool.N), pool.d, device=pool.slots.device))
     for number in range(episodes):
         start = time.perf_counter()
-        outcome = run.learner(run.episodes[number], run.pool)
-        outcome.loss.backward()
-        run._remember(outcome)
+        run.learner(dataclasses.replace(run.episodes[number], fill=1.0), pool).loss.backward()
         took.append(time.perf_counter() - start)
     s, trained = config.steps, sum(p.numel() for p in run.parameters.values())
     return {
