@@ -500,6 +500,15 @@ def test_a_full_disk_keeps_the_checkpoint_before(what, error, config, straight, 
     same(state(out), straight(config))
 
 
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors", "pool-0.safetensors"])
+def test_a_damaged_checkpoint_is_named(name, config, tmp_path):
+    Run(config, tmp_path / "run").train(stop=1)
+    file = loop._newest(tmp_path / "run") / name
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        Run(config, tmp_path / "run").train()
+
+
 def test_a_full_disk_under_the_log_is_said(tmp_path):
     with Log(tmp_path, 0, False) as log:
         log._file = SimpleNamespace(write=Mock(side_effect=FULL[0]), close=log._file.close)

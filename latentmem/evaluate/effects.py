@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from latentmem.core.memory import Memory
 from latentmem.evaluate import results, runner
 from latentmem.evaluate.asking import ask, in_context, written
@@ -198,22 +196,16 @@ def measure(
         },
     }
     folder = runner.Folder(out, config)
-    try:
-        with FileLock(out / runner.LOCK, timeout=0):
-            folder.begin(results.this_run(command))
-            runner.run(folder, worker, _make, (loading, data, settings), workers, progress)
-            found = lines([record for unit in folder.done().values() for record in unit])
-            everything = {**config, "runs": folder.runs, "lines": [[x.name, asdict(x.estimate)] for x in found]}
-            (out / "summary.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-            date = folder.runs[-1]["started"][:10]
-            head = f"# What a memory changes beside remembering\n\n```\n{command}\n```\n\n{date}. {llm.name}, "
-            head += (
-                f"adapters {config['model']['adapters'] or 'none'}, N = {settings.N}. 95%, bootstrap over texts.\n\n"
-            )
-            (out / "table.md").write_text(head + markdown(found), encoding="utf-8")
-            return found
-    except Timeout:
-        raise ValueError(f"another process is measuring into {out}: wait for it, or choose another folder.") from None
+    with folder.working(results.this_run(command)):
+        runner.run(folder, worker, _make, (loading, data, settings), workers, progress)
+        found = lines([record for unit in folder.done().values() for record in unit])
+        everything = {**config, "runs": folder.runs, "lines": [[x.name, asdict(x.estimate)] for x in found]}
+        (out / "summary.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+        date = folder.runs[-1]["started"][:10]
+        head = f"# What a memory changes beside remembering\n\n```\n{command}\n```\n\n{date}. {llm.name}, "
+        head += f"adapters {config['model']['adapters'] or 'none'}, N = {settings.N}. 95%, bootstrap over texts.\n\n"
+        (out / "table.md").write_text(head + markdown(found), encoding="utf-8")
+        return found
 
 
 def _make(loading: dict[str, Any], data: QuestionSet, settings: Settings) -> Effects:

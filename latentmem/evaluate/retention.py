@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from latentmem.core.memory import Memory
 from latentmem.evaluate import plots, results, runner
@@ -399,18 +398,14 @@ def measure(
         },
     }
     folder = runner.Folder(out, config)
-    try:
-        with FileLock(out / runner.LOCK, timeout=0):
-            folder.begin(results.this_run(command))
-            try:
-                runner.run(folder, worker, _make, (loading, data, settings, out), workers, progress)
-            except KeyboardInterrupt:
-                results.write(folder, data, unfinished=True)  # the next run goes on
-                raise
-            worker.clear()
-            return results.write(folder, data)
-    except Timeout:
-        raise ValueError(f"another process is measuring into {out}: wait for it, or choose another folder.") from None
+    with folder.working(results.this_run(command)):
+        try:
+            runner.run(folder, worker, _make, (loading, data, settings, out), workers, progress)
+        except KeyboardInterrupt:
+            results.write(folder, data, unfinished=True)  # the next run goes on
+            raise
+        worker.clear()
+        return results.write(folder, data)
 
 
 def _make(loading: dict[str, Any], data: QuestionSet, settings: Settings, folder: Path) -> Retention:

@@ -12,9 +12,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
 
 Record = dict[str, Any]
 Unit = tuple[Any, ...]
@@ -67,8 +70,24 @@ class Folder:
                 f"begin anew."
             )
 
-    def begin(self, run: Record) -> None:
-        """Append who asks this time (command, versions, commit, date) to the list of runs."""
+    @contextmanager
+    def working(self, run: Record) -> Iterator[None]:
+        """Keep other processes out meanwhile, and say in the folder who works (command, versions, commit, date).
+
+        Raises:
+            ValueError: another process works in it.
+        """
+        try:
+            lock = FileLock(self.path / LOCK).acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"another process is measuring into {self.path}: wait for it, or choose another folder."
+            ) from None
+        with lock:
+            self._begin(run)
+            yield
+
+    def _begin(self, run: Record) -> None:
         self._read()  # another process may have worked on it since
         self.runs = [*self.runs, run]
         temporary = self.path / "config.new"

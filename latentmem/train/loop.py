@@ -316,13 +316,14 @@ class Run:
         newest = _newest(self.out)
         if newest is None:
             return
-        facts = json.loads((newest / "state.json").read_text())
+        facts = self._intact(newest / "state.json", lambda file: json.loads(file.read_text()))
         if facts["world"] != self.world:
             raise ValueError(
                 f"{self.out} was trained by {facts['world']} processes, and these are {self.world}: the order of the "
                 f"texts would change. Start as many, or begin in another folder."
             )
-        tensors = load_file(newest / "state.safetensors")
+        tensors: dict[str, Tensor] = self._intact(newest / "state.safetensors", load_file)
+        pool: Memory = self._intact(newest / f"pool-{self.rank}.safetensors", Memory.load)
         options = StateDictOptions(full_state_dict=True, strict=False, ignore_frozen_params=True)
         weights: Any = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
         set_model_state_dict(self.learner, weights, options=options)
@@ -339,8 +340,16 @@ class Run:
                 self.optimizer.state.pop(weight, None)  # torch has made one up
         self.step, self.means = facts["step"], facts.get("means", {})
         self.seconds, self.tokens = facts["seconds"], facts["tokens"]
-        pool = Memory.load(newest / f"pool-{self.rank}.safetensors")
         self.pool = dataclasses.replace(pool, slots=pool.slots.to(self.accelerator.device), version="", parent="")
+
+    def _intact(self, file: Path, read: Callable[[Path], Any]) -> Any:
+        try:
+            return read(file)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(
+                f"{file} is damaged, and the run can not go on from it ({error}). Restore it from a copy, or remove "
+                f"{self.out} and begin anew."
+            ) from None
 
     def _export(self) -> None:
         """The adapters in bfloat16, with what belongs to them."""
