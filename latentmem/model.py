@@ -402,6 +402,48 @@ class MemoryModel:
         """How likely `answer` is after `ids` behind the memory."""
         return self.score_rows(self.behind(memory), [ids], [answer])[0]
 
+    @torch.no_grad()
+    def attended(self, memory: Memory, ids: Ids, answer: Ids) -> Tensor:
+        """Which slots an answer was drawn from: the share of attention that each gets while the answer is said.
+
+        Args:
+            ids: what was asked.
+            answer: what was said.
+
+        Returns:
+            [L, M] float32 on the CPU, the mean over heads and over the answer's tokens; what is missing to 1 in a layer
+            went to the first position and to the text itself.
+
+        Raises:
+            ValueError: no ids, a memory of another model, or an attention that shows no weights.
+        """
+        asked, said = self._ids(ids), self._ids(answer)
+        with attention.watching(self.base) as seen:
+            self.logits(memory, torch.cat([asked, said]))
+        if len(seen) != self.decoder.L:
+            raise ValueError(f"the attention of {self.name} gave weights in {len(seen)} of {self.decoder.L} layers.")
+        P, M = self.positions(memory), memory.M
+        return torch.stack([layer[-len(said) - 1 : -1, P - M : P].mean(0) for layer in seen]).cpu()
+
+    def sources_of(self, memory: Memory, question: str, answer: str) -> dict[str, float]:
+        """Which sources an answer drew on: the share of the attention to the memory that went to each.
+
+        Returns:
+            Name of each source -> share, the mean over layers; "" is what is older than the memory. They add up to 1,
+            and an empty memory has none.
+
+        Raises:
+            ValueError: as `attended`.
+        """
+        if not memory.M:
+            return {}
+        prompts = self.prompts_or_raise()
+        mass = self.attended(memory, prompts.question(question, bare=True), prompts.answer(question, answer))
+        mass = mass / mass.sum(1, keepdim=True)
+        names = {i: source.name for i, source in enumerate(memory.sources)}
+        older = {-1: ""} if (memory.origins < 0).any() else {}
+        return {name: (mass * (memory.origins == i)).sum(1).mean().item() for i, name in {**older, **names}.items()}
+
     def behind(self, memory: Memory | Sequence[Memory]) -> Context:
         """A memory as the context of many rows, or several as the contexts of as many rows.
 

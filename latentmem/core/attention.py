@@ -20,7 +20,8 @@ without one (`causal_lower_right`), as long as nothing is padded and no window h
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -93,6 +94,51 @@ def begin() -> None:
     _handed.memory = None
 
 
+@contextmanager
+def watching(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collect what each layer attends to in this thread's passes, in the order of the layers.
+
+    Yields:
+        For each layer and pass one tensor [n, P + t] float32: the share of each query's attention that goes to each
+        position, the mean over heads, of the first row.
+    """
+    seen: list[Tensor] = []
+
+    def take(module: Any, inputs: Any, output: Any) -> None:
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if weights is not None and getattr(_handed, "seen", None) is seen:
+            seen.append(weights[0].float().mean(0).detach())
+
+    hooks = [layer.self_attn.register_forward_hook(take) for layer in model.get_decoder().layers]
+    _handed.seen = seen
+    try:
+        yield seen
+    finally:
+        _handed.seen = None
+        for hook in hooks:
+            hook.remove()
+
+
+def _watch(query: Tensor, keys: Tensor, mask: Tensor | None, scaling: float | None) -> None:
+    """What `watching` collects, if it does, where the attention itself gives no weights.
+
+    Args:
+        query: [B, heads, n, head width].
+        keys: [B, key heads, P + t, head width].
+        mask: bool or added, [B or 1, 1, n, P + t]; None: each query sees all keys up to itself.
+    """
+    seen = getattr(_handed, "seen", None)
+    if seen is None:
+        return
+    _, _, n, width = query.shape
+    asked = query[0].float() * (width**-0.5 if scaling is None else scaling)
+    scores = asked.unflatten(0, (keys.shape[1], -1)) @ keys[0].float().transpose(1, 2)[:, None]
+    if mask is None:
+        mask = torch.ones(n, keys.shape[2], dtype=torch.bool, device=keys.device).tril(keys.shape[2] - n)[None, None]
+    scores = scores.masked_fill(~mask[0], float("-inf")) if mask.dtype == torch.bool else scores + mask[0].float()
+    seen.append(scores.softmax(-1).mean((0, 1)))
+
+
 def stacked(memories: Sequence[KV], rows: Sequence[int]) -> KV:
     """Memories as one tensor of B rows, shorter ones padded on the left; a memory that all rows read is not copied."""
     if len(memories) == 1:
@@ -130,10 +176,13 @@ def attend(
     """
     handed, _handed.memory = getattr(_handed, "memory", None), None
     if handed is None:
+        _watch(query, key, attention_mask, scaling)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     text_keys, memories, rows, stack = handed
     if text_keys is not key:
         raise RuntimeError("a layer changed its keys after the cache had returned them; its memory would be lost.")
+    if getattr(_handed, "seen", None) is not None:
+        _watch(query, torch.cat([stacked(memories, rows)[0], key], dim=2), attention_mask, scaling)
     B, _, n, width = query.shape
     theirs = kwargs.get("dropout") or (B == 1 and n >= LONG and query.dtype == torch.float32)
     if theirs or (attention_mask is None and n > 1) or not _sees_all(attention_mask, memories, rows):
@@ -297,6 +346,7 @@ def attend_below(
     Returns:
         [B, n, heads, head width], and no weights.
     """
+    _watch(query, key, attention_mask, scaling)
     n, t = query.shape[2], key.shape[2]
     if attention_mask is not None or n in (1, t):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
