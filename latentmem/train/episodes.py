@@ -7,7 +7,7 @@
     distillation    the same model with the text in its context says what should be said
     questions       questions about several texts in one memory, each at an age of its own
     recall          questions about texts of this and earlier episodes, out of the pool as it stands; reading is learned
-    unknown         as questions, half of them about texts that the memory does not hold: "I don't know."
+    unknown         as recall, half of the questions about texts that the memory does not hold: "I don't know."
     unrelated       text that has nothing to do with the memory goes on as the plain model says
 
 An episode is a function of the seed and its number alone, so a run can go on after a kill, and processes share the work
@@ -132,6 +132,7 @@ class Episodes:
             "continuous": self._continuous,
             "repetition": self._repeated,
             "recall": self._recalled,
+            "unknown": self._recalled,
             "unrelated": self._unrelated,
         }
         return make.get(objective, self._asked)(objective, number, random)
@@ -199,10 +200,6 @@ class Episodes:
             asked += [(question, answer, i) for question, answer in questions]
         chosen = [asked[i] for i in random.permutation(len(asked))[: t.rows]]
         rows = [self._question(question, answer, about) for question, answer, about in chosen]
-        if objective == "unknown":
-            for i in range(len(rows) // 2):
-                _, _, questions = self._with_questions(number, i, random, names)
-                rows[i] = self._question(questions[0][0], UNKNOWN, None)
         return self._episode(objective, number, random, names, texts, rows, taught=objective == "distillation")
 
     def _recalled(self, objective: str, number: int, random: np.random.Generator) -> Episode:
@@ -212,7 +209,11 @@ class Episodes:
             some = self._at_age(number, self._age(random, len(own[-1][1])))
             row = some[random.integers(len(some))]
             rows |= {row: None} if len(rows) < t.rows else {}
-        made = self._episode(objective, number, random, [x[0] for x in own], [x[1] for x in own], list(rows))
+        names, asked = [name for name, _, _ in own], list(rows)
+        for i in range(len(asked) // 2 if objective == "unknown" else 0):
+            _, _, questions = self._with_questions(number, i, random, names)
+            asked[i] = self._question(questions[0][0], UNKNOWN, None)
+        made = self._episode(objective, number, random, names, [text for _, text, _ in own], asked)
         return replace(made, ages=(0,) * len(own), in_sequence=True, fill=1.0, from_pool=True)
 
     def _unrelated(self, objective: str, number: int, random: np.random.Generator) -> Episode:
@@ -229,10 +230,10 @@ class Episodes:
         return replace(made, ages=(0,) * len(texts), in_sequence=True, fill=1.0, from_pool=True)
 
     def _tell(self, number: int) -> tuple[tuple[str, Ids, tuple[Row, ...]], ...]:
-        """What an episode of "recall" writes: name, ids and questions of each text; nothing if it is another one."""
+        """What an episode of "recall" or "unknown" writes: name, ids and questions of each text; others: nothing."""
         objective, random = self._drawn(number)
         told = []
-        for i in range(self.config.texts.at_once if objective == "recall" else 0):
+        for i in range(self.config.texts.at_once if objective in ("recall", "unknown") else 0):
             document, text, questions = self._with_questions(number, i, random)
             rows = tuple(self._question(question, answer, None) for question, answer in questions)
             told.append((document.id, self._written(text), rows))
