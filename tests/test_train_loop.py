@@ -455,6 +455,19 @@ def test_a_high_loss_is_borne_while_its_objective_is_new(config, tmp_path, monke
     assert log[2]["loss"] > 100 and log[2]["objectives"] != log[1]["objectives"]
 
 
+def test_the_factor_of_unrelated_is_on_its_gradient_alone(config, tmp_path):
+    norms = {}
+    for name in ("unrelated", "recall"):
+        for factor in (1.0, 3.0):
+            some = replace(config, objectives={name: 1.0}, steps=replace(config.steps, total=1, unrelated=factor))
+            Run(some, tmp_path / f"{name} {factor}").train()
+            (row,) = lines(tmp_path / f"{name} {factor}" / "log.jsonl")
+            norms[name, factor] = row["norm"], row["loss"]
+    (one, loss), (three, same_loss) = norms["unrelated", 1.0], norms["unrelated", 3.0]
+    assert three == pytest.approx(3 * one, rel=1e-3) and one > 0 and loss == same_loss
+    assert norms["recall", 1.0] == norms["recall", 3.0]
+
+
 def test_a_small_loss_may_grow_manyfold(config, tmp_path, monkeypatch):
     # A divergence from what the untrained model says begins near 0, and is no error when it is a hundredth.
     forward = Learner.forward

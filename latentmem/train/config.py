@@ -132,6 +132,7 @@ class Steps:
         decay: share of all steps at the end in which the rate falls linearly to 0.
         weight_decay, betas: of AdamW.
         clip: norm to which gradients are cut.
+        unrelated: factor of the loss of "unrelated", a divergence that is small beside the others' losses.
         spike: a loss this many times its objective's running mean, or one that is not finite, stops the training.
         patience: steps with an objective before its running mean is trusted.
     """
@@ -144,6 +145,7 @@ class Steps:
     weight_decay: float = 0.0
     betas: tuple[float, ...] = (0.9, 0.98)
     clip: float = 1.0
+    unrelated: float = 1.0
     spike: float = 8.0
     patience: int = 20
 
@@ -222,6 +224,7 @@ class Config:
             (t.most_pieces >= 2, f"texts.most_pieces must be at least 2, got {t.most_pieces}."),
             (s.total >= 1 and s.episodes >= 1, "steps.total and steps.episodes must be at least 1."),
             (s.lr > 0 and s.clip > 0, "steps.lr and steps.clip must be above 0."),
+            (s.unrelated > 0, f"steps.unrelated must be above 0, got {s.unrelated}."),
             (0 <= s.decay <= 1, f"steps.decay is a share between 0 and 1, got {s.decay}."),
             (len(s.betas) == 2, f"steps.betas are two numbers, got {list(s.betas)}."),
             (self.sharding in ("none", "fsdp2"), f"sharding must be none or fsdp2, got {self.sharding!r}."),
