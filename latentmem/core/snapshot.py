@@ -31,7 +31,7 @@ KINDS: dict[str, type] = {
     "sources": list,
     "quota": float,
 }
-LATER = {"choice": "last", "quota": 0.5}  # what older files of this format do not say, and mean
+LATER: dict[str, Any] = {"choice": "last", "quota": 0.5}  # what older files of this format do not say, and mean
 HEADER = tuple(f.name for f in fields(Memory) if f.name not in (*TENSORS, "version"))
 
 
