@@ -147,6 +147,9 @@ class Reader:
         self.rows = [self._row(i, json.loads(line)) for i, line in enumerate(lines)]
         if not self.rows or self.rows[0].event not in ("create", "import"):
             raise ValueError("its journal does not begin with a memory")
+        keys = [row.key for row in self.rows if row.key is not None]
+        if len(set(keys)) != len(keys):
+            raise ValueError("two lines of its journal have the same key")
         if {row.object for row in self.rows if row.object} != set(self.objects):
             raise ValueError("its objects are not those that its journal names")
 

@@ -465,23 +465,29 @@ class Store:
         """
         if not NAME.fullmatch(name):
             raise ValueError(f"{name!r} can not be a memory's name: use letters, digits, '_' and '-', and no path.")
-        with archive.Reader(Path(path)) as file:
-            if self.journal == "hash" and any("text" in r.payload or "ids" in r.payload for r in file.rows):
-                raise ValueError(f"{path} holds texts, and this store was made to keep only hashes.")
-            with self._putting():
-                for hashed in file.objects:
-                    self._objects.put(file.read(hashed))
-                with self._journal.transaction():
-                    ids = [(first := self._journal.add(name, replace(file.rows[0], base=None))).id]
-                    self._journal.change(replace(first, time=file.rows[0].time))
-                    for row in file.rows[1:]:
-                        base = ids[row.base or 0]
-                        ids.append(self._journal.insert(replace(row, memory=first.memory, base=base)).id)
-                    for source, at in file.expiries.items():
-                        self._journal.set_expiry(first.memory, source, at)
-                    for row in self._journal.rows([first.memory]):
-                        if row.state != "pending":
-                            self._state(row, cached=False)
+        try:
+            with archive.Reader(Path(path)) as file, self._putting():
+                self._take(file, name)
+        except ValueError:
+            self.sweep()  # of the objects that were put down before the fault was found
+            raise
+
+    def _take(self, file: archive.Reader, name: str) -> None:
+        if self.journal == "hash" and any("text" in row.payload or "ids" in row.payload for row in file.rows):
+            raise ValueError("the file holds texts, and this store was made to keep only hashes.")
+        for hashed in file.objects:
+            self._objects.put(file.read(hashed))
+        with self._journal.transaction():
+            first = self._journal.add(name, file.rows[0])
+            self._journal.change(replace(first, time=file.rows[0].time))
+            ids = [first.id]
+            for row in file.rows[1:]:
+                ids.append(self._journal.insert(replace(row, memory=first.memory, base=ids[row.base or 0])).id)
+            for source, at in file.expiries.items():
+                self._journal.set_expiry(first.memory, source, at)
+            for row in self._journal.rows([first.memory]):
+                if row.state != "pending":
+                    self._state(row, cached=False)
 
     def sweep(self) -> int:
         """Delete objects that no version refers to, and what was deleted from the database's log.
