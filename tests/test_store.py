@@ -2,11 +2,13 @@
 
 import json
 import random
+import re
 import threading
 import time
 import zipfile
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -1035,3 +1037,18 @@ def test_the_snapshot_object_is_a_file_of_the_memory(llm, store):
     loaded = Memory.load(store.path / "objects" / row.object[:2] / f"{row.object}.safetensors")
     same(replace(loaded, version=""), live[3])
     assert archive.HASH.fullmatch(row.object) and snapshot.to_bytes(live[3])
+
+
+# --- the guide ------------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_guide_runs(llm, tmp_path, monkeypatch, capsys):
+    guide = (Path(__file__).parent.parent / "docs" / "store.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    small = MemoryModel(tiny_model(max_position_embeddings=8192), byte_tokenizer())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("latentmem.loading.load", lambda: small)
+    seen = {}
+    exec(code, seen)
+    assert [s.name for s in seen["memory"].sources] == ["notes.txt"] and "secret.txt" in capsys.readouterr().out
+    assert [s.name for s in seen["store"].open("trial").sources] == ["notes.txt"]
