@@ -191,6 +191,9 @@ def test_what_is_not_there_is_refused_with_what_is(llm, store):
         (lambda: store.write(llm, "m", []), "empty"),
         (lambda: store.write(llm, "m", "\ud800"), "Unicode"),
         (lambda: store.write(llm, "m", [999]), "between 0 and 259"),
+        (lambda: store.write(llm, "m", [[5, 6]]), "one list of integers"),
+        (lambda: store.write(llm, "m", [0.5]), "one list of integers"),
+        (lambda: store.write(llm, "m", [5], role="user"), "without a role"),
         (lambda: store.write(llm, "m", "x", role="judge"), "role"),
         (lambda: Store(store.path, journal="hash"), "journal='text'"),
         (lambda: Store(store.path, journal="none"), "text, hash"),
@@ -513,6 +516,19 @@ def test_a_replay_that_is_broken_off_changes_nothing_and_is_cleared_up(llm, stor
     same(later.open("f"), expected["f"][-1])
 
 
+def test_a_reader_whose_version_is_replayed_meanwhile_gets_the_new_one(llm, store, monkeypatch):
+    expected = secretive(llm, store)
+    reader, get = again(store), Store._state
+
+    def meanwhile(self, row, **options):
+        if self is reader and "s" in [source.name for source in get(store, row).sources]:
+            store.forget_by_replay(llm, "m", "s")
+        return get(self, row, **options)
+
+    monkeypatch.setattr(Store, "_state", meanwhile)
+    same(reader.open("f"), expected["f"][-1])
+
+
 def test_what_can_not_be_replayed_is_refused_and_stays(llm, other, store, tmp_path):
     live = filled(llm, store)
     with pytest.raises(ValueError, match="another model"):
@@ -752,14 +768,14 @@ def test_objects_can_lie_elsewhere(llm, tmp_path, url):
     assert not (tmp_path / "s" / "objects").exists()
     assert (tmp_path / "elsewhere").exists() == ("memory" not in url)
     store.forget_by_replay(llm, "m", "s")
-    cold = Store(tmp_path / "s", objects=place)
+    cold = Store(tmp_path / "s")
     for name, memories in expected.items():
         for i, memory in enumerate(memories):
             same(cold.open(name, i), memory)
     assert set(store._objects.names()) == store._journal.objects()
     cold._objects._write(row := cold._journal.head(cold._id("f")).object, b"broken off")
     with pytest.raises(ValueError, match=f"the object {row} of the store is damaged"):
-        Store(tmp_path / "s", objects=place).open("f")
+        Store(tmp_path / "s").open("f")
 
 
 # --- many at once ---------------------------------------------------------------------------------------------------
@@ -939,6 +955,11 @@ HOSTILE = {
     "another format": manifest(lambda m: m.update(format="latentmem export 2")),
     "a key more": manifest(lambda m: m.update(more=1)),
     "an object's path": manifest(lambda m: m["objects"].update({"../x": 3})),
+    "an endless expiry": manifest(lambda m: m.update(expiries={"a": float("inf")})),
+    "a time that is none": lines(lambda rows: rows[1].update(time=float("nan"))),
+    "another size": lines(lambda rows: rows[1].update(bytes=2**70)),
+    "too many attempts": lines(lambda rows: rows[1].update(attempts=2**70)),
+    "a deep line": lambda e: e.update({"journal.jsonl": b"[" * 100_000}),
     "an expiry that is none": manifest(lambda m: m.update(expiries={"a": "soon"})),
     "no rows": lines(lambda rows: rows[:0]),
     "a field more": lines(lambda rows: rows[1].update(more=1)),

@@ -15,6 +15,7 @@ from latentmem.store.journal import EVENTS, KINDS, STATES, Row
 from latentmem.store.objects import HASH
 
 FORMAT = "latentmem export 1"
+LATEST = 1e11  # seconds since 1970: the year 5138
 TYPES: dict[str, tuple[type, ...]] = {
     "seq": (int,),
     "base": (int, type(None)),
@@ -105,7 +106,7 @@ class Reader:
             raise ValueError(f"{path} is no exported memory ({error}).") from error
         try:
             self._read_books()
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, zipfile.BadZipFile, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile, ValueError) as error:
             self._file.close()
             raise ValueError(f"{path} is damaged or no exported memory: {error}.") from error
 
@@ -136,7 +137,7 @@ class Reader:
         if set(manifest) != {"format", "expiries", "objects"} or manifest["format"] != FORMAT:
             raise ValueError(f"expected the format {FORMAT!r}")
         self.objects, self.expiries = manifest["objects"], manifest["expiries"]
-        if not all(type(s) is str and type(at) is float for s, at in self.expiries.items()):
+        if not all(type(at) is float and 0 <= at < LATEST for at in self.expiries.values()):
             raise ValueError("an expiry is no time")
         found = {entry.filename: entry.file_size for entry in entries}
         expected = {_entry(name): size for name, size in self.objects.items() if HASH.fullmatch(name)}
@@ -150,6 +151,8 @@ class Reader:
         keys = [row.key for row in self.rows if row.key is not None]
         if len(set(keys)) != len(keys):
             raise ValueError("two lines of its journal have the same key")
+        if any(row.bytes != self.objects.get(row.object or "", 0) for row in self.rows):
+            raise ValueError("an object has another size in its journal")
         if {row.object for row in self.rows if row.object} != set(self.objects):
             raise ValueError("its objects are not those that its journal names")
 
@@ -164,6 +167,7 @@ class Reader:
         if any(type(token) is not int for token in says.get("ids", [])):
             raise ValueError(f"line {i} of its journal holds token ids that are no numbers")
         known = row.event in EVENTS and row.state in STATES and row.kind in KINDS
+        known = known and 0 <= row.attempts < 100 and 0 <= row.time < LATEST
         first = row.event in ("create", "import")
         based = row.base is None if i == 0 else row.base is not None and 0 <= row.base < i
         carries = (row.object is not None) == (row.kind != "none") and (row.kind == "delta") <= (row.event == "write")

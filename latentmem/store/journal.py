@@ -261,7 +261,14 @@ class Journal:
         self._do("UPDATE versions SET seq = ? WHERE id = ?", seq, row)
 
     def row(self, id: int) -> Row:
-        return self._rows("WHERE id = ?", id)[0]
+        """A version; a ValueError if a replay or a deletion has taken it away meanwhile."""
+        found = self._rows("WHERE id = ?", id)
+        if not found:
+            raise ValueError("a version was rewritten or deleted meanwhile; try again.")
+        return found[0]
+
+    def exists(self, id: int) -> bool:
+        return bool(self._rows("WHERE id = ?", id))
 
     def version(self, memory: int, seq: int) -> Row | None:
         return next(iter(self._rows("WHERE memory = ? AND seq = ?", memory, seq)), None)

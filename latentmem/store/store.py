@@ -54,7 +54,8 @@ class Store:
 
     Args:
         path: a folder of this machine, made if it is not there; SQLite's log needs a real disk, no network folder.
-        objects: where tensors go: a folder or an fsspec URL such as "s3://bucket/folder"; by default inside `path`.
+        objects: where tensors go: a folder or an fsspec URL such as "s3://bucket/folder". As the store was made, by
+            default inside `path`.
         journal: "text" keeps what was written, so that it can be replayed; "hash" keeps its sha256 alone. As the
             store was made, by default "text".
         snapshot_every: deltas after which a full snapshot is written.
@@ -84,9 +85,12 @@ class Store:
         if snapshot_every < 1:
             raise ValueError(f"snapshot_every must be 1 or more, got {snapshot_every}.")
         self.path, self.timeout, self.snapshot_every = Path(path), timeout, snapshot_every
+        disk = disk or Disk()
         (self.path / "locks").mkdir(parents=True, exist_ok=True)
-        self._objects = objects_at(self.path / "objects" if objects is None else objects, disk or Disk())
+        disk.sync_folder(self.path.parent)
         self._journal = Journal(self.path / "store.db", timeout)
+        place = self._journal.setting("objects", str(objects or ""))
+        self._objects = objects_at(objects or place or self.path / "objects", disk)
         self._cache = _Cache(cache_bytes)
         self.journal = self._journal.setting("journal", journal or "text")
         if journal not in (None, self.journal):
@@ -285,7 +289,13 @@ class Store:
             with self._alone(name) as memory:
                 self._advance(llm, name, memory)
                 return self._state(self._journal.head(memory))
-        return self._state(self._done(name, self._row(name, memory, version)))
+        row = self._done(name, self._row(name, memory, version))
+        try:
+            return self._state(row)
+        except ValueError:
+            if self._journal.exists(row.id):
+                raise
+            return self.open(name, version, llm=llm)  # a replay has put another in its place meanwhile
 
     def ask(
         self, llm: MemoryModel, name: str, question: str, *, version: int | None = None, **generate_kwargs: Any
@@ -468,7 +478,7 @@ class Store:
         try:
             with archive.Reader(Path(path)) as file, self._putting():
                 self._take(file, name)
-        except ValueError:
+        except (ValueError, OSError):
             self.sweep()  # of the objects that were put down before the fault was found
             raise
 
@@ -505,8 +515,9 @@ class Store:
                     self._objects.remove(name)
                     count += 1
             self._objects.tidy()
+            locks = list((self.path / "locks").iterdir())  # before the names: a memory is there before its lock
             there = {str(memory) for memory in self._journal.names().values()} | {"objects"}
-            for lock in (self.path / "locks").iterdir():
+            for lock in locks:
                 if lock.stem not in there:
                     lock.unlink()
             self._journal.truncate()
@@ -554,8 +565,9 @@ class Store:
             if family == held:
                 return family
             locks.close()
+            names = {memory: name for name, memory in self._journal.names().items()}
             for memory in family:
-                locks.enter_context(self._locked(memory, f"the memory {self._journal.name(memory)!r}"))
+                locks.enter_context(self._locked(memory, f"the memory {names.get(memory)!r}"))
             held = family
 
     # --- inside: versions -------------------------------------------------------------------------------------------
@@ -802,9 +814,9 @@ class Store:
                 if row.id in gone:
                     done[row.id] = None
                 else:
-                    done[row.id], after = self._again(llm, row, after, deltas)
-                    kind = done[row.id].kind  # type: ignore[union-attr]
-                    deltas = {"snapshot": 0, "delta": deltas + 1, "none": deltas}[kind]
+                    new, after = self._again(llm, row, after, deltas)
+                    done[row.id] = new
+                    deltas = {"snapshot": 0, "delta": deltas + 1, "none": deltas}[new.kind]
             todo += [(child, after, deltas) for child in children[row.id]]
         return done
 
@@ -914,8 +926,13 @@ def _said(text: str | Sequence[int], source: str, role: str | None) -> dict[str,
             raise ValueError("the text is not valid Unicode; write UTF-8.") from None
         what: dict[str, Any] = {"text": text}
     else:
-        what = {"ids": torch.as_tensor(text).tolist()}
-        empty = not what["ids"]
+        ids = torch.as_tensor(text)
+        empty = not ids.numel()
+        if not empty and (ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool or role):
+            raise ValueError(
+                f"token ids must be one list of integers, without a role: got {list(ids.shape)}, {role!r}."
+            )
+        what = {"ids": ids.tolist()}
     if empty:
         raise ValueError("the text to be written is empty; give at least one character.")
     says = what | {"source": source, "role": role}
