@@ -971,6 +971,8 @@ HOSTILE = {
     "a payload more": lines(lambda rows: rows[1]["payload"].update(path="/etc/passwd")),
     "a payload less": lines(lambda rows: rows[1]["payload"].pop("source") and None),
     "ids that are none": lines(lambda rows: rows[-2]["payload"].update(ids=["x"])),
+    "a rollback that waits": lines(lambda rows: rows[5].update(state="pending")),
+    "a wait for nothing": lines(lambda rows: rows[-1]["payload"].pop("text") and None),
     "a number twice": lines(lambda rows: rows[2].update(seq=1)),
     "a base to come": lines(lambda rows: rows[1].update(base=3)),
     "a base before": lines(lambda rows: rows[1].update(base=-1)),

@@ -176,4 +176,6 @@ class Reader:
             raise ValueError(f"line {i} of its journal does not belong there")
         if row.event == "write" and (row.state == "applied") != (row.kind != "none"):
             raise ValueError(f"line {i} of its journal is a write without an object, or one too many")
+        if row.state == "pending" and not (row.event == "write" and {"text", "ids"} & set(says)):
+            raise ValueError(f"line {i} of its journal waits for what can not be applied")
         return row
