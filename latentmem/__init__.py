@@ -3,18 +3,20 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Conversation", "Memory", "MemoryModel", "__version__", "load"]
+__all__ = ["Conversation", "Memory", "MemoryModel", "Store", "__version__", "load"]
 
 if TYPE_CHECKING:
     from latentmem.chat import Conversation
     from latentmem.core.memory import Memory
     from latentmem.loading import load
     from latentmem.model import MemoryModel
+    from latentmem.store import Store
 
 _HOMES = {
     "Conversation": "latentmem.chat",
     "Memory": "latentmem.core.memory",
     "MemoryModel": "latentmem.model",
+    "Store": "latentmem.store",
     "load": "latentmem.loading",
 }
 

@@ -21,10 +21,11 @@ ROOMS = {  # room -> rooms of latentmem that it may import
     "chat": {"core", "model", "prompts"},
     "doctor": {"core", "model"},
     "files": {"core", "prompts"},
+    "store": {"core", "model", "store", ""},
     "evaluate": {"core", "model", "loading", "evaluate"},
     "train": {"core", "adapters", "prompts", "model", "loading", "train"},
     "cli": {"core", "model", "chat", "doctor", "files", "loading", "evaluate", "train", ""},
-    "__init__": {"core", "chat", "loading", "model"},
+    "__init__": {"core", "chat", "loading", "model", "store"},
 }
 CORE_MAY_IMPORT = {"torch", "safetensors", "transformers"}
 
@@ -69,4 +70,4 @@ def test_the_surface_is_small_and_importing_it_does_not_import_torch():
 
     code = "import sys, latentmem; assert 'torch' not in sys.modules; print(*latentmem.__all__)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.split() == ["Conversation", "Memory", "MemoryModel", "__version__", "load"]
+    assert out.split() == ["Conversation", "Memory", "MemoryModel", "Store", "__version__", "load"]

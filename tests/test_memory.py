@@ -8,7 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentmem.core.memory import Memory, Source, draw, empty, half_life, kept, survival, update
+from latentmem.core.memory import (
+    Memory,
+    Source,
+    draw,
+    empty,
+    forecast,
+    forget,
+    half_life,
+    kept,
+    pin,
+    survival,
+    update,
+)
 from latentmem.testing import labelled_memory
 
 
@@ -274,6 +286,139 @@ def test_a_piece_is_k_times_c_tokens_and_512_in_the_preset_paper():
     assert empty(1, 1, N=8, K=4).piece == 4
     assert empty(1, 1, N=8, K=4, compression=3).piece == 12
     assert empty(1, 1, N=8, K=4, preset="paper").piece == 512
+
+
+# --- pins -----------------------------------------------------------------------------------------------------------
+
+
+def stream_of(*names, L=3, N=12, K=4, k=2, seed=3, memory=None):
+    """A memory into which each of the names wrote k slots that carry its place in the row, in turn."""
+    memory = memory or labelled_memory(L, N, K, seed=seed)
+    for name in names:
+        memory = update(memory, torch.full((memory.L, k, 1), float(memory.updates)), source=name, tokens=k)
+    return memory
+
+
+def test_a_pinned_source_loses_nothing_until_it_is_unpinned():
+    memory = pin(stream_of("a", "b", "a"), "a")
+    after = stream_of(*"bcde" * 10, memory=memory)
+    assert after.left()[0].tolist() == [4, 4, 4] and after.M == after.N
+    assert after.slots[:, :4, 0].tolist() == [[0, 0, 2, 2]] * 3
+    assert stream_of(*"bcde" * 10, memory=pin(after, "a", False)).left()[0].sum() == 0
+
+
+def test_what_is_not_pinned_is_drawn_in_its_own_order_by_the_same_keys():
+    memory = stream_of(*"abcdef")
+    whole = [_order(memory, layer) for layer in range(3)]
+    pinned = pin(memory, "c")
+    for layer, drawn in enumerate(draw(pinned, 3).tolist()):
+        free = [slot for slot in whole[layer] if not pinned.pinned()[layer, slot]]
+        assert drawn == sorted(free[:3])
+
+
+def _order(memory, layer):
+    """All slots of a layer of a full memory, in the order in which larger and larger draws take them."""
+    order = []
+    for k in range(1, memory.N + 1):
+        order += [slot for slot in draw(memory, k)[layer].tolist() if slot not in order]
+    return order
+
+
+def test_the_quota_bounds_what_is_pinned_when_pinning_and_when_a_pinned_source_grows():
+    memory = stream_of(*"aaabb", N=12)
+    held = pin(memory, "a")
+    with pytest.raises(ValueError, match=r"8 of N=12 slots.*quota is 0.5.*6"):
+        update(held, labels(3, 2, 0), source="a")
+    with pytest.raises(ValueError, match="10 of N=12"):
+        pin(held, "b")
+    pin(replace(held, quota=0.9), "b")
+    assert update(held, labels(3, 2, 0), source="b").M == 12
+    with pytest.raises(ValueError, match="no source 'z'"):
+        pin(memory, "z")
+    for quota in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            replace(memory, quota=quota)
+
+
+def test_an_update_that_does_not_fit_beside_what_is_pinned_is_refused():
+    held = pin(stream_of("a", "a", "a", "b", "b", "b", K=12), "a")
+    assert update(held, labels(3, 6, 0), source="c").left()[0].tolist() == [6, 6, 6]
+    with pytest.raises(ValueError, match="7 new slots do not fit beside 6 pinned"):
+        update(held, labels(3, 7, 0), source="c")
+
+
+# --- forgetting a source --------------------------------------------------------------------------------------------
+
+
+def test_forgetting_drops_a_source_in_every_layer_and_as_many_others_where_fewer_are_left():
+    memory = stream_of(*"abcdabcdabcd" * 3, k=1)
+    left = memory.left()
+    i = [source.name for source in memory.sources].index("b")
+    assert len(set(left[i].tolist())) > 1, "proves nothing: as many in every layer"
+    after = forget(memory, "b")
+    names = [source.name for source in after.sources]
+    assert names == ["a", "c", "d"] and left[i].max() == memory.M - after.M
+    for layer in range(memory.L):
+        before = [(m, b, o) for m, b, o in zip(*_books(memory, layer), strict=True) if o != "b"]
+        here = list(zip(*_books(after, layer), strict=True))
+        assert [row for row in before if row in here] == here
+        assert len(before) - len(here) == left[i].max() - left[i, layer]
+    assert (after.updates, after.tokens, after.parent) == (memory.updates, memory.tokens, memory.parent)
+    assert torch.equal(after.slots, forget(memory, "b").slots)
+
+
+def _books(memory, layer):
+    names = [memory.sources[i].name for i in memory.origins[layer].tolist()]
+    return memory.slots[layer, :, 0].tolist(), memory.births[layer].tolist(), names
+
+
+def test_forgetting_spares_what_is_pinned_and_forgets_what_is_pinned_when_told():
+    memory = stream_of(*"abcabcdabe")
+    held = pin(replace(memory, quota=1.0), "e")
+    names = [source.name for source in memory.sources]
+    after = forget(held, "b")
+    assert after.left()[-1].tolist() == held.left()[names.index("e")].tolist()
+    assert "e" not in [source.name for source in forget(held, "e").sources]
+
+
+def test_forgetting_the_only_source_leaves_an_empty_memory_that_goes_on():
+    memory = forget(stream_of("a", "a"), "a")
+    assert (memory.M, memory.sources) == (0, ())
+    assert stream_of("b", memory=memory).left().tolist() == [[2, 2, 2]]
+    with pytest.raises(ValueError, match="no source 'a'"):
+        forget(memory, "a")
+
+
+def test_an_account_without_slots_is_forgotten_too():
+    memory = stream_of("a", *"bcde" * 20)
+    assert memory.left()[0].sum() == 0
+    after = forget(memory, "a")
+    assert torch.equal(after.slots, memory.slots) and torch.equal(after.origins, memory.origins - 1)
+
+
+# --- the forecast ---------------------------------------------------------------------------------------------------
+
+
+def test_the_forecast_is_one_until_the_memory_is_full_and_then_the_survival_law():
+    memory = stream_of("a", "a", "a", N=13, K=4)
+    assert [forecast(memory, t) for t in (0, 1)] == [1.0, 1.0]
+    assert forecast(memory, 2) == pytest.approx(1 - 1 / 10)  # 10 slots, 4 more come, 13 fit
+    assert forecast(memory, 5) == pytest.approx(0.9 * survival(13, 4, 3))
+
+
+def test_the_forecast_is_what_is_left_on_average_also_beside_pins():
+    N, K, t = 40, 4, 9
+    for pinned in (False, True):
+        left = []
+        for seed in range(60):
+            memory = stream_of("a", "a", *"bcdefg", N=N, K=K, k=4, L=4, seed=seed)
+            memory = pin(memory, "b") if pinned else memory
+            later = stream_of(*"x" * t, k=4, memory=memory)
+            left.append(later.left()[0].double().mean() / memory.left()[0].double().mean())
+        expected = forecast(memory, t)
+        assert abs(torch.stack(left).mean().item() - expected) < 0.025, pinned
+        assert expected == pytest.approx((1 - K / (N - 4 * pinned)) ** (t - 2))
+    assert forecast(pin(replace(memory, quota=1.0), "a"), 1000) < 1e-9
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

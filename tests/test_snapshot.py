@@ -1,6 +1,7 @@
 """A memory and its file: complete, to the bit, verified, all or nothing."""
 
 import errno
+import hashlib
 import json
 import struct
 from dataclasses import fields, replace
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from latentmem.adapters import insert
 from latentmem.core import snapshot
-from latentmem.core.memory import Memory, empty, update
+from latentmem.core.memory import Memory, empty, pin, update
 from latentmem.model import MemoryModel
 from latentmem.testing import byte_tokenizer, tiny_model
 
@@ -25,7 +26,7 @@ def written(dtype=torch.float32, d=3):
         new = torch.randn(3, 3, d, generator=generator).to(dtype)
         memory = update(memory, new, source=f"Datei {step % 2} 'ü' \"\n", tokens=5)
     names = {"model": "m", "adapters": "a", "tokenizer": "t", "model_name": "owner/name", "parent": "p"}
-    return replace(memory, **names)
+    return replace(memory, quota=0.75, **names)
 
 
 @pytest.fixture
@@ -81,16 +82,44 @@ def test_every_field_comes_back_to_the_bit(tmp_path, dtype):
             assert getattr(saved, field.name) is not field.default, f"{field.name} proves nothing: its default"
 
 
-def test_a_file_of_before_there_was_a_choice_means_the_last(tmp_path):
-    memory, path = replace(written(), choice="last"), tmp_path / "old.safetensors"
+def test_a_file_of_before_there_were_a_choice_and_pins_means_the_last_and_none(tmp_path):
+    memory, path = replace(written(), choice="last", quota=0.5), tmp_path / "old.safetensors"
     memory.save(path)
     with safe_open(path, "pt") as opened:
         header = json.loads(opened.metadata()["memory"])
-    del header["choice"]
+    del header["choice"], header["quota"]
+    for source in header["sources"]:
+        del source["pinned"]
     old = json.dumps(header, sort_keys=True)
     checksum = snapshot._checksum(old, load_file(path))
     rewritten(path, memory=old, checksum=checksum)
     assert same(Memory.load(path), replace(memory, version=checksum))
+
+
+def test_the_bytes_of_a_memory_are_a_file_of_it_and_equal_in_every_process(tmp_path):
+    memory = pin(replace(written(), quota=1), written().sources[0].name)
+    data = snapshot.to_bytes(memory)
+    (tmp_path / "a.safetensors").write_bytes(data)
+    saved = memory.save(tmp_path / "b.safetensors")
+    loaded = Memory.load(tmp_path / "a.safetensors")
+    assert same(loaded, saved) and same(snapshot.from_bytes(data, "a"), saved)
+    assert [source.pinned for source in loaded.sources] == [True, False]
+    assert hashlib.sha256(data).hexdigest() == "857739595c8ceeaac9864b049d44a6d62633ffe2305e9048af5118692edd0b77"
+
+
+def test_bytes_that_are_no_memory_are_refused_by_name():
+    data = snapshot.to_bytes(written())
+    for other, words in ((data[:-1], "not a complete"), (b"", "not a complete"), (data[:-1] + b"\xff", "checksum")):
+        with pytest.raises(ValueError, match=f"^the object 5.* {words}"):
+            snapshot.from_bytes(other, "the object 5")
+
+
+def test_an_account_with_other_types_is_refused(file):
+    header = snapshot.read_header(file)[0]
+    header["sources"][0]["pinned"] = "no"
+    text = json.dumps(header, sort_keys=True)
+    rewritten(file, memory=text, checksum=snapshot._checksum(text, load_file(file)))
+    refused(file, "altered or damaged", "a source is")
 
 
 def test_an_empty_memory_comes_back(tmp_path):
@@ -147,7 +176,7 @@ def test_the_header_is_read_without_the_tensors(file):
     memory = Memory.load(file)
     assert (version, held) == (memory.version, memory.M)
     assert (header["N"], header["K"], header["compression"], header["seed"]) == (7, 3, 2, -5)
-    assert header["sources"][0] == {"name": "Datei 0 'ü' \"\n", "tokens": 10, "slots": 6}
+    assert header["sources"][0] == {"name": "Datei 0 'ü' \"\n", "tokens": 10, "slots": 6, "pinned": False}
     assert set(header) == {f.name for f in fields(Memory)} - {"slots", "births", "origins", "version"}
 
 

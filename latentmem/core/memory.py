@@ -22,11 +22,13 @@ class Source:
         name: what the caller called it, for example a file name.
         tokens: tokens written under this name, over all writes.
         slots: slots written per layer under this name, over all writes.
+        pinned: whether its slots are kept from every random drop; see `pin`.
     """
 
     name: str
     tokens: int
     slots: int
+    pinned: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,7 @@ class Memory:
         updates: updates so far.
         tokens: tokens read in so far.
         sources: what was written, in the order of first appearance.
+        quota: the share of N that pinned slots may take in a layer.
         model, adapters, tokenizer: identities (hashes) of what wrote it; "" = none.
         model_name: the name by which that model was loaded, a hint for people and for the command line.
         version: checksum of the snapshot that holds this very memory; "" = not saved.
@@ -71,6 +74,7 @@ class Memory:
     updates: int = 0
     tokens: int = 0
     sources: tuple[Source, ...] = ()
+    quota: float = 0.5
     model: str = ""
     adapters: str = ""
     tokenizer: str = ""
@@ -90,6 +94,9 @@ class Memory:
             raise ValueError(f"compression must be 1 or more, in 'paper' 1: got {self.compression} in {self.preset!r}.")
         if self.choice not in CHOICES:
             raise ValueError(f"choice must be one of {', '.join(CHOICES)}, got {self.choice!r}.")
+        if not 0 <= self.quota <= 1:
+            raise ValueError(f"the quota is a share of the N slots, between 0 and 1: got {self.quota}.")
+        object.__setattr__(self, "quota", float(self.quota))
         if not -(1 << 63) <= self.seed < 1 << 63:
             raise ValueError(f"the seed must fit into 64 bits, got {self.seed}.")
         if self.slots.ndim != 3:
@@ -131,6 +138,13 @@ class Memory:
             else (torch.zeros(0, self.L, dtype=torch.long))
         )
 
+    def pinned(self) -> Tensor:
+        """Which slots belong to pinned sources, [L, M] bool."""
+        if not any(source.pinned for source in self.sources):
+            return torch.zeros(self.L, self.M, dtype=torch.bool)
+        flags = torch.tensor([*(source.pinned for source in self.sources), False])  # the last for -1, no source
+        return flags[self.origins.long()]
+
     def save(self, path: str | Path) -> Memory:
         """Write this memory to one file, atomically, and return it with its `version`; see `core.snapshot.save`."""
         from latentmem.core import snapshot
@@ -167,8 +181,8 @@ def empty(
 def draw(memory: Memory, k: int) -> Tensor:
     """Choose which old slots make room for k new ones: each layer draws its own, uniformly, without replacement.
 
-    A pure function of (seed, number of the update, layer, M, k): every slot gets a pseudo-random 64-bit key, and the
-    smallest keys lose. Integers only, so all machines and devices agree.
+    A pure function of (seed, number of the update, layer, M, k) and of what is pinned: every slot gets a pseudo-random
+    64-bit key, and the smallest keys lose; pinned slots never do. Integers only, so all machines and devices agree.
 
     Args:
         memory: [L, M, d].
@@ -177,14 +191,35 @@ def draw(memory: Memory, k: int) -> Tensor:
     Returns:
         Indices into the M old slots, ascending, [L, max(0, M + k - N)] int64, on the CPU.
 
+    Raises:
+        ValueError: pinned slots leave no room for k new ones.
+
     Source: MemoryLLM section 3.1.2; one draw per layer as in the released `drop_memory_per_layer`.
     """
     count = max(0, memory.M + k - memory.N)
     if count == 0:
         return torch.zeros(memory.L, 0, dtype=torch.long)
-    stream = _mix(_mix(_mix(torch.tensor(memory.seed)) + memory.updates)[None] + torch.arange(memory.L))  # [L]
+    pinned = memory.pinned()
+    held = int(pinned.sum(1).max())
+    if count > memory.M - held:
+        raise ValueError(
+            f"{k} new slots do not fit beside {held} pinned ones into a memory of N={memory.N}. Unpin a source, or "
+            f"write in smaller pieces."
+        )
+    return _first(memory, torch.arange(memory.L), pinned.long(), count)
+
+
+def _first(memory: Memory, streams: Tensor, rank: Tensor, count: int) -> Tensor:
+    """The `count` slots of lowest rank [L, M] in each layer, at random among equals: indices ascending, [L, count].
+
+    Args:
+        streams: the number of each layer's random stream, [L] int64.
+    """
+    stream = _mix(_mix(_mix(torch.tensor(memory.seed)) + memory.updates)[None] + streams)
     keys = _mix(stream[:, None] + torch.arange(memory.M)[None])  # [L, M]
-    return keys.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
+    order = keys.argsort(dim=1, stable=True)
+    order = order.gather(1, rank.gather(1, order).argsort(dim=1, stable=True))
+    return order[:, :count].sort(dim=1).values
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -227,7 +262,7 @@ def update(
         The next memory, [L, min(M + k, N), d]. The given one is untouched.
 
     Raises:
-        ValueError: shapes or indices that do not fit.
+        ValueError: shapes or indices that do not fit, or a pinned source that grows beyond the quota.
 
     Source: MemoryLLM section 3.1.2, figure 2.
     """
@@ -244,7 +279,7 @@ def update(
     i = names.index(source) if source in names else len(names)
     old = memory.sources[i] if i < len(names) else Source(source, 0, 0)
     stays = kept(dropped, M)
-    return replace(
+    following = replace(
         memory,
         slots=_moved(memory.slots, stays.to(memory.slots.device), new_slots),
         births=torch.cat(
@@ -253,10 +288,83 @@ def update(
         origins=torch.cat([memory.origins.gather(1, stays), torch.full((L, k), i, dtype=torch.int32)], 1),
         updates=memory.updates + 1,
         tokens=memory.tokens + tokens,
-        sources=(*memory.sources[:i], Source(source, old.tokens + tokens, old.slots + k), *memory.sources[i + 1 :]),
+        sources=(
+            *memory.sources[:i],
+            replace(old, tokens=old.tokens + tokens, slots=old.slots + k),
+            *memory.sources[i + 1 :],
+        ),
         version="",
         parent=memory.version or memory.parent,
     )
+    return _within_quota(following) if old.pinned else following
+
+
+def pin(memory: Memory, name: str, pinned: bool = True) -> Memory:
+    """Keep the slots of a source, and those that it will write, from every random drop; or no longer.
+
+    Args:
+        name: the source.
+        pinned: False takes the pin off.
+
+    Returns:
+        The same slots, with another account of the source.
+
+    Raises:
+        ValueError: no such source, or pinned slots would take more than the share `quota` of N.
+    """
+    i = _index(memory, name)
+    sources = (*memory.sources[:i], replace(memory.sources[i], pinned=pinned), *memory.sources[i + 1 :])
+    following = replace(memory, sources=sources, version="", parent=memory.version or memory.parent)
+    return _within_quota(following) if pinned else following
+
+
+def _within_quota(memory: Memory) -> Memory:
+    held = int(memory.pinned().sum(1).max()) if memory.M else 0
+    if held > memory.quota * memory.N:
+        raise ValueError(
+            f"pinned sources would take {held} of N={memory.N} slots, and the quota is {memory.quota:g} of them, "
+            f"{int(memory.quota * memory.N)}. Unpin a source, or use a larger memory."
+        )
+    return memory
+
+
+def forget(memory: Memory, name: str) -> Memory:
+    """Drop all slots of a source and its account.
+
+    Layers have lost different numbers of its slots. A memory is rectangular, so where fewer are left as many others go
+    in their stead as the layer with the most of them has more: drawn as in `draw`, pinned ones last.
+
+    Args:
+        name: the source.
+
+    Returns:
+        The next memory, [L, M - most slots of the source in a layer, d]; updates and tokens are counted as before.
+
+    Raises:
+        ValueError: no such source.
+    """
+    i = _index(memory, name)
+    mine = memory.origins == i
+    count = int(mine.sum(1).max()) if memory.M else 0
+    rank = torch.where(mine, 0, 1 + memory.pinned().long())
+    stays = kept(_first(memory, -1 - torch.arange(memory.L), rank, count), memory.M)
+    origins = memory.origins.gather(1, stays)
+    return replace(
+        memory,
+        slots=_moved(memory.slots, stays.to(memory.slots.device), memory.slots[:, :0]),
+        births=memory.births.gather(1, stays),
+        origins=origins - (origins > i).int(),
+        sources=(*memory.sources[:i], *memory.sources[i + 1 :]),
+        version="",
+        parent=memory.version or memory.parent,
+    )
+
+
+def _index(memory: Memory, name: str) -> int:
+    names = [source.name for source in memory.sources]
+    if name not in names:
+        raise ValueError(f"this memory has no source {name!r} (it has: {', '.join(names) or 'none'}).")
+    return names.index(name)
 
 
 def _moved(slots: Tensor, stays: Tensor, new_slots: Tensor) -> Tensor:
@@ -298,3 +406,16 @@ def survival(N: int, K: int, t: int) -> float:
 def half_life(N: int, K: int) -> float:
     """Updates of K slots after which `survival` is one half; 0 where an update replaces everything."""
     return 0.0 if K == N else math.log(2) / -math.log1p(-K / N)
+
+
+def forecast(memory: Memory, t: int) -> float:
+    """The share of the unpinned slots of a memory that is expected to be left after t further updates of K slots.
+
+    Exactly 1 as long as the memory will not be full; then `survival` among the slots that are not pinned.
+    """
+    held = memory.pinned().sum(1).double()  # [L]
+    left, M = torch.ones(memory.L, dtype=torch.float64), memory.M
+    while t > 0 and memory.N > M:
+        drop = max(0, M + memory.K - memory.N)
+        left, M, t = left * (1 - drop / (M - held).clamp(min=1)).clamp(min=0), min(M + memory.K, memory.N), t - 1
+    return float((left * (1 - memory.K / (memory.N - held).clamp(min=1)).clamp(min=0) ** t).mean())

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import struct
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,12 +25,13 @@ from latentmem.core.memory import Memory, Source
 
 FORMAT = "latentmem memory 1"
 TENSORS = ("slots", "births", "origins")
-KINDS = {
+KINDS: dict[str, type] = {
     **dict.fromkeys(("N", "K", "compression", "seed", "updates", "tokens"), int),
     **dict.fromkeys(("preset", "choice", "model", "adapters", "tokenizer", "model_name", "parent"), str),
     "sources": list,
+    "quota": float,
 }
-LATER = {"choice": "last"}  # what older files of this format do not say, and mean
+LATER: dict[str, Any] = {"choice": "last", "quota": 0.5}  # what older files of this format do not say, and mean
 HEADER = tuple(f.name for f in fields(Memory) if f.name not in (*TENSORS, "version"))
 
 
@@ -47,16 +51,50 @@ def save(memory: Memory, path: str | Path) -> Memory:
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first.")
-    tensors = {name: getattr(memory, name).detach().cpu().contiguous() for name in TENSORS}
-    header = json.dumps({name: getattr(memory, name) for name in HEADER}, default=asdict, sort_keys=True)
-    version = _checksum(header, tensors)
-    metadata = {"format": FORMAT, "memory": header, "checksum": version}
+    tensors, metadata = _parts(memory)
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:  # a full disk, for example: the library hides the number of the error
             raise OSError(errno.EIO, f"the memory could not be written ({error})", str(path)) from error
-    return replace(memory, version=version)
+    return replace(memory, version=metadata["checksum"])
+
+
+def to_bytes(memory: Memory) -> bytes:
+    """What `save` would write, but equal bytes for equal memories, so that a hash of them names the memory."""
+    return canonical(*_parts(memory))
+
+
+def canonical(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """One safetensors file, its metadata in a fixed order: the library's own changes from process to process."""
+    data = save_bytes(tensors)
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.dumps({"__metadata__": metadata} | json.loads(data[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return b"".join((struct.pack("<Q", len(header)), header, memoryview(data)[end:]))
+
+
+def opened_bytes(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of one safetensors file.
+
+    Args:
+        name: what an error calls it.
+
+    Raises:
+        ValueError: it is not complete.
+    """
+    try:
+        tensors = load_bytes(data)
+        end = 8 + struct.unpack("<Q", data[:8])[0]
+        return tensors, json.loads(data[8:end]).get("__metadata__") or {}
+    except SafetensorError as error:
+        raise ValueError(f"{name} is not a complete safetensors file ({error}). Restore it from a copy.") from error
+
+
+def from_bytes(data: bytes, name: str) -> Memory:
+    """Read a memory back from the bytes of its file; `name` and errors as the path and errors of `load`."""
+    tensors, metadata = opened_bytes(data, name)
+    return _memory(name, tensors, *_checked(name, metadata))
 
 
 def load(path: str | Path) -> Memory:
@@ -69,6 +107,16 @@ def load(path: str | Path) -> Memory:
     with _opened(path) as file:  # once: another process may put the next version in its place meanwhile
         header, checksum, _ = _header(path, file)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    return _memory(path, tensors, header, checksum)
+
+
+def _parts(memory: Memory) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors = {name: getattr(memory, name).detach().cpu().contiguous() for name in TENSORS}
+    header = json.dumps({name: getattr(memory, name) for name in HEADER}, default=asdict, sort_keys=True)
+    return tensors, {"format": FORMAT, "memory": header, "checksum": _checksum(header, tensors)}
+
+
+def _memory(path: str | Path, tensors: dict[str, Any], header: dict[str, Any], checksum: str) -> Memory:
     if set(tensors) != set(TENSORS):
         raise ValueError(f"{path} holds the tensors {sorted(tensors)}; a memory has {sorted(TENSORS)}.")
     if _checksum(json.dumps(header, sort_keys=True), tensors) != checksum:
@@ -79,6 +127,9 @@ def load(path: str | Path) -> Memory:
             if type(header[name]) is not kind:
                 raise ValueError(f"{name} is {header[name]!r}")
         sources = tuple(Source(**source) for source in header.pop("sources"))
+        for source in sources:
+            if list(map(type, asdict(source).values())) != [str, int, int, bool]:
+                raise ValueError(f"a source is {source}")
         memory = Memory(**tensors, **header, sources=sources, version=checksum)
         if memory.M and not -1 <= int(memory.origins.min()) <= int(memory.origins.max()) < len(sources):
             raise ValueError("a slot has an unknown source")
@@ -94,8 +145,11 @@ def read_header(path: str | Path) -> tuple[dict[str, Any], str, int]:
 
 
 def _header(path: Path, file: Any) -> tuple[dict[str, Any], str, int]:
-    metadata = file.metadata() or {}
     shape = file.get_slice("slots").get_shape() if "slots" in file.keys() else []  # noqa: SIM118 - no mapping
+    return *_checked(path, file.metadata() or {}), shape[1] if len(shape) == 3 else 0
+
+
+def _checked(path: str | Path, metadata: dict[str, str]) -> tuple[dict[str, Any], str]:
     found = metadata.get("format", "")
     if found != FORMAT:
         raise ValueError(f"{path} is not a memory of this version: expected the format {FORMAT!r}, got {found!r}.")
@@ -106,7 +160,7 @@ def _header(path: Path, file: Any) -> tuple[dict[str, Any], str, int]:
         complete = False
     if not complete:
         raise ValueError(f"{path} was altered or damaged: its header is not complete. Restore it from a copy.")
-    return header, metadata["checksum"], shape[1] if len(shape) == 3 else 0
+    return header, metadata["checksum"]
 
 
 @contextlib.contextmanager

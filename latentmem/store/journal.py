@@ -1,0 +1,347 @@
+"""The database of a store: memories, and for each the linear journal of its versions, which is their lineage too."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+SCHEMA = """
+CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE memories (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE);
+CREATE TABLE versions (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    memory INTEGER NOT NULL REFERENCES memories,
+    seq INTEGER NOT NULL,
+    base INTEGER REFERENCES versions,
+    event TEXT NOT NULL,
+    payload TEXT NOT NULL,
+    key TEXT,
+    state TEXT NOT NULL,
+    error TEXT,
+    attempts INTEGER NOT NULL,
+    kind TEXT NOT NULL,
+    object TEXT,
+    bytes INTEGER NOT NULL,
+    made TEXT NOT NULL,
+    time REAL NOT NULL,
+    UNIQUE (memory, seq),
+    UNIQUE (memory, key)
+);
+CREATE INDEX children ON versions (base);
+CREATE INDEX pending ON versions (memory) WHERE state = 'pending';
+CREATE INDEX objects ON versions (object);
+CREATE TABLE expiries (
+    memory INTEGER NOT NULL REFERENCES memories, source TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY (memory, source)
+);
+CREATE TABLE building (object TEXT NOT NULL, memory INTEGER NOT NULL);
+"""
+EVENTS = ("create", "import", "write", "rollback", "fork", "pin", "unpin", "forget", "expire")
+STATES = ("pending", "applied", "failed")
+KINDS = ("snapshot", "delta", "none")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One version of one memory: state = event applied to the state of its base.
+
+    Args:
+        id: unique in the store and never used again; 0 = not stored yet. A base has a smaller one.
+        memory: id of the memory.
+        seq: number of the version within the memory, from 0.
+        base: id of the version that it was made from, in this memory or, for a fork, in another; None for the first.
+        event: one of `EVENTS`.
+        payload: what the event says: source, text or ids, role, sha256 and tokens of a write; the source of others.
+        key: idempotency key of a write.
+        state: "pending" (acknowledged, not applied), "applied", or "failed" (then it changes nothing).
+        error: why it failed.
+        attempts: how often applying it was begun.
+        kind: what `object` is: a "snapshot", a "delta" to the base, or "none" where the event says all.
+        object: hash of that object.
+        bytes: its size.
+        made: with what it was computed: dtype, device, threads, library versions.
+        time: seconds since 1970.
+    """
+
+    memory: int
+    event: str
+    base: int | None
+    payload: dict[str, Any]
+    key: str | None = None
+    state: str = "applied"
+    error: str | None = None
+    attempts: int = 0
+    kind: str = "none"
+    object: str | None = None
+    bytes: int = 0
+    made: dict[str, Any] | None = None
+    time: float = 0.0
+    seq: int = 0
+    id: int = 0
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+SELECT = f"SELECT {', '.join(COLUMNS)} FROM versions"
+
+
+class Journal:
+    """The SQLite file of a store; used by all threads of a process through one connection, one at a time.
+
+    Args:
+        path: the file; made if it is not there.
+        timeout: seconds to wait for another process.
+
+    Raises:
+        ValueError: not a store, of a newer format, or damaged.
+    """
+
+    def __init__(self, path: Path, timeout: float) -> None:
+        self._lock = threading.RLock()
+        self._path = path
+        self._depth = 0
+        with self._sentences():
+            self._connection = sqlite3.connect(path, timeout=timeout, isolation_level=None, check_same_thread=False)
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "foreign_keys=ON"):
+                self._connection.execute(f"PRAGMA {pragma}")
+        with self.transaction():
+            (found,) = self._one("PRAGMA user_version")
+            if found == 0:
+                for statement in SCHEMA.split(";\n"):
+                    self._connection.execute(statement)
+                self._connection.execute(f"PRAGMA user_version={FORMAT}")
+            elif found != FORMAT:
+                raise ValueError(f"{path} has the format {found}, this version reads {FORMAT}. Update latentmem.")
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing, durable when it ends, alone among processes and threads.
+
+        Raises:
+            OSError: the disk is full or not writable; nothing has changed.
+            ValueError: another process keeps the database busy, or it is damaged.
+        """
+        with self._lock, self._sentences():
+            if self._depth == 0:
+                self._connection.execute("BEGIN IMMEDIATE")
+            self._depth += 1
+            try:
+                yield
+                if self._depth == 1:
+                    self._connection.execute("COMMIT")
+            except BaseException:
+                if self._depth == 1 and self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+            finally:
+                self._depth -= 1
+
+    @contextlib.contextmanager
+    def _sentences(self) -> Iterator[None]:
+        """Turn the library's errors into those of this package."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            name = getattr(error, "sqlite_errorname", "")
+            if name == "SQLITE_FULL":
+                raise OSError(errno.ENOSPC, "the disk is full; nothing was changed", str(self._path)) from error
+            if name.startswith(("SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")):
+                raise OSError(errno.EIO, f"the database can not be used ({error})", str(self._path)) from error
+            if name.startswith("SQLITE_BUSY"):
+                raise ValueError(f"another process keeps {self._path} busy; try again later.") from error
+            if name in ("SQLITE_CORRUPT", "SQLITE_NOTADB"):
+                raise ValueError(f"{self._path} is damaged or no store ({error}). Restore it from a copy.") from error
+            raise
+
+    def _all(self, sql: str, *values: Any) -> list[tuple]:
+        with self._lock, self._sentences():
+            return self._connection.execute(sql, values).fetchall()
+
+    def _one(self, sql: str, *values: Any) -> tuple:
+        return (self._all(sql, *values) or [()])[0]
+
+    def _do(self, sql: str, *values: Any) -> int:
+        with self.transaction():
+            return self._connection.execute(sql, values).lastrowid or 0
+
+    # --- settings ---------------------------------------------------------------------------------------------------
+
+    def setting(self, name: str, default: str) -> str:
+        """What a setting was when the store was made; `default` makes it."""
+        with self.transaction():
+            self._do("INSERT OR IGNORE INTO settings VALUES (?, ?)", name, default)
+            return self._one("SELECT value FROM settings WHERE name = ?", name)[0]
+
+    def keep_setting(self, name: str, value: str) -> None:
+        self._do("INSERT OR REPLACE INTO settings VALUES (?, ?)", name, value)
+
+    # --- memories ---------------------------------------------------------------------------------------------------
+
+    def names(self) -> dict[str, int]:
+        """All memories: name -> id, by name."""
+        return dict(self._all("SELECT name, id FROM memories ORDER BY name"))
+
+    def id(self, name: str) -> int | None:
+        return (self._one("SELECT id FROM memories WHERE name = ?", name) or (None,))[0]
+
+    def name(self, memory: int) -> str:
+        return self._one("SELECT name FROM memories WHERE id = ?", memory)[0]
+
+    def add(self, name: str, first: Row) -> Row:
+        """A new memory with its first version.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        with self.transaction():
+            if self.id(name) is not None:
+                raise ValueError(f"there is a memory {name!r} already; choose another name, or delete it.")
+            return self.append(replace(first, memory=self._do("INSERT INTO memories (name) VALUES (?)", name)))
+
+    def forks(self, memory: int) -> list[str]:
+        """Names of the memories that were forked from this one."""
+        sql = """SELECT DISTINCT memories.name FROM versions JOIN versions AS bases ON versions.base = bases.id
+                 JOIN memories ON versions.memory = memories.id WHERE bases.memory = ?1 AND versions.memory != ?1"""
+        return sorted(name for (name,) in self._all(sql, memory))
+
+    def family(self, memory: int) -> list[int]:
+        """Ids of all memories that are connected with this one by forks, itself among them."""
+        sql = """WITH RECURSIVE links(a, b) AS (
+                   SELECT versions.memory, bases.memory FROM versions JOIN versions AS bases ON versions.base = bases.id
+                   WHERE versions.event = 'fork'),
+                 family(id) AS (
+                   SELECT ? UNION SELECT CASE WHEN a = family.id THEN b ELSE a END
+                   FROM links JOIN family ON family.id IN (a, b))
+                 SELECT id FROM family ORDER BY id"""
+        return [id for (id,) in self._all(sql, memory)]
+
+    def delete(self, memory: int) -> None:
+        """Remove a memory and all its versions."""
+        with self.transaction():
+            self._do("DELETE FROM versions WHERE memory = ?", memory)
+            self._do("DELETE FROM expiries WHERE memory = ?", memory)
+            self._do("DELETE FROM memories WHERE id = ?", memory)
+
+    # --- versions ---------------------------------------------------------------------------------------------------
+
+    def append(self, row: Row) -> Row:
+        """Add a version behind the newest of its memory, and return it with number, id and time."""
+        with self.transaction():
+            (seq,) = self._one("SELECT COALESCE(MAX(seq), -1) + 1 FROM versions WHERE memory = ?", row.memory)
+            return self.insert(replace(row, seq=seq, time=time.time()))
+
+    def insert(self, row: Row) -> Row:
+        """Add a version as it is, but for its id."""
+        columns = COLUMNS[:-1]
+        sql = f"INSERT INTO versions ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+        return replace(row, id=self._do(sql, *_values(row)[:-1]))
+
+    def change(self, row: Row) -> None:
+        """Replace what is stored of a version."""
+        self._do(f"UPDATE versions SET {', '.join(f'{c} = ?' for c in COLUMNS)} WHERE id = ?", *_values(row), row.id)
+
+    def remove(self, rows: Iterable[int]) -> None:
+        """Remove versions that no other is made from, the newest first."""
+        with self.transaction():
+            for row in rows:
+                self._do("DELETE FROM versions WHERE id = ?", row)
+
+    def renumber(self, row: int, seq: int) -> None:
+        self._do("UPDATE versions SET seq = ? WHERE id = ?", seq, row)
+
+    def row(self, id: int) -> Row:
+        """A version; a ValueError if a replay or a deletion has taken it away meanwhile."""
+        found = self._rows("WHERE id = ?", id)
+        if not found:
+            raise ValueError("a version was rewritten or deleted meanwhile; try again.")
+        return found[0]
+
+    def exists(self, id: int) -> bool:
+        return bool(self._rows("WHERE id = ?", id))
+
+    def version(self, memory: int, seq: int) -> Row | None:
+        return next(iter(self._rows("WHERE memory = ? AND seq = ?", memory, seq)), None)
+
+    def head(self, memory: int) -> Row:
+        """The newest version."""
+        return self._rows("WHERE memory = ? ORDER BY seq DESC LIMIT 1", memory)[0]
+
+    def keyed(self, memory: int, key: str) -> Row | None:
+        """The version that was written with this idempotency key."""
+        return next(iter(self._rows("WHERE memory = ? AND key = ?", memory, key)), None)
+
+    def rows(self, memories: list[int]) -> list[Row]:
+        """All versions of some memories, each behind its base."""
+        return self._rows(f"WHERE memory IN ({', '.join('?' * len(memories))}) ORDER BY id", *memories)
+
+    def pending(self, memory: int) -> list[Row]:
+        """Versions that are acknowledged and not applied, in order."""
+        return self._rows("WHERE memory = ? AND state = 'pending' ORDER BY seq", memory)
+
+    def has_children(self, row: int) -> bool:
+        return bool(self._one("SELECT 1 FROM versions WHERE base = ? LIMIT 1", row))
+
+    def _rows(self, where: str, *values: Any) -> list[Row]:
+        found = []
+        for raw in self._all(f"{SELECT} {where}", *values):
+            named = dict(zip(COLUMNS, raw, strict=True))
+            found.append(Row(**named | {name: json.loads(named[name]) for name in ("payload", "made")}))
+        return found
+
+    # --- expiries ---------------------------------------------------------------------------------------------------
+
+    def expiries(self, memory: int) -> dict[str, float]:
+        """When sources expire: source -> seconds since 1970."""
+        return dict(self._all("SELECT source, at FROM expiries WHERE memory = ? ORDER BY source", memory))
+
+    def set_expiry(self, memory: int, source: str, at: float | None) -> None:
+        with self.transaction():
+            self._do("DELETE FROM expiries WHERE memory = ? AND source = ?", memory, source)
+            if at is not None:
+                self._do("INSERT INTO expiries VALUES (?, ?, ?)", memory, source, at)
+
+    # --- objects ----------------------------------------------------------------------------------------------------
+
+    def objects(self) -> set[str]:
+        """Objects that a version refers to, or that a replay is about to refer to."""
+        sql = "SELECT object FROM versions WHERE object IS NOT NULL UNION SELECT object FROM building"
+        return {name for (name,) in self._all(sql)}
+
+    def build(self, memory: int, name: str) -> None:
+        """Keep an object that a replay of this memory has made until the versions refer to it."""
+        self._do("INSERT INTO building VALUES (?, ?)", name, memory)
+
+    def building(self) -> list[int]:
+        """Memories with objects of a replay that runs, or that was broken off."""
+        return [id for (id,) in self._all("SELECT DISTINCT memory FROM building")]
+
+    def built(self, memory: int) -> None:
+        self._do("DELETE FROM building WHERE memory = ?", memory)
+
+    def truncate(self) -> None:
+        """Take deleted content out of the write-ahead log.
+
+        Raises:
+            ValueError: another process is reading the database meanwhile.
+        """
+        (busy, _, _) = self._one("PRAGMA wal_checkpoint(TRUNCATE)")
+        if busy:
+            raise ValueError(
+                f"another process reads {self._path}, so its log still holds what was deleted; sweep again."
+            )
+
+
+def _values(row: Row) -> list[Any]:
+    named = {name: getattr(row, name) for name in COLUMNS}
+    return list((named | {name: json.dumps(named[name], sort_keys=True) for name in ("payload", "made")}).values())

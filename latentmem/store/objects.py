@@ -1,0 +1,180 @@
+"""Tensors of a store: immutable objects that are named by the hash of their bytes, in a folder or at an fsspec URL."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+from fsspec.core import url_to_fs
+
+HASH = re.compile(r"[0-9a-f]{64}")
+SUFFIX = ".safetensors"
+
+
+class Disk:
+    """The file operations of this machine that a crash may come between; tests put a forgetful one in its place."""
+
+    def mkdir(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+
+    def create(self, path: Path, data: bytes) -> None:
+        path.write_bytes(data)
+
+    def sync(self, path: Path) -> None:
+        """Flush a file's content, or a folder's names, to the device."""
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def sync_folder(self, folder: Path) -> None:
+        if os.name == "posix":  # elsewhere a folder can not be opened, and a rename is as durable as it gets
+            self.sync(folder)
+
+    def rename(self, path: Path, to: Path) -> None:
+        path.replace(to)
+
+    def remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+
+class Objects(ABC):
+    """Immutable objects by content hash."""
+
+    def put(self, data: bytes) -> str:
+        """Write an object; when this returns, no crash loses it.
+
+        Returns:
+            Its name: the sha256 of its bytes.
+
+        Raises:
+            OSError: the disk is full or not writable; nothing else is touched.
+        """
+        name = hashlib.sha256(data).hexdigest()
+        self._write(name, data)
+        return name
+
+    def get(self, name: str) -> bytes:
+        """Read an object and verify it.
+
+        Raises:
+            ValueError: it is missing or damaged.
+        """
+        try:
+            data = self._read(name)
+        except FileNotFoundError:
+            raise ValueError(f"the object {name} of the store is missing. Restore it from a copy.") from None
+        if hashlib.sha256(data).hexdigest() != name:
+            raise ValueError(f"the object {name} of the store is damaged. Restore it from a copy.")
+        return data
+
+    @abstractmethod
+    def names(self) -> Iterator[str]:
+        """All objects that are there."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None: ...
+
+    @abstractmethod
+    def tidy(self) -> None:
+        """Remove what broken-off writes have left; nobody may be writing."""
+
+    @abstractmethod
+    def _write(self, name: str, data: bytes) -> None: ...
+
+    @abstractmethod
+    def _read(self, name: str) -> bytes: ...
+
+
+class Local(Objects):
+    """Objects in a folder, `ab/abcd....safetensors`: a temporary file, flushed, renamed, the folders flushed.
+
+    Args:
+        folder: is made if it is not there.
+    """
+
+    def __init__(self, folder: Path, disk: Disk) -> None:
+        self.folder, self.disk = folder, disk
+        disk.mkdir(folder)
+        disk.sync_folder(folder.parent)
+
+    def _write(self, name: str, data: bytes) -> None:
+        path = self._path(name)
+        temporary = path.with_name(f".{path.name}")
+        self.disk.mkdir(path.parent)
+        try:
+            self.disk.create(temporary, data)
+            self.disk.sync(temporary)
+            self.disk.rename(temporary, path)
+        except OSError:
+            self.disk.remove(temporary)
+            raise
+        self.disk.sync_folder(path.parent)
+        self.disk.sync_folder(self.folder)
+
+    def _read(self, name: str) -> bytes:
+        return self._path(name).read_bytes()
+
+    def names(self) -> Iterator[str]:
+        for path in self.folder.glob(f"??/*{SUFFIX}"):
+            if HASH.fullmatch(path.stem):
+                yield path.stem
+
+    def remove(self, name: str) -> None:
+        self.disk.remove(self._path(name))
+
+    def tidy(self) -> None:
+        for path in self.folder.glob(f"??/.*{SUFFIX}"):
+            self.disk.remove(path)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / name[:2] / f"{name}{SUFFIX}"
+
+
+class Remote(Objects):
+    """Objects at an fsspec URL. There is no rename: an object is uploaded under its final name.
+
+    An upload that is broken off leaves a damaged object that no version refers to; the next one replaces it.
+
+    Args:
+        url: for example "s3://bucket/folder".
+    """
+
+    def __init__(self, url: str) -> None:
+        self.files, self.folder = url_to_fs(url)
+
+    def _write(self, name: str, data: bytes) -> None:
+        self.files.makedirs(self._path(name).rpartition("/")[0], exist_ok=True)
+        self.files.pipe_file(self._path(name), data)
+
+    def _read(self, name: str) -> bytes:
+        return self.files.cat_file(self._path(name))
+
+    def names(self) -> Iterator[str]:
+        for path in self.files.find(self.folder):
+            name = path.rpartition("/")[2].removesuffix(SUFFIX)
+            if HASH.fullmatch(name):
+                yield name
+
+    def remove(self, name: str) -> None:
+        self.files.rm_file(self._path(name))
+
+    def tidy(self) -> None:
+        pass  # uploads have no temporary names
+
+    def _path(self, name: str) -> str:
+        return f"{self.folder}/{name[:2]}/{name}{SUFFIX}"
+
+
+def objects_at(place: Path | str, disk: Disk) -> Objects:
+    """Objects in a folder of this machine, or at an fsspec URL."""
+    if isinstance(place, Path) or "://" not in place:
+        return Local(Path(place), disk)
+    if place.startswith(("file://", "local://")):
+        return Local(Path(url_to_fs(place)[1]), disk)
+    return Remote(place)

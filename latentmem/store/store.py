@@ -1,0 +1,993 @@
+"""Named memories with versions: one folder with a journal (SQLite) and tensors (safetensors).
+
+Every change of a memory is one row of its journal and one version of it: state = event applied to the state of its
+base. The base of most is the version before; a rollback goes on from an older one, a fork from another memory's. What
+an event can not say is an object: a full snapshot now and then, and deltas between. An object is on disk before the
+row that refers to it, so whatever a crash leaves behind, every row can be read.
+
+Locks, always taken in this order: one file per memory, for whoever changes it; one for the objects, while some are
+written that no row refers to yet; the database's own, for a commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock, Timeout
+
+import latentmem
+from latentmem.core import memory as memories
+from latentmem.core import snapshot
+from latentmem.core.memory import Memory
+from latentmem.model import MemoryModel
+from latentmem.store import archive, delta
+from latentmem.store.delta import Update
+from latentmem.store.journal import Journal, Row
+from latentmem.store.objects import Disk, objects_at
+from latentmem.store.views import Change, SourceStats, Version
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
+JOURNALS = ("text", "hash")
+ATTEMPTS = 3  # broken-off attempts to apply a write before it is given up
+
+
+class Store:
+    """Memories by name, with all their versions, in one folder.
+
+    A store can be used by any number of threads and processes at once; a memory is changed by one at a time. The model
+    is an argument where one is needed, so a store can hold memories of many models.
+
+    Args:
+        path: a folder of this machine, made if it is not there; SQLite's log needs a real disk, no network folder.
+        objects: where tensors go: a folder or an fsspec URL such as "s3://bucket/folder". As the store was made, by
+            default inside `path`.
+        journal: "text" keeps what was written, so that it can be replayed; "hash" keeps its sha256 alone. As the
+            store was made, by default "text".
+        snapshot_every: deltas after which a full snapshot is written.
+        cache_bytes: memories that were opened are kept up to this size, the last used ones. Keys and values that a
+            model has derived from them come on top.
+        timeout: seconds to wait for whoever holds a memory.
+        disk: the file operations of a folder of objects; for tests.
+
+    Raises:
+        ValueError: not a store, of a newer format, damaged, or made with another journal.
+        OSError: the folder can not be written.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        objects: str | Path | None = None,
+        journal: str | None = None,
+        snapshot_every: int = 16,
+        cache_bytes: int = 1 << 30,
+        timeout: float = 60,
+        disk: Disk | None = None,
+    ) -> None:
+        if journal not in (None, *JOURNALS):
+            raise ValueError(f"journal must be one of {', '.join(JOURNALS)}, got {journal!r}.")
+        if snapshot_every < 1:
+            raise ValueError(f"snapshot_every must be 1 or more, got {snapshot_every}.")
+        self.path, self.timeout, self.snapshot_every = Path(path), timeout, snapshot_every
+        disk = disk or Disk()
+        (self.path / "locks").mkdir(parents=True, exist_ok=True)
+        disk.sync_folder(self.path.parent)
+        self._journal = Journal(self.path / "store.db", timeout)
+        place = self._journal.setting("objects", str(objects or ""))
+        self._objects = objects_at(objects or place or self.path / "objects", disk)
+        self._cache = _Cache(cache_bytes)
+        self.journal = self._journal.setting("journal", journal or "text")
+        if journal not in (None, self.journal):
+            raise ValueError(
+                f"{self.path} was made with journal={self.journal!r}, got {journal!r}. Leave it out, or make another."
+            )
+        if self._journal.setting("sweep", "no") == "due":
+            self.sweep()
+
+    def close(self) -> None:
+        """Close the database; what was acknowledged is safe without it."""
+        self._journal.close()
+
+    # --- memories ---------------------------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """All memories, by name."""
+        return list(self._journal.names())
+
+    def create(self, name: str, memory: Memory) -> None:
+        """Begin a named memory with a given one, usually `llm.empty(...)`.
+
+        A memory into which something was written is taken as it is; what it was made from is not in the journal, so
+        it can not be replayed.
+
+        Raises:
+            ValueError: a name that is taken, or that is none: letters, digits, "_" and "-", at most 64.
+        """
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{name!r} can not be a memory's name: use letters, digits, '_' and '-', and no path.")
+        first = Row(0, "import" if memory.updates else "create", None, {}, made=_made(memory))
+        with self._putting():
+            self._journal.add(name, self._with_object(first, "snapshot", snapshot.to_bytes(_plain(memory))))
+
+    def delete(self, name: str) -> None:
+        """Delete a memory and all its versions for good, from the disk too.
+
+        Raises:
+            ValueError: no such memory, or others were forked from it.
+        """
+        with self._alone(name) as memory:
+            forks = self._journal.forks(memory)
+            if forks:
+                raise ValueError(f"{', '.join(forks)} was forked from {name!r} and needs it; delete the fork first.")
+            with self._journal.transaction():
+                self._journal.delete(memory)
+                self._journal.keep_setting("sweep", "due")
+        self.sweep()
+
+    def fork(self, name: str, new: str, version: int | None = None) -> None:
+        """Begin a memory that goes on from a version of another; nothing is copied.
+
+        Raises:
+            ValueError: no such memory or version, one that is not applied yet, or a new name that is taken.
+        """
+        if not NAME.fullmatch(new):
+            raise ValueError(f"{new!r} can not be a memory's name: use letters, digits, '_' and '-', and no path.")
+        with self._alone(name) as memory, self._journal.transaction():
+            base = self._done(name, self._row(name, memory, version))
+            first = self._journal.add(new, Row(0, "fork", base.id, {}))
+            for source, at in self._journal.expiries(memory).items():
+                self._journal.set_expiry(first.memory, source, at)
+
+    def rollback(self, name: str, version: int) -> int:
+        """Go back to an older version. This is a version too, so it can be undone.
+
+        Returns:
+            The new version.
+        """
+        with self._alone(name) as memory, self._journal.transaction():
+            base = self._done(name, self._row(name, memory, version))
+            return self._journal.append(Row(memory, "rollback", base.id, {})).seq
+
+    def history(self, name: str) -> list[Version]:
+        """All versions of a memory, oldest first."""
+        found = []
+        for row in self._journal.rows([self._id(name)]):
+            base = None
+            if row.base is not None:
+                from_row = self._journal.row(row.base)
+                base = (self._journal.name(from_row.memory), from_row.seq)
+            says = row.payload
+            found.append(
+                Version(
+                    row.seq,
+                    row.event,
+                    says.get("source"),
+                    says.get("tokens", 0),
+                    says.get("text", says.get("ids")),
+                    base,
+                    row.state,
+                    row.error,
+                    row.key,
+                    row.bytes,
+                    row.made or {},
+                    datetime.fromtimestamp(row.time).astimezone(),
+                )
+            )
+        return found
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def write(
+        self,
+        llm: MemoryModel,
+        name: str,
+        text: str | Sequence[int],
+        source: str = "text",
+        *,
+        role: str | None = None,
+        key: str | None = None,
+    ) -> int:
+        """Write a text, or token ids, into a memory; when this returns, no crash loses it.
+
+        Args:
+            source, role: as in `MemoryModel.write`.
+            key: idempotency key: a second write with the same key and text changes nothing.
+
+        Returns:
+            The version that holds it.
+
+        Raises:
+            ValueError: what `MemoryModel.write` refuses, a source that has expired, or a key of another text; nothing
+                has changed.
+            OSError: the disk is full; the old version is kept.
+        """
+        says = _said(text, source, role)
+        with self._alone(name) as memory:
+            self._advance(llm, name, memory)
+            known = self._known(name, memory, key, says)
+            if known is not None:
+                return _succeeded(known).seq
+            head = self._journal.head(memory)
+            _ids(llm, says)
+            if self.journal == "hash":
+                before = self._state(head)
+                llm.check(before)
+                row = Row(memory, "write", head.id, says, key)
+                return self._commit(*self._computed(llm, row, before, self._deltas(head))).seq
+            pending = self._append(name, memory, says, key)
+            try:
+                self._settle(llm, memory)
+                return _succeeded(self._journal.row(pending.id)).seq
+            except BaseException as error:
+                self._withdraw(pending, error)
+                raise
+
+    def append(
+        self,
+        name: str,
+        text: str | Sequence[int],
+        source: str = "text",
+        *,
+        role: str | None = None,
+        key: str | None = None,
+    ) -> int:
+        """Acknowledge a write without a model: the journal has it, and the next `write`, `ask` or `apply` applies it.
+
+        Returns:
+            The version that will hold it.
+
+        Raises:
+            ValueError: an empty text, a source that has expired, a key of another text, or a store that keeps no text.
+        """
+        if self.journal == "hash":
+            raise ValueError("this store keeps no text, so a text can not wait in it; use `write`.")
+        memory, says = self._id(name), _said(text, source, role)
+        with self._journal.transaction():
+            return (self._known(name, memory, key, says) or self._append(name, memory, says, key)).seq
+
+    def apply(self, llm: MemoryModel, name: str) -> int:
+        """Apply what was acknowledged and not applied yet, and forget what has expired.
+
+        A write that the model refuses, or that was broken off three times, is marked as failed and passed over.
+
+        Returns:
+            The newest version.
+        """
+        with self._alone(name) as memory:
+            self._advance(llm, name, memory)
+            return self._journal.head(memory).seq
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def open(self, name: str, version: int | None = None, *, llm: MemoryModel | None = None) -> Memory:
+        """A version of a memory, by default the newest; sources whose time is over are forgotten before.
+
+        Args:
+            llm: applies what was acknowledged and not applied yet.
+
+        Raises:
+            ValueError: no such memory or version, a missing or damaged object, or writes that wait for a model.
+        """
+        memory = self._id(name)
+        if version is None and (self._due(memory) or (llm is not None and self._journal.pending(memory))):
+            with self._alone(name) as memory:
+                self._advance(llm, name, memory)
+                return self._state(self._journal.head(memory))
+        row = self._done(name, self._row(name, memory, version))
+        try:
+            return self._state(row)
+        except ValueError:
+            if self._journal.exists(row.id):
+                raise
+            return self.open(name, version, llm=llm)  # a replay has put another in its place meanwhile
+
+    def ask(
+        self, llm: MemoryModel, name: str, question: str, *, version: int | None = None, **generate_kwargs: Any
+    ) -> str:
+        """Answer a question with a memory; `generate_kwargs` and errors as in `MemoryModel.ask`."""
+        return llm.ask(self.open(name, version, llm=llm), question, **generate_kwargs)
+
+    def diff(self, name: str, one: int, other: int | None = None) -> list[Change]:
+        """What became of each source between two versions, by default up to the newest; sources that are as they were
+        are left out."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        for i, memory in enumerate((self.open(name, one), self.open(name, other))):
+            for source, left in zip(memory.sources, memory.left(), strict=True):
+                found.setdefault(source.name, [(0, 0.0), (0, 0.0)])[i] = (source.tokens, left.double().mean().item())
+        return [Change(source, (a[0], b[0]), (a[1], b[1])) for source, (a, b) in sorted(found.items()) if a != b]
+
+    def stats(self, name: str, ahead: Sequence[int] = (1, 10, 100)) -> list[SourceStats]:
+        """How much is left of each source of the newest version, and the forecast.
+
+        Args:
+            ahead: numbers of further updates of K slots that the forecast is for.
+        """
+        memory, expiries = self.open(name), self._journal.expiries(self._id(name))
+        survives = {t: memories.forecast(memory, t) for t in ahead}
+        found = []
+        for source, slots in zip(memory.sources, memory.left(), strict=True):
+            left = slots.double().mean().item() / source.slots
+            at = expiries.get(source.name)
+            found.append(
+                SourceStats(
+                    source.name,
+                    source.tokens,
+                    source.slots,
+                    left,
+                    source.pinned,
+                    None if at is None else datetime.fromtimestamp(at).astimezone(),
+                    {t: left if source.pinned else left * share for t, share in survives.items()},
+                )
+            )
+        return found
+
+    # --- sources ----------------------------------------------------------------------------------------------------
+
+    def pin(self, name: str, source: str, pinned: bool = True) -> int:
+        """Never drop a source's slots, within the memory's quota; or take the pin off.
+
+        Returns:
+            The new version.
+
+        Raises:
+            ValueError: no such source, or more than the quota.
+        """
+        with self._alone(name) as memory:
+            return self._event(name, memory, "pin" if pinned else "unpin", source)
+
+    def forget(self, name: str, source: str) -> int:
+        """Drop all slots of a source from the newest version. Older versions, and the journal, keep it.
+
+        Returns:
+            The new version.
+
+        Raises:
+            ValueError: no such source.
+        """
+        with self._alone(name) as memory:
+            return self._event(name, memory, "forget", source)
+
+    def expire(self, name: str, source: str, after: float | datetime | None) -> None:
+        """Say when a source is to be forgotten: by slots, by whoever opens or writes the memory next after that.
+
+        Args:
+            after: seconds from now, a time, or None: never.
+
+        Raises:
+            ValueError: no such source, or a time without a time zone.
+        """
+        if isinstance(after, datetime) and after.tzinfo is None:
+            raise ValueError(f"{after} has no time zone; give one, for example datetime.now().astimezone().")
+        at = after.timestamp() if isinstance(after, datetime) else None if after is None else time.time() + after
+        with self._alone(name) as memory:
+            held = [known.name for known in self._state(self._done(name, self._journal.head(memory))).sources]
+            if source not in held:
+                raise ValueError(f"{name!r} has no source {source!r} (it has: {', '.join(held) or 'none'}).")
+            self._journal.set_expiry(memory, source, at)
+
+    def forget_by_replay(self, llm: MemoryModel, name: str, source: str) -> list[str]:
+        """Forget a source as if it had never been written: in this memory, in what it was forked from and in all forks.
+
+        Every version that holds the source is computed anew without it, by the journal; rows and objects of the old
+        ones are deleted from the disk, so no rollback brings it back. Versions are numbered anew. All or nothing: a
+        crash before the end changes nothing, one behind it leaves nothing to be done but a sweep, which the next
+        `Store` on this folder does.
+
+        Returns:
+            The memories that were rewritten.
+
+        Raises:
+            ValueError: the journal keeps only hashes, the source was in a memory before its journal began, or `llm`
+                is not the model that wrote it.
+        """
+        with contextlib.ExitStack() as locks:
+            family = self._lock_family(locks, name)
+            rows = self._journal.rows(family)
+            for memory in family:
+                self._journal.built(memory)  # of a replay that was broken off
+            done = self._replay(llm, rows, source)
+            rewritten = self._exchange(family, done, source)
+        if rewritten:
+            self.sweep()
+        return sorted(rewritten)
+
+    def rebuild(self, llm: MemoryModel, name: str, new: str) -> None:
+        """Replay what led to the newest version of a memory into a new one, with another model or other adapters.
+
+        Args:
+            new: the name of the memory that is made; N, K, compression and seed are those of the old one.
+
+        Raises:
+            ValueError: the journal keeps only hashes, or the memory held something before its journal began.
+        """
+        memory = self._id(name)
+        row = self._done(name, self._journal.head(memory))
+        path = [row]
+        while row.base is not None:
+            row = self._journal.row(row.base)
+            path.append(row)
+        start = self._state(row)
+        if row.event != "create":
+            raise ValueError(
+                f"{name!r} began with a memory that held something already; its journal can not rebuild it."
+            )
+        ways = {what: getattr(start, what) for what in ("N", "K", "preset", "compression", "seed", "choice")}
+        self.create(new, replace(llm.empty(**ways), quota=start.quota))
+        try:
+            for row in reversed(path[:-1]):
+                says = row.payload
+                if row.state == "failed":
+                    continue
+                if row.event == "write":
+                    if "ids" in says and start.tokenizer != llm.tokenizer_identity:
+                        raise ValueError(f"version {row.seq} was written as token ids of another tokenizer.")
+                    self.write(llm, new, _text(row), says["source"], role=says["role"])
+                elif row.event in ("pin", "unpin"):
+                    self.pin(new, says["source"], row.event == "pin")
+                elif row.event in ("forget", "expire"):
+                    self.forget(new, says["source"])
+        except BaseException:
+            self.delete(new)
+            raise
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def export(self, name: str, path: str | Path) -> None:
+        """Write a memory with its history into one file; equal memories give equal bytes.
+
+        A fork is exported as if it had begun with what it was forked from.
+        """
+        with self._alone(name) as memory:
+            rows = self._journal.rows([memory])
+            first = rows[0]
+            extra = {}
+            if first.event == "fork":
+                data = snapshot.to_bytes(self._state(first))
+                hashed = hashlib.sha256(data).hexdigest()
+                extra = {hashed: data}
+                rows[0] = replace(first, event="import", base=None, kind="snapshot", object=hashed, bytes=len(data))
+            archive.write(
+                Path(path), rows, self._journal.expiries(memory), lambda n: extra.get(n) or self._objects.get(n)
+            )
+
+    def import_(self, path: str | Path, name: str) -> None:
+        """Make a memory from an exported file, with its versions; everything in the file is verified.
+
+        Raises:
+            ValueError: a file that is damaged or was not made by `export`, a name that is taken, or texts where this
+                store keeps only hashes; nothing has changed.
+        """
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{name!r} can not be a memory's name: use letters, digits, '_' and '-', and no path.")
+        try:
+            with archive.Reader(Path(path)) as file, self._putting():
+                self._take(file, name)
+        except (ValueError, OSError):
+            self.sweep()  # of the objects that were put down before the fault was found
+            raise
+
+    def _take(self, file: archive.Reader, name: str) -> None:
+        if self.journal == "hash" and any("text" in row.payload or "ids" in row.payload for row in file.rows):
+            raise ValueError("the file holds texts, and this store was made to keep only hashes.")
+        for hashed in file.objects:
+            self._objects.put(file.read(hashed))
+        with self._journal.transaction():
+            first = self._journal.add(name, file.rows[0])
+            self._journal.change(replace(first, time=file.rows[0].time))
+            ids = [first.id]
+            for row in file.rows[1:]:
+                ids.append(self._journal.insert(replace(row, memory=first.memory, base=ids[row.base or 0])).id)
+            for source, at in file.expiries.items():
+                self._journal.set_expiry(first.memory, source, at)
+            for row in self._journal.rows([first.memory]):
+                if row.state != "pending":
+                    self._state(row, cached=False)
+
+    def sweep(self) -> int:
+        """Delete objects that no version refers to, and what was deleted from the database's log.
+
+        Returns:
+            How many objects.
+        """
+        for memory in self._journal.building():
+            with contextlib.suppress(Timeout), FileLock(self._lock_path(memory), timeout=0):
+                self._journal.built(memory)
+        with self._putting():
+            used, count = self._journal.objects(), 0
+            for name in list(self._objects.names()):
+                if name not in used:
+                    self._objects.remove(name)
+                    count += 1
+            self._objects.tidy()
+            locks = list((self.path / "locks").iterdir())  # before the names: a memory is there before its lock
+            there = {str(memory) for memory in self._journal.names().values()} | {"objects"}
+            for lock in locks:
+                if lock.stem not in there:
+                    lock.unlink()
+            self._journal.truncate()
+            self._journal.keep_setting("sweep", "no")
+        return count
+
+    # --- inside: locks ----------------------------------------------------------------------------------------------
+
+    def _lock_path(self, memory: int | str) -> Path:
+        return self.path / "locks" / f"{memory}.lock"
+
+    @contextlib.contextmanager
+    def _alone(self, name: str) -> Iterator[int]:
+        """Hold a memory alone while it is changed; gives its id."""
+        memory = self._id(name)
+        with self._locked(memory, f"the memory {name!r}"):
+            if self._id(name) != memory:
+                raise ValueError(f"the memory {name!r} was deleted meanwhile.")
+            yield memory
+
+    @contextlib.contextmanager
+    def _putting(self) -> Iterator[None]:
+        """Hold the objects alone, from the writing of one to the row that refers to it."""
+        with self._locked("objects", "the store"):
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self, what: int | str, called: str) -> Iterator[None]:
+        owner = self._lock_path(what).with_suffix(".owner")
+        try:
+            with FileLock(self._lock_path(what), timeout=self.timeout):
+                owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+                yield
+        except Timeout:
+            who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+            raise ValueError(
+                f"{who} is changing {called}, and did so for {self.timeout:g} seconds; try again later."
+            ) from None
+
+    def _lock_family(self, locks: contextlib.ExitStack, name: str) -> list[int]:
+        """Lock a memory and all that forks connect with it; a fork takes the lock of what it is made from."""
+        held: list[int] = []
+        while True:
+            family = self._journal.family(self._id(name))
+            if family == held:
+                return family
+            locks.close()
+            names = {memory: name for name, memory in self._journal.names().items()}
+            for memory in family:
+                locks.enter_context(self._locked(memory, f"the memory {names.get(memory)!r}"))
+            held = family
+
+    # --- inside: versions -------------------------------------------------------------------------------------------
+
+    def _id(self, name: str) -> int:
+        memory = self._journal.id(name)
+        if memory is None:
+            known = ", ".join(self.names()) or "none yet"
+            raise ValueError(f"there is no memory {name!r} (there are: {known}). `create` makes one.")
+        return memory
+
+    def _row(self, name: str, memory: int, version: int | None) -> Row:
+        row = self._journal.head(memory) if version is None else self._journal.version(memory, version)
+        if row is None:
+            newest = self._journal.head(memory).seq
+            raise ValueError(f"{name!r} has no version {version}; it has 0 to {newest}.")
+        return row
+
+    def _done(self, name: str, row: Row) -> Row:
+        """The row, if nothing that it is made from waits to be applied."""
+        if row.state != "pending" and not self._waits(row):
+            return row
+        raise ValueError(
+            f"version {row.seq} of {name!r} waits for writes that are acknowledged and not applied yet; "
+            f"`apply` does it, or give the model to `open`."
+        )
+
+    def _waits(self, row: Row) -> bool:
+        """Whether a version is made from one that is pending."""
+        if not self._journal.pending(row.memory):
+            return False
+        here: Row | None = row
+        while here is not None and here.kind != "snapshot":
+            if here.state == "pending":
+                return True
+            here = None if here.base is None else self._journal.row(here.base)
+        return False
+
+    def _state(self, row: Row, *, cached: bool = True) -> Memory:
+        """The memory at a version: the nearest one that is kept or a snapshot, and what came after it."""
+        path: list[Row] = []
+        found = None
+        while found is None:
+            found = self._cache.get(row.id) if cached else None
+            if found is None and row.kind == "snapshot":
+                found = _plain(snapshot.from_bytes(self._objects.get(row.object or ""), f"the object {row.object}"))
+                path.append(row)
+            elif found is None:
+                path.append(row)
+                if row.base is None:
+                    raise ValueError(f"version {row.seq} has no snapshot and nothing that it was made from.")
+                row = self._journal.row(row.base)
+        for row in reversed(path):
+            found = self._following(row, found)
+        if cached and path:
+            self._cache.put(path[0].id, found)
+        return found
+
+    def _following(self, row: Row, memory: Memory) -> Memory:
+        """The state of a version that is applied, from the state of its base."""
+        if row.state == "failed" or row.kind == "snapshot":
+            return memory
+        if row.kind == "delta":
+            for one in delta.from_bytes(self._objects.get(row.object or ""), f"the object {row.object}"):
+                memory = one.apply(memory)
+            return _plain(memory)
+        return _plain(_bookkeeping(row, memory))
+
+    def _deltas(self, row: Row | None) -> int:
+        """Deltas between a version and the snapshot before it; no more than matter are counted."""
+        count = 0
+        while row is not None and row.kind != "snapshot" and count < self.snapshot_every:
+            count += row.kind == "delta"
+            row = None if row.base is None else self._journal.row(row.base)
+        return count
+
+    def _event(self, name: str, memory: int, event: str, source: str) -> int:
+        """Add a version that needs no model, on top of the newest."""
+        head = self._done(name, self._journal.head(memory))
+        row = Row(memory, event, head.id, {"source": source})
+        after = _plain(_bookkeeping(row, self._state(head)))
+        with self._journal.transaction():
+            if self._journal.head(memory).id != head.id:
+                raise ValueError(f"a write into {name!r} was acknowledged meanwhile; `apply` it and try again.")
+            row = self._journal.append(row)
+        self._cache.put(row.id, after)
+        return row.seq
+
+    # --- inside: writes ---------------------------------------------------------------------------------------------
+
+    def _advance(self, llm: MemoryModel | None, name: str, memory: int) -> None:
+        """Apply what waits, then forget what has expired."""
+        if llm is not None:
+            self._settle(llm, memory)
+        for source in self._due(memory):
+            self._event(name, memory, "expire", source)
+
+    def _due(self, memory: int) -> list[str]:
+        """Sources of the newest version whose time is over."""
+        over = [source for source, at in self._journal.expiries(memory).items() if at <= time.time()]
+        if not over:
+            return []
+        head = self._journal.head(memory)
+        if self._waits(head):
+            return over
+        held = [source.name for source in self._state(head).sources]
+        return [source for source in over if source in held]
+
+    def _known(self, name: str, memory: int, key: str | None, says: dict[str, Any]) -> Row | None:
+        """The version of this key, if it is that of the same text."""
+        row = None if key is None else self._journal.keyed(memory, key)
+        if row is not None and row.payload["sha256"] != says["sha256"]:
+            raise ValueError(f"the key {key!r} belongs to another text, version {row.seq} of {name!r}; use a new key.")
+        at = self._journal.expiries(memory).get(says["source"])
+        if row is None and at is not None and at <= time.time():
+            raise ValueError(
+                f"the source {says['source']!r} of {name!r} has expired, so what is written would be forgotten at "
+                f"once; give it another time with `expire`, or None."
+            )
+        return row
+
+    def _append(self, name: str, memory: int, says: dict[str, Any], key: str | None) -> Row:
+        """Acknowledge a write."""
+        with self._journal.transaction():
+            if self._journal.id(name) != memory:
+                raise ValueError(f"the memory {name!r} was deleted meanwhile.")
+            return self._journal.append(Row(memory, "write", self._journal.head(memory).id, says, key, state="pending"))
+
+    def _settle(self, llm: MemoryModel, memory: int) -> None:
+        """Apply what waits, in order."""
+        for row in self._journal.pending(memory):
+            base = self._journal.row(row.base or 0)
+            before = self._state(base)
+            llm.check(before)
+            if row.attempts >= ATTEMPTS:
+                self._fail(row, f"applying it was broken off {ATTEMPTS} times")
+                continue
+            begun = replace(row, attempts=row.attempts + 1)
+            self._journal.change(begun)
+            try:
+                done, data, after = self._computed(llm, begun, before, self._deltas(base))
+            except ValueError as error:
+                self._fail(row, str(error))
+                continue
+            except KeyboardInterrupt:
+                self._journal.change(row)
+                raise
+            try:
+                self._commit(done, data, after)
+            except OSError:
+                with contextlib.suppress(OSError):  # a disk that is full takes no note of it either
+                    self._journal.change(row)
+                raise
+
+    def _computed(self, llm: MemoryModel, row: Row, before: Memory, deltas: int) -> tuple[Row, bytes, Memory]:
+        """Compute a write.
+
+        Args:
+            before: the state of its base.
+            deltas: between that and the snapshot before it.
+
+        Returns:
+            The row, applied but for its object; that object; and the next memory.
+        """
+        ids, role = _ids(llm, row.payload)
+        after, updates = _written(llm, before, ids, row.payload["source"])
+        if deltas + 1 < self.snapshot_every and delta.size(updates) < _size(after):
+            kind, data = "delta", delta.to_bytes(updates)
+        else:
+            kind, data = "snapshot", snapshot.to_bytes(after)
+        says = row.payload | {"tokens": len(ids), "resolved": role}
+        if self.journal == "hash":
+            says = {what: value for what, value in says.items() if what not in ("text", "ids")}
+        return replace(row, payload=says, state="applied", kind=kind, made=_made(after)), data, after
+
+    def _commit(self, row: Row, data: bytes, after: Memory) -> Row:
+        """Put the object of a write on disk, then its row."""
+        with self._putting():
+            row = self._with_object(row, row.kind, data)
+            if row.id:
+                self._journal.change(row)
+            else:
+                row = self._journal.append(row)
+        self._cache.put(row.id, after)
+        return row
+
+    def _with_object(self, row: Row, kind: str, data: bytes) -> Row:
+        return replace(row, kind=kind, object=self._objects.put(data), bytes=len(data))
+
+    def _fail(self, row: Row, error: str) -> None:
+        self._journal.change(replace(row, state="failed", error=error))
+
+    def _withdraw(self, row: Row, error: BaseException) -> None:
+        """Take back a write that could not be applied, so that nothing has changed."""
+        try:
+            with self._journal.transaction():
+                if self._journal.row(row.id).state == "applied":
+                    return
+                if self._journal.has_children(row.id):
+                    self._fail(row, str(error))
+                else:
+                    self._journal.remove([row.id])
+        except OSError:
+            error.add_note(f"It stays in the journal as version {row.seq}, and is applied when there is room again.")
+
+    # --- inside: replay ---------------------------------------------------------------------------------------------
+
+    def _replay(self, llm: MemoryModel, rows: list[Row], source: str) -> dict[int, Row | None]:
+        """Compute all versions that hold a source as if it had never been written; what they refer to is kept on disk.
+
+        Args:
+            rows: all versions of a family, each behind its base.
+
+        Returns:
+            Id -> what takes its place (its base is still the old one), or None where nothing does.
+        """
+        if not any(row.event == "write" and row.payload["source"] == source for row in rows):
+            raise ValueError(f"the journal has no write of the source {source!r}.")
+        gone = {row.id for row in rows if row.payload.get("source") == source}
+        dirty = set(gone)
+        children: dict[int, list[Row]] = {row.id: [] for row in rows}
+        for row in rows:
+            if row.base in dirty:
+                dirty.add(row.id)
+            if row.base is not None:
+                children[row.base].append(row)
+        for row in rows:
+            if row.id in dirty - gone and row.event == "write" and row.state != "failed":
+                _text(row)
+        held = [known.name for known in self._state(rows[0]).sources]
+        if source in held:
+            raise ValueError(
+                f"the source {source!r} was in the memory before its journal began, so it can not be replayed without "
+                f"it; `forget` drops its slots."
+            )
+        done: dict[int, Row | None] = {}
+        todo: list[tuple[Row, Memory | None, int]] = [(rows[0], None, 0)]
+        while todo:
+            row, after, deltas = todo.pop()  # what its base has become; None: its base is as it was
+            if row.id in dirty:
+                if after is None:
+                    base = self._journal.row(row.base or 0)
+                    after, deltas = self._state(base), self._deltas(base)
+                if row.id in gone:
+                    done[row.id] = None
+                else:
+                    new, after = self._again(llm, row, after, deltas)
+                    done[row.id] = new
+                    deltas = {"snapshot": 0, "delta": deltas + 1, "none": deltas}[new.kind]
+            todo += [(child, after, deltas) for child in children[row.id]]
+        return done
+
+    def _again(self, llm: MemoryModel, row: Row, before: Memory, deltas: int) -> tuple[Row, Memory]:
+        """A version as it is on top of another state of its base."""
+        if row.state != "applied":
+            return row, before
+        bare = replace(row, kind="none", object=None, bytes=0)
+        if row.event == "write":
+            llm.check(before)
+        try:
+            if row.event != "write":
+                return bare, _plain(_bookkeeping(row, before))
+            again, data, after = self._computed(llm, bare, before, deltas)
+        except ValueError as error:
+            return replace(bare, state="failed", error=str(error)), before
+        with self._putting():
+            again = self._with_object(again, again.kind, data)
+            self._journal.build(row.memory, again.object or "")
+        return again, after
+
+    def _exchange(self, family: list[int], done: dict[int, Row | None], source: str) -> set[str]:
+        """Put replayed versions in the place of the old ones, in one transaction.
+
+        Returns:
+            The memories that have changed.
+        """
+        with self._journal.transaction():
+            rows = self._journal.rows(family)
+            for row in rows:
+                if row.base in done and row.id not in done:
+                    done[row.id] = row  # it was acknowledged while the others were computed, and waits
+            seqs: dict[int, int] = {}
+            for memory in family:
+                stay = [row for row in rows if row.memory == memory and done.get(row.id, row) is not None]
+                seqs |= {row.id: i for i, row in enumerate(sorted(stay, key=lambda row: row.seq))}
+            self._journal.remove(sorted(done, reverse=True))
+            image: dict[int | None, int | None] = {None: None}
+            for row in sorted((row for row in rows if row.id not in done), key=lambda row: row.seq):
+                self._journal.renumber(row.id, seqs[row.id])
+            for row in rows:
+                image[row.id] = row.id
+                if row.id in done:
+                    new = done[row.id]
+                    base = image[row.base]
+                    image[row.id] = (
+                        base if new is None else self._journal.insert(replace(new, base=base, seq=seqs[row.id])).id
+                    )
+            for memory in family:
+                self._journal.set_expiry(memory, source, None)
+                self._journal.built(memory)
+            self._journal.keep_setting("sweep", "due")
+        self._cache.clear()
+        return {self._journal.name(row.memory) for row in rows if row.id in done}
+
+
+class _Cache:
+    """The memories that were used last, up to a number of bytes; memories are immutable, so they can be shared."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._bytes, self._lock = most, 0, threading.Lock()
+        self._kept: OrderedDict[int, Memory] = OrderedDict()
+
+    def get(self, version: int) -> Memory | None:
+        with self._lock:
+            if version in self._kept:
+                self._kept.move_to_end(version)
+            return self._kept.get(version)
+
+    def put(self, version: int, memory: Memory) -> None:
+        with self._lock:
+            if version not in self._kept:
+                self._bytes += _size(memory)
+                self._kept[version] = memory
+            while self._bytes > self._most:
+                self._bytes -= _size(self._kept.popitem(last=False)[1])
+
+    def clear(self) -> None:
+        with self._lock:
+            self._kept.clear()
+            self._bytes = 0
+
+
+def _size(memory: Memory) -> int:
+    """Bytes of a memory's tensors."""
+    return sum(t.numel() * t.element_size() for t in (memory.slots, memory.births, memory.origins))
+
+
+def _plain(memory: Memory) -> Memory:
+    """A memory as the store keeps it: its lineage is in the journal, not in the value."""
+    return replace(memory, version="", parent="") if memory.version or memory.parent else memory
+
+
+def _succeeded(row: Row) -> Row:
+    """The row of a write that was applied; a ValueError says why it was not."""
+    if row.state == "failed":
+        raise ValueError(row.error)
+    return row
+
+
+def _said(text: str | Sequence[int], source: str, role: str | None) -> dict[str, Any]:
+    """What the journal keeps of a write, before it is applied."""
+    if isinstance(text, str):
+        try:
+            empty = not text.encode().strip()
+        except UnicodeEncodeError:
+            raise ValueError("the text is not valid Unicode; write UTF-8.") from None
+        what: dict[str, Any] = {"text": text}
+    else:
+        ids = torch.as_tensor(text)
+        empty = not ids.numel()
+        if not empty and (ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool or role):
+            raise ValueError(
+                f"token ids must be one list of integers, without a role: got {list(ids.shape)}, {role!r}."
+            )
+        what = {"ids": ids.tolist()}
+    if empty:
+        raise ValueError("the text to be written is empty; give at least one character.")
+    says = what | {"source": source, "role": role}
+    return says | {"sha256": hashlib.sha256(json.dumps(says, sort_keys=True).encode()).hexdigest()}
+
+
+def _text(row: Row) -> str | list[int]:
+    """What was written; a ValueError where the journal does not keep it."""
+    if "text" not in row.payload and "ids" not in row.payload:
+        raise ValueError(
+            f"version {row.seq} can not be replayed: the journal keeps only a hash of what was written. `forget` drops "
+            f"the slots of a source without a replay."
+        )
+    return row.payload["text"] if "text" in row.payload else row.payload["ids"]
+
+
+def _ids(llm: MemoryModel, says: dict[str, Any]) -> tuple[list[int], str | None]:
+    """Token ids of a write, and the role under which they are written."""
+    if "ids" in says:
+        return says["ids"], None
+    prompts = llm.prompts_or_raise()
+    role = says.get("resolved") or says["role"] or (prompts.style.wrap if prompts.chats else None) or "raw"
+    return prompts.written(says["text"], role), role
+
+
+def _written(llm: MemoryModel, memory: Memory, ids: list[int], source: str) -> tuple[Memory, list[Update]]:
+    """`llm.write_ids`, and each of its updates."""
+    updates = []
+    for start in range(0, len(ids), memory.piece):
+        piece = ids[start : start + memory.piece]
+        following = llm.write_ids(memory, piece, source)
+        k = sum(s.slots for s in following.sources) - sum(s.slots for s in memory.sources)
+        new = following.slots[:, -k:].clone().cpu()
+        updates.append(Update(new, memories.draw(memory, k), source, len(piece)))
+        memory = following
+    return memory, updates
+
+
+def _bookkeeping(row: Row, memory: Memory) -> Memory:
+    """What an event without a text makes of a memory."""
+    if row.event in ("pin", "unpin"):
+        return memories.pin(memory, row.payload["source"], row.event == "pin")
+    if row.event in ("forget", "expire"):
+        return memories.forget(memory, row.payload["source"])
+    return memory
+
+
+def _made(memory: Memory) -> dict[str, Any]:
+    """With what a version was computed."""
+    return {
+        "dtype": str(memory.slots.dtype)[6:],
+        "device": memory.slots.device.type,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "latentmem": latentmem.__version__,
+    }
