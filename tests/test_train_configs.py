@@ -162,7 +162,7 @@ def test_whole_numbers_are_taken_for_numbers_and_written_powers_too(small):
         ("lora.target_modules=[q_proj, 3]", r"lora\.target_modules\.1: text was expected, got 3"),
         ("memory=large", r"memory: keys and values were expected, got 'large'"),
         ("data.0={weight: 1}", r"data\.0: .*path"),
-        ("objectives.recall=1", r"objectives: 'recall' is none of new_knowledge"),
+        ("objectives.recite=1", r"objectives: 'recite' is none of new_knowledge"),
         ("objectives={questions: 1, forgetting: -0.5}", r"objectives\.forgetting must not be negative"),
         ("objectives={}", r"objectives: give at least one"),
         ("objectives={forgetting: 0}", r"objectives: the weights are all 0"),
