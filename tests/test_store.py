@@ -838,6 +838,31 @@ def test_threads_share_a_store(llm, store):
         same(again(store).open(name), live)
 
 
+def test_a_reader_waits_for_the_version_that_is_being_written(llm, store, monkeypatch):
+    store.create("a", start(llm))
+    begun, go = threading.Event(), threading.Event()
+    computed = Store._computed
+
+    def slowly(*args):
+        begun.set()
+        assert go.wait(30)
+        return computed(*args)
+
+    monkeypatch.setattr(Store, "_computed", slowly)
+    writer = threading.Thread(target=store.write, args=(llm, "a", "a text", "s"))
+    writer.start()
+    assert begun.wait(30)
+    found = []
+    reader = threading.Thread(target=lambda: found.append(store.open("a")))
+    reader.start()
+    reader.join(0.2)
+    assert not found and store.open("a", 0).updates == 0  # older versions are there all the time
+    go.set()
+    writer.join()
+    reader.join()
+    same(found[0], llm.write(start(llm), "a text", "s"))
+
+
 def test_memories_are_kept_up_to_a_number_of_bytes_the_last_used_ones(llm, tmp_path):
     store = Store(tmp_path / "s", cache_bytes=60_000)
     live = {}

@@ -278,6 +278,8 @@ class Store:
     def open(self, name: str, version: int | None = None, *, llm: MemoryModel | None = None) -> Memory:
         """A version of a memory, by default the newest; sources whose time is over are forgotten before.
 
+        Where somebody is writing, the newest version is the one that is being written, and is waited for.
+
         Args:
             llm: applies what was acknowledged and not applied yet.
 
@@ -285,10 +287,10 @@ class Store:
             ValueError: no such memory or version, a missing or damaged object, or writes that wait for a model.
         """
         memory = self._id(name)
-        if version is None and (self._due(memory) or (llm is not None and self._journal.pending(memory))):
+        if version is None and (self._due(memory) or self._journal.pending(memory)):
             with self._alone(name) as memory:
                 self._advance(llm, name, memory)
-                return self._state(self._journal.head(memory))
+                return self._state(self._done(name, self._journal.head(memory)))
         row = self._done(name, self._row(name, memory, version))
         try:
             return self._state(row)
