@@ -102,7 +102,7 @@ def test_the_bytes_of_a_memory_are_a_file_of_it_and_equal_in_every_process(tmp_p
     (tmp_path / "a.safetensors").write_bytes(data)
     saved = memory.save(tmp_path / "b.safetensors")
     loaded = Memory.load(tmp_path / "a.safetensors")
-    assert same(loaded, saved) and same(snapshot.from_bytes(data, "a"), saved)
+    assert same(loaded, saved) and same(snapshot.from_bytes(bytearray(data), "a"), saved)
     assert [source.pinned for source in loaded.sources] == [True, False]
     assert hashlib.sha256(data).hexdigest() == "857739595c8ceeaac9864b049d44a6d62633ffe2305e9048af5118692edd0b77"
 
@@ -111,7 +111,33 @@ def test_bytes_that_are_no_memory_are_refused_by_name():
     data = snapshot.to_bytes(written())
     for other, words in ((data[:-1], "not a complete"), (b"", "not a complete"), (data[:-1] + b"\xff", "checksum")):
         with pytest.raises(ValueError, match=f"^the object 5.* {words}"):
-            snapshot.from_bytes(other, "the object 5")
+            snapshot.from_bytes(bytearray(other), "the object 5")
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"data_offsets": [0, 8]},
+        {"data_offsets": [8, 24]},
+        {"shape": [4, 4]},
+        {"shape": [-2, -2]},
+        {"shape": []},
+        {"shape": "ab"},
+        {"dtype": "F8"},
+        {"dtype": ["F32"]},
+    ],
+    ids=str,
+)
+def test_a_header_that_says_what_can_not_be_is_refused(about):
+    written = snapshot.canonical({"a": torch.ones(2, 2), "b": torch.ones(3, dtype=torch.int32)}, {"x": "y"})
+    tensors, metadata = snapshot.opened_bytes(bytearray(written), "z")
+    assert metadata == {"x": "y"} and torch.equal(tensors["a"], torch.ones(2, 2)) and tensors["b"].tolist() == [1] * 3
+    length = struct.unpack_from("<Q", written)[0]
+    header = json.loads(written[8 : 8 + length])
+    header["a"] |= about
+    text = json.dumps(header).encode()
+    with pytest.raises(ValueError, match=r"^z is not a complete safetensors file"):
+        snapshot.opened_bytes(bytearray(struct.pack("<Q", len(text)) + text + written[8 + length :]), "z")
 
 
 def test_an_account_with_other_types_is_refused(file):

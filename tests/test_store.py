@@ -8,6 +8,7 @@ import time
 import zipfile
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ import torch
 from filelock import FileLock
 
 from latentmem.core import snapshot
-from latentmem.core.memory import Memory, forecast, forget, pin
+from latentmem.core.memory import Memory, draw, empty, forecast, forget, pin, update
 from latentmem.model import MemoryModel
 from latentmem.store import Store, archive
+from latentmem.store.delta import Chain, Update
 from latentmem.store.objects import Disk
 from latentmem.testing import byte_tokenizer, tiny_model
 
@@ -296,6 +298,54 @@ def test_a_random_walk_equals_the_slow_store(llm, tmp_path):
         assert [v.event for v in history] == [event for event, *_ in rows]
         for i in range(len(rows)):
             same(cold.open(name, i), slow.state(name, i))
+
+
+def test_a_chain_of_changes_is_the_same_changes_one_after_another():
+    rng, seen = random.Random(11), dict.fromkeys(("update", "pin", "unpin", "forget", "refused"), 0)
+    for case in range(60):
+        memory = replace(empty(3, 4, N=20, K=6, seed=case), quota=rng.choice([0.3, 1.0]))
+        for start in range(rng.randrange(5)):
+            memory = update(memory, torch.randn(3, rng.randint(1, 6), 4), source=f"old {start % 2}")
+        mapped, before = case % 2 == 0, memory
+        kept, chain = memory.slots.clone(), Chain(memory, mapped)
+        for _ in range(rng.randrange(40)):
+            what, source = rng.choices(list(seen)[:4], (8, 1, 1, 1))[0], rng.choice(["a", "b", "old 0"])
+            try:
+                if what == "update":
+                    new = torch.randn(3, rng.randint(1, 6), 4)
+                    memory, dropped = update(memory, new, source=source, tokens=7), draw(memory, new.shape[1])
+                    chain.update(Update(new, dropped, source, 7))
+                else:
+                    change = {"pin": pin, "unpin": partial(pin, pinned=False), "forget": forget}[what]
+                    memory = change(memory, source)
+                    chain.change(partial(change, name=source))
+                seen[what] += 1
+            except ValueError:
+                seen["refused"] += 1
+        same(chain.memory(), memory)
+        assert torch.equal(before.slots, kept)
+        assert not mapped or not before.M or chain.memory().slots.data_ptr() != before.slots.data_ptr()
+    assert min(seen.values()) > 10, seen
+
+
+def test_a_chain_that_holds_much_goes_on_from_what_is_left():
+    memory = empty(2, 1 << 14, N=8, K=8)
+    chain, most = Chain(memory), 0
+    for i in range(20):
+        new, dropped = torch.full((2, 8, memory.d), float(i)), draw(memory, 8)
+        memory = update(memory, new, source="a")
+        chain.update(Update(new, dropped, "a", 0))
+        most = max(most, len(chain._parts))
+    same(chain.memory(), memory)
+    assert 2 < most < 10
+
+
+@pytest.mark.parametrize(
+    "new", [torch.zeros(2, 1, 4), torch.zeros(3, 1, 5), torch.zeros(3, 1, 4).half(), torch.zeros(4)]
+)
+def test_an_update_that_does_not_fit_a_chain_is_refused(new):
+    with pytest.raises(ValueError, match=r"new slots must be \[3, k, 4\] in torch.float32"):
+        Chain(empty(3, 4)).update(Update(new, torch.zeros(3, 0), "a", 0))
 
 
 # --- acknowledged, applied once -------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
+import mmap
 import os
 import struct
 import tempfile
@@ -16,7 +18,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,6 +25,11 @@ from torch import Tensor
 from latentmem.core.memory import Memory, Source
 
 FORMAT = "latentmem memory 1"
+Buffer = bytearray | mmap.mmap  # what can be read and, for torch, written
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32},
+}
 TENSORS = ("slots", "births", "origins")
 KINDS: dict[str, type] = {
     **dict.fromkeys(("N", "K", "compression", "seed", "updates", "tokens"), int),
@@ -74,27 +80,50 @@ def canonical(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     return b"".join((struct.pack("<Q", len(header)), header, memoryview(data)[end:]))
 
 
-def opened_bytes(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of one safetensors file.
+def opened_bytes(data: Buffer, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of one safetensors file; the tensors are views of `data`, nothing is copied.
 
     Args:
+        data: the file, writable; it must stay as it is while the tensors are used.
         name: what an error calls it.
 
     Raises:
-        ValueError: it is not complete.
+        ValueError: it is not complete, or says something that can not be.
     """
     try:
-        tensors = load_bytes(data)
-        end = 8 + struct.unpack("<Q", data[:8])[0]
-        return tensors, json.loads(data[8:end]).get("__metadata__") or {}
-    except SafetensorError as error:
+        (length,) = struct.unpack_from("<Q", data)
+        header = json.loads(bytes(memoryview(data)[8 : 8 + length]))
+        metadata = header.pop("__metadata__", {})
+        tensors, end = {}, 8 + length
+        for key, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, stop = about["data_offsets"]
+            dtype, shape = DTYPES[about["dtype"]], about["shape"]
+            if 8 + length + start != end or stop - start != math.prod(shape) * dtype.itemsize or min(shape) < 0:
+                raise ValueError(f"the tensor {key!r} does not lie where it should")
+            flat = torch.empty(0, dtype=dtype)
+            if stop > start:  # torch makes no view of nothing
+                flat = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=end)
+            tensors[key] = flat.reshape(shape)
+            end += stop - start
+        if end != len(data) or not all(type(value) is str for value in metadata.values()):
+            raise ValueError(f"expected {end} bytes, got {len(data)}")
+    except (struct.error, KeyError, TypeError, AttributeError, RecursionError, RuntimeError, ValueError) as error:
         raise ValueError(f"{name} is not a complete safetensors file ({error}). Restore it from a copy.") from error
+    return tensors, metadata
 
 
-def from_bytes(data: bytes, name: str) -> Memory:
-    """Read a memory back from the bytes of its file; `name` and errors as the path and errors of `load`."""
+def from_bytes(data: Buffer, name: str, *, verified: bool = False) -> Memory:
+    """Read a memory from the bytes of its file.
+
+    Args:
+        data, name: as in `opened_bytes`; the memory's tensors are views of `data`.
+        verified: the caller has found a hash of `data` to be right, so the checksum is not computed.
+
+    Raises:
+        ValueError: as `load`.
+    """
     tensors, metadata = opened_bytes(data, name)
-    return _memory(name, tensors, *_checked(name, metadata))
+    return _memory(name, tensors, *_checked(name, metadata), verified)
 
 
 def load(path: str | Path) -> Memory:
@@ -116,10 +145,12 @@ def _parts(memory: Memory) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, {"format": FORMAT, "memory": header, "checksum": _checksum(header, tensors)}
 
 
-def _memory(path: str | Path, tensors: dict[str, Any], header: dict[str, Any], checksum: str) -> Memory:
+def _memory(
+    path: str | Path, tensors: dict[str, Any], header: dict[str, Any], checksum: str, verified: bool = False
+) -> Memory:
     if set(tensors) != set(TENSORS):
         raise ValueError(f"{path} holds the tensors {sorted(tensors)}; a memory has {sorted(TENSORS)}.")
-    if _checksum(json.dumps(header, sort_keys=True), tensors) != checksum:
+    if not verified and _checksum(json.dumps(header, sort_keys=True), tensors) != checksum:
         raise ValueError(f"{path} was altered or damaged: its checksum does not match. Restore it from a copy.")
     try:
         header = LATER | header

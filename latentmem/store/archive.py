@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from latentmem.core.snapshot import replacing
+from latentmem.core.snapshot import Buffer, replacing
 from latentmem.store.journal import EVENTS, KINDS, STATES, Row
 from latentmem.store.objects import HASH
 
@@ -44,7 +44,7 @@ SAYS: dict[str, tuple[type, ...]] = {
 NEEDS = {"write": {"source", "role", "sha256"}} | {event: {"source"} for event in ("pin", "unpin", "forget", "expire")}
 
 
-def write(path: Path, rows: list[Row], expiries: dict[str, float], get: Callable[[str], bytes]) -> None:
+def write(path: Path, rows: list[Row], expiries: dict[str, float], get: Callable[[str], Buffer | bytes]) -> None:
     """Write a memory to one file, atomically; equal arguments give equal bytes.
 
     Args:
@@ -71,7 +71,7 @@ def write(path: Path, rows: list[Row], expiries: dict[str, float], get: Callable
             _add(file, _entry(name), get(name))
 
 
-def _add(file: zipfile.ZipFile, name: str, data: bytes) -> None:
+def _add(file: zipfile.ZipFile, name: str, data: Buffer | bytes) -> None:
     file.writestr(zipfile.ZipInfo(name), data)  # stored, dated 1980
 
 

@@ -1,15 +1,17 @@
-"""What one write changed: the new slots of each of its updates, and which old ones were dropped."""
+"""What one write changed: the new slots of each of its updates, and which old ones were dropped; and many of them."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from latentmem.core import snapshot
 from latentmem.core.memory import Memory, update
+from latentmem.core.snapshot import Buffer
 
 FORMAT = "latentmem delta 1"
 
@@ -30,10 +32,6 @@ class Update:
     source: str
     tokens: int
 
-    def apply(self, memory: Memory) -> Memory:
-        """The next memory; a ValueError if it does not fit this one."""
-        return update(memory, self.new, dropped=self.dropped, source=self.source, tokens=self.tokens)
-
 
 def size(updates: list[Update]) -> int:
     """Bytes of the tensors of a delta."""
@@ -50,8 +48,8 @@ def to_bytes(updates: list[Update]) -> bytes:
     return snapshot.canonical(tensors, {"format": FORMAT, "updates": json.dumps(books)})
 
 
-def from_bytes(data: bytes, name: str) -> list[Update]:
-    """Read a delta back; `name` is what an error calls it.
+def from_bytes(data: Buffer, name: str) -> list[Update]:
+    """Read a delta back; `name` is what an error calls it, and new slots are views of `data`.
 
     Raises:
         ValueError: it is no delta.
@@ -70,3 +68,58 @@ def from_bytes(data: bytes, name: str) -> list[Update]:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name} is a damaged delta ({error}). Restore it from a copy.") from error
     return found
+
+
+class Chain:
+    """Changes of a memory, one after another; every slot that is left at the end is copied once.
+
+    Meanwhile the memory holds the numbers of its slots in their place, so that what is kept and dropped is decided by
+    the very functions that decide it for a memory itself.
+
+    Args:
+        memory: what the changes begin with.
+        mapped: whether its slots lie in a file, so that they are copied even if nothing moves them.
+    """
+
+    def __init__(self, memory: Memory, mapped: bool = False) -> None:
+        self._parts, self._bytes, self._mapped = [memory.slots], 0, mapped
+        self._start = _numbers(memory.L, memory.M, 0)
+        self._books = replace(memory, slots=self._start)
+
+    def update(self, one: Update) -> None:
+        """Apply an update; a ValueError if it does not fit."""
+        like = self._parts[0]
+        if one.new.ndim != 3 or one.new.shape[::2] != like.shape[::2] or one.new.dtype != like.dtype:
+            raise ValueError(
+                f"new slots must be [{like.shape[0]}, k, {like.shape[2]}] in {like.dtype}, got "
+                f"{list(one.new.shape)} in {one.new.dtype}."
+            )
+        new = _numbers(like.shape[0], one.new.shape[1], sum(part.shape[1] for part in self._parts))
+        self._books = update(self._books, new, dropped=one.dropped, source=one.source, tokens=one.tokens)
+        self._parts.append(one.new.to(like.device))
+        self._bytes += one.new.nbytes
+        if self._bytes > 2 * like.nbytes + (1 << 20):  # what comes from elsewhere than a disk is held until then
+            self.__init__(self.memory())  # type: ignore[misc]
+
+    def change(self, how: Callable[[Memory], Memory]) -> None:
+        """Apply what only drops slots or keeps books, such as `core.memory.forget`."""
+        self._books = how(self._books)
+
+    def memory(self) -> Memory:
+        """The memory after all changes."""
+        if self._books.slots is self._start and not self._mapped:
+            return replace(self._books, slots=self._parts[0])
+        numbers = self._books.slots[:, :, 0]
+        slots = self._parts[0].new_empty(*numbers.shape, self._parts[0].shape[2])
+        starts = torch.tensor([0, *(part.shape[1] for part in self._parts)]).cumsum(0)
+        for layer, mine in enumerate(numbers):
+            edges = torch.searchsorted(mine, starts).tolist()  # the order is kept: each part's slots lie together
+            for part, start, first, end in zip(self._parts, starts.tolist(), edges, edges[1:], strict=False):
+                if first < end:
+                    torch.index_select(part[layer], 0, mine[first:end] - start, out=slots[layer, first:end])
+        return replace(self._books, slots=slots)
+
+
+def _numbers(layers: int, count: int, start: int) -> Tensor:
+    """The numbers of new slots in the place of the slots, [L, count, 1]."""
+    return torch.arange(start, start + count)[None, :, None].expand(layers, count, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import re
 from abc import ABC, abstractmethod
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fsspec.core import url_to_fs
+
+from latentmem.core.snapshot import Buffer
 
 HASH = re.compile(r"[0-9a-f]{64}")
 SUFFIX = ".safetensors"
@@ -59,8 +62,11 @@ class Objects(ABC):
         self._write(name, data)
         return name
 
-    def get(self, name: str) -> bytes:
+    def get(self, name: str) -> Buffer:
         """Read an object and verify it.
+
+        Returns:
+            Its bytes; on a disk they are mapped, not copied, so that copying what is needed is left to the caller.
 
         Raises:
             ValueError: it is missing or damaged.
@@ -88,7 +94,7 @@ class Objects(ABC):
     def _write(self, name: str, data: bytes) -> None: ...
 
     @abstractmethod
-    def _read(self, name: str) -> bytes: ...
+    def _read(self, name: str) -> Buffer: ...
 
 
 class Local(Objects):
@@ -117,8 +123,14 @@ class Local(Objects):
         self.disk.sync_folder(path.parent)
         self.disk.sync_folder(self.folder)
 
-    def _read(self, name: str) -> bytes:
-        return self._path(name).read_bytes()
+    def _read(self, name: str) -> Buffer:
+        with self._path(name).open("rb") as file:
+            if os.name != "posix":  # elsewhere a file that is mapped can not be removed
+                return bytearray(file.read())
+            try:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            except ValueError:  # an empty file
+                return bytearray()
 
     def names(self) -> Iterator[str]:
         for path in self.folder.glob(f"??/*{SUFFIX}"):
@@ -152,8 +164,8 @@ class Remote(Objects):
         self.files.makedirs(self._path(name).rpartition("/")[0], exist_ok=True)
         self.files.pipe_file(self._path(name), data)
 
-    def _read(self, name: str) -> bytes:
-        return self.files.cat_file(self._path(name))
+    def _read(self, name: str) -> Buffer:
+        return bytearray(self.files.cat_file(self._path(name)))
 
     def names(self) -> Iterator[str]:
         for path in self.files.find(self.folder):

@@ -36,7 +36,7 @@ from latentmem.core import snapshot
 from latentmem.core.memory import Memory
 from latentmem.model import MemoryModel
 from latentmem.store import archive, delta
-from latentmem.store.delta import Update
+from latentmem.store.delta import Chain, Update
 from latentmem.store.journal import Journal, Row
 from latentmem.store.objects import Disk, objects_at
 from latentmem.store.views import Change, SourceStats, Version
@@ -611,32 +611,37 @@ class Store:
     def _state(self, row: Row, *, cached: bool = True) -> Memory:
         """The memory at a version: the nearest one that is kept or a snapshot, and what came after it."""
         path: list[Row] = []
-        found = None
+        found, mapped = None, False
         while found is None:
             found = self._cache.get(row.id) if cached else None
             if found is None and row.kind == "snapshot":
-                found = _plain(snapshot.from_bytes(self._objects.get(row.object or ""), f"the object {row.object}"))
+                data = self._objects.get(row.object or "")
+                found = snapshot.from_bytes(data, f"the object {row.object}", verified=True)
+                found, mapped = replace(found, births=found.births.clone(), origins=found.origins.clone()), True
                 path.append(row)
             elif found is None:
                 path.append(row)
                 if row.base is None:
                     raise ValueError(f"version {row.seq} has no snapshot and nothing that it was made from.")
                 row = self._journal.row(row.base)
-        for row in reversed(path):
-            found = self._following(row, found)
+        if path:
+            chain = Chain(found, mapped)
+            for row in reversed(path):
+                self._follow(row, chain)
+            found = _plain(chain.memory())
         if cached and path:
             self._cache.put(path[0].id, found)
         return found
 
-    def _following(self, row: Row, memory: Memory) -> Memory:
-        """The state of a version that is applied, from the state of its base."""
+    def _follow(self, row: Row, chain: Chain) -> None:
+        """Go on from the state of a version's base to its own, which is applied."""
         if row.state == "failed" or row.kind == "snapshot":
-            return memory
+            return
         if row.kind == "delta":
             for one in delta.from_bytes(self._objects.get(row.object or ""), f"the object {row.object}"):
-                memory = one.apply(memory)
-            return _plain(memory)
-        return _plain(_bookkeeping(row, memory))
+                chain.update(one)
+        else:
+            chain.change(lambda memory: _bookkeeping(row, memory))
 
     def _deltas(self, row: Row | None) -> int:
         """Deltas between a version and the snapshot before it; no more than matter are counted."""
