@@ -11,13 +11,13 @@ from latentmem.prompts import Message
 
 
 class Journal(Protocol):
-    """What keeps a conversation safe from a crash; `files.NamedMemory` is one."""
+    """What keeps a conversation safe from a crash; `latentmem.store.Turns` is one."""
 
-    def keep_turns(self, messages: list[Message]) -> None:
+    def keep_turns(self, messages: list[Message], source: str) -> None:
         """These turns are in the context and not in the memory."""
 
-    def keep_written(self, memory: Memory, messages: list[Message], count: int) -> Memory:
-        """The first `count` of these turns are in `memory`: save both, so that none is lost or written twice."""
+    def write(self, llm: MemoryModel, messages: list[Message], count: int, source: str) -> Memory:
+        """Write the first `count` of these turns, so that none is lost or written twice; the memory with them."""
 
 
 class Conversation:
@@ -70,7 +70,7 @@ class Conversation:
         asked = {"role": "user", "content": text}
         ids = self._make_room(asked, new)
         if self.journal:
-            self.journal.keep_turns([*self.messages, asked])
+            self.journal.keep_turns([*self.messages, asked], self.source)
         return self._answer(asked, ids, generate_kwargs)
 
     def close(self) -> Memory:
@@ -98,7 +98,7 @@ class Conversation:
             self._cache, self._read = (cache, ids) if whole else (None, [])
             self._crop(self._cache, len(ids))  # the answer is read again as a whole turn, behind its end marker
             if self.journal:
-                self.journal.keep_turns(self.messages)
+                self.journal.keep_turns(self.messages, self.source)
 
     def _crop(self, cache: Any, text: int) -> None:
         """Cut a cache back to its first `text` tokens behind the memory."""
@@ -138,10 +138,11 @@ class Conversation:
     def _write(self, count: int) -> None:
         """Write the oldest `count` turns into the memory, with their roles, and take them out of the context."""
         if count:
-            prompts = self.llm.prompts_or_raise()
-            ids = [i for message in self.messages[:count] for i in prompts.turn(message)]
-            after = self.llm.write_ids(self.memory, ids, self.source)
             if self.journal:
-                after = self.journal.keep_written(after, self.messages, count)
-            self.memory, self.messages = after, self.messages[count:]
+                self.memory = self.journal.write(self.llm, self.messages, count, self.source)
+            else:
+                prompts = self.llm.prompts_or_raise()
+                ids = [i for message in self.messages[:count] for i in prompts.turn(message)]
+                self.memory = self.llm.write_ids(self.memory, ids, self.source)
+            self.messages = self.messages[count:]
             self._cache, self._read = None, []

@@ -11,7 +11,7 @@ import sys
 import torch
 
 from latentmem.model import MemoryModel
-from latentmem.store import Store
+from latentmem.store import Store, Turns
 from latentmem.testing import byte_tokenizer, tiny_model
 
 
@@ -21,7 +21,7 @@ def say(*words: object) -> None:
 
 
 def work(llm: MemoryModel, folder: str, seed: int) -> None:
-    """Write, acknowledge, roll back, fork, pin and forget at random, for ever."""
+    """Write, acknowledge, talk, roll back, fork and forget at random, for ever."""
     rng, store = random.Random(seed), Store(folder, snapshot_every=4, cache_bytes=200_000)
     say("ready")
     for step in range(10**6):
@@ -42,14 +42,22 @@ def work(llm: MemoryModel, folder: str, seed: int) -> None:
             if any(v.source == "gone" for v in store.history(name)):
                 store.forget_by_replay(llm, name, "gone")
                 say("forgotten", name)
-        elif what < 0.9:
+        elif what < 0.88:
             done = [v.version for v in store.history(name) if v.state != "pending"]
             store.rollback(name, rng.choice(done))
-        elif what < 0.95:
+        elif what < 0.93:
             store.apply(llm, name)
             store.fork(name, f"fork-{key}")
             store.write(llm, f"fork-{key}", f"text {key}", "x", key=key)
             say("written", f"fork-{key}", key)
+        elif what < 0.99:
+            with Turns(store, name) as turns:
+                store.apply(llm, name)
+                said = [*turns.pending(), {"role": "user", "content": f"turn {key}"}]
+                turns.keep_turns(said, "talk")
+                say("said", name, key)
+                if len(said) > 2:
+                    turns.write(llm, said, 2, "talk")
         else:
             store.sweep()
 

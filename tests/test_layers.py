@@ -21,7 +21,7 @@ ROOMS = {  # room -> rooms of latentmem that it may import
     "chat": {"core", "model", "prompts"},
     "doctor": {"core", "model"},
     "files": {"core", "prompts"},
-    "store": {"core", "model", "store", ""},
+    "store": {"core", "model", "prompts", "store", ""},
     "evaluate": {"core", "model", "loading", "evaluate"},
     "train": {"core", "adapters", "prompts", "model", "loading", "train"},
     "cli": {"core", "model", "chat", "doctor", "files", "loading", "evaluate", "train", ""},

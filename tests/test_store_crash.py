@@ -14,7 +14,7 @@ import torch
 from test_store import same
 
 from latentmem.model import MemoryModel
-from latentmem.store import Store
+from latentmem.store import Store, Turns
 from latentmem.store.objects import Disk
 from latentmem.testing import byte_tokenizer, tiny_model
 
@@ -42,7 +42,7 @@ def test_a_store_that_is_killed_at_random_moments_loses_nothing_and_repeats_noth
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    written, secret, forgotten, rng = set(), set(), set(), random.Random(1)
+    written, secret, forgotten, talked, rng = set(), set(), set(), set(), random.Random(1)
     try:
         for seed in range(KILLS):
             print(seed, file=process.stdin, flush=True)
@@ -58,11 +58,13 @@ def test_a_store_that_is_killed_at_random_moments_loses_nothing_and_repeats_noth
             for what, name, *key in (line.split() for line in said if len(line.split()) > 1):
                 if what == "written":
                     written.add((name, *key))
+                elif what == "said":
+                    talked.add((name, *key))
                 elif what == "secret":
                     secret.add((name, *key))
                 elif what == "forgotten":
                     forgotten |= {one for one in secret if one[0] == name}
-            check(llm, tmp_path / "s", written, forgotten)
+            check(llm, tmp_path / "s", written, forgotten, talked)
     finally:
         process.stdin.close()
         process.wait(60)
@@ -74,27 +76,32 @@ def test_a_store_that_is_killed_at_random_moments_loses_nothing_and_repeats_noth
         store.rebuild(llm, name, "rebuilt")
         same(store.open("rebuilt"), store.open(name))
         store.delete("rebuilt")
-    assert len(written) > KILLS, "proves nothing: hardly anything was written"
+    assert len(written) > KILLS < 10 * len(talked), "proves nothing: hardly anything was written"
     store.sweep()
     assert set(store._objects.names()) == store._journal.objects()
 
 
-def check(llm, folder, written, forgotten):
-    """Every acknowledged write is there once, none that was forgotten, every memory loads, the database is sound."""
+def check(llm, folder, written, forgotten, talked):
+    """Every acknowledged write and turn is there once, nothing that was forgotten, every memory loads, all is sound."""
     store = Store(folder, snapshot_every=4)
     assert store._journal._one("PRAGMA integrity_check") == ("ok",)
     assert store._journal._all("PRAGMA foreign_key_check") == []
-    found = {}
+    found, turns = {}, []
     for name in store.names():
         store.apply(llm, name)
         store.open(name)
+        waiting = [] if "fork-" in name else Turns(store, name).pending()
+        turns += [(name, turn["content"].split()[1]) for turn in waiting]
         for version in store.history(name):
             assert version.state == "applied", version
-            if version.key:
+            if version.source == "talk":
+                turns += [(name, turn["content"].split()[1]) for turn in version.text]
+            elif version.key:
                 assert (name, version.key) not in found
                 assert version.text.endswith(f" {version.key}")
                 found[name, version.key] = version
     assert written <= set(found) and not forgotten & set(found)
+    assert talked <= set(turns) and len(turns) == len(set(turns))
     store.close()
 
 

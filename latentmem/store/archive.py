@@ -38,6 +38,7 @@ SAYS: dict[str, tuple[type, ...]] = {
     "resolved": (str, type(None)),
     "sha256": (str,),
     "text": (str,),
+    "turns": (list,),
     "ids": (list,),
     "tokens": (int,),
 }
@@ -168,14 +169,18 @@ class Reader:
             raise ValueError(f"line {i} of its journal holds token ids that are no numbers")
         known = row.event in EVENTS and row.state in STATES and row.kind in KINDS
         known = known and 0 <= row.attempts < 100 and 0 <= row.time < LATEST
+        for turn in says.get("turns", []):
+            if type(turn) is not dict or set(turn) != {"role", "content"} or {*map(type, turn.values())} != {str}:
+                raise ValueError(f"line {i} of its journal holds turns that are none")
         first = row.event in ("create", "import")
         based = row.base is None if i == 0 else row.base is not None and 0 <= row.base < i
         carries = (row.object is not None) == (row.kind != "none") and (row.kind == "delta") <= (row.event == "write")
-        begins = first == (i == 0) and (not first or row.kind == "snapshot")
+        second = i == 1 and row.event == "import"  # a memory that was taken with what it was made from
+        begins = first == (i == 0 or second) and (not first or row.kind == "snapshot")
         if not (known and row.seq == i and begins and based and carries):
             raise ValueError(f"line {i} of its journal does not belong there")
         if row.event == "write" and (row.state == "applied") != (row.kind != "none"):
             raise ValueError(f"line {i} of its journal is a write without an object, or one too many")
-        if row.state == "pending" and not (row.event == "write" and {"text", "ids"} & set(says)):
+        if row.state == "pending" and not (row.event == "write" and {"text", "turns", "ids"} & set(says)):
             raise ValueError(f"line {i} of its journal waits for what can not be applied")
         return row

@@ -44,6 +44,7 @@ CREATE TABLE expiries (
 );
 CREATE TABLE building (object TEXT NOT NULL, memory INTEGER NOT NULL);
 """
+TURNS = "CREATE TABLE IF NOT EXISTS turns (memory INTEGER PRIMARY KEY REFERENCES memories, kept TEXT NOT NULL)"
 EVENTS = ("create", "import", "write", "rollback", "fork", "pin", "unpin", "forget", "expire")
 STATES = ("pending", "applied", "failed")
 KINDS = ("snapshot", "delta", "none")
@@ -119,6 +120,7 @@ class Journal:
                 self._connection.execute(f"PRAGMA user_version={FORMAT}")
             elif found != FORMAT:
                 raise ValueError(f"{path} has the format {found}, this version reads {FORMAT}. Update latentmem.")
+            self._connection.execute(TURNS)
 
     def close(self) -> None:
         with self._lock:
@@ -198,6 +200,12 @@ class Journal:
     def name(self, memory: int) -> str:
         return self._one("SELECT name FROM memories WHERE id = ?", memory)[0]
 
+    def overview(self) -> list[tuple[str, int, int, int, float, int]]:
+        """All memories, by name: (name, id, versions, pending ones, time of the newest, bytes of objects)."""
+        sql = """SELECT name, memories.id, COUNT(*), SUM(state = 'pending'), MAX(time), SUM(bytes)
+                 FROM versions JOIN memories ON versions.memory = memories.id GROUP BY memories.id ORDER BY name"""
+        return self._all(sql)
+
     def add(self, name: str, first: Row) -> Row:
         """A new memory with its first version.
 
@@ -230,6 +238,7 @@ class Journal:
         """Remove a memory and all its versions."""
         with self.transaction():
             self._do("DELETE FROM versions WHERE memory = ?", memory)
+            self._do("DELETE FROM turns WHERE memory = ?", memory)
             self._do("DELETE FROM expiries WHERE memory = ?", memory)
             self._do("DELETE FROM memories WHERE id = ?", memory)
 
@@ -310,6 +319,19 @@ class Journal:
             self._do("DELETE FROM expiries WHERE memory = ? AND source = ?", memory, source)
             if at is not None:
                 self._do("INSERT INTO expiries VALUES (?, ?, ?)", memory, source, at)
+
+    # --- conversations ----------------------------------------------------------------------------------------------
+
+    def turns(self, memory: int) -> dict[str, Any] | None:
+        """What was kept of a conversation whose turns are not in the memory yet."""
+        found = self._one("SELECT kept FROM turns WHERE memory = ?", memory)
+        return json.loads(found[0]) if found else None
+
+    def keep_turns(self, memory: int, kept: dict[str, Any] | None) -> None:
+        with self.transaction():
+            self._do("DELETE FROM turns WHERE memory = ?", memory)
+            if kept is not None:
+                self._do("INSERT INTO turns VALUES (?, ?)", memory, json.dumps(kept))
 
     # --- objects ----------------------------------------------------------------------------------------------------
 

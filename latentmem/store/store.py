@@ -5,8 +5,8 @@ base. The base of most is the version before; a rollback goes on from an older o
 an event can not say is an object: a full snapshot now and then, and deltas between. An object is on disk before the
 row that refers to it, so whatever a crash leaves behind, every row can be read.
 
-Locks, always taken in this order: one file per memory, for whoever changes it; one for the objects, while some are
-written that no row refers to yet; the database's own, for a commit.
+Locks, always taken in this order: one file per memory, for whoever talks with it; another, for whoever changes it; one
+for the objects, while some are written that no row refers to yet; the database's own, for a commit.
 """
 
 from __future__ import annotations
@@ -34,15 +34,18 @@ import latentmem
 from latentmem.core import memory as memories
 from latentmem.core import snapshot
 from latentmem.core.memory import Memory
-from latentmem.model import MemoryModel
+from latentmem.model import MemoryModel, Progress
+from latentmem.prompts import Message
 from latentmem.store import archive, delta
 from latentmem.store.delta import Chain, Update
 from latentmem.store.journal import Journal, Row
 from latentmem.store.objects import Disk, objects_at
-from latentmem.store.views import Change, SourceStats, Version
+from latentmem.store.views import Change, Overview, SourceStats, Version
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 JOURNALS = ("text", "hash")
+CONTENTS = ("text", "turns", "ids")  # what can be written, and replayed where the journal keeps it
+Content = str | Sequence[Message] | Sequence[int]
 ATTEMPTS = 3  # broken-off attempts to apply a write before it is given up
 
 
@@ -110,28 +113,58 @@ class Store:
         """All memories, by name."""
         return list(self._journal.names())
 
-    def create(self, name: str, memory: Memory) -> None:
+    def overview(self) -> list[Overview]:
+        """What the journal says of all memories, by name; none is opened."""
+        found = []
+        for name, memory, versions, pending, changed, size in self._journal.overview():
+            row: Row | None = self._journal.head(memory)
+            while row is not None and "model" not in (row.made or {}):
+                row = None if row.base is None else self._journal.row(row.base)
+            model = (row.made or {})["model"] if row is not None else ""
+            at = datetime.fromtimestamp(changed).astimezone()
+            found.append(Overview(name, versions, pending, at, size, model))
+        return found
+
+    def create(self, name: str, memory: Memory, *, before: Memory | None = None, key: str | None = None) -> None:
         """Begin a named memory with a given one, usually `llm.empty(...)`.
 
         A memory into which something was written is taken as it is; what it was made from is not in the journal, so
         it can not be replayed.
 
+        Args:
+            before: what the memory was made from; it becomes version 0 and the memory version 1.
+            key: idempotency key: a second creation with the same key changes nothing.
+
         Raises:
             ValueError: a name that is taken, or that is none: letters, digits, "_" and "-", at most 64.
         """
-        if not NAME.fullmatch(name):
-            raise ValueError(f"{name!r} can not be a memory's name: use letters, digits, '_' and '-', and no path.")
-        first = Row(0, "import" if memory.updates else "create", None, {}, made=_made(memory))
+        _check_name(name)
+        taken = self._journal.id(name)
+        if taken is not None and key is not None and self._journal.keyed(taken, key):
+            return
+        states = [memory] if before is None else [before, memory]
         with self._putting():
-            self._journal.add(name, self._with_object(first, "snapshot", snapshot.to_bytes(_plain(memory))))
+            rows = [
+                self._with_object(
+                    Row(0, "import" if i or state.updates else "create", None, {}, made=_made(state)),
+                    "snapshot",
+                    snapshot.to_bytes(_plain(state)),
+                )
+                for i, state in enumerate(states)
+            ]
+            rows[-1] = replace(rows[-1], key=key)
+            with self._journal.transaction():
+                row = self._journal.add(name, rows[0])
+                for following in rows[1:]:
+                    self._journal.append(replace(following, memory=row.memory, base=row.id))
 
     def delete(self, name: str) -> None:
-        """Delete a memory and all its versions for good, from the disk too.
+        """Delete a memory, all its versions and the turns of its conversation for good, from the disk too.
 
         Raises:
             ValueError: no such memory, or others were forked from it.
         """
-        with self._alone(name) as memory:
+        with self._talking(name), self._alone(name) as memory:
             forks = self._journal.forks(memory)
             if forks:
                 raise ValueError(f"{', '.join(forks)} was forked from {name!r} and needs it; delete the fork first.")
@@ -146,8 +179,7 @@ class Store:
         Raises:
             ValueError: no such memory or version, one that is not applied yet, or a new name that is taken.
         """
-        if not NAME.fullmatch(new):
-            raise ValueError(f"{new!r} can not be a memory's name: use letters, digits, '_' and '-', and no path.")
+        _check_name(new)
         with self._alone(name) as memory, self._journal.transaction():
             base = self._done(name, self._row(name, memory, version))
             first = self._journal.add(new, Row(0, "fork", base.id, {}))
@@ -164,6 +196,26 @@ class Store:
             base = self._done(name, self._row(name, memory, version))
             return self._journal.append(Row(memory, "rollback", base.id, {})).seq
 
+    def undo(self, name: str) -> int:
+        """Go back to what the newest version was made from, and one step further each time.
+
+        A rollback stands for the version that it went back to, so an undo after it goes on from there; to take a
+        rollback or an undo back, roll back to the version before it.
+
+        Returns:
+            The new version, a rollback.
+
+        Raises:
+            ValueError: the memory began like this.
+        """
+        with self._alone(name) as memory, self._journal.transaction():
+            row = self._done(name, self._journal.head(memory))
+            while row.base is not None and (row.event == "rollback" or row.state == "failed"):
+                row = self._journal.row(row.base)
+            if row.base is None or row.event == "fork":
+                raise ValueError(f"there is nothing to undo in the memory {name!r}: this is how it began.")
+            return self._journal.append(Row(memory, "rollback", row.base, {})).seq
+
     def history(self, name: str) -> list[Version]:
         """All versions of a memory, oldest first."""
         found = []
@@ -179,7 +231,7 @@ class Store:
                     row.event,
                     says.get("source"),
                     says.get("tokens", 0),
-                    says.get("text", says.get("ids")),
+                    next((says[what] for what in CONTENTS if what in says), None),
                     base,
                     row.state,
                     row.error,
@@ -197,17 +249,19 @@ class Store:
         self,
         llm: MemoryModel,
         name: str,
-        text: str | Sequence[int],
+        text: Content,
         source: str = "text",
         *,
         role: str | None = None,
         key: str | None = None,
+        progress: Progress | None = None,
     ) -> int:
-        """Write a text, or token ids, into a memory; when this returns, no crash loses it.
+        """Write a text, turns of a conversation or token ids into a memory; when this returns, no crash loses it.
 
         Args:
             source, role: as in `MemoryModel.write`.
             key: idempotency key: a second write with the same key and text changes nothing.
+            progress: called after each piece with (tokens done, tokens in all).
 
         Returns:
             The version that holds it.
@@ -229,10 +283,10 @@ class Store:
                 before = self._state(head)
                 llm.check(before)
                 row = Row(memory, "write", head.id, says, key)
-                return self._commit(*self._computed(llm, row, before, self._deltas(head))).seq
+                return self._commit(*self._computed(llm, row, before, self._deltas(head), progress)).seq
             pending = self._append(name, memory, says, key)
             try:
-                self._settle(llm, memory)
+                self._settle(llm, memory, progress)
                 return _succeeded(self._journal.row(pending.id)).seq
             except BaseException as error:
                 self._withdraw(pending, error)
@@ -241,7 +295,7 @@ class Store:
     def append(
         self,
         name: str,
-        text: str | Sequence[int],
+        text: Content,
         source: str = "text",
         *,
         role: str | None = None,
@@ -261,17 +315,27 @@ class Store:
         with self._journal.transaction():
             return (self._known(name, memory, key, says) or self._append(name, memory, says, key)).seq
 
-    def apply(self, llm: MemoryModel, name: str) -> int:
+    def apply(self, llm: MemoryModel, name: str, progress: Progress | None = None) -> int:
         """Apply what was acknowledged and not applied yet, and forget what has expired.
 
         A write that the model refuses, or that was broken off three times, is marked as failed and passed over.
+
+        Args:
+            progress: called after each piece with (tokens done, tokens in all).
 
         Returns:
             The newest version.
         """
         with self._alone(name) as memory:
-            self._advance(llm, name, memory)
+            self._advance(llm, name, memory, progress)
             return self._journal.head(memory).seq
+
+    def applied(self, name: str) -> int:
+        """The newest version that can be opened without a model: nothing that it is made from waits."""
+        row = self._journal.head(self._id(name))
+        while row.base is not None and (row.state == "pending" or self._waits(row)):
+            row = self._journal.row(row.base)
+        return row.seq
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -314,13 +378,13 @@ class Store:
                 found.setdefault(source.name, [(0, 0.0), (0, 0.0)])[i] = (source.tokens, left.double().mean().item())
         return [Change(source, (a[0], b[0]), (a[1], b[1])) for source, (a, b) in sorted(found.items()) if a != b]
 
-    def stats(self, name: str, ahead: Sequence[int] = (1, 10, 100)) -> list[SourceStats]:
-        """How much is left of each source of the newest version, and the forecast.
+    def stats(self, name: str, ahead: Sequence[int] = (1, 10, 100), *, version: int | None = None) -> list[SourceStats]:
+        """How much is left of each source of a version, by default the newest, and the forecast.
 
         Args:
             ahead: numbers of further updates of K slots that the forecast is for.
         """
-        memory, expiries = self.open(name), self._journal.expiries(self._id(name))
+        memory, expiries = self.open(name, version), self._journal.expiries(self._id(name))
         survives = {t: memories.forecast(memory, t) for t in ahead}
         found = []
         for source, slots in zip(memory.sources, memory.left(), strict=True):
@@ -378,18 +442,21 @@ class Store:
             raise ValueError(f"{after} has no time zone; give one, for example datetime.now().astimezone().")
         at = after.timestamp() if isinstance(after, datetime) else None if after is None else time.time() + after
         with self._alone(name) as memory:
-            held = [known.name for known in self._state(self._done(name, self._journal.head(memory))).sources]
+            held = _names(self._state(self._done(name, self._journal.head(memory))))
             if source not in held:
                 raise ValueError(f"{name!r} has no source {source!r} (it has: {', '.join(held) or 'none'}).")
             self._journal.set_expiry(memory, source, at)
 
-    def forget_by_replay(self, llm: MemoryModel, name: str, source: str) -> list[str]:
+    def forget_by_replay(self, llm: MemoryModel, name: str, source: str, progress: Progress | None = None) -> list[str]:
         """Forget a source as if it had never been written: in this memory, in what it was forked from and in all forks.
 
         Every version that holds the source is computed anew without it, by the journal; rows and objects of the old
         ones are deleted from the disk, so no rollback brings it back. Versions are numbered anew. All or nothing: a
         crash before the end changes nothing, one behind it leaves nothing to be done but a sweep, which the next
-        `Store` on this folder does.
+        `Store` on this folder does. Turns of a conversation under this source that wait to be written go too.
+
+        Args:
+            progress: called after each piece with (tokens done, tokens in all).
 
         Returns:
             The memories that were rewritten.
@@ -403,17 +470,18 @@ class Store:
             rows = self._journal.rows(family)
             for memory in family:
                 self._journal.built(memory)  # of a replay that was broken off
-            done = self._replay(llm, rows, source)
+            done = self._replay(llm, rows, source, progress)
             rewritten = self._exchange(family, done, source)
         if rewritten:
             self.sweep()
         return sorted(rewritten)
 
-    def rebuild(self, llm: MemoryModel, name: str, new: str) -> None:
+    def rebuild(self, llm: MemoryModel, name: str, new: str, progress: Progress | None = None) -> None:
         """Replay what led to the newest version of a memory into a new one, with another model or other adapters.
 
         Args:
             new: the name of the memory that is made; N, K, compression and seed are those of the old one.
+            progress: called after each piece with (tokens done, tokens in all).
 
         Raises:
             ValueError: the journal keeps only hashes, or the memory held something before its journal began.
@@ -425,21 +493,22 @@ class Store:
             row = self._journal.row(row.base)
             path.append(row)
         start = self._state(row)
-        if row.event != "create":
+        if any(row.event in ("create", "import") for row in path[:-1]) or row.event != "create":
             raise ValueError(
                 f"{name!r} began with a memory that held something already; its journal can not rebuild it."
             )
         ways = {what: getattr(start, what) for what in ("N", "K", "preset", "compression", "seed", "choice")}
         self.create(new, replace(llm.empty(**ways), quota=start.quota))
+        path = [row for row in reversed(path[:-1]) if row.state != "failed"]
+        writes = [row for row in path if row.event == "write"]
+        told = _Told(progress, [_length(llm, row) for row in writes] if progress else [])
         try:
-            for row in reversed(path[:-1]):
+            for row in path:
                 says = row.payload
-                if row.state == "failed":
-                    continue
                 if row.event == "write":
                     if "ids" in says and start.tokenizer != llm.tokenizer_identity:
                         raise ValueError(f"version {row.seq} was written as token ids of another tokenizer.")
-                    self.write(llm, new, _text(row), says["source"], role=says["role"])
+                    self.write(llm, new, _text(row), says["source"], role=says["role"], progress=told.next())
                 elif row.event in ("pin", "unpin"):
                     self.pin(new, says["source"], row.event == "pin")
                 elif row.event in ("forget", "expire"):
@@ -475,8 +544,7 @@ class Store:
             ValueError: a file that is damaged or was not made by `export`, a name that is taken, or texts where this
                 store keeps only hashes; nothing has changed.
         """
-        if not NAME.fullmatch(name):
-            raise ValueError(f"{name!r} can not be a memory's name: use letters, digits, '_' and '-', and no path.")
+        _check_name(name)
         try:
             with archive.Reader(Path(path)) as file, self._putting():
                 self._take(file, name)
@@ -485,7 +553,7 @@ class Store:
             raise
 
     def _take(self, file: archive.Reader, name: str) -> None:
-        if self.journal == "hash" and any("text" in row.payload or "ids" in row.payload for row in file.rows):
+        if self.journal == "hash" and any(set(CONTENTS) & set(row.payload) for row in file.rows):
             raise ValueError("the file holds texts, and this store was made to keep only hashes.")
         for hashed in file.objects:
             self._objects.put(file.read(hashed))
@@ -520,7 +588,7 @@ class Store:
             locks = list((self.path / "locks").iterdir())  # before the names: a memory is there before its lock
             there = {str(memory) for memory in self._journal.names().values()} | {"objects"}
             for lock in locks:
-                if lock.stem not in there:
+                if lock.stem.partition("-")[0] not in there:
                     lock.unlink()
             self._journal.truncate()
             self._journal.keep_setting("sweep", "no")
@@ -538,6 +606,13 @@ class Store:
         with self._locked(memory, f"the memory {name!r}"):
             if self._id(name) != memory:
                 raise ValueError(f"the memory {name!r} was deleted meanwhile.")
+            yield memory
+
+    @contextlib.contextmanager
+    def _talking(self, name: str) -> Iterator[int]:
+        """Hold the turns of a conversation with a memory alone; gives the memory's id."""
+        memory = self._id(name)
+        with self._locked(f"{memory}-turns", f"a conversation with {name!r}"):
             yield memory
 
     @contextlib.contextmanager
@@ -560,7 +635,7 @@ class Store:
             ) from None
 
     def _lock_family(self, locks: contextlib.ExitStack, name: str) -> list[int]:
-        """Lock a memory and all that forks connect with it; a fork takes the lock of what it is made from."""
+        """Lock a memory, all that forks connect with it, and their conversations; a fork takes the lock of its base."""
         held: list[int] = []
         while True:
             family = self._journal.family(self._id(name))
@@ -568,6 +643,8 @@ class Store:
                 return family
             locks.close()
             names = {memory: name for name, memory in self._journal.names().items()}
+            for memory in family:  # conversations first: who talks takes the memory's lock too
+                locks.enter_context(self._locked(f"{memory}-turns", f"a conversation with {names.get(memory)!r}"))
             for memory in family:
                 locks.enter_context(self._locked(memory, f"the memory {names.get(memory)!r}"))
             held = family
@@ -665,10 +742,10 @@ class Store:
 
     # --- inside: writes ---------------------------------------------------------------------------------------------
 
-    def _advance(self, llm: MemoryModel | None, name: str, memory: int) -> None:
+    def _advance(self, llm: MemoryModel | None, name: str, memory: int, progress: Progress | None = None) -> None:
         """Apply what waits, then forget what has expired."""
         if llm is not None:
-            self._settle(llm, memory)
+            self._settle(llm, memory, progress)
         for source in self._due(memory):
             self._event(name, memory, "expire", source)
 
@@ -680,13 +757,13 @@ class Store:
         head = self._journal.head(memory)
         if self._waits(head):
             return over
-        held = [source.name for source in self._state(head).sources]
+        held = _names(self._state(head))
         return [source for source in over if source in held]
 
     def _known(self, name: str, memory: int, key: str | None, says: dict[str, Any]) -> Row | None:
         """The version of this key, if it is that of the same text."""
         row = None if key is None else self._journal.keyed(memory, key)
-        if row is not None and row.payload["sha256"] != says["sha256"]:
+        if row is not None and row.payload.get("sha256") != says["sha256"]:
             raise ValueError(f"the key {key!r} belongs to another text, version {row.seq} of {name!r}; use a new key.")
         at = self._journal.expiries(memory).get(says["source"])
         if row is None and at is not None and at <= time.time():
@@ -703,9 +780,11 @@ class Store:
                 raise ValueError(f"the memory {name!r} was deleted meanwhile.")
             return self._journal.append(Row(memory, "write", self._journal.head(memory).id, says, key, state="pending"))
 
-    def _settle(self, llm: MemoryModel, memory: int) -> None:
+    def _settle(self, llm: MemoryModel, memory: int, progress: Progress | None = None) -> None:
         """Apply what waits, in order."""
-        for row in self._journal.pending(memory):
+        waiting = self._journal.pending(memory)
+        told = _Told(progress, [_length(llm, row) for row in waiting] if progress else [])
+        for row in waiting:
             base = self._journal.row(row.base or 0)
             before = self._state(base)
             llm.check(before)
@@ -715,7 +794,7 @@ class Store:
             begun = replace(row, attempts=row.attempts + 1)
             self._journal.change(begun)
             try:
-                done, data, after = self._computed(llm, begun, before, self._deltas(base))
+                done, data, after = self._computed(llm, begun, before, self._deltas(base), told.next())
             except ValueError as error:
                 self._fail(row, str(error))
                 continue
@@ -729,7 +808,9 @@ class Store:
                     self._journal.change(row)
                 raise
 
-    def _computed(self, llm: MemoryModel, row: Row, before: Memory, deltas: int) -> tuple[Row, bytes, Memory]:
+    def _computed(
+        self, llm: MemoryModel, row: Row, before: Memory, deltas: int, progress: Progress | None = None
+    ) -> tuple[Row, bytes, Memory]:
         """Compute a write.
 
         Args:
@@ -740,14 +821,14 @@ class Store:
             The row, applied but for its object; that object; and the next memory.
         """
         ids, role = _ids(llm, row.payload)
-        after, updates = _written(llm, before, ids, row.payload["source"])
+        after, updates = _written(llm, before, ids, row.payload["source"], progress)
         if deltas + 1 < self.snapshot_every and delta.size(updates) < _size(after):
             kind, data = "delta", delta.to_bytes(updates)
         else:
             kind, data = "snapshot", snapshot.to_bytes(after)
         says = row.payload | {"tokens": len(ids), "resolved": role}
         if self.journal == "hash":
-            says = {what: value for what, value in says.items() if what not in ("text", "ids")}
+            says = {what: value for what, value in says.items() if what not in CONTENTS}
         return replace(row, payload=says, state="applied", kind=kind, made=_made(after)), data, after
 
     def _commit(self, row: Row, data: bytes, after: Memory) -> Row:
@@ -782,7 +863,9 @@ class Store:
 
     # --- inside: replay ---------------------------------------------------------------------------------------------
 
-    def _replay(self, llm: MemoryModel, rows: list[Row], source: str) -> dict[int, Row | None]:
+    def _replay(
+        self, llm: MemoryModel, rows: list[Row], source: str, progress: Progress | None
+    ) -> dict[int, Row | None]:
         """Compute all versions that hold a source as if it had never been written; what they refer to is kept on disk.
 
         Args:
@@ -801,11 +884,11 @@ class Store:
                 dirty.add(row.id)
             if row.base is not None:
                 children[row.base].append(row)
-        for row in rows:
-            if row.id in dirty - gone and row.event == "write" and row.state != "failed":
-                _text(row)
-        held = [known.name for known in self._state(rows[0]).sources]
-        if source in held:
+        again = [row for row in rows if row.id in dirty - gone and row.event == "write" and row.state != "failed"]
+        for row in again:
+            _text(row)
+        told = _Told(progress, [_length(llm, row) for row in again if row.state == "applied"] if progress else [])
+        if any(source in _names(self._state(row)) for row in rows if row.event in ("create", "import")):
             raise ValueError(
                 f"the source {source!r} was in the memory before its journal began, so it can not be replayed without "
                 f"it; `forget` drops its slots."
@@ -821,13 +904,13 @@ class Store:
                 if row.id in gone:
                     done[row.id] = None
                 else:
-                    new, after = self._again(llm, row, after, deltas)
+                    new, after = self._again(llm, row, after, deltas, told)
                     done[row.id] = new
                     deltas = {"snapshot": 0, "delta": deltas + 1, "none": deltas}[new.kind]
             todo += [(child, after, deltas) for child in children[row.id]]
         return done
 
-    def _again(self, llm: MemoryModel, row: Row, before: Memory, deltas: int) -> tuple[Row, Memory]:
+    def _again(self, llm: MemoryModel, row: Row, before: Memory, deltas: int, told: _Told) -> tuple[Row, Memory]:
         """A version as it is on top of another state of its base."""
         if row.state != "applied":
             return row, before
@@ -837,7 +920,7 @@ class Store:
         try:
             if row.event != "write":
                 return bare, _plain(_bookkeeping(row, before))
-            again, data, after = self._computed(llm, bare, before, deltas)
+            again, data, after = self._computed(llm, bare, before, deltas, told.next())
         except ValueError as error:
             return replace(bare, state="failed", error=str(error)), before
         with self._putting():
@@ -874,10 +957,17 @@ class Store:
                     )
             for memory in family:
                 self._journal.set_expiry(memory, source, None)
+                if (self._journal.turns(memory) or {}).get("source") == source:
+                    self._journal.keep_turns(memory, None)
                 self._journal.built(memory)
             self._journal.keep_setting("sweep", "due")
         self._cache.clear()
         return {self._journal.name(row.memory) for row in rows if row.id in done}
+
+
+def _check_name(name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise ValueError(f"{name!r} can not be a memory's name: use letters, digits, '_' and '-', and no path.")
 
 
 class _Cache:
@@ -912,6 +1002,11 @@ def _size(memory: Memory) -> int:
     return sum(t.numel() * t.element_size() for t in (memory.slots, memory.births, memory.origins))
 
 
+def _names(memory: Memory) -> list[str]:
+    """The sources of a memory."""
+    return [source.name for source in memory.sources]
+
+
 def _plain(memory: Memory) -> Memory:
     """A memory as the store keeps it: its lineage is in the journal, not in the value."""
     return replace(memory, version="", parent="") if memory.version or memory.parent else memory
@@ -924,14 +1019,15 @@ def _succeeded(row: Row) -> Row:
     return row
 
 
-def _said(text: str | Sequence[int], source: str, role: str | None) -> dict[str, Any]:
+def _said(text: Content, source: str, role: str | None) -> dict[str, Any]:
     """What the journal keeps of a write, before it is applied."""
     if isinstance(text, str):
-        try:
-            empty = not text.encode().strip()
-        except UnicodeEncodeError:
-            raise ValueError("the text is not valid Unicode; write UTF-8.") from None
         what: dict[str, Any] = {"text": text}
+        empty = not text.strip()
+    elif isinstance(text, Sequence) and text and isinstance(text[0], dict):
+        if role:
+            raise ValueError(f"turns of a conversation have roles of their own: got {role!r} besides.")
+        what, empty = {"turns": [{"role": turn["role"], "content": turn["content"]} for turn in text]}, False  # type: ignore[index]
     else:
         ids = torch.as_tensor(text)
         empty = not ids.numel()
@@ -943,17 +1039,22 @@ def _said(text: str | Sequence[int], source: str, role: str | None) -> dict[str,
     if empty:
         raise ValueError("the text to be written is empty; give at least one character.")
     says = what | {"source": source, "role": role}
+    try:
+        json.dumps(says, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text is not valid Unicode; write UTF-8.") from None
     return says | {"sha256": hashlib.sha256(json.dumps(says, sort_keys=True).encode()).hexdigest()}
 
 
-def _text(row: Row) -> str | list[int]:
+def _text(row: Row) -> Content:
     """What was written; a ValueError where the journal does not keep it."""
-    if "text" not in row.payload and "ids" not in row.payload:
+    found = [row.payload[what] for what in CONTENTS if what in row.payload]
+    if not found:
         raise ValueError(
             f"version {row.seq} can not be replayed: the journal keeps only a hash of what was written. `forget` drops "
             f"the slots of a source without a replay."
         )
-    return row.payload["text"] if "text" in row.payload else row.payload["ids"]
+    return found[0]
 
 
 def _ids(llm: MemoryModel, says: dict[str, Any]) -> tuple[list[int], str | None]:
@@ -961,11 +1062,43 @@ def _ids(llm: MemoryModel, says: dict[str, Any]) -> tuple[list[int], str | None]
     if "ids" in says:
         return says["ids"], None
     prompts = llm.prompts_or_raise()
+    if "turns" in says:
+        return [i for turn in says["turns"] for i in prompts.turn(turn)], None
     role = says.get("resolved") or says["role"] or (prompts.style.wrap if prompts.chats else None) or "raw"
     return prompts.written(says["text"], role), role
 
 
-def _written(llm: MemoryModel, memory: Memory, ids: list[int], source: str) -> tuple[Memory, list[Update]]:
+def _length(llm: MemoryModel, row: Row) -> int:
+    """Tokens of a write; 0 where the model will refuse it."""
+    try:
+        return len(_ids(llm, row.payload)[0])
+    except ValueError:
+        return 0
+
+
+class _Told:
+    """One progress over several writes.
+
+    Args:
+        lengths: tokens of each.
+    """
+
+    def __init__(self, progress: Progress | None, lengths: list[int]) -> None:
+        self._progress, self._lengths, self._begun = progress, lengths, 0
+
+    def next(self) -> Progress | None:
+        """The progress of the next write."""
+        progress = self._progress
+        if progress is None:
+            return None
+        before, total = sum(self._lengths[: self._begun]), sum(self._lengths)
+        self._begun += 1
+        return lambda done, _: progress(before + done, total)
+
+
+def _written(
+    llm: MemoryModel, memory: Memory, ids: list[int], source: str, progress: Progress | None
+) -> tuple[Memory, list[Update]]:
     """`llm.write_ids`, and each of its updates."""
     updates = []
     for start in range(0, len(ids), memory.piece):
@@ -975,6 +1108,8 @@ def _written(llm: MemoryModel, memory: Memory, ids: list[int], source: str) -> t
         new = following.slots[:, -k:].clone().cpu()
         updates.append(Update(new, memories.draw(memory, k), source, len(piece)))
         memory = following
+        if progress is not None:
+            progress(start + len(piece), len(ids))
     return memory, updates
 
 
@@ -990,6 +1125,7 @@ def _bookkeeping(row: Row, memory: Memory) -> Memory:
 def _made(memory: Memory) -> dict[str, Any]:
     """With what a version was computed."""
     return {
+        "model": memory.model_name,
         "dtype": str(memory.slots.dtype)[6:],
         "device": memory.slots.device.type,
         "threads": torch.get_num_threads(),

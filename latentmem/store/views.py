@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from latentmem.prompts import Message
+
 
 @dataclass(frozen=True)
 class Version:
@@ -16,14 +18,14 @@ class Version:
         event: "create", "import", "write", "rollback", "fork", "pin", "unpin", "forget" or "expire".
         source: the source that was written, pinned or forgotten, if any.
         tokens: tokens that were written.
-        text: what was written, where the journal keeps it: a text, or token ids.
+        text: what was written, where the journal keeps it: a text, turns of a conversation, or token ids.
         base: (name, version) that it was made from.
         state: "applied", "pending" (acknowledged, not yet in the memory) or "failed" (then it changed nothing).
         error: why it failed.
         key: the caller's idempotency key.
         bytes: what it takes on disk beside its row.
-        made: with what it was computed (dtype, device, threads, library versions): where these are equal, a replay
-            gives equal bits.
+        made: with what it was computed (model, dtype, device, threads, library versions): where these are equal, a
+            replay gives equal bits.
         time: when, with time zone.
     """
 
@@ -31,7 +33,7 @@ class Version:
     event: str
     source: str | None
     tokens: int
-    text: str | list[int] | None
+    text: str | list[Message] | list[int] | None
     base: tuple[str, int] | None
     state: str
     error: str | None
@@ -39,6 +41,27 @@ class Version:
     bytes: int
     made: dict[str, Any]
     time: datetime
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What the journal says of one memory, without opening it.
+
+    Args:
+        name: its name.
+        versions: how many.
+        pending: how many of them are acknowledged and not yet in the memory.
+        changed: when the newest was made, with time zone.
+        bytes: of its snapshots and deltas.
+        model: name of the model that wrote it; "" if it is not known.
+    """
+
+    name: str
+    versions: int
+    pending: int
+    changed: datetime
+    bytes: int
+    model: str
 
 
 @dataclass(frozen=True)

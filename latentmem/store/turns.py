@@ -1,0 +1,97 @@
+"""A conversation with a named memory: its turns are safe before they are in the memory."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+
+from latentmem.core.memory import Memory
+from latentmem.model import MemoryModel
+from latentmem.prompts import Message
+from latentmem.store.store import Store
+
+
+class Turns:
+    """The turns of a conversation with a named memory that are not in it yet: a `latentmem.chat.Journal`.
+
+    They lie in the store's database. Turns on their way into the memory are kept with the idempotency key of that
+    write, so whoever opens them next knows whether they are there. Use it with `with`: a memory has one conversation
+    at a time.
+
+    Args:
+        store: where the memory is.
+        name: its name.
+
+    Raises:
+        ValueError: no such memory.
+    """
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name, self._journal = store, name, store._journal
+        self._memory = store._id(name)
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> Turns:
+        """Wait for another conversation with this memory; a ValueError says whose it is."""
+        self._held.enter_context(self._store._talking(self._name))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def pending(self) -> list[Message]:
+        """Turns of a conversation that ended without being written.
+
+        Raises:
+            ValueError: they wait in the journal; `Store.apply` comes first.
+        """
+        kept = self._journal.turns(self._memory)
+        if kept is None:
+            return []
+        row = self._journal.keyed(self._memory, kept["key"]) if kept["leaving"] else None
+        if row is not None and row.state == "pending":
+            raise ValueError(f"version {row.seq} of {self._name!r} waits to be applied; `apply` does it.")
+        written = row is not None and row.state == "applied"
+        return kept["messages"][kept["leaving"] :] if written else kept["messages"]
+
+    def keep_turns(self, messages: Sequence[Message], source: str) -> None:
+        """Keep turns that are not in the memory, so that a crash loses none."""
+        self._keep(messages, source)
+
+    def write(self, llm: MemoryModel, messages: Sequence[Message], count: int, source: str) -> Memory:
+        """Write the first `count` of these turns and keep the others; returns the memory with them.
+
+        Raises:
+            ValueError, OSError: as `Store.write`; all turns are kept.
+        """
+        key = f"turns {uuid.uuid4().hex}"
+        self._keep(messages, source, count, key)
+        try:
+            self._store.write(llm, self._name, messages[:count], source, key=key)
+        except KeyboardInterrupt:  # it may have come behind the commit
+            row = self._journal.keyed(self._memory, key)
+            if row is None or row.state != "applied":
+                raise
+        with _no_interrupt():
+            self._keep(messages[count:], source)
+            return self._store.open(self._name)
+
+    def _keep(self, messages: Sequence[Message], source: str, leaving: int = 0, key: str = "") -> None:
+        kept = {"source": source, "messages": list(messages), "leaving": leaving, "key": key}
+        self._journal.keep_turns(self._memory, kept if messages else None)
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Let no Ctrl-C come between steps that belong together; they take milliseconds."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
