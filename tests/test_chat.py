@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from moments import Moments
 
 from latentmem.chat import Conversation
 from latentmem.model import MemoryModel
+from latentmem.store import Store, Turns
+from latentmem.store.objects import Disk
 from latentmem.testing import byte_tokenizer, tiny_model
 
 
@@ -100,26 +103,26 @@ def test_an_answer_that_fails_keeps_the_turn_and_reads_anew(llm, monkeypatch):
     assert talk.say("again", max_new_tokens=4) == fresh.say("again", max_new_tokens=4)
 
 
-def test_a_failed_save_can_be_tried_again_and_repeats_nothing(llm, home, monkeypatch):
-    from latentmem.files import NamedMemory
+def test_a_failed_save_can_be_tried_again_and_repeats_nothing(llm, tmp_path, monkeypatch):
+    store = Store(tmp_path / "s")
+    store.create("work", llm.empty(N=256, K=32))
+    with Turns(store, "work") as turns:
+        talk = Conversation(llm, store.open("work"), journal=turns)
+        talk.say("my cat is Pip", max_new_tokens=2)
 
-    place = NamedMemory("work")
-    talk = Conversation(llm, llm.empty(N=256, K=32), journal=place)
-    talk.say("my cat is Pip", max_new_tokens=2)
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
 
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("latentmem.core.snapshot.save_file", full)
-        with pytest.raises(OSError, match="No space"):
-            talk.close()
-    assert len(talk.messages) == 2 and talk.memory.M == 0 and not place.exists
-    memory = talk.close()
-    assert llm.tokenizer.decode(llm.text_of(memory)).count("my cat is Pip") == 1
-    assert memory.version == place.load().version and place.pending() == []
-    talk.say("and a dog", max_new_tokens=2)
-    assert talk.close().parent == memory.version
+        with monkeypatch.context() as patch:
+            patch.setattr(Disk, "create", full)
+            with pytest.raises(OSError, match="No space"):
+                talk.close()
+        assert len(talk.messages) == 2 and talk.memory.M == 0 and turns.pending() == talk.messages
+        memory = talk.close()
+        assert llm.tokenizer.decode(llm.text_of(memory)).count("my cat is Pip") == 1
+        assert memory is store.open("work") and turns.pending() == []
+        talk.say("and a dog", max_new_tokens=2)
+        assert talk.close().updates > memory.updates and len(store.history("work")) == 3
 
 
 @pytest.mark.parametrize(("preset", "compression"), [("exact", 4), ("paper", 1)])
@@ -131,53 +134,37 @@ def test_turns_leave_in_every_preset_without_an_endless_loop(llm, preset, compre
     assert talk.messages[0]["content"] == "b" * 400 and talk.memory.M > 0
 
 
-def test_a_crash_at_any_moment_loses_no_turn_and_writes_none_twice(llm, home, monkeypatch):
-    """Cut the conversation off before every single file that it writes, start again, and look at what is left."""
-    from latentmem import files
-    from latentmem.core import snapshot
+def test_a_crash_at_any_moment_loses_no_turn_and_writes_none_twice(llm, tmp_path, monkeypatch):
+    """Stop a conversation before everything that it puts on the disk, start again, and look at what is left."""
+    moments = Moments(monkeypatch)
 
-    class CutOff(Exception):  # noqa: N818 - no error
-        pass
-
-    def run(name, cut):
-        place, moments = files.NamedMemory(name), 0
-
-        def counted(path, original=snapshot.replacing):
-            nonlocal moments
-            moments += 1
-            if moments == cut:
-                raise CutOff
-            return original(path)
-
+    def run(folder, cut):
         said = []
-        with place.writing():
-            start = place.load() if place.exists else llm.empty(N=512, K=64)
-            place.begin(start)
-            talk = Conversation(llm, start, place.pending(), journal=place, window=90)
-            with monkeypatch.context() as patch:
-                patch.setattr(files, "replacing", counted)
-                patch.setattr(snapshot, "replacing", counted)
-                try:
-                    for i in range(4):
-                        said.append(f"message {i}")
-                        talk.say(f"message {i}", max_new_tokens=2)
-                    talk.close()
-                except CutOff:
-                    pass
-        return said, moments
+        moments.begin(cut)
+        try:
+            store = Store(folder)
+            if "work" not in store.names():
+                store.create("work", llm.empty(N=512, K=64))
+            with Turns(store, "work") as turns:
+                store.apply(llm, "work")
+                talk = Conversation(llm, store.open("work"), turns.pending(), journal=turns, window=90)
+                for i in range(4 if cut else 0):
+                    said.append(f"message {i}")
+                    talk.say(f"message {i}", max_new_tokens=2)
+                talk.close()
+        except Moments.Cut:
+            pass
+        return said
 
-    _, total = run("whole", 0)
-    assert total > 8
-    for cut in range(1, total + 1):
-        name = f"cut-{cut}"
-        said, _ = run(name, cut)
-        place = files.NamedMemory(name)
-        with place.writing():
-            memory = place.load() if place.exists else llm.empty(N=512, K=64)
-            place.begin(memory)
-            memory = Conversation(llm, memory, place.pending(), journal=place).close()
-        text = llm.tokenizer.decode(llm.text_of(memory))
-        assert place.pending() == []
+    run(tmp_path / "whole", 10**6)
+    assert moments.count > 30
+    for cut in range(1, moments.count + 1):
+        said = run(tmp_path / str(cut), cut)
+        run(tmp_path / str(cut), 0)  # with nothing to say: what is left is written
+        store = Store(tmp_path / str(cut))
+        text = llm.tokenizer.decode(llm.text_of(store.open("work")))
+        assert Turns(store, "work").pending() == []
         for message in said[:-1]:
             assert text.count(message) == 1, (cut, message)
-        assert text.count(said[-1]) <= 1  # the last one may have been cut off before it was journalled
+        assert not said or text.count(said[-1]) <= 1  # the last one may have been cut off before it was kept
+        store.close()

@@ -20,11 +20,11 @@ ROOMS = {  # room -> rooms of latentmem that it may import
     "loading": {"core", "adapters", "prompts", "model", "released", "quantize"},
     "chat": {"core", "model", "prompts"},
     "doctor": {"core", "model"},
-    "files": {"core", "prompts"},
+    "files": {"core", "store"},
     "store": {"core", "model", "prompts", "store", ""},
     "evaluate": {"core", "model", "loading", "evaluate"},
     "train": {"core", "adapters", "prompts", "model", "loading", "train"},
-    "cli": {"core", "model", "chat", "doctor", "files", "loading", "evaluate", "train", ""},
+    "cli": {"cli", "core", "model", "chat", "doctor", "files", "store", "evaluate", "train", ""},
     "__init__": {"core", "chat", "loading", "model", "store"},
 }
 CORE_MAY_IMPORT = {"torch", "safetensors", "transformers"}

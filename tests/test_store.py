@@ -18,7 +18,7 @@ from filelock import FileLock
 from latentmem.core import snapshot
 from latentmem.core.memory import Memory, draw, empty, forecast, forget, pin, update
 from latentmem.model import MemoryModel
-from latentmem.store import Store, archive
+from latentmem.store import Store, Turns, archive
 from latentmem.store.delta import Chain, Update
 from latentmem.store.objects import Disk
 from latentmem.testing import byte_tokenizer, tiny_model
@@ -142,6 +142,182 @@ def test_a_rollback_is_a_version_and_can_be_undone(llm, store):
     assert store.rollback("m", 4) == 7
     same(again(store).open("m"), live[4])
     assert [v.base for v in store.history("m")][4:] == [("m", 3), ("m", 2), ("m", 5), ("m", 4)]
+
+
+def test_undo_goes_one_step_further_back_each_time(llm, store):
+    live = filled(llm, store)
+    for version, expected in ((5, 3), (6, 2)):
+        assert store.undo("m") == version
+        same(store.open("m"), live[expected])
+    store.write(llm, "m", "after", "z")
+    same(store.open("m", store.undo("m")), live[2])  # undone is the write alone
+    same(store.open("m", store.undo("m")), live[1])
+    assert store.rollback("m", 4) == 10  # an undo goes on from where a rollback went to
+    same(store.open("m", store.undo("m")), live[3])
+    store.pin("m", "b")
+    same(store.open("m", store.undo("m")), live[3])
+    for expected in (2, 1, 0):
+        same(store.open("m", store.undo("m")), live[expected])
+    store.fork("m", "f", 4)
+    for name in "mf":
+        with pytest.raises(ValueError, match=f"nothing to undo in the memory '{name}'"):
+            store.undo(name)
+    store.append("m", "as a judge", "b", role="judge")
+    store.write(llm, "m", "fine", "b")
+    same(store.open("m", store.undo("m")), live[0])  # a write that failed is no step
+
+
+def test_an_overview_says_what_the_journal_knows(llm, store):
+    filled(llm, store)
+    store.fork("m", "f")
+    store.append("f", "waits")
+    f, m = store.overview()
+    assert (f.name, f.versions, f.pending, f.bytes, f.model) == ("f", 2, 1, 0, "tiny")
+    assert (m.name, m.versions, m.pending, m.model) == ("m", 5, 0, "tiny")
+    assert m.bytes == sum(v.bytes for v in store.history("m")) and m.changed == store.history("m")[-1].time
+    assert (store.waits("f"), store.applied("f"), store.applied("m")) == (1, 0, 4)
+
+
+def test_a_memory_can_begin_with_what_it_was_made_from_and_once(llm, store, tmp_path):
+    before = llm.write(start(llm), "a text of before", "a")
+    memory = llm.write(before, SECRET, "s")
+    for _ in range(2):
+        store.create("m", memory, before=before, key="k")
+    assert [(v.event, v.base, v.key) for v in store.history("m")] == [
+        ("import", None, None),
+        ("import", ("m", 0), "k"),
+    ]
+    with pytest.raises(ValueError, match="already"):
+        store.create("m", memory, before=before, key="other")
+    live = llm.write(memory, "goes on", "b")
+    store.write(llm, "m", "goes on", "b")
+    same(again(store).open("m"), live)
+    store.export("m", tmp_path / "m.zip")
+    store.import_(tmp_path / "m.zip", "copy")
+    assert seen(store, "copy") == seen(store, "m")
+    store.undo("m")
+    store.undo("m")
+    same(store.open("m"), before)
+    store.rollback("m", 2)
+    with pytest.raises(ValueError, match="before its journal began"):
+        store.forget_by_replay(llm, "m", "s")
+    with pytest.raises(ValueError, match="held something already"):
+        store.rebuild(llm, "m", "new")
+    store.forget_by_replay(llm, "m", "b")
+    same(again(store).open("m"), memory)
+
+
+# --- conversations --------------------------------------------------------------------------------------------------
+
+TALK = [{"role": role, "content": text} for role, text in (("user", "my cat is Pip"), ("assistant", "noted"))]
+
+
+def test_turns_are_kept_until_they_are_written(llm, store):
+    live = filled(llm, store, sources="a")
+    with Turns(store, "m") as turns:
+        turns.keep_turns(TALK, "chat")
+    with Turns(again(store), "m") as turns:
+        assert turns.pending() == TALK
+        after = turns.write(llm, TALK, 1, "chat")
+        expected = llm.write_ids(live[-1], llm.prompts.turn(TALK[0]), "chat")
+        same(after, expected)
+        assert turns.pending() == TALK[1:]
+        same(turns.write(llm, TALK[1:], 1, "chat"), llm.write_ids(expected, llm.prompts.turn(TALK[1]), "chat"))
+        assert turns.pending() == []
+    assert [v.text for v in store.history("m")][2:] == [TALK[:1], TALK[1:]]
+    store.rebuild(llm, "m", "again")
+    same(store.open("again"), store.open("m"))
+
+
+def test_turns_of_a_write_that_failed_are_still_there(llm, store, monkeypatch):
+    filled(llm, store, sources="a")
+
+    def refused(*_):
+        raise ValueError("no")
+
+    with Turns(store, "m") as turns:
+        with monkeypatch.context() as patch:
+            patch.setattr(llm, "write_ids", refused)
+            with pytest.raises(ValueError, match="no"):
+                turns.write(llm, TALK, 2, "chat")
+        assert turns.pending() == TALK and len(store.history("m")) == 2
+
+
+def test_an_interrupt_behind_the_commit_is_no_reason_to_write_turns_again(llm, store, monkeypatch):
+    filled(llm, store, sources="a")
+
+    def interrupted(self, row, *args, commit=Store._commit):
+        commit(self, row, *args)
+        raise KeyboardInterrupt
+
+    with Turns(store, "m") as turns:
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "_commit", interrupted)
+            same(turns.write(llm, TALK, 2, "chat"), store.open("m", 2))
+        assert turns.pending() == [] and len(store.history("m")) == 3
+
+
+def test_turns_go_with_their_memory_and_when_their_source_is_forgotten(llm, store):
+    filled(llm, store, sources="ab")
+    store.write(llm, "m", "said before", "chat")
+    with Turns(store, "m") as turns:
+        turns.keep_turns(TALK, "chat")
+    store.forget_by_replay(llm, "m", "b")
+    assert Turns(store, "m").pending() == TALK
+    store.forget_by_replay(llm, "m", "chat")
+    assert Turns(store, "m").pending() == [] and b"Pip" not in raw(store)
+    Turns(store, "m").keep_turns(TALK, "chat")
+    store.delete("m")
+    assert b"Pip" not in raw(store)
+
+
+def test_a_memory_has_one_conversation_at_a_time_and_none_while_it_is_rewritten(llm, store):
+    filled(llm, store, sources="ab")
+    quick = again(store, timeout=0.05)
+    with Turns(store, "m"):
+        for call in (
+            Turns(quick, "m").__enter__,
+            lambda: quick.delete("m"),
+            lambda: quick.forget_by_replay(llm, "m", "a"),
+        ):
+            with pytest.raises(ValueError, match=r"process \d+ on .* is changing a conversation with 'm'"):
+                call()
+        quick.write(llm, "m", "meanwhile", "c")
+    assert quick.forget_by_replay(llm, "m", "a") == ["m"]
+
+
+def test_progress_counts_the_tokens_of_all_that_is_written(llm, store):
+    filled(llm, store, sources="ab")
+    said = []
+
+    def tell(done, total):
+        said.append((done, total))
+
+    store.append("m", "twelve bytes", "c")
+    store.append("m", "as a judge", "c", role="judge")
+    store.append("m", "ten bytes.", "c")
+    store.apply(llm, "m", tell)
+    assert said == [(8, 22), (12, 22), (20, 22), (22, 22)]
+    said.clear()
+    store.write(llm, "m", "nine byte", "d", progress=tell)
+    assert said == [(8, 9), (9, 9)]
+    said.clear()
+    store.rebuild(llm, "m", "new", tell)
+    assert said[-1] == (53, 53) and said == sorted(said)
+    said.clear()
+    store.forget_by_replay(llm, "m", "a", tell)
+    assert said[-1] == (42, 42) and said == sorted(said)
+
+
+def test_after_a_replay_versions_are_in_order_and_can_be_exported(llm, store, tmp_path):
+    filled(llm, store, sources="ab")
+    store.rollback("m", 0)
+    store.write(llm, "m", "c", "c")
+    store.forget_by_replay(llm, "m", "a")
+    assert [v.version for v in store.history("m")] == list(range(4))
+    store.export("m", tmp_path / "m.zip")
+    store.import_(tmp_path / "m.zip", "copy")
+    assert seen(store, "copy") == seen(store, "m")
 
 
 def test_a_fork_is_a_row_and_leaves_the_other_alone(llm, store):

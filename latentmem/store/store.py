@@ -138,7 +138,7 @@ class Store:
         Raises:
             ValueError: a name that is taken, or that is none: letters, digits, "_" and "-", at most 64.
         """
-        _check_name(name)
+        check_name(name)
         taken = self._journal.id(name)
         if taken is not None and key is not None and self._journal.keyed(taken, key):
             return
@@ -179,7 +179,7 @@ class Store:
         Raises:
             ValueError: no such memory or version, one that is not applied yet, or a new name that is taken.
         """
-        _check_name(new)
+        check_name(new)
         with self._alone(name) as memory, self._journal.transaction():
             base = self._done(name, self._row(name, memory, version))
             first = self._journal.add(new, Row(0, "fork", base.id, {}))
@@ -219,7 +219,7 @@ class Store:
     def history(self, name: str) -> list[Version]:
         """All versions of a memory, oldest first."""
         found = []
-        for row in self._journal.rows([self._id(name)]):
+        for row in self._versions(self._id(name)):
             base = None
             if row.base is not None:
                 from_row = self._journal.row(row.base)
@@ -329,6 +329,10 @@ class Store:
         with self._alone(name) as memory:
             self._advance(llm, name, memory, progress)
             return self._journal.head(memory).seq
+
+    def waits(self, name: str) -> int:
+        """How many writes are acknowledged and not applied yet."""
+        return len(self._journal.pending(self._id(name)))
 
     def applied(self, name: str) -> int:
         """The newest version that can be opened without a model: nothing that it is made from waits."""
@@ -525,7 +529,7 @@ class Store:
         A fork is exported as if it had begun with what it was forked from.
         """
         with self._alone(name) as memory:
-            rows = self._journal.rows([memory])
+            rows = self._versions(memory)
             first = rows[0]
             extra = {}
             if first.event == "fork":
@@ -544,7 +548,7 @@ class Store:
             ValueError: a file that is damaged or was not made by `export`, a name that is taken, or texts where this
                 store keeps only hashes; nothing has changed.
         """
-        _check_name(name)
+        check_name(name)
         try:
             with archive.Reader(Path(path)) as file, self._putting():
                 self._take(file, name)
@@ -655,8 +659,14 @@ class Store:
         memory = self._journal.id(name)
         if memory is None:
             known = ", ".join(self.names()) or "none yet"
-            raise ValueError(f"there is no memory {name!r} (there are: {known}). `create` makes one.")
+            raise ValueError(
+                f"there is no memory {name!r} (there are: {known}). `create` or `latentmem write` makes one."
+            )
         return memory
+
+    def _versions(self, memory: int) -> list[Row]:
+        """All versions of a memory by number, which after a replay is not the order in which they were stored."""
+        return sorted(self._journal.rows([memory]), key=lambda row: row.seq)
 
     def _row(self, name: str, memory: int, version: int | None) -> Row:
         row = self._journal.head(memory) if version is None else self._journal.version(memory, version)
@@ -874,6 +884,11 @@ class Store:
         Returns:
             Id -> what takes its place (its base is still the old one), or None where nothing does.
         """
+        if any(source in _names(self._state(row)) for row in rows if row.event in ("create", "import")):
+            raise ValueError(
+                f"the source {source!r} was in the memory before its journal began, so it can not be replayed without "
+                f"it; `forget` drops its slots."
+            )
         if not any(row.event == "write" and row.payload["source"] == source for row in rows):
             raise ValueError(f"the journal has no write of the source {source!r}.")
         gone = {row.id for row in rows if row.payload.get("source") == source}
@@ -888,11 +903,6 @@ class Store:
         for row in again:
             _text(row)
         told = _Told(progress, [_length(llm, row) for row in again if row.state == "applied"] if progress else [])
-        if any(source in _names(self._state(row)) for row in rows if row.event in ("create", "import")):
-            raise ValueError(
-                f"the source {source!r} was in the memory before its journal began, so it can not be replayed without "
-                f"it; `forget` drops its slots."
-            )
         done: dict[int, Row | None] = {}
         todo: list[tuple[Row, Memory | None, int]] = [(rows[0], None, 0)]
         while todo:
@@ -965,7 +975,8 @@ class Store:
         return {self._journal.name(row.memory) for row in rows if row.id in done}
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """A ValueError if this can not be a memory's name."""
     if not NAME.fullmatch(name):
         raise ValueError(f"{name!r} can not be a memory's name: use letters, digits, '_' and '-', and no path.")
 

@@ -1,0 +1,193 @@
+"""`latentmem eval`: retention, compare, effects."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from latentmem.cli import base
+from latentmem.cli.base import PACKAGED, Adapters, Device, app
+
+evaluation = typer.Typer(help="Measure a memory: its curves, beside what else could be done.", no_args_is_help=True)
+app.add_typer(evaluation, name="eval", rich_help_panel="Training and measuring")
+
+ALL_STEPS = "0,1,2,5,10,20,50"
+
+
+@evaluation.command()
+def retention(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the same one goes on with it.")],
+    data: Annotated[str, typer.Option(help="squad, nq or synthetic.")] = "synthetic",
+    questions: Annotated[int, typer.Option(min=1, help="How many questions.")] = 200,
+    per_text: Annotated[int | None, typer.Option(min=1, help="Questions of each text [5; nq 1].")] = None,
+    steps: Annotated[str, typer.Option(help="Texts written in between, by which to ask.")] = ALL_STEPS,
+    capacity: Annotated[
+        str, typer.Option("--capacity", "-N", help="Slots per layer; a checkpoint has its own.")
+    ] = "1024,2048",
+    fill: Annotated[str, typer.Option(help="The memory before the text: full, empty.")] = "full,empty",
+    rows: Annotated[str, typer.Option(help="What is measured.")] = "floor,dead,oracle,window,bm25,ours",
+    per_update: Annotated[int, typer.Option("--per-update", "-K", help="Slots that one update may write.")] = 512,
+    compression: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per slot.", show_default="as the adapters were trained, else 1")
+    ] = None,
+    choice: Annotated[
+        str | None,
+        typer.Option(help="Which token becomes a slot: last, surprise.", show_default="last"),
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in which an answer has to come [10; synthetic 20].")
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="One stream for all steps, not only above 50.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the drawn questions and of every drop.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes.", show_default="all cores on a CPU, 1 on a GPU")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bfloat16, float32 or float16.", show_default="bfloat16; float32 with --quantize"),
+    ] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8: linear layers in 8 bits, on a CPU.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A small run of minutes: 50 questions, N = 1024.")] = False,
+    model: Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, a .gguf file or a hub id.")] = PACKAGED,
+    device: Device = None,
+    adapters: Adapters = "auto",
+) -> None:
+    """How much is still known of a text after others were written, beside floor, oracle, window and BM25."""
+    import shlex
+
+    import latentmem
+    from latentmem.evaluate import questions as sets
+    from latentmem.evaluate import runner
+    from latentmem.evaluate.asking import NEW_TOKENS
+    from latentmem.evaluate.retention import Settings, measure
+    from latentmem.evaluate.summary import terminal
+
+    if quick:
+        if (questions, steps, capacity) != (200, ALL_STEPS, "1024,2048"):
+            raise ValueError("--quick chooses --questions, --steps and --capacity itself: leave it or them out.")
+        questions, steps, capacity = 50, "0,1,5,20", "1024"
+    per_text = per_text or (1 if data == "nq" else 5)
+    kind = dtype or ("float32" if quantize else "bfloat16")
+    loading: dict[str, Any] = {"name": model, "dtype": kind, "device": device, "quantize": quantize}
+    loading["adapters"] = None if adapters == "none" else adapters
+    llm = latentmem.load(**loading)
+    settings = Settings(
+        steps=_numbers("--steps", steps),
+        capacities=_numbers("--capacity", capacity),
+        fills=tuple(fill.split(",")),
+        rows=tuple(rows.split(",")),
+        K=per_update,
+        compression=compression or (llm.shape.compression if llm.shape else 1),
+        choice=choice or (llm.shape.choice if llm.shape else "last"),
+        new_tokens=new_tokens or (20 if data == "synthetic" else NEW_TOKENS),
+        stream=stream,
+        seed=seed,
+    )
+    prompts = llm.prompts_or_raise()
+    drawn: dict[str, Any] = {"questions": questions, "per_text": per_text, "seed": seed}
+    chosen = sets.load(data, lambda text: len(prompts.text(text)), **drawn)
+    count = workers or (runner.cores() if llm.decoder.device.type == "cpu" else 1)
+    try:
+        with base.progress("units", seconds=3600) as progress:
+            task = progress.add_task(f"retention on {data}", total=None)
+            lines = measure(
+                llm,
+                chosen,
+                settings,
+                out,
+                command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                drawn=drawn,
+                workers=count,
+                loading=loading,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+    except KeyboardInterrupt:
+        base.error(f"stopped; what is finished is in {out}, and the same command goes on from there.")
+        raise typer.Exit(130) from None
+    for title, table in terminal(lines):
+        typer.echo(f"\n{title}")
+        base.show(table)
+    typer.echo(f"\nAll tables, the plot and the page are in {out}: table.md, plot.png, report.html, summary.json")
+
+
+@evaluation.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="name=folder of each run; the first is what others gain over.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for compare.md, compare.json and compare.png.")],
+    capacity: Annotated[int, typer.Option("--capacity", "-N", help="Slots per layer.")] = 2048,
+) -> None:
+    """Retention runs side by side: untrained and trained, other presets, other compressions."""
+    import shlex
+
+    from latentmem.evaluate import compare as protocol
+
+    pairs = [run.partition("=") for run in runs]
+    if not all(name and folder for name, _, folder in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
+        raise ValueError(f"runs are given as name=folder with different names, got {' '.join(runs)}.")
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    found = protocol.write({name: Path(folder) for name, _, folder in pairs}, capacity, out, command)
+    typer.echo(protocol.markdown([line for line in found if line.metric == "accuracy"]))
+
+
+@evaluation.command()
+def effects(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the same one goes on with it.")],
+    texts: Annotated[int, typer.Option(min=2, help="Articles to read, and paragraphs to ask about.")] = 100,
+    capacity: Annotated[
+        int, typer.Option("--capacity", "-N", help="Slots per layer; a checkpoint has its own.")
+    ] = 2048,
+    compression: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per slot.", show_default="as the adapters were trained, else 1")
+    ] = None,
+    choice: Annotated[
+        str | None,
+        typer.Option(help="Which token becomes a slot: last, surprise.", show_default="last"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn and of every drop.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes.", show_default="all cores on a CPU, 1 on a GPU")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    model: Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, a .gguf file or a hub id.")] = PACKAGED,
+    device: Device = None,
+    adapters: Adapters = "auto",
+) -> None:
+    """What a memory changes beside remembering: the perplexity of other text, and saying "I don't know"."""
+    import shlex
+
+    import latentmem
+    from latentmem.evaluate import effects as protocol
+    from latentmem.evaluate import questions as sets
+    from latentmem.evaluate import runner
+
+    loading: dict[str, Any] = {"name": model, "dtype": dtype, "device": device}
+    loading["adapters"] = None if adapters == "none" else adapters
+    llm = latentmem.load(**loading)
+    prompts = llm.prompts_or_raise()
+    chosen = sets.load("squad", lambda text: len(prompts.text(text)), questions=4 * texts, per_text=4, seed=seed)
+    c = compression or (llm.shape.compression if llm.shape else 1)
+    way = choice or (llm.shape.choice if llm.shape else "last")
+    settings = protocol.Settings(N=capacity, compression=c, choice=way, texts=texts, seed=seed)
+    with base.progress("units", seconds=600) as progress:
+        task = progress.add_task("effects", total=None)
+        found = protocol.measure(
+            llm,
+            chosen,
+            settings,
+            out,
+            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            workers=workers or (runner.cores() if llm.decoder.device.type == "cpu" else 1),
+            loading=loading,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    typer.echo(protocol.markdown(found))
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} takes numbers with commas in between, such as 0,1,5: got {text!r}.") from None

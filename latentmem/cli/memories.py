@@ -1,0 +1,452 @@
+"""Writing and asking: write, ask, chat, list, show, rm, doctor."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latentmem.cli import base
+from latentmem.cli.base import Device, Json, ModelName, Name, NewTokens, Quantize, Version, app
+
+if TYPE_CHECKING:
+    from latentmem.core.memory import Memory
+    from latentmem.model import MemoryModel
+    from latentmem.store import SourceStats
+
+PANEL = "Memories"
+
+
+@app.command(rich_help_panel=PANEL)
+def write(
+    texts: Annotated[list[str], typer.Argument(help="Files, a text in quotes, or - for standard input.")],
+    memory: Name = "default",
+    role: Annotated[
+        str | None, typer.Option(help="How it is wrapped: raw, system, user or assistant; by default as measured.")
+    ] = None,
+    capacity: Annotated[
+        int | None, typer.Option("--capacity", "-N", help="New memory: slots per layer [2048].")
+    ] = None,
+    per_update: Annotated[
+        int | None, typer.Option("--per-update", "-K", help="New memory: slots that one update may write [256].")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="New memory: exact or paper.", show_default="exact")] = None,
+    compression: Annotated[int | None, typer.Option(help="New memory: tokens per slot, exact only [1].")] = None,
+    choice: Annotated[
+        str | None, typer.Option(help="New memory: which token becomes a slot, last or surprise.", show_default="last")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="New memory: seed of its random drops [0].")] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Written once, however often the same command is given with this key.")
+    ] = None,
+    quantize: Quantize = None,
+    model: ModelName = None,
+    device: Device = None,
+) -> None:
+    """Write texts into a memory; it is made if it does not exist."""
+    sources = _read_all(texts)
+    store = base.opened(memory)
+    wanted = {"N": capacity, "K": per_update, "preset": preset, "seed": seed}
+    wanted |= {"compression": compression, "choice": choice}
+    given: dict[str, Any] = {what: value for what, value in wanted.items() if value is not None}
+    before = store.open(memory, store.applied(memory)) if memory in store.names() else None
+    for what, value in given.items():
+        if before is not None and getattr(before, what) != value:
+            raise ValueError(
+                f"the memory {memory!r} was made with {what}={getattr(before, what)}, not {value}. "
+                f"Leave it out, or choose a new name."
+            )
+    llm = base.load(before, model, device, quantize)
+    start = before if before is not None else llm.empty(**given)
+    llm.check(start)
+    prompts = llm.prompts_or_raise()
+    counts = [len(prompts.written(text, role)) for _, text in sources]
+    if before is None:
+        store.create(memory, start)
+    base.finish(store, memory, llm)
+    with base.progress() as bar:
+        task = bar.add_task("writing", total=sum(counts))
+        for i, (name, text) in enumerate(sources):
+            tell = base.tokens(bar, "writing", sum(counts), sum(counts[:i]), task)
+            once = key if key is None or len(sources) == 1 else f"{key} {i + 1}"
+            version = store.write(llm, memory, text, name, role=role, key=once, progress=tell)
+    for (name, _), count in zip(sources, counts, strict=True):
+        typer.echo(f"{name}: {count} tokens")
+    now = store.open(memory)
+    typer.echo(f"{memory}, version {version}: {base.state(now)}{_forgetting(now)}")
+
+
+@app.command(rich_help_panel=PANEL)
+def ask(
+    question: Annotated[str, typer.Argument(help="The question.")],
+    memory: Name = "default",
+    version: Version = None,
+    sources: Annotated[
+        bool, typer.Option("--sources", help="Say afterwards which sources the answer drew on, and what is left.")
+    ] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Answer without the memory as well.")] = False,
+    max_new_tokens: NewTokens = 128,
+    model: ModelName = None,
+    device: Device = None,
+) -> None:
+    """Ask a memory; the answer comes as it is made."""
+    store = base.opened(memory)
+    now, llm = base.read(store, memory, model, device, version)
+    if compare:
+        typer.echo("with memory:    ", nl=False)
+    answer = _speak(llm.stream(now, question, max_new_tokens=max_new_tokens))
+    if compare:
+        typer.echo("without memory: ", nl=False)
+        _speak(llm.stream(llm.blank(), question, max_new_tokens=max_new_tokens))
+    if sources and answer:
+        known = store.stats(memory, version=version)
+        base.show(_drawn_on(llm.sources_of(now, question, answer), known))
+        typer.echo("(share: of the attention to the memory, over all layers and tokens of the answer;")
+        typer.echo(" left: now, and as expected after so many more updates)")
+
+
+@app.command(rich_help_panel=PANEL)
+def chat(
+    memory: Name = "default",
+    max_new_tokens: NewTokens = 256,
+    quantize: Quantize = None,
+    model: ModelName = None,
+    device: Device = None,
+) -> None:
+    """Talk with a memory; what leaves the conversation is written into it, the rest at the end (Ctrl-D or /exit)."""
+    from latentmem import files
+    from latentmem.chat import Conversation
+    from latentmem.store import Turns
+
+    store, lines = base.opened(memory), _lines()
+    before = store.open(memory, store.applied(memory)) if memory in store.names() else None
+    llm = base.load(before, model, device, quantize)
+    if before is None:  # it is made when there is something to remember
+        first = next(lines, None)
+        if first is None:
+            typer.echo("(nothing to write)", err=True)
+            return
+        lines = itertools.chain([first], lines)
+        store.create(memory, llm.empty())
+        files.adopt(store)  # turns of a chat that was cut off before it had a memory
+    with Turns(store, memory) as turns:
+        base.finish(store, memory, llm)
+        talk = Conversation(llm, store.open(memory), turns.pending(), journal=turns)
+        if talk.messages:
+            typer.echo(f"(going on with {len(talk.messages)} turns of a chat that was cut off)", err=True)
+        for line in lines:
+            try:
+                _speak(talk.stream(line, max_new_tokens=max_new_tokens))
+            except ValueError as error:
+                base.error(str(error))
+            except KeyboardInterrupt:
+                typer.echo(" (stopped)")
+        count = len(talk.messages)
+        talk.close()
+    if sys.stdin.isatty():
+        typer.echo()
+    typer.echo(f"(wrote {count} turns into the memory {memory!r})" if count else "(nothing to write)", err=True)
+
+
+@app.command("list", rich_help_panel=PANEL)
+def list_() -> None:
+    """List all memories."""
+    from latentmem import files
+
+    store, refused = files.opened()
+    table = base.table("memory", "versions", "changed", "on disk", "model", "", right=("versions", "on disk"))
+    for one in store.overview():
+        waits = f"{one.pending} to be applied" if one.pending else ""
+        when = f"{one.changed:%Y-%m-%d %H:%M}"
+        table.add_row(one.name, str(one.versions), when, base.size(one.bytes), base.text(one.model), waits)
+    for name, why in refused.items():
+        table.add_row(name, "", "", "", "", base.text(why))
+    if not table.rows:
+        typer.echo("No memories yet. `latentmem write notes.txt --memory work` makes one.")
+        return
+    base.show(table)
+
+
+@app.command(rich_help_panel=PANEL)
+def show(
+    memory: Name = "default",
+    version: Version = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Show what is left of each source in each layer.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="Print the text that layer 0 still holds.")] = False,
+    json_: Json = False,
+    model: ModelName = None,
+) -> None:
+    """Show what a memory holds: fill, half-life, and of each source what is left and will be."""
+    store = base.settled(memory, model)
+    now, known = store.open(memory, version), store.stats(memory, version=version)
+    number = store.history(memory)[-1].version if version is None else version
+    if json_:
+        facts: dict[str, Any] = {key: getattr(now, key) for key in _SHOWN}
+        facts |= {"memory": memory, "version": number, "half_life": now.half_life}
+        facts["sources"] = [
+            {
+                **{key: getattr(source, key) for key in ("tokens", "slots", "pinned", "forecast")},
+                "name": source.source,
+                "left": left.tolist(),
+                "expires": source.expires.isoformat() if source.expires else None,
+            }
+            for source, left in zip(known, now.left(), strict=True)
+        ]
+        typer.echo(json.dumps(facts))
+        return
+    if text:
+        _show_text(now, base.load(now, model, "cpu"))
+        return
+    _show_facts(f"{memory}, version {number}", now)
+    if layers:
+        _show_layers(now)
+    else:
+        _show_sources(known, now)
+
+
+@app.command(rich_help_panel=PANEL)
+def rm(memory: Annotated[str, typer.Option("--memory", "-m", help="Name of the memory.")]) -> None:
+    """Delete a memory for good, with all its versions and the turns of its chat."""
+    from latentmem import files
+    from latentmem.store import check_name
+
+    check_name(memory)
+    store, _ = files.opened()
+    if memory in store.names() or not files.remove(memory):
+        store.delete(memory)
+        files.remove(memory)
+    typer.echo(f"{memory}: deleted")
+
+
+@app.command(rich_help_panel=PANEL)
+def doctor(
+    memory: Annotated[str | None, typer.Option("--memory", "-m", help="Look at this memory too.")] = None,
+    question: Annotated[str | None, typer.Option(help="With --memory: what to ask it.")] = None,
+    model: ModelName = None,
+    device: Device = None,
+) -> None:
+    """Is memory alive? Answers with the real memory, a zeroed one and another's, side by side; exit code 1 if not."""
+    from latentmem import doctor as examine
+
+    if (memory is None) != (question is None):
+        raise ValueError("--memory and --question go together: name the memory and what to ask it.")
+    now = None
+    if memory is None:
+        llm = base.load(None, model, device)
+    else:
+        now, llm = base.read(base.opened(memory), memory, model, device)
+    typer.echo(f"model: {llm.name}, {str(llm.decoder.dtype)[6:]} on {llm.decoder.device.type}, {_versions()}")
+    difference = examine.law(llm)
+    if difference is not None:
+        typer.echo(f"memory against the same text in the context: largest logit difference {difference:.1e}")
+    with base.progress("questions") as progress:
+        cases = list(progress.track(examine.planted(llm), total=len(examine.THINGS), description="asking"))
+    base.show(_side_by_side(cases))
+    if now is not None and question is not None:
+        other = llm.write(llm.empty(), examine.fact(0), source="doctor")
+        base.show(_side_by_side([examine.ask(llm, now, other, question)]))
+    alive = examine.alive(cases)
+    hits = {row: sum(case.hits(row) for case in cases) for row in examine.ROWS}
+    typer.echo("right answers: " + ", ".join(f"{row} {count} of {len(cases)}" for row, count in hits.items()))
+    typer.echo("The memory is alive." if alive else "The memory is DEAD: what is written makes no difference.")
+    raise typer.Exit(0 if alive else 1)
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+_LIKE_A_PATH = re.compile(r"^(/|~|\.\.?/)|\.[A-Za-z]\w{0,4}$")
+
+
+def _read_all(texts: list[str]) -> list[tuple[str, str]]:
+    """The arguments of `write` -> (source, text) each; files of one name in different folders keep their paths."""
+    read = [(given, *_read(given)) for given in texts]
+    twice = {name for _, name, _ in read if len({given for given, other, _ in read if other == name}) > 1}
+    return [
+        (given if name in twice and name not in ("text", "standard input") else name, text)
+        for given, name, text in read
+    ]
+
+
+def _read(text: str) -> tuple[str, str]:
+    """An argument of `write` -> (source, text): standard input, a file, or the argument itself if it is a sentence."""
+    if text == "-":
+        return "standard input", _decoded("standard input", sys.stdin.buffer.read())
+    path = Path(text)
+    try:
+        exists, is_folder = path.exists(), path.is_dir()
+    except OSError:  # too long for a path: it is a text
+        exists = is_folder = False
+    if is_folder:
+        raise ValueError(f"{text} is a folder; name its files, for example {text.rstrip('/')}/*.txt.")
+    if exists:
+        try:
+            return path.name, _decoded(text, path.read_bytes())
+        except OSError as error:
+            raise ValueError(f"{text} can not be read: {error.strerror}.") from None
+    if not text.strip():
+        raise ValueError("the text to be written is empty; give a file, a text in quotes, or - for standard input.")
+    if len(text.split()) == 1 or _LIKE_A_PATH.search(text):
+        raise ValueError(
+            f"there is no file {text!r}. (A text in quotes has at least two words and does not look like a path; "
+            f"any text can be piped: give - for standard input.)"
+        )
+    return "text", text
+
+
+def _decoded(name: str, data: bytes) -> str:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(f"{name} is not UTF-8 text; turn it into plain text first.")
+    if not text.strip():
+        raise ValueError(f"{name} is empty: there is nothing to write.")
+    return text
+
+
+def _lines() -> Iterator[str]:
+    """What a person says, until they leave."""
+    while True:
+        try:
+            line = input("you> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line in ("/exit", "/quit"):
+            return
+        if line:
+            yield line
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+_SHOWN = (
+    *("N", "K", "M", "L", "d", "preset", "compression", "choice", "seed", "updates", "tokens", "quota"),
+    *("model_name", "model", "adapters"),
+)
+
+
+def _speak(parts: Any) -> str:
+    """Print an answer as it comes, without blanks around it, and return it."""
+    said = ""
+    for part in parts:
+        part = part if said else part.lstrip()
+        said += part
+        typer.echo(part, nl=False)
+        sys.stdout.flush()
+    typer.echo()
+    return said.strip()
+
+
+def _forgetting(memory: Memory) -> str:
+    if memory.M < memory.N:
+        return f", forgets nothing until {memory.N - memory.M} more slots are filled"
+    return f", full: half of what is in it is left after {memory.half_life:.1f} more updates"
+
+
+def _show_facts(title: str, memory: Memory) -> None:
+    from rich.table import Table
+
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("memory", title)
+    facts.add_row("fill", f"{memory.M} of {memory.N} slots in each of {memory.L} layers ({memory.M / memory.N:.0%})")
+    facts.add_row("written", f"{memory.updates} updates, {memory.tokens} tokens, at most {memory.K} slots per update")
+    facts.add_row(
+        "half-life", f"{memory.half_life:.1f} updates of {memory.K} slots once it is full" if memory.half_life else "0"
+    )
+    per_slot = f"{memory.compression} token(s) per slot" + f" ({memory.choice})" * (memory.compression > 1)
+    facts.add_row("kind", f"{memory.preset}, {per_slot}, seed {memory.seed}")
+    facts.add_row("model", base.text(f"{memory.model_name} {memory.model[:12]}"))
+    facts.add_row("bytes", f"{base.size(memory.slots.nbytes)} in {str(memory.slots.dtype)[6:]}")
+    base.show(facts)
+
+
+def _show_sources(known: list[SourceStats], memory: Memory) -> None:
+    ahead = [f"+{t}" for t in known[0].forecast] if known else []
+    table = base.table("source", "tokens", "slots", "left", *ahead, "", right=("tokens", "slots", "left", *ahead))
+    for source in known:
+        until = f"until {source.expires:%Y-%m-%d %H:%M}" if source.expires else ""
+        shares = [f"{share:.0%}" for share in (source.left, *source.forecast.values())]
+        kept = ", ".join(filter(None, ["pinned" if source.pinned else "", until]))
+        table.add_row(base.text(source.source), str(source.tokens), str(source.slots), *shares, kept)
+    older = (memory.origins < 0).sum(1)
+    if older.any():
+        table.add_row("(older)", "", f"{older.float().mean():.0f}")
+    if table.rows:
+        base.show(table)
+    if known:
+        typer.echo(f"(left now, and as expected after so many more updates: {', '.join(ahead)})")
+
+
+def _show_layers(memory: Memory) -> None:
+    table = base.table("source", "slots", "left", "each layer, first to last", right=("slots", "left"))
+    for source, left in zip(memory.sources, memory.left(), strict=True):
+        share, low, high = left.float() / source.slots, int(left.min()), int(left.max())
+        amount = f"{share.mean():.0%} ({low})" if low == high else f"{share.mean():.0%} ({low} to {high})"
+        table.add_row(base.text(source.name), str(source.slots), amount, _bars(share.tolist()))
+    older = (memory.origins < 0).sum(1)
+    if int(older.sum()):
+        table.add_row("(older)", "", f"({int(older.min())} to {int(older.max())})", "")
+    if table.rows:
+        base.show(table)
+
+
+def _drawn_on(shares: dict[str, float], known: list[SourceStats]) -> Any:
+    """Where an answer came from, as a table, the largest share first."""
+    stats = {source.source: source for source in known}
+    ahead = [f"+{t}" for t in known[0].forecast] if known else []
+    table = base.table("drew on", "share", "left", *ahead, right=("share", "left", *ahead))
+    for name, share in sorted(shares.items(), key=lambda item: -item[1]):
+        left = [stats[name].left, *stats[name].forecast.values()] if name in stats else []
+        table.add_row(base.text(name or "(older)"), f"{share:.0%}", *(f"{part:.0%}" for part in left))
+    return table if table.rows else "(the memory is empty)"
+
+
+def _bars(shares: list[float]) -> str:
+    """One character per layer: the share that is left, from ▁ (none) to █ (all)."""
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(share * 7.999))] for share in shares)
+
+
+def _show_text(memory: Memory, llm: MemoryModel) -> None:
+    if memory.preset != "exact":
+        raise ValueError("only memories of the preset 'exact' hold embeddings in layer 0; this one can not be printed.")
+    ids, origins = llm.text_of(memory), memory.origins[0]
+    edges = [0, *((origins.diff() != 0).nonzero().flatten() + 1).tolist(), memory.M]
+    for start, end in itertools.pairwise(edges):
+        if start < end:
+            source = memory.sources[int(origins[start])].name if origins[start] >= 0 else "(older)"
+            typer.echo(f"--- {source}: {end - start} slots of layer 0")
+            typer.echo(llm.tokenizer.decode([int(i) for i in ids[start:end] if i >= 0]))
+
+
+def _side_by_side(cases: Any) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    from latentmem.doctor import ROWS
+
+    table = Table(show_lines=True)
+    for column in ("question", *ROWS):
+        table.add_column(column, ratio=1)
+    for case in cases:
+        cells = []
+        for row in ROWS:
+            score = f"\n(log p {case.logprobs[row]:.2f})" if case.logprobs else ""
+            cells.append(Text(("✓ " if case.gold and case.hits(row) else "") + case.answers[row] + score))
+        table.add_row(Text(case.question + (f"\n({case.gold})" if case.gold else "")), *cells)
+    return table
+
+
+def _versions() -> str:
+    import torch
+    import transformers
+
+    import latentmem
+
+    return f"latentmem {latentmem.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
