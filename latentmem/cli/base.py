@@ -73,10 +73,12 @@ def read(
     store: Store, name: str, model: str | None, device: str | None, version: int | None = None
 ) -> tuple[Memory, MemoryModel]:
     """A version of a memory and the model that reads it."""
-    llm = load(store.open(name, store.applied(name)), model, device)
-    if version is None:
-        finish(store, name, llm)
-    return store.open(name, version), llm
+    known = store.open(name, store.applied(name) if version is None else version)
+    llm = load(known, model, device)
+    if version is not None:
+        return known, llm
+    finish(store, name, llm)
+    return store.open(name), llm
 
 
 def load(memory: Memory | None, model: str | None, device: str | None, quantize: str | None = None) -> MemoryModel:

@@ -105,10 +105,7 @@ def ask(
         typer.echo("without memory: ", nl=False)
         _speak(llm.stream(llm.blank(), question, max_new_tokens=max_new_tokens))
     if sources and answer:
-        known = store.stats(memory, version=version)
-        base.show(_drawn_on(llm.sources_of(now, question, answer), known))
-        typer.echo("(share: of the attention to the memory, over all layers and tokens of the answer;")
-        typer.echo(" left: now, and as expected after so many more updates)")
+        _show_drawn_on(llm.sources_of(now, question, answer), store.stats(memory, version=version))
 
 
 @app.command(rich_help_panel=PANEL)
@@ -397,15 +394,20 @@ def _show_layers(memory: Memory) -> None:
         base.show(table)
 
 
-def _drawn_on(shares: dict[str, float], known: list[SourceStats]) -> Any:
-    """Where an answer came from, as a table, the largest share first."""
+def _show_drawn_on(shares: dict[str, float], known: list[SourceStats]) -> None:
+    """Where an answer came from, the largest share first."""
+    if not shares:
+        typer.echo("(the memory is empty)")
+        return
     stats = {source.source: source for source in known}
     ahead = [f"+{t}" for t in known[0].forecast] if known else []
     table = base.table("drew on", "share", "left", *ahead, right=("share", "left", *ahead))
     for name, share in sorted(shares.items(), key=lambda item: -item[1]):
         left = [stats[name].left, *stats[name].forecast.values()] if name in stats else []
         table.add_row(base.text(name or "(older)"), f"{share:.0%}", *(f"{part:.0%}" for part in left))
-    return table if table.rows else "(the memory is empty)"
+    base.show(table)
+    typer.echo("(share: of the attention to the memory, over all layers and tokens of the answer;")
+    typer.echo(" left: now, and as expected after so many more updates)")
 
 
 def _bars(shares: list[float]) -> str:

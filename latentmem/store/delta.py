@@ -82,7 +82,11 @@ class Chain:
     """
 
     def __init__(self, memory: Memory, mapped: bool = False) -> None:
-        self._parts, self._bytes, self._mapped = [memory.slots], 0, mapped
+        self._mapped = mapped
+        self._begin(memory)
+
+    def _begin(self, memory: Memory) -> None:
+        self._parts, self._bytes = [memory.slots], 0
         self._start = _numbers(memory.L, memory.M, 0)
         self._books = replace(memory, slots=self._start)
 
@@ -99,7 +103,8 @@ class Chain:
         self._parts.append(one.new.to(like.device))
         self._bytes += one.new.nbytes
         if self._bytes > 2 * like.nbytes + (1 << 20):  # what comes from elsewhere than a disk is held until then
-            self.__init__(self.memory())  # type: ignore[misc]
+            memory, self._mapped = self.memory(), False
+            self._begin(memory)
 
     def change(self, how: Callable[[Memory], Memory]) -> None:
         """Apply what only drops slots or keeps books, such as `core.memory.forget`."""
