@@ -681,3 +681,16 @@ def test_a_file_that_holds_no_adapters_is_refused(tmp_path):
     for name in ("text", "missing"):
         with pytest.raises(ValueError, match="no adapters can be read there"):
             pairs.load(tmp_path / name)
+
+
+def test_writing_learns_at_its_own_share_of_the_rate(config, tmp_path):
+    config = replace(config, objectives={"questions": 1.0}, steps=replace(config.steps, write=0.1))
+    run = Run(config, tmp_path)
+    before = {name: p.detach().clone() for name, p in run.parameters.items()}
+    run._one_step()
+    moved = {"read": 0.0, "write": 0.0}
+    for name, p in run.parameters.items():
+        kind = "read" if ".read." in name else "write"
+        moved[kind] = max(moved[kind], (p.detach() - before[name]).abs().max().item())
+    step = loop.rate(config, 0)  # Adam's first step is the rate itself
+    assert moved == {"read": pytest.approx(step, rel=1e-3), "write": pytest.approx(0.1 * step, rel=1e-3)}
