@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from test_train_learner import NAMES
 
 import latentmem
 from latentmem import adapters as pairs
@@ -33,25 +34,11 @@ from latentmem.train.log import Log, lines
 from latentmem.train.loop import RESULT, Run
 
 TOTAL = 3
-NAMES = (
-    "Maron",
-    "Tessel",
-    "Quill",
-    "Ardo",
-    "Bexley",
-    "Corin",
-    "Delphi",
-    "Elster",
-    "Farrow",
-    "Gantry",
-    "Hollis",
-    "Ivens",
-)
 KEPT = ("Corin", "Delphi")  # titles of the probe
 
 
 def sentence(i, j):
-    """An invented fact; no two are alike."""
+    """A short invented fact; no two are alike."""
     return f"{NAMES[i % 12]} of Lower Veld built mill {i}.{j} for {NAMES[(i + j) % 12]} in Veld."
 
 
