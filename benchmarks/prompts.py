@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/prompts"))
     args = parser.parse_args()
 
-    llm = latentmem.load()
+    llm = latentmem.load(adapters=None)
     rows = samples(args.questions, args.seed)
     journal = args.out.with_suffix(".jsonl")
     journal.parent.mkdir(parents=True, exist_ok=True)

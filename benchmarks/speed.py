@@ -167,9 +167,13 @@ def main() -> None:
     if args.peak:
         print(peak(args, args.peak[0], int(args.peak[1]), int(args.peak[2])))
         return
-    exact = latentmem.load(args.model, dtype=args.dtype, device="cpu")
+    exact = latentmem.load(args.model, dtype=args.dtype, device="cpu", adapters=None)
     peer = Peer(exact)
-    llm = latentmem.load(args.model, dtype=args.dtype, device="cpu", quantize=args.quantize) if args.quantize else exact
+    llm = (
+        latentmem.load(args.model, dtype=args.dtype, device="cpu", adapters=None, quantize=args.quantize)
+        if args.quantize
+        else exact
+    )
     limits = Limits(exact)
     given = " ".join(f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in vars(args).items() if v)
     print(f"`python benchmarks/speed.py {given}`, {date.today()}, {torch.get_num_threads()} of {os.cpu_count()} cores,")
@@ -289,7 +293,7 @@ def peaks(args: argparse.Namespace, limits: Limits) -> None:
 
 
 def peak(args: argparse.Namespace, who: str, M: int, B: int) -> float:
-    llm = latentmem.load(args.model, dtype=args.dtype, device="cpu", quantize=args.quantize)
+    llm = latentmem.load(args.model, dtype=args.dtype, device="cpu", adapters=None, quantize=args.quantize)
     peer = Peer(llm) if who == "cache" else None
     ids = random_ids(B, PROMPT)
 

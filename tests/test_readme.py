@@ -15,9 +15,9 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_python_block_runs(packaged, tmp_path, monkeypatch, capsys):
+def test_the_python_block_runs(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("latentmem.loading.load", lambda name: packaged)
+    monkeypatch.setattr("latentmem.loading.load", lambda name: trained)
     (code,) = blocks("python")
     exec(code, {})
     assert capsys.readouterr().out.strip() and (tmp_path / "work.safetensors").is_file()

@@ -174,6 +174,7 @@ def test_whole_numbers_are_taken_for_numbers_and_written_powers_too(small):
         ("data=[]", r"data: give at least one source"),
         ("data.0.kind=poems", r"data\.0\.kind must be one of text, questions"),
         ("steps.betas=[0.9]", r"steps\.betas are two numbers"),
+        ("steps.write=0", r"steps\.write must be above 0, got 0"),
         ("sharding=zero", r"sharding must be none or fsdp2"),
         ("steps.total", r"--set takes key=value"),
         ("=3", r"--set takes key=value"),

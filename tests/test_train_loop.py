@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from test_train_learner import NAMES
 
 import latentmem
 from latentmem import adapters as pairs
@@ -33,25 +34,11 @@ from latentmem.train.log import Log, lines
 from latentmem.train.loop import RESULT, Run
 
 TOTAL = 3
-NAMES = (
-    "Maron",
-    "Tessel",
-    "Quill",
-    "Ardo",
-    "Bexley",
-    "Corin",
-    "Delphi",
-    "Elster",
-    "Farrow",
-    "Gantry",
-    "Hollis",
-    "Ivens",
-)
 KEPT = ("Corin", "Delphi")  # titles of the probe
 
 
 def sentence(i, j):
-    """An invented fact; no two are alike."""
+    """A short invented fact; no two are alike."""
     return f"{NAMES[i % 12]} of Lower Veld built mill {i}.{j} for {NAMES[(i + j) % 12]} in Veld."
 
 
@@ -681,3 +668,16 @@ def test_a_file_that_holds_no_adapters_is_refused(tmp_path):
     for name in ("text", "missing"):
         with pytest.raises(ValueError, match="no adapters can be read there"):
             pairs.load(tmp_path / name)
+
+
+def test_writing_learns_at_its_own_share_of_the_rate(config, tmp_path):
+    config = replace(config, objectives={"questions": 1.0}, steps=replace(config.steps, write=0.1))
+    run = Run(config, tmp_path)
+    before = {name: p.detach().clone() for name, p in run.parameters.items()}
+    run._one_step()
+    moved = {"read": 0.0, "write": 0.0}
+    for name, p in run.parameters.items():
+        kind = "read" if ".read." in name else "write"
+        moved[kind] = max(moved[kind], (p.detach() - before[name]).abs().max().item())
+    step = loop.rate(config, 0)  # Adam's first step is the rate itself
+    assert moved == {"read": pytest.approx(step, rel=1e-3), "write": pytest.approx(0.1 * step, rel=1e-3)}

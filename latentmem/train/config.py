@@ -128,6 +128,7 @@ class Steps:
         total: optimizer steps.
         episodes: per step and process; their gradients are averaged.
         lr: the highest learning rate.
+        write: share of it at which the write adapter learns, and bos and mark.
         warmup: steps of linear rise.
         decay: share of all steps at the end in which the rate falls linearly to 0.
         weight_decay, betas: of AdamW.
@@ -140,6 +141,7 @@ class Steps:
     total: int = 400
     episodes: int = 1
     lr: float = 1e-3
+    write: float = 1.0
     warmup: int = 20
     decay: float = 0.3
     weight_decay: float = 0.0
@@ -224,6 +226,7 @@ class Config:
             (t.most_pieces >= 2, f"texts.most_pieces must be at least 2, got {t.most_pieces}."),
             (s.total >= 1 and s.episodes >= 1, "steps.total and steps.episodes must be at least 1."),
             (s.lr > 0 and s.clip > 0, "steps.lr and steps.clip must be above 0."),
+            (s.write > 0, f"steps.write must be above 0, got {s.write}."),
             (s.unrelated > 0, f"steps.unrelated must be above 0, got {s.unrelated}."),
             (0 <= s.decay <= 1, f"steps.decay is a share between 0 and 1, got {s.decay}."),
             (len(s.betas) == 2, f"steps.betas are two numbers, got {list(s.betas)}."),

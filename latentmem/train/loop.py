@@ -43,6 +43,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from latentmem import adapters as pairs
 from latentmem import loading
+from latentmem.adapters import READ
 from latentmem.core import memory as memories
 from latentmem.core.memory import Memory
 from latentmem.model import MemoryModel
@@ -94,9 +95,14 @@ class Run:
         self.sharded = config.sharding == "fsdp2" and self.world > 1
         self.model: nn.Module = self._spread()
         self.parameters = {name: p for name, p in self.learner.named_parameters() if p.requires_grad}
+        reads = [p for name, p in self.parameters.items() if f".{READ}." in name]
+        writes = [p for name, p in self.parameters.items() if f".{READ}." not in name]
         s = config.steps
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=s.lr, betas=(s.betas[0], s.betas[1]), weight_decay=s.weight_decay
+            [{"params": reads}, {"params": writes}],  # each has its rate
+            lr=s.lr,
+            betas=(s.betas[0], s.betas[1]),
+            weight_decay=s.weight_decay,
         )
         self.pool = _empty_pool(config, self.llm)
         self.step, self.seconds, self.tokens = 0, 0.0, 0
@@ -194,8 +200,8 @@ class Run:
         loss, accuracy, norm, mean, *parts = self._everywhere(*mine)
         each = {name: x / n for name, x, n in zip(OBJECTIVES, parts[::2], parts[1::2], strict=True) if n}
         self._check(loss, norm, each, episodes)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate(self.config, self.step)
+        for group, share in zip(self.optimizer.param_groups, (1.0, self.config.steps.write), strict=True):
+            group["lr"] = share * rate(self.config, self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
