@@ -81,9 +81,9 @@ def _adopt(store: Store, folder: Path, name: str) -> None:
     memory = Memory.load(file) if file.is_file() else None
     turns = _turns(chat, memory.version if memory is not None else "") if chat.is_file() else []
     if memory is not None:
-        key = f"file {memory.version}"
-        while name in store.names() and not any(version.key == key for version in store.history(name)):
-            name = f"{name[:60]}-2"  # the store has another one of this name
+        key, names = f"file {memory.version}", [name, *(f"{name[:50]}-{i}" for i in range(2, 1000))]
+        taken = store.names()  # by another memory, unless it came from this very file
+        name = next(n for n in names if n not in taken or any(v.key == key for v in store.history(n)))
         store.create(name, memory, before=Memory.load(undo) if undo.is_file() else None, key=key)
     elif name not in store.names():  # a chat that has no memory yet: it waits until it has one
         return

@@ -34,10 +34,14 @@ def work(llm: MemoryModel, folder: str, seed: int) -> None:
         elif what < 0.7:
             store.append(name, f"text {key}", rng.choice("xyz"), key=key)
             say("written", name, key)
-        elif what < 0.75:
+        elif what < 0.77:
+            if rng.random() < 0.7:  # where little was written, forgetting comes to its end
+                name = f"small-{key}"
+                store.create(name, llm.empty(24, 8, seed=5))
             store.write(llm, name, f"secret {key}", "gone", key=key)
             say("secret", name, key)
-        elif what < 0.8:
+        elif what < 0.83:
+            name = rng.choice([n for n in store.names() if n in "abc" or n.startswith("small")])
             store.apply(llm, name)
             if any(v.source == "gone" for v in store.history(name)):
                 store.forget_by_replay(llm, name, "gone")

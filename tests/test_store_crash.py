@@ -47,12 +47,12 @@ def test_a_store_that_is_killed_at_random_moments_loses_nothing_and_repeats_noth
         for seed in range(KILLS):
             print(seed, file=process.stdin, flush=True)
             child = 0
-            said = []
-            while "ready" not in said or not child:
+            said, enough = [], 2 + rng.randrange(6)  # lines, then a moment: a slow machine does as much as a fast one
+            while len(said) < enough or "ready" not in said or not child:
                 said.append(process.stdout.readline().strip())
                 assert said[-1] != "dead", "the worker failed by itself"
                 child = next((int(line.split()[1]) for line in said if line.startswith("child")), 0)
-            time.sleep(rng.random())
+            time.sleep(rng.random() / 4)
             os.kill(child, signal.SIGKILL)
             said += iter(lambda: process.stdout.readline().strip(), "dead")
             for what, name, *key in (line.split() for line in said if len(line.split()) > 1):

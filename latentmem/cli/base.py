@@ -124,12 +124,13 @@ def tokens(bar: Any, what: str, total: int | None = None, before: int = 0, task:
 
 
 def table(*columns: str, right: Sequence[str] = ()) -> Any:
-    """A table of the terminal; `right` names the columns of numbers."""
+    """A table of the terminal; `right` names the columns of numbers. Names are folded where it is narrow."""
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False)
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        fixed = column in (*right, "time", "changed")
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=fixed)
     return made
 
 

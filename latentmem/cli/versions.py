@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from latentmem.cli import base
 from latentmem.cli.base import Json, Name, app
+
+if TYPE_CHECKING:
+    from latentmem.store import Store
 
 PANEL = "Versions of a memory"
 
@@ -67,18 +70,17 @@ def diff(
 def undo(memory: Name = "default") -> None:
     """Go one step back, to what the newest version was made from; again and again, if you like."""
     store = base.settled(memory)
-    _went_back(memory, store.undo(memory))
+    _went_back(store, memory, store.undo(memory))
 
 
 @app.command(rich_help_panel=PANEL)
 def rollback(version: Annotated[int, typer.Argument(help="The version.")], memory: Name = "default") -> None:
     """Go to any version, older or newer; the way there is a version too, so nothing is lost."""
     store = base.settled(memory)
-    _went_back(memory, store.rollback(memory, version))
+    _went_back(store, memory, store.rollback(memory, version))
 
 
-def _went_back(memory: str, new: int) -> None:
-    store = base.opened(memory)
+def _went_back(store: Store, memory: str, new: int) -> None:
     to = store.history(memory)[new].base
     now = store.open(memory)
     typer.echo(f"{memory}: back at version {to[1] if to else 0} ({base.state(now)})")
