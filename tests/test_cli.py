@@ -138,7 +138,7 @@ def test_list_show_and_rm(run, home):
     assert "No memories yet" in run("list")[1]
     run("write", "some [bold]text[/bold] of forty-odd characters", "-m", "work", "-N", 32, "-K", 8)
     _, out, _ = run("list")
-    assert re.search(r"work +2 +20\d\d-.* KiB", out)
+    assert re.search(r"work +32 of 32 +2 +20\d\d-.* KiB", out)
     code, out, _ = run("show", "-m", "work")
     assert code == 0 and "32 of 32 slots in each of 3 layers (100%)" in out and "half-life" in out
     assert re.search(r"text +46 +46 +70% +52% +4% +0% *\n", out) and "work, version 1" in out

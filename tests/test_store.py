@@ -176,6 +176,9 @@ def test_an_overview_says_what_the_journal_knows(llm, store):
     assert (m.name, m.versions, m.pending, m.model) == ("m", 5, 0, "tiny")
     assert m.bytes == sum(v.bytes for v in store.history("m")) and m.changed == store.history("m")[-1].time
     assert (store.waits("f"), store.applied("f"), store.applied("m")) == (1, 0, 4)
+    for change in (lambda: store.forget("m", store.open("m").sources[0].name), lambda: store.rollback("m", 1)):
+        change()
+        assert store.overview()[1].M == store.open("m").M and store.overview()[1].N == store.open("m").N
 
 
 def test_a_memory_can_begin_with_what_it_was_made_from_and_once(llm, store, tmp_path):

@@ -157,11 +157,13 @@ def list_() -> None:
     from latentmem import files
 
     store, refused = files.opened()
-    table = base.table("memory", "versions", "changed", "on disk", "model", "", right=("versions", "on disk"))
+    right = ("fill", "versions", "on disk")
+    table = base.table("memory", "fill", "versions", "changed", "on disk", "model", right=right)
     for one in store.overview():
-        waits = f"{one.pending} to be applied" if one.pending else ""
+        versions = f"{one.versions}, {one.pending} to be applied" if one.pending else str(one.versions)
         when = f"{one.changed:%Y-%m-%d %H:%M}"
-        table.add_row(one.name, str(one.versions), when, base.size(one.bytes), base.text(one.model), waits)
+        fill = f"{one.M} of {one.N}" if one.N else ""
+        table.add_row(one.name, fill, versions, when, base.size(one.bytes), base.text(one.model))
     for name, why in refused.items():
         table.add_row(name, "", "", "", "", base.text(why))
     if not table.rows:

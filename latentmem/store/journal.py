@@ -68,7 +68,7 @@ class Row:
         kind: what `object` is: a "snapshot", a "delta" to the base, or "none" where the event says all.
         object: hash of that object.
         bytes: its size.
-        made: with what it was computed: dtype, device, threads, library versions.
+        made: with what it was computed (dtype, device, threads, library versions), and how full it is.
         time: seconds since 1970.
     """
 

@@ -118,11 +118,11 @@ class Store:
         found = []
         for name, memory, versions, pending, changed, size in self._journal.overview():
             row: Row | None = self._journal.head(memory)
-            while row is not None and "model" not in (row.made or {}):
+            while row is not None and "M" not in (row.made or {}):
                 row = None if row.base is None else self._journal.row(row.base)
-            model = (row.made or {})["model"] if row is not None else ""
+            made = (row.made if row is not None else None) or {"model": "", "M": 0, "N": 0}
             at = datetime.fromtimestamp(changed).astimezone()
-            found.append(Overview(name, versions, pending, at, size, model))
+            found.append(Overview(name, versions, pending, at, size, made["M"], made["N"], made["model"]))
         return found
 
     def create(self, name: str, memory: Memory, *, before: Memory | None = None, key: str | None = None) -> None:
@@ -746,7 +746,7 @@ class Store:
         with self._journal.transaction():
             if self._journal.head(memory).id != head.id:
                 raise ValueError(f"a write into {name!r} was acknowledged meanwhile; `apply` it and try again.")
-            row = self._journal.append(row)
+            row = self._journal.append(replace(row, made=_made(after)))
         self._cache.put(row.id, after)
         return row.seq
 
@@ -929,7 +929,8 @@ class Store:
             llm.check(before)
         try:
             if row.event != "write":
-                return bare, _plain(_bookkeeping(row, before))
+                after = _plain(_bookkeeping(row, before))
+                return replace(bare, made=_made(after) if row.made else row.made), after
             again, data, after = self._computed(llm, bare, before, deltas, told.next())
         except ValueError as error:
             return replace(bare, state="failed", error=str(error)), before
@@ -1134,8 +1135,10 @@ def _bookkeeping(row: Row, memory: Memory) -> Memory:
 
 
 def _made(memory: Memory) -> dict[str, Any]:
-    """With what a version was computed."""
+    """With what a version was computed, and how full it is."""
     return {
+        "M": memory.M,
+        "N": memory.N,
         "model": memory.model_name,
         "dtype": str(memory.slots.dtype)[6:],
         "device": memory.slots.device.type,

@@ -24,7 +24,7 @@ class Version:
         error: why it failed.
         key: the caller's idempotency key.
         bytes: what it takes on disk beside its row.
-        made: with what it was computed (model, dtype, device, threads, library versions): where these are equal, a
+        made: how full it is (M, N), and with what it was computed (model, dtype, ...): where these are equal, a
             replay gives equal bits.
         time: when, with time zone.
     """
@@ -53,6 +53,7 @@ class Overview:
         pending: how many of them are acknowledged and not yet in the memory.
         changed: when the newest was made, with time zone.
         bytes: of its snapshots and deltas.
+        M, N: slots per layer that it holds, and can hold; 0 if it is not known.
         model: name of the model that wrote it; "" if it is not known.
     """
 
@@ -61,6 +62,8 @@ class Overview:
     pending: int
     changed: datetime
     bytes: int
+    M: int
+    N: int
     model: str
 
 
