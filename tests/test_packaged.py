@@ -1,12 +1,13 @@
 """The packaged model, for real: the law on a real text, the empty memory, replay, and whether memory is alive."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from latentmem import doctor
+from latentmem import adapters, doctor, loading
+from latentmem.train import config
 
 TEXT = Path(__file__).parent.parent / "docs" / "paper.md"
 
@@ -69,6 +70,17 @@ def test_memory_is_alive_and_a_broken_one_is_noticed(packaged, trained):
     assert not any(case.hits(row) for case in cases for row in doctor.ROWS[1:])
 
 
+def test_the_packaged_adapters_are_what_the_packaged_config_makes(trained):
+    file = loading.TRAINED / loading.PACKAGED / loading.ADAPTERS
+    facts, made = adapters.load(file)[1], config.load(loading.PACKAGED)
+    assert file.stat().st_size < 15e6 and (file.parent / "README.md").is_file()
+    assert facts["memory"] == {k: v for k, v in asdict(made.memory).items() if k != "birth"}
+    assert {k: facts[k] for k in ("r", "alpha")} == {"r": made.lora.r, "alpha": made.lora.alpha}
+    assert facts["steps"] == made.steps.total and facts["model"] == trained.identity
+    memory = trained.empty()
+    assert (memory.N, memory.K, memory.compression, memory.choice) == (2048, 256, 1, "last")
+
+
 def test_a_text_is_read_back_from_layer_0(packaged):
     text = "Rent is 900 crowns, due on 1 May.<|im_end|>"
     memory = packaged.write(packaged.empty(), text, role="raw")
@@ -86,7 +98,6 @@ def test_control_tokens_of_the_real_tokenizer_stay_text(packaged):
 
 def test_a_gguf_file_is_the_same_model(packaged, text_ids):
     import latentmem
-    from latentmem import loading
 
     again = latentmem.load(str(loading._find_gguf()), dtype="float32", device="cpu")
     assert again.identity == packaged.identity and again.tokenizer_identity == packaged.tokenizer_identity
