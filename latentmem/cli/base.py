@@ -98,6 +98,11 @@ def load(memory: Memory | None, model: str | None, device: str | None, quantize:
     return latentmem.load(name, device=device, dtype=memory.slots.dtype, quantize=made, adapters=adapters)
 
 
+def pair(adapters: str) -> str | None:
+    """`--adapters` as `latentmem.load` takes it."""
+    return None if adapters == "none" else adapters
+
+
 # --- printing ---------------------------------------------------------------------------------------------------------
 
 

@@ -50,11 +50,10 @@ def rebuild(
 
     store = base.settled(memory)
     now = store.open(memory)
-    pair = None if adapters == "none" else adapters
     dtype = None if model else now.slots.dtype
     quantize = None if model else now.model.rpartition("-")[0] or None
     name = model or now.model_name or base.PACKAGED
-    llm = latentmem.load(name, device=device, dtype=dtype, quantize=quantize, adapters=pair)
+    llm = latentmem.load(name, device=device, dtype=dtype, quantize=quantize, adapters=base.pair(adapters))
     with base.progress() as bar:
         store.rebuild(llm, memory, new, base.tokens(bar, "writing"))
     typer.echo(f"{new}: {memory} again, by {llm.name}, {base.state(store.open(new))}")

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from latentmem.cli import base
 from latentmem.cli.base import PACKAGED, Adapters, Device, app
 
+if TYPE_CHECKING:
+    from latentmem.model import MemoryModel
+
 evaluation = typer.Typer(help="Measure a memory: its curves, beside what else could be done.", no_args_is_help=True)
 app.add_typer(evaluation, name="eval", rich_help_panel="Training and measuring")
 
 ALL_STEPS = "0,1,2,5,10,20,50"
+Compression = Annotated[
+    int | None, typer.Option(min=1, help="Tokens per slot.", show_default="as the adapters were trained, else 1")
+]
+Choice = Annotated[
+    str | None,
+    typer.Option(
+        help="Which token becomes a slot: last, surprise.", show_default="as the adapters were trained, else last"
+    ),
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="all cores on a CPU, 1 on a GPU")]
+Model = Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, a .gguf file or a hub id.")]
 
 
 @evaluation.command()
@@ -30,34 +45,25 @@ def retention(
     fill: Annotated[str, typer.Option(help="The memory before the text: full, empty.")] = "full,empty",
     rows: Annotated[str, typer.Option(help="What is measured.")] = "floor,dead,oracle,window,bm25,ours",
     per_update: Annotated[int, typer.Option("--per-update", "-K", help="Slots that one update may write.")] = 512,
-    compression: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per slot.", show_default="as the adapters were trained, else 1")
-    ] = None,
-    choice: Annotated[
-        str | None,
-        typer.Option(help="Which token becomes a slot: last, surprise.", show_default="last"),
-    ] = None,
+    compression: Compression = None,
+    choice: Choice = None,
     new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens in which an answer has to come [10; synthetic 20].")
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="One stream for all steps, not only above 50.")] = False,
     seed: Annotated[int, typer.Option(help="Of the drawn questions and of every drop.")] = 0,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes.", show_default="all cores on a CPU, 1 on a GPU")
-    ] = None,
+    workers: Workers = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="bfloat16, float32 or float16.", show_default="bfloat16; float32 with --quantize"),
     ] = None,
     quantize: Annotated[str | None, typer.Option(help="int8: linear layers in 8 bits, on a CPU.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small run of minutes: 50 questions, N = 1024.")] = False,
-    model: Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, a .gguf file or a hub id.")] = PACKAGED,
+    model: Model = PACKAGED,
     device: Device = None,
     adapters: Adapters = "auto",
 ) -> None:
     """How much is still known of a text after others were written, beside floor, oracle, window and BM25."""
-    import shlex
-
     import latentmem
     from latentmem.evaluate import questions as sets
     from latentmem.evaluate import runner
@@ -72,16 +78,17 @@ def retention(
     per_text = per_text or (1 if data == "nq" else 5)
     kind = dtype or ("float32" if quantize else "bfloat16")
     loading: dict[str, Any] = {"name": model, "dtype": kind, "device": device, "quantize": quantize}
-    loading["adapters"] = None if adapters == "none" else adapters
+    loading["adapters"] = base.pair(adapters)
     llm = latentmem.load(**loading)
+    c, way = _slots(llm, compression, choice)
     settings = Settings(
         steps=_numbers("--steps", steps),
         capacities=_numbers("--capacity", capacity),
         fills=tuple(fill.split(",")),
         rows=tuple(rows.split(",")),
         K=per_update,
-        compression=compression or (llm.shape.compression if llm.shape else 1),
-        choice=choice or (llm.shape.choice if llm.shape else "last"),
+        compression=c,
+        choice=way,
         new_tokens=new_tokens or (20 if data == "synthetic" else NEW_TOKENS),
         stream=stream,
         seed=seed,
@@ -98,7 +105,7 @@ def retention(
                 chosen,
                 settings,
                 out,
-                command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                command=_command(),
                 drawn=drawn,
                 workers=count,
                 loading=loading,
@@ -120,15 +127,12 @@ def compare(
     capacity: Annotated[int, typer.Option("--capacity", "-N", help="Slots per layer.")] = 2048,
 ) -> None:
     """Retention runs side by side: untrained and trained, other presets, other compressions."""
-    import shlex
-
     from latentmem.evaluate import compare as protocol
 
     pairs = [run.partition("=") for run in runs]
     if not all(name and folder for name, _, folder in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
         raise ValueError(f"runs are given as name=folder with different names, got {' '.join(runs)}.")
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    found = protocol.write({name: Path(folder) for name, _, folder in pairs}, capacity, out, command)
+    found = protocol.write({name: Path(folder) for name, _, folder in pairs}, capacity, out, _command())
     typer.echo(protocol.markdown([line for line in found if line.metric == "accuracy"]))
 
 
@@ -139,37 +143,26 @@ def effects(
     capacity: Annotated[
         int, typer.Option("--capacity", "-N", help="Slots per layer; a checkpoint has its own.")
     ] = 2048,
-    compression: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per slot.", show_default="as the adapters were trained, else 1")
-    ] = None,
-    choice: Annotated[
-        str | None,
-        typer.Option(help="Which token becomes a slot: last, surprise.", show_default="last"),
-    ] = None,
+    compression: Compression = None,
+    choice: Choice = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn and of every drop.")] = 0,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes.", show_default="all cores on a CPU, 1 on a GPU")
-    ] = None,
+    workers: Workers = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
-    model: Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, a .gguf file or a hub id.")] = PACKAGED,
+    model: Model = PACKAGED,
     device: Device = None,
     adapters: Adapters = "auto",
 ) -> None:
     """What a memory changes beside remembering: the perplexity of other text, and saying "I don't know"."""
-    import shlex
-
     import latentmem
     from latentmem.evaluate import effects as protocol
     from latentmem.evaluate import questions as sets
     from latentmem.evaluate import runner
 
-    loading: dict[str, Any] = {"name": model, "dtype": dtype, "device": device}
-    loading["adapters"] = None if adapters == "none" else adapters
+    loading: dict[str, Any] = {"name": model, "dtype": dtype, "device": device, "adapters": base.pair(adapters)}
     llm = latentmem.load(**loading)
     prompts = llm.prompts_or_raise()
     chosen = sets.load("squad", lambda text: len(prompts.text(text)), questions=4 * texts, per_text=4, seed=seed)
-    c = compression or (llm.shape.compression if llm.shape else 1)
-    way = choice or (llm.shape.choice if llm.shape else "last")
+    c, way = _slots(llm, compression, choice)
     settings = protocol.Settings(N=capacity, compression=c, choice=way, texts=texts, seed=seed)
     with base.progress("units", seconds=600) as progress:
         task = progress.add_task("effects", total=None)
@@ -178,12 +171,23 @@ def effects(
             chosen,
             settings,
             out,
-            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command=_command(),
             workers=workers or (runner.cores() if llm.decoder.device.type == "cpu" else 1),
             loading=loading,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     typer.echo(protocol.markdown(found))
+
+
+def _command() -> str:
+    """The command as it was given, for the tables."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _slots(llm: MemoryModel, compression: int | None, choice: str | None) -> tuple[int, str]:
+    """Tokens per slot and which of them is kept: as given, or as the adapters were trained."""
+    shape = llm.shape
+    return compression or (shape.compression if shape else 1), choice or (shape.choice if shape else "last")
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
