@@ -250,7 +250,7 @@ def test_pins_and_times_are_shown_and_taken_off(run, monkeypatch):
 
 
 def test_forgetting_by_slots_is_said_to_leave_something_and_exactly_leaves_no_byte(run, home):
-    secret = "the safe opens with 4711"
+    secret = "the safe opens with heliotrope"
     run("write", "the door is blue", "-m", "work", "-N", 64, "-K", 16)
     run("write", "-", "-m", "work", stdin=secret)
     run("fork", "trial", "-m", "work")
@@ -262,17 +262,19 @@ def test_forgetting_by_slots_is_said_to_leave_something_and_exactly_leaves_no_by
     assert code == 2 and "--yes" in err and secret.encode() in raw(home)
     code, out, _ = run("forget", "standard input", "--exact", "--yes", "-m", "work")
     assert code == 0 and "rewritten without 'standard input': trial, work" in out
-    assert b"4711" not in raw(home)
+    assert b"heliotrope" not in raw(home)
     for name in ("work", "trial"):
         for version in books(home)[0][name]:
             assert "standard input" not in [s.name for s in stored(name, version.version).sources]
 
 
 def test_turns_that_wait_go_when_their_source_is_forgotten_exactly(run, home):
-    run("chat", "-m", "work", "--max-new-tokens", 2, stdin="the safe opens with 4711\n")
-    Turns(Store(home / "store"), "work").keep_turns([{"role": "user", "content": "no, with 4712"}], "chat")
+    run("chat", "-m", "work", "--max-new-tokens", 2, stdin="the safe opens with heliotrope\n")
+    turn = {"role": "user", "content": "no, with heliotropes"}
+    Turns(Store(home / "store"), "work").keep_turns([turn], "chat")
+    assert b"heliotropes" in raw(home)
     assert run("forget", "chat", "--exact", "--yes", "-m", "work")[0] == 0
-    assert b"471" not in raw(home)
+    assert b"heliotrope" not in raw(home)  # a number could stand there by chance, in the id of a process
 
 
 def test_a_memory_is_exported_imported_and_rebuilt(run, home, tmp_path, tmp_path_factory):

@@ -23,7 +23,7 @@ from latentmem.store.delta import Chain, Update
 from latentmem.store.objects import Disk
 from latentmem.testing import byte_tokenizer, tiny_model
 
-SECRET = "the safe opens with 4711"
+SECRET = "the safe opens with heliotrope"
 
 
 @pytest.fixture(scope="module")
@@ -682,7 +682,7 @@ def test_forgetting_by_replay_equals_memories_that_never_held_the_source(llm, tm
     same(store.open("m", llm=llm), llm.write(expected["m"][-1], "waits", "d"))
     assert [s.name for s in store.open("apart").sources] == ["s"]
     left = raw(store)
-    assert SECRET.encode() not in left and b"4711" not in left and b"secret key" not in left
+    assert SECRET.encode() not in left and b"heliotrope" not in left and b"secret key" not in left
     assert embeddings[0].encode() not in left and embeddings[0] not in files(store)
     used = {row.object for row in store._journal.rows(list(store._journal.names().values()))} - {None}
     assert set(files(store)) == used
