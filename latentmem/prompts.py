@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,7 @@ class Prompts:
 
     def __init__(self, tokenizer: Any, style: Style | None = None) -> None:
         self.tokenizer, self.style = tokenizer, style or Style()
+        self._lock = threading.Lock()  # whether special tokens are split is a state of the tokenizer
 
     @property
     def chats(self) -> bool:
@@ -56,7 +58,8 @@ class Prompts:
             text.encode()
         except UnicodeEncodeError:
             raise ValueError("the text is not valid Unicode; write UTF-8.") from None
-        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        with self._lock:
+            return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
     def written(self, text: str, role: str | None = None) -> list[int]:
         """Ids of a text as it is written: raw, or as a chat turn of `role` (by default the style's).
@@ -150,10 +153,12 @@ class Prompts:
         return bos if not bare and bos and text.startswith(bos) and text.count(bos) == 1 else ""
 
     def _bos(self, bare: bool) -> list[int]:
-        return [] if bare else list(self.tokenizer.encode("", add_special_tokens=True))
+        with self._lock:
+            return [] if bare else list(self.tokenizer.encode("", add_special_tokens=True))
 
     def _control(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+        with self._lock:
+            return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
 
     def _render(self, messages: list[Message], *, answer: bool = False) -> str:
         from jinja2 import TemplateError

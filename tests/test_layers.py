@@ -24,7 +24,8 @@ ROOMS = {  # room -> rooms of latentmem that it may import
     "store": {"core", "model", "prompts", "store", ""},
     "evaluate": {"core", "model", "loading", "evaluate"},
     "train": {"core", "adapters", "prompts", "model", "loading", "train"},
-    "cli": {"cli", "core", "model", "chat", "doctor", "files", "store", "evaluate", "train", ""},
+    "serve": {"core", "model", "prompts", "store", "files", "serve", ""},
+    "cli": {"serve", "cli", "core", "model", "chat", "doctor", "files", "store", "evaluate", "train", ""},
     "__init__": {"core", "chat", "loading", "model", "store"},
 }
 CORE_MAY_IMPORT = {"torch", "safetensors", "transformers"}

@@ -113,6 +113,10 @@ class Store:
         """All memories, by name."""
         return list(self._journal.names())
 
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a memory of this name."""
+        return self._journal.id(name) is not None
+
     def overview(self) -> list[Overview]:
         """What the journal says of all memories, by name; none is opened."""
         found = []
@@ -218,30 +222,40 @@ class Store:
 
     def history(self, name: str) -> list[Version]:
         """All versions of a memory, oldest first."""
-        found = []
-        for row in self._versions(self._id(name)):
-            base = None
-            if row.base is not None:
-                from_row = self._journal.row(row.base)
-                base = (self._journal.name(from_row.memory), from_row.seq)
-            says = row.payload
-            found.append(
-                Version(
-                    row.seq,
-                    row.event,
-                    says.get("source"),
-                    says.get("tokens", 0),
-                    next((says[what] for what in CONTENTS if what in says), None),
-                    base,
-                    row.state,
-                    row.error,
-                    row.key,
-                    row.bytes,
-                    row.made or {},
-                    datetime.fromtimestamp(row.time).astimezone(),
-                )
-            )
-        return found
+        return [self._view(row) for row in self._versions(self._id(name))]
+
+    def version(self, name: str, version: int | None = None, *, key: str | None = None) -> Version:
+        """One version of a memory, by default the newest, or the one that was written with an idempotency key.
+
+        Raises:
+            ValueError: no such memory, version or key.
+        """
+        memory = self._id(name)
+        row = self._row(name, memory, version) if key is None else self._journal.keyed(memory, key)
+        if row is None:
+            raise ValueError(f"{name!r} has no version with the key {key!r}.")
+        return self._view(row)
+
+    def _view(self, row: Row) -> Version:
+        base = None
+        if row.base is not None:
+            from_row = self._journal.row(row.base)
+            base = (self._journal.name(from_row.memory), from_row.seq)
+        says = row.payload
+        return Version(
+            row.seq,
+            row.event,
+            says.get("source"),
+            says.get("tokens", 0),
+            next((says[what] for what in CONTENTS if what in says), None),
+            base,
+            row.state,
+            row.error,
+            row.key,
+            row.bytes,
+            row.made or {},
+            datetime.fromtimestamp(row.time).astimezone(),
+        )
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -333,6 +347,11 @@ class Store:
     def waits(self, name: str) -> int:
         """How many writes are acknowledged and not applied yet."""
         return len(self._journal.pending(self._id(name)))
+
+    def unsettled(self, name: str) -> bool:
+        """Whether `apply` would change something: a write waits, or the time of a source is over."""
+        memory = self._id(name)
+        return bool(self._journal.pending(memory) or self._due(memory))
 
     def applied(self, name: str) -> int:
         """The newest version that can be opened without a model: nothing that it is made from waits."""

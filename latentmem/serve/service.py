@@ -1,0 +1,294 @@
+"""What a server does for its clients, without a network: reads in batches, changes in order, and no more than fits.
+
+Reads are opened and handed to the engine, which answers all of them together. Changes of memories go through one queue,
+in the order in which they were accepted; a write is in the journal before it is accepted, so no crash loses it. A read
+of a memory for which writes wait comes after them.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from latentmem.core.memory import Memory
+from latentmem.model import MemoryModel
+from latentmem.prompts import Prompts
+from latentmem.serve.engine import Engine, Reading, Sampling
+from latentmem.store import Store, Version
+from latentmem.store.store import Content
+
+Result = TypeVar("Result")
+Prompt = Callable[[Prompts, bool], list[int]]  # (how text is put, whether a memory stands in front) -> token ids
+
+
+class Busy(Exception):  # noqa: N818 - no error of this program
+    """More waits than is allowed to.
+
+    Args:
+        retry_after: seconds after which it is worth to try again.
+    """
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"the server is busy; try again in {retry_after} seconds.")
+        self.retry_after = retry_after
+
+
+class Taken(Exception):  # noqa: N818 - no error of this program
+    """There is a memory of this name already."""
+
+
+class Missing(Exception):  # noqa: N818 - no error of this program
+    """There is no such memory or version."""
+
+
+class Turns:
+    """A lock that is given in the order in which it was asked for."""
+
+    def __init__(self) -> None:
+        self._changed, self._asked, self._served = threading.Condition(), 0, 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            mine = self._asked
+            self._asked += 1
+            self._changed.wait_for(lambda: self._served == mine)
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._served += 1
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A write that is accepted: no crash loses it from here on.
+
+    Args:
+        version: the one that will hold it; None where the store keeps no text: then it is accepted when it is done.
+        done: its version, once it is in the memory; a ValueError says why it could not be.
+    """
+
+    version: int | None
+    done: Future[Version]
+
+
+class Service:
+    """One model and one store, for many clients at once; every method can be called from any thread.
+
+    Args:
+        llm: the model.
+        store: the memories.
+        batch: answers that are made together.
+        waiting: questions that may wait or run; more are refused.
+        changes: writes and other changes that may wait; more are refused.
+    """
+
+    def __init__(
+        self, llm: MemoryModel, store: Store, *, batch: int = 32, waiting: int = 256, changes: int = 256
+    ) -> None:
+        self.llm, self.store, self.waiting, self.changes = llm, store, waiting, changes
+        self._device = Turns()
+        self._engine = Engine(llm, self._device)
+        self._openers, self._writer = ThreadPoolExecutor(2, "open"), ThreadPoolExecutor(1, "write")
+        self._writing = copy.copy(llm)  # for the store: it computes in turns with the engine
+        self._writing.write_ids = self._write_ids  # type: ignore[method-assign,assignment]
+        self._count = threading.Lock()
+        self._counts = {"reads": 0, "changes": 0}
+        self._tokens_written = 0
+        self._seconds = 1.0  # that an answer takes, a running mean
+        self.ready = False
+
+    def start(self) -> None:
+        """Apply what was accepted before a crash, then answer."""
+        self._engine.start()
+        for one in self.store.overview():
+            if one.pending and self.store.open(one.name, self.store.applied(one.name)).model == self.llm.identity:
+                self.store.apply(self._writing, one.name)
+        self.ready = True
+
+    def close(self) -> None:
+        """Refuse what is new, finish what was accepted, and end."""
+        self.ready = False
+        self._writer.shutdown()
+        self._openers.shutdown()
+        self._engine.stop()
+
+    # --- reads ------------------------------------------------------------------------------------------------------
+
+    def read(self, name: str | None, prompt: Prompt, sampling: Sampling, version: int | None = None) -> Reading:
+        """Answer a prompt behind a memory, or behind none.
+
+        Args:
+            name: of the memory; None: the plain model answers.
+            prompt: makes the token ids.
+            version: of the memory, by default the newest, with all that was accepted before.
+
+        Returns:
+            The answer, whose pieces come when they are made. In place of a piece may come `Missing`: no such memory or
+            version; or a ValueError: the prompt does not fit, or another model wrote the memory.
+
+        Raises:
+            Busy: too many wait.
+        """
+        self._take("reads", self.waiting)
+        start = time.monotonic()
+
+        def ended() -> None:
+            self._seconds += 0.1 * (time.monotonic() - start - self._seconds)
+            self._give_back("reads")
+
+        reading = Reading(ended)
+        self._openers.submit(self._open, reading, name, prompt, sampling, version)
+        return reading
+
+    def _open(
+        self,
+        reading: Reading,
+        name: str | None,
+        prompt: Prompt,
+        sampling: Sampling,
+        version: int | None,
+        settled: bool = False,
+    ) -> None:
+        """Open the memory of a reading and hand both to the engine; where writes wait, behind them."""
+        try:
+            if reading.cancelled:
+                return reading.give(None)
+            memory = self.llm.blank()
+            if name is not None:
+                self._there(name)
+                if version is None and not settled and self.store.unsettled(name):
+                    again = (reading, name, prompt, sampling, version, True)
+                    waits = self._writer.submit(self.store.apply, self._writing, name)
+                    waits.add_done_callback(lambda _: self._openers.submit(self._open, *again))
+                    return None
+                newest = self.store.version(name).version
+                if version is not None and not 0 <= version <= newest:
+                    raise Missing(f"{name!r} has no version {version}; it has 0 to {newest}.")
+                reading.version = self.store.applied(name) if version is None else version
+                memory = self.store.open(name, reading.version)
+                self.llm.check(memory)
+            ids = prompt(self.llm.prompts_or_raise(), memory.M > 0)
+            self._engine.submit(reading, memory, ids, sampling)
+        except Exception as error:  # noqa: BLE001 - told to who asked
+            reading.give(error)
+
+    # --- changes ----------------------------------------------------------------------------------------------------
+
+    def write(
+        self, name: str, content: Content, source: str = "text", *, role: str | None = None, key: str | None = None
+    ) -> Writing:
+        """Accept a write and have it applied; arguments as in `Store.write`.
+
+        Raises:
+            Busy: too many wait.
+            Missing: no such memory.
+            ValueError: what `Store.write` refuses; nothing has changed.
+        """
+        self._take("changes", self.changes)
+        try:
+            self._there(name)
+            tokens(self.llm, content, role)  # refused before it is accepted
+            version = None
+            key = key or f"request {uuid.uuid4().hex}"  # versions can be numbered anew before it is applied
+            if self.store.journal == "hash":
+                done = self._writer.submit(self._write_now, name, content, source, role, key)
+            else:
+                version = self.store.append(name, content, source, role=role, key=key)
+                done = self._writer.submit(self._apply, name, key)
+        except BaseException:
+            self._give_back("changes")
+            raise
+        done.add_done_callback(lambda _: self._give_back("changes"))
+        return Writing(version, done)
+
+    def create(self, name: str, **ways: Any) -> Future[Version]:
+        """Begin a memory; `ways` as in `MemoryModel.empty`.
+
+        Raises:
+            Busy: too many wait. The result may be `Taken`.
+        """
+
+        def made(store: Store, llm: MemoryModel) -> Version:
+            if name in store:
+                raise Taken(f"there is a memory {name!r} already.")
+            store.create(name, llm.empty(**ways))
+            return store.version(name)
+
+        return self.change(made)
+
+    def change(self, action: Callable[[Store, MemoryModel], Result]) -> Future[Result]:
+        """Do anything else with the store, behind all changes that were accepted before.
+
+        Raises:
+            Busy: too many wait.
+        """
+        self._take("changes", self.changes)
+        done = self._writer.submit(lambda: action(self.store, self._writing))
+        done.add_done_callback(lambda _: self._give_back("changes"))
+        return done
+
+    def _apply(self, name: str, key: str) -> Version:
+        self.store.apply(self._writing, name)
+        version = self.store.version(name, key=key)
+        if version.state == "failed":
+            raise ValueError(version.error)
+        return version
+
+    def _write_now(self, name: str, content: Content, source: str, role: str | None, key: str) -> Version:
+        self.store.write(self._writing, name, content, source, role=role, key=key)
+        return self.store.version(name, key=key)
+
+    def _write_ids(self, memory: Memory, ids: Any, source: str = "text", progress: Any = None) -> Memory:
+        with self._device:
+            after = self.llm.write_ids(memory, ids, source, progress)
+        self._tokens_written += len(ids)
+        return after
+
+    # --- numbers ----------------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, float]:
+        """What the server does now, for its metrics: name -> number."""
+        return {
+            "reads": self._counts["reads"],
+            "changes": self._counts["changes"],
+            "tokens_written": self._tokens_written,
+            **self._engine.stats(),
+        }
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _take(self, what: str, most: int) -> None:
+        """Count one more that waits, or refuse it."""
+        with self._count:
+            if not self.ready or self._counts[what] >= most:
+                raise Busy(min(60, max(1, round(self._seconds))))
+            self._counts[what] += 1
+
+    def _give_back(self, what: str) -> None:
+        with self._count:
+            self._counts[what] -= 1
+
+    def _there(self, name: str) -> None:
+        if name not in self.store:
+            raise Missing(f"there is no memory {name!r}.")
+
+
+def tokens(llm: MemoryModel, content: Content, role: str | None = None) -> int:
+    """How many tokens a write takes.
+
+    Raises:
+        ValueError: it is empty, or the model can not read it.
+    """
+    prompts = llm.prompts_or_raise()
+    if isinstance(content, str):
+        return len(prompts.written(content, role))
+    if not content:
+        raise ValueError("there is nothing to be written; give at least one turn.")
+    return sum(len(prompts.turn(turn)) for turn in content if isinstance(turn, dict))
