@@ -154,6 +154,7 @@ class MemoryModel:
         self.tokenizer_identity = self.prompts.identity if self.prompts else ""
         self._first_token = first_token
         self._first: Tensor | None = None
+        self.prefix_bytes: int | None = None  # up to which keys and values are kept; None: as long as their memories
         self._prefixes: weakref.WeakKeyDictionary[Memory, Prefix] = weakref.WeakKeyDictionary()
         self._stamp = self._state()
 
@@ -286,7 +287,7 @@ class MemoryModel:
             raise ValueError(
                 f"one update reads at most {memory.piece} tokens, got {len(tokens)}; `write_ids` cuts them."
             )
-        with self._using(WRITE):
+        with self.using(WRITE):
             if memory.preset == "paper":
                 mark = self.trained.mark if self.trained else memory.slots.new_zeros(memory.d)
                 newest = memory.slots.to(self.decoder.device)[:, -memory.K :]
@@ -343,7 +344,7 @@ class MemoryModel:
         for number in range(max(map(len, pieces), default=0)):
             waiting = [i for i, some in enumerate(pieces) if number < len(some)]
             together = [i for i in waiting if after[i].preset == "exact"]
-            turns = _turns(together, [len(pieces[i][number]) for i in together], self._tokens_at_once)
+            turns = _turns(together, [len(pieces[i][number]) for i in together], self.tokens_at_once)
             for rows in [*turns, *([i] for i in waiting if after[i].preset != "exact")]:
                 read = [pieces[i][number] for i in rows]
                 for i, new in zip(rows, self._new_slots([after[i] for i in rows], read), strict=True):
@@ -359,7 +360,7 @@ class MemoryModel:
             return [self.new_slots(memories[0], pieces[0])]
         context = Context(tuple(self._prefix(m).front for m in memories), (), WRITE)
         tokens = torch.nn.utils.rnn.pad_sequence(list(pieces), batch_first=True)
-        with self._using(WRITE):
+        with self.using(WRITE):
             cache = memory_cache([front for front in context.fronts if front], self.decoder, store=False)
             placed = self._placed(context, tokens)
             return write_exact_rows(
@@ -367,7 +368,7 @@ class MemoryModel:
             )
 
     @property
-    def _tokens_at_once(self) -> int:
+    def tokens_at_once(self) -> int:
         """Tokens that are written in one pass; more bring nothing once they keep the device busy, and take memory."""
         return 1024 if self.decoder.device.type == "cpu" else 16_384
 
@@ -376,9 +377,9 @@ class MemoryModel:
         dropped = memories.draw(memory, new.shape[1])
         on_device = replace(memory, slots=memory.slots.to(new.device))
         following = memories.update(on_device, new, dropped=dropped, source=source, tokens=tokens)
-        with self._using(READ):
+        with self.using(READ):
             fresh = self.decoder.project_all(new)
-        self._prefixes[following] = self._prefix(memory).after(memories.kept(dropped, memory.M), fresh)
+        self._keep(following, self._prefix(memory).after(memories.kept(dropped, memory.M), fresh))
         return following
 
     def logits(self, memory: Memory, ids: Ids) -> Tensor:
@@ -390,9 +391,9 @@ class MemoryModel:
         tokens = self._ids(ids)[None]
         self._fits(memory, tokens.shape[1])
         if memory.M == 0:
-            with self._using(None):
+            with self.using(None):
                 return self.base(input_ids=tokens, use_cache=False).logits[0]
-        with self._using(READ):
+        with self.using(READ):
             cache = self._functional(memory) or self._prefix(memory).cache(store=False)
             mask = attention_mask(cache, tokens)
             return self.base(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=False).logits[0]
@@ -466,7 +467,7 @@ class MemoryModel:
         tokens = self._ids(ids)[None]
         self._fits(self.blank(), tokens.shape[1])
         cache = DynamicCache()
-        with self._using(None):
+        with self.using(None):
             self.decoder.body(input_ids=tokens, past_key_values=cache, use_cache=True)
         n = tokens.shape[1]
         front = Front(n, [_always((layer.keys, layer.values)) for layer in cache.layers])
@@ -497,7 +498,7 @@ class MemoryModel:
         for row, room in zip(rows, context.rooms * (len(rows) // len(context.rooms)), strict=True):
             self._fits_behind(room, len(row))
         keep = tokens.shape[1] - min(len(prompt) for prompt, _ in pairs) + 1
-        with self._using(_adapter(context)):
+        with self.using(_adapter(context)):
             cache = self._cache(context, store=False)
             logits = self.base(
                 input_ids=tokens,
@@ -564,7 +565,7 @@ class MemoryModel:
             text = torch.ones(len(rows), n, dtype=torch.long, device=self.decoder.device)
             for line, i in zip(text, rows, strict=True):
                 line[: n - lengths[i]] = 0
-            with self._using(_adapter(some)):
+            with self.using(_adapter(some)):
                 output = self.base.generate(
                     input_ids=torch.stack([_padded(prompts[i], n, pad) for i in rows]),
                     attention_mask=self._mask(some, text),
@@ -670,7 +671,7 @@ class MemoryModel:
         if past and max(beams, rows) > 1:
             raise ValueError("a cache that already holds text has one row: beams and several answers need a fresh one.")
         self._fits(memory, past + tokens.shape[1], new or max(0, longest - tokens.shape[1]))
-        with self._using(READ if memory.M else None):
+        with self.using(READ if memory.M else None):
             return self.base.generate(
                 input_ids=tokens,
                 attention_mask=attention_mask(cache, tokens),
@@ -868,7 +869,7 @@ class MemoryModel:
             if self.trained:
                 first = self.trained.bos
             else:
-                with torch.no_grad(), self._using(None):
+                with torch.no_grad(), self.using(None):
                     first = first_states(self.decoder, self.first_token)
             self._first = first
         return first
@@ -882,10 +883,27 @@ class MemoryModel:
         self._forget_if_changed()
         prefix = self._prefixes.get(memory)
         if prefix is None:
-            with torch.no_grad(), self._using(READ):
+            with torch.no_grad(), self.using(READ):
                 prefix = read(self.decoder, self.first, memory.slots.detach().to(self.decoder.device))
-            self._prefixes[memory] = prefix
+        self._keep(memory, prefix)
         return prefix
+
+    def _keep(self, memory: Memory, prefix: Prefix) -> None:
+        """Keep a memory's prefix as the one that was used last; the first ones go where there are too many bytes."""
+        if self.prefix_bytes is None:
+            self._prefixes[memory] = prefix
+            return
+        self._prefixes.pop(memory, None)  # the order of a dictionary is that in which keys came
+        self._prefixes[memory] = prefix
+        for old in list(self._prefixes)[:-1]:
+            if self.derived_bytes <= self.prefix_bytes:
+                return
+            self._prefixes.pop(old, None)
+
+    @property
+    def derived_bytes(self) -> int:
+        """Bytes of the keys and values that are kept for memories which are still referenced."""
+        return sum(prefix.nbytes for prefix in self._prefixes.values())
 
     def _forget_if_changed(self) -> None:
         """Drop what was derived from weights that were changed in place since, by an optimizer for example."""
@@ -906,7 +924,7 @@ class MemoryModel:
 
         def reading(kv: Callable[[], KV]) -> Callable[[], KV]:
             def under_read() -> KV:
-                with self._using(READ):
+                with self.using(READ):
                     return kv()
 
             return under_read
@@ -914,7 +932,7 @@ class MemoryModel:
         hidden = torch.cat([self.first, memory.slots.to(self.decoder.device)], dim=1)
         return functional_cache(self.decoder, hidden, reading)
 
-    def _using(self, adapter: str | None) -> contextlib.AbstractContextManager[None]:
+    def using(self, adapter: str | None) -> contextlib.AbstractContextManager[None]:
         """Around every pass: under this adapter, and without what a pass that was broken off has left."""
         attention.begin()
         return self.adapters.use(adapter) if self.adapters else contextlib.nullcontext()

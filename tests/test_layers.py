@@ -24,7 +24,7 @@ ROOMS = {  # room -> rooms of latentmem that it may import
     "store": {"core", "model", "prompts", "store", ""},
     "evaluate": {"core", "model", "loading", "evaluate"},
     "train": {"core", "adapters", "prompts", "model", "loading", "train"},
-    "serve": {"core", "model", "prompts", "store", "files", "serve", ""},
+    "serve": {"core", "model", "prompts", "store", "streaming", "files", "serve", ""},
     "cli": {"serve", "cli", "core", "model", "chat", "doctor", "files", "store", "evaluate", "train", ""},
     "__init__": {"core", "chat", "loading", "model", "store"},
 }

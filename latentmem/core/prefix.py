@@ -267,6 +267,11 @@ class Prefix:
         return Prefix(self.decoder, keys, [move(old, i, new[i][1]) for i, old in enumerate(self.values)], self.s)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the keys, the rotated keys and the values."""
+        return sum(2 * keys.nbytes + values.nbytes for keys, values in zip(self.keys, self.values, strict=True))
+
+    @cached_property
     def front(self) -> Front:
         """This prefix as what stands in front of a row."""
         return Front(self.P, tuple(partial(self._kv, i) for i in range(len(self.keys))))
@@ -292,11 +297,12 @@ def read(decoder: Decoder, first: Tensor, slots: Tensor) -> Prefix:
     return prefix.after(none, bodies) if bodies else prefix
 
 
-def memory_cache(fronts: Sequence[Front], decoder: Decoder, *, store: bool) -> Cache:
+def memory_cache(fronts: Sequence[Front], decoder: Decoder, *, store: bool, stacked: int = STACKED) -> Cache:
     """A fresh cache that shows each layer what stands in front of its text; see `MemoryLayer`.
 
     Args:
         fronts: one for any number of rows, or one for each row.
+        stacked: bytes up to which several are handed over in one tensor, too.
     """
     apart = decoder.model.config._attn_implementation == attention.NAME
     return Cache(
@@ -306,11 +312,43 @@ def memory_cache(fronts: Sequence[Front], decoder: Decoder, *, store: bool) -> C
                 max(front.P for front in fronts),
                 store=store,
                 apart=apart,
-                stacked=STACKED // decoder.L,
+                stacked=stacked // decoder.L,
             )
             for i in range(decoder.L)
         ]
     )
+
+
+def joined(parts: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], fronts: Sequence[Front], L: int) -> Cache:
+    """Some rows of several caches in one, so that they go on together: shorter texts are padded on the left.
+
+    Args:
+        parts: of each cache the rows that are taken, and how many of the last positions of each row's text.
+        fronts: what stands in front of each row taken, the same object where it is shared; none: caches of plain text.
+        L: layers.
+    """
+    longest = max(n for _, _, lengths in parts for n in lengths)
+    own = list({id(front): front for front in fronts}.values())
+    P, apart = max((front.P for front in own), default=0), getattr(parts[0][0].layers[0], "apart", False)
+    layers = [MemoryLayer([f.layers[i] for f in own], P, apart=apart) if own else DynamicLayer() for i in range(L)]
+    cache = Cache(layers=layers)
+    for i, layer in enumerate(cache.layers):
+        text = []
+        for part in ("keys", "values"):
+            taken = [
+                (getattr(old.layers[i], part)[row], n)
+                for old, rows, lengths in parts
+                for row, n in zip(rows, lengths, strict=True)
+            ]
+            made = taken[0][0].new_zeros(len(taken), taken[0][0].shape[0], longest, taken[0][0].shape[2])
+            for into, (row, n) in zip(made, taken, strict=True):
+                into[:, longest - n :] = row[:, row.shape[1] - n :]
+            text.append(made)
+        if isinstance(layer, MemoryLayer):
+            layer.begin(text[0], text[1], [own.index(front) for front in fronts])
+        else:
+            layer.update(text[0], text[1])
+    return cache
 
 
 def functional_cache(
@@ -382,6 +420,11 @@ class MemoryLayer(DynamicLayer):
             return self._append(key_states, value_states, rows)
         keys, values = attention.stacked([kv() for kv in self.kv], rows)
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+
+    def begin(self, keys: Tensor, values: Tensor, rows: Sequence[int]) -> None:
+        """Store a text that was read before, [B, heads, n, head width], with the memory that each row reads."""
+        self._rows = list(rows)
+        self._append(keys, values, rows)
 
     def _stack_of(self, memories: Sequence[KV]) -> attention.Stack | None:
         """The memories in one tensor, made once, if they are not too large together."""

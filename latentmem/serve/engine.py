@@ -1,16 +1,25 @@
-"""Answers of one model for many memories at once."""
+"""Answers of one model for many memories at once: what waits, what runs, and what was given."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
+import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+import torch
 
 from latentmem.core.memory import Memory
 from latentmem.model import MAX_NEW_TOKENS, MemoryModel
+from latentmem.serve.batch import Batch, Row
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ class Reading:
         self.version: int | None = None
         self.prompt_tokens = self.completion_tokens = 0
         self.cancelled = False
+        self.open = 1  # answers that have not ended
         self._events: SimpleQueue[Piece | Exception | None] = SimpleQueue()
         self._wake: Callable[[], object] = lambda: None
         self._ended = ended
@@ -107,7 +117,7 @@ class Reading:
         loop, more = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
                 loop.call_soon_threadsafe(more.set)
 
         self._wake = wake
@@ -128,47 +138,310 @@ class Reading:
             self.cancel()
 
 
+class Words:
+    """Tokens -> text, given as soon as it can not change any more, up to a stop string.
+
+    Args:
+        tokenizer: its special tokens are left out.
+        stop: strings that end the text; they are not part of it.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._ids: list[int] = []
+        self._from = self._to = 0  # ids[from:to] were given, and are decoded again with what follows
+        self._held = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """What is new with this token."""
+        self._ids.append(token)
+        before = self._decoded(self._from, self._to)
+        text = self._decoded(self._from, len(self._ids))
+        if len(text) <= len(before) or text.endswith("\ufffd"):  # the rest of a character comes with the next token
+            return ""
+        self._from, self._to = self._to, len(self._ids)
+        return self._given(text[len(before) :])
+
+    def rest(self) -> str:
+        """What was held back, at the end."""
+        text = self._decoded(self._from, len(self._ids))[len(self._decoded(self._from, self._to)) :]
+        given = self._given(text) + self._held
+        self._held = ""
+        return given
+
+    def _decoded(self, start: int, end: int) -> str:
+        return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
+
+    def _given(self, text: str) -> str:
+        """As much of the text as is no stop string and can not become one."""
+        text, self._held = self._held + text, ""
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            return text[: min(found)]
+        held = max((n for stop in self._stop for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+@dataclass(eq=False)
+class _Answer:
+    """One answer of a reading, from when it waits to when it ends."""
+
+    reading: Reading
+    choice: int
+    memory: Memory
+    ids: Sequence[int]
+    sampling: Sampling
+    words: Words
+    most: int
+    made: int = 0
+    row: Row | None = None
+
+
 class Engine:
-    """Answers the questions that are submitted, in a thread of its own.
+    """Answers all questions together, in a thread of its own; whatever else the model is to do runs there, too.
+
+    Between two tokens it takes in answers that wait, and makes one `call`, such as the write of a piece of text, if the
+    answers have got as much time since the last one. So everything comes to its turn, and no two threads compute at the
+    same time.
 
     Args:
         llm: the model.
-        lock: held while the model computes.
+        batch: answers that are made together at most.
     """
 
-    def __init__(self, llm: MemoryModel, lock: AbstractContextManager[None]) -> None:
-        self.llm, self.lock = llm, lock
-        self._jobs: SimpleQueue[tuple[Reading, Memory, Sequence[int], Sampling] | None] = SimpleQueue()
+    def __init__(self, llm: MemoryModel, batch: int = 32) -> None:
+        self.llm, self.batch = llm, batch
+        self._changed = threading.Condition()
+        self._waiting: deque[_Answer] = deque()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._stopping = False
+        self._batches: dict[object, Batch] = {}  # those whose prompts are read, by their kind
+        self._joining: tuple[object, Batch] | None = None
+        self._answers: dict[Row, _Answer] = {}
+        self._tokens = 0
+        self._owed = 0.0  # seconds that the answers get before the next call
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        settings = llm.base.generation_config.eos_token_id
+        self._ends = {settings} if isinstance(settings, int) else set(settings or ())
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """End when everything that was submitted is answered."""
-        self._jobs.put(None)
-        self._thread.join()
+        """End when everything that was submitted is done."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def submit(self, reading: Reading, memory: Memory, ids: Sequence[int], sampling: Sampling) -> None:
+        """Answer a prompt behind a memory; an empty one leaves the answer to the plain model.
+
+        Raises:
+            ValueError: the prompt and one token do not fit into the model's context.
+        """
+        room = self.llm.room(memory) - len(ids)
+        if room < 1:
+            raise ValueError(
+                f"the prompt takes {len(ids)} tokens, and behind this memory of {memory.M} slots there is room for "
+                f"{room + len(ids)} with the answer. Shorten it, or use a smaller memory."
+            )
+        reading.prompt_tokens = len(ids)
+        reading.open = sampling.n
+        most, tokenizer = min(sampling.max_tokens, room), self.llm.tokenizer
+        some = [
+            _Answer(reading, i, memory, ids, sampling, Words(tokenizer, sampling.stop), most) for i in range(sampling.n)
+        ]
+        with self._changed:
+            self._waiting.extend(some)
+            self._changed.notify_all()
+
+    def call(self, action: Callable[[], Result]) -> Result:
+        """Do something with the model in this thread; waits for its result."""
+        done: Future[Result] = Future()
+        with self._changed:
+            self._calls.append((action, done))
+            self._changed.notify_all()
+        return done.result()
 
     def stats(self) -> dict[str, float]:
         """What it does now: name -> number."""
-        return {}
+        return {
+            "answers_waiting": len(self._waiting),
+            "answers_running": len(self._answers),
+            "tokens_generated": self._tokens,
+        }
 
-    def submit(self, reading: Reading, memory: Memory, ids: Sequence[int], sampling: Sampling) -> None:
-        """Answer a prompt behind a memory."""
-        self._jobs.put((reading, memory, ids, sampling))
+    # --- its thread -------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            reading, memory, ids, sampling = job
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._busy or self._stopping)
+                call = self._calls.popleft() if self._calls and (self._owed <= 0 or not self._answers) else None
+                if call is None and not self._busy:
+                    return
+            start = time.monotonic()
+            if call is not None:
+                _done(*call)
+                self._owed = time.monotonic() - start
+                start = time.monotonic()
+            self._join()
+            for kind in list(self._batches):
+                self._advance(kind)
+            self._owed -= time.monotonic() - start
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._waiting or self._calls or self._batches or self._joining)
+
+    def _join(self) -> None:
+        """Read a chunk of the prompts of those that wait, and let them in when they are read."""
+        if self._joining is None:
+            self._joining = self._admitted()
+        if self._joining is None:
+            return
+        kind, batch = self._joining
+        try:
+            read = batch.advance()
+        except Exception as error:  # noqa: BLE001 - told to who asked
+            self._joining = None
+            return self._fail(batch.rows, error)
+        if not read:
+            return
+        self._joining = None
+        live = self._taken(batch.rows)
+        if not live:
+            return
+        there = self._batches.get(kind)
+        try:
+            if len(live) < len(batch.rows):
+                batch.keep(live)
+            if there is not None:
+                batch.keep(live, there)
+            self._batches[kind] = batch
+        except Exception as error:  # noqa: BLE001 - told to who asked
+            self._fail(batch.rows + (self._batches.pop(kind).rows if there else []), error)
+
+    def _admitted(self) -> tuple[object, Batch] | None:
+        """The next ones that wait and can go through the model together, with their memories."""
+        chosen: list[_Answer] = []
+        room = self.batch - len(self._answers)
+        with self._changed:
+            while self._waiting and self._waiting[0].reading.cancelled:
+                self._end(self._waiting.popleft(), None)
+            for answer in self._waiting:
+                if len(chosen) == room or not self._fits(answer, chosen):
+                    break
+                chosen.append(answer)
+            for _ in chosen:
+                self._waiting.popleft()
+        rows = []
+        for answer in chosen:
             try:
-                with self.lock:
-                    for choice in range(sampling.n):
-                        count = 0
-                        for text in self.llm.stream_ids(memory, ids, max_new_tokens=sampling.max_tokens):
-                            count += 1
-                            reading.completion_tokens += 1
-                            reading.give(Piece(choice, text))
-                        reading.give(Piece(choice, "", "length" if count >= sampling.max_tokens else "stop"))
-                reading.give(None)
+                front = self.llm.behind(answer.memory).fronts[0]
             except Exception as error:  # noqa: BLE001 - told to who asked
-                reading.give(error)
+                self._fail_answer(answer, error)
+                continue
+            s = answer.sampling
+            seed = None if s.seed is None else s.seed + answer.choice
+            answer.row = Row(answer.ids, front, s.temperature, s.top_p, _generator(seed))
+            self._answers[answer.row] = answer
+            rows.append(answer.row)
+        return (self._kind(chosen[0]), Batch(self.llm, rows)) if rows else None
+
+    def _fits(self, answer: _Answer, chosen: Sequence[_Answer]) -> bool:
+        """Whether an answer's prompt can be read with those of others in one pass."""
+        if not chosen:
+            return True
+        longest = max(len(one.ids) for one in (answer, *chosen))
+        alike = self._kind(answer) == self._kind(chosen[0])
+        return alike and longest * (len(chosen) + 1) <= self.llm.tokens_at_once
+
+    def _kind(self, answer: _Answer) -> object:
+        """What answers must have in common to be made together: a window is counted in columns, padded or not."""
+        if answer.memory.M and self.llm.decoder.slides:
+            return answer
+        return answer.memory.M > 0
+
+    def _advance(self, kind: object) -> None:
+        """One more token for each answer of a batch."""
+        batch = self._batches[kind]
+        try:
+            batch.advance()
+            live = self._taken(batch.rows)
+            if not live:
+                del self._batches[kind]
+            elif batch.sparse(live):
+                batch.keep(live)
+        except Exception as error:  # noqa: BLE001 - told to who asked
+            del self._batches[kind]
+            self._fail(batch.rows, error)
+
+    def _taken(self, rows: Sequence[Row]) -> list[Row]:
+        """Give the new token of each row to who asked for it; those that go on."""
+        live = []
+        for row in rows:
+            answer = self._answers.get(row)
+            if answer is None:
+                continue  # it has ended, and is still in the batch
+            if answer.reading.cancelled:
+                self._end(answer, None)
+                continue
+            answer.made += 1
+            answer.reading.completion_tokens += 1
+            self._tokens += 1
+            text = "" if row.token in self._ends else answer.words.add(row.token)
+            if row.token in self._ends or answer.words.stopped:
+                self._end(answer, Piece(answer.choice, text or answer.words.rest(), "stop"))
+            elif answer.made >= answer.most:
+                self._end(answer, Piece(answer.choice, text + answer.words.rest(), "length"))
+            else:
+                if text:
+                    answer.reading.give(Piece(answer.choice, text))
+                live.append(row)
+        return live
+
+    def _end(self, answer: _Answer, last: Piece | None) -> None:
+        if answer.row is not None:
+            self._answers.pop(answer.row, None)
+        if last is not None:
+            answer.reading.give(last)
+        answer.reading.open -= 1
+        if not answer.reading.open:
+            answer.reading.give(None)
+
+    def _fail(self, rows: Sequence[Row], error: Exception) -> None:
+        for row in rows:
+            answer = self._answers.get(row)
+            if answer is not None:
+                self._fail_answer(answer, error)
+
+    def _fail_answer(self, answer: _Answer, error: Exception) -> None:
+        """Tell why there is no answer, once for all choices."""
+        if answer.reading.cancelled:
+            return self._end(answer, None)
+        if answer.row is not None:
+            self._answers.pop(answer.row, None)
+        answer.reading.cancelled = True
+        answer.reading.give(error)
+
+
+def _done(action: Callable[[], Any], done: Future[Any]) -> None:
+    try:
+        done.set_result(action())
+    except BaseException as error:  # noqa: BLE001 - raised where it was asked for
+        done.set_exception(error)
+
+
+def _generator(seed: int | None) -> torch.Generator:
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed % (1 << 63))
+    return generator

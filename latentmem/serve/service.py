@@ -22,6 +22,7 @@ from latentmem.prompts import Prompts
 from latentmem.serve.engine import Engine, Reading, Sampling
 from latentmem.store import Store, Version
 from latentmem.store.store import Content
+from latentmem.streaming import release_threads
 
 Result = TypeVar("Result")
 Prompt = Callable[[Prompts, bool], list[int]]  # (how text is put, whether a memory stands in front) -> token ids
@@ -45,24 +46,6 @@ class Taken(Exception):  # noqa: N818 - no error of this program
 
 class Missing(Exception):  # noqa: N818 - no error of this program
     """There is no such memory or version."""
-
-
-class Turns:
-    """A lock that is given in the order in which it was asked for."""
-
-    def __init__(self) -> None:
-        self._changed, self._asked, self._served = threading.Condition(), 0, 0
-
-    def __enter__(self) -> None:
-        with self._changed:
-            mine = self._asked
-            self._asked += 1
-            self._changed.wait_for(lambda: self._served == mine)
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._served += 1
-            self._changed.notify_all()
 
 
 @dataclass(frozen=True)
@@ -93,8 +76,7 @@ class Service:
         self, llm: MemoryModel, store: Store, *, batch: int = 32, waiting: int = 256, changes: int = 256
     ) -> None:
         self.llm, self.store, self.waiting, self.changes = llm, store, waiting, changes
-        self._device = Turns()
-        self._engine = Engine(llm, self._device)
+        self._engine = Engine(llm, batch)
         self._openers, self._writer = ThreadPoolExecutor(2, "open"), ThreadPoolExecutor(1, "write")
         self._writing = copy.copy(llm)  # for the store: it computes in turns with the engine
         self._writing.write_ids = self._write_ids  # type: ignore[method-assign,assignment]
@@ -175,6 +157,7 @@ class Service:
                 memory = self.store.open(name, reading.version)
                 self.llm.check(memory)
             ids = prompt(self.llm.prompts_or_raise(), memory.M > 0)
+            release_threads()
             self._engine.submit(reading, memory, ids, sampling)
         except Exception as error:  # noqa: BLE001 - told to who asked
             reading.give(error)
@@ -246,8 +229,8 @@ class Service:
         return self.store.version(name, key=key)
 
     def _write_ids(self, memory: Memory, ids: Any, source: str = "text", progress: Any = None) -> Memory:
-        with self._device:
-            after = self.llm.write_ids(memory, ids, source, progress)
+        release_threads()
+        after = self._engine.call(lambda: self.llm.write_ids(memory, ids, source, progress))
         self._tokens_written += len(ids)
         return after
 
