@@ -773,7 +773,7 @@ def test_unrelated_rows_go_on_in_documents_that_are_not_written(data):
 
 
 def test_chat_is_statements_openings_and_passages_with_their_question(data):
-    episodes, documents = episodes_of(data, "chat", rows=5, continuation=60)
+    episodes, documents = episodes_of(data, "chat", rows=9, continuation=60)
     of = {d.id: " ".join(sentences(d.text)) for d in documents.values()}
     kinds = []
     for number in range(30):
@@ -805,7 +805,7 @@ def test_statements_are_in_the_first_person_where_a_document_has_such(data, tmp_
     built = "The harbour of Bergen was built in 1701 by a plumber from Oslo."
     text = f"{built} World War I was over. My dog is called Bram. Rain fell on the town. Number"
     file.write_text("".join(json.dumps({"text": f"{text} {i} came last."}) + "\n" for i in range(9)))
-    episodes, _ = episodes_of([Source(str(file))], "chat", at_once=1, rows=6)
+    episodes, _ = episodes_of([Source(str(file))], "chat", at_once=1, rows=9)
     for number in range(6):
         mine = {words(row.prompt).split("\n")[1] for row in episodes[number].rows}
         assert any(turn.startswith("My dog is called Bram.") for turn in mine)

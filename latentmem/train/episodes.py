@@ -35,9 +35,8 @@ TRIES = 50  # documents that are looked at until one is long enough
 REPLY = 24  # tokens of a reply in "chat" at most
 PASSAGE = 96  # tokens of a user's turn in "chat" at most, where it is taken from a document
 SHORT = 40  # tokens of two sentences that are one turn at most
-FIRST_PERSON = re.compile(
-    r"(?:^|\b[a-z]+ |[,;:\"“] ?)I(?:['’]\w+)? [a-z]|\b(?:[Mm]y|[Ww]e|[Oo]ur)\b"
-)  # no "World War I"
+# The "I" of "World War I" is no person.
+FIRST_PERSON = re.compile(r"(?:^|\b[a-z]+ |[,;:\"“] ?)I(?:['’]\w+)? [a-z]|\b(?:[Mm]y|[Ww]e|[Oo]ur)\b")
 OPENINGS = (
     "Hello!",
     "Good morning! How are you?",
@@ -253,15 +252,16 @@ class Episodes:
             document, (text,) = self._pieces(number, i, 1, random)
             names.append(document.id)
             texts.append(self._written(text))
-        chat, rows = objective == "chat", []
-        if chat:
-            rows = [self._turns(number, i, random, names) for i in range(-(-t.rows // 2))]
-        for i in range(0 if chat else -(-t.rows // 3)):
+        rows, chat = [], objective == "chat"
+        for i in range(-(-t.rows // 3)):
+            if chat:
+                rows.append(self._turns(number, i, random, names))
+                continue
             _, (text,) = self._pieces(number, i, 1, random, names)
             rows.append(self._continuation(text, None))
         made = self._episode(objective, number, random, names, texts, rows, taught=True)
-        made = replace(made, replies=min(REPLY, t.continuation) if chat else 0)
-        return replace(made, ages=(0,) * len(texts), in_sequence=True, fill=1.0, from_pool=True)
+        replies = min(REPLY, t.continuation) if chat else 0
+        return replace(made, ages=(0,) * len(texts), in_sequence=True, fill=1.0, from_pool=True, replies=replies)
 
     def _turns(self, number: int, i: int, random: np.random.Generator, without: Sequence[str]) -> Row:
         """A conversation about no document of `without`: a statement, an opening, or a passage with a question."""
