@@ -175,6 +175,7 @@ def test_whole_numbers_are_taken_for_numbers_and_written_powers_too(small):
         ("data.0.kind=poems", r"data\.0\.kind must be one of text, questions"),
         ("steps.betas=[0.9]", r"steps\.betas are two numbers"),
         ("steps.write=0", r"steps\.write must be above 0, got 0"),
+        ("steps.unrelated=0", r"steps\.unrelated must be above 0"),
         ("sharding=zero", r"sharding must be none or fsdp2"),
         ("steps.total", r"--set takes key=value"),
         ("=3", r"--set takes key=value"),
@@ -196,6 +197,14 @@ def test_a_file_that_is_not_there_is_refused_with_the_names_of_those_that_are(tm
         load(tmp_path / "nothing.yaml")
     with pytest.raises(ValueError, match="Give a YAML file"):
         load(tmp_path)
+
+
+def test_chat_is_refused_where_weights_are_sharded(small):
+    sharded = ["sharding=fsdp2", "watch.probe=0"]
+    with pytest.raises(ValueError, match=r"objectives\.chat must be 0 with sharding"):
+        load(small, [*sharded, "objectives={chat: 1, recall: 1}"])
+    load(small, [*sharded, "objectives={chat: 0, recall: 1}"])
+    load(small, ["objectives={chat: 1}"])
 
 
 @pytest.mark.parametrize("content", [b"memory: {N: 4", b"a: b: c", b"\xff\xfe\x00"])

@@ -1,6 +1,7 @@
 """What an episode teaches: its loss and gradients against the literal reference, in a memory where texts have ages."""
 
 import json
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
@@ -25,8 +26,8 @@ from latentmem.prompts import Prompts
 from latentmem.testing import byte_tokenizer, tiny_model
 from latentmem.train import loop
 from latentmem.train.config import OBJECTIVES, Config, MemoryShape, Source, Steps, Texts
-from latentmem.train.data import Documents, sentences
-from latentmem.train.episodes import UNKNOWN, Episode, Episodes, Row
+from latentmem.train.data import Documents, cloze, sentences
+from latentmem.train.episodes import NODS, OPENINGS, PASSAGE, REPLY, UNKNOWN, Episode, Episodes, Row
 from latentmem.train.learner import Learner, remember
 from latentmem.train.loop import recompute
 
@@ -510,6 +511,67 @@ def test_unrelated_text_is_to_be_read_as_without_a_memory(preset, c):
     assert by_hand > 0.1 and abs(learner(episode, pool).loss - by_hand) < 1e-5
 
 
+def said_alone(learner, row, n, bos):
+    """What the plain model says to one row alone, by `generate`: up to an end token and with it."""
+    plain = tiny_model(initializer_range=0.15)
+    plain.generation_config.eos_token_id = learner.base.generation_config.eos_token_id
+    ids = torch.tensor([[*bos, *row.prompt]])
+    mask = torch.ones_like(ids)
+    out = plain.generate(input_ids=ids, attention_mask=mask, max_new_tokens=n, do_sample=False, pad_token_id=0)
+    return tuple(out[0, ids.shape[1] :].tolist())
+
+
+def asked_in_chat(learner, **prompts):
+    """An episode of rows without answers, and what the plain model says to each; for some it is cut short by an end."""
+    learner.llm.prompts = Prompts(byte_tokenizer(**prompts))
+    rows = tuple(Row(prompt, (), None) for prompt in ((40, 9, 133), (60,), (8, 8, 25, 6, 190, 77, 21), (31, 5)))
+    bos = tuple(learner.llm.prompts.opening)
+    free = [said_alone(learner, row, 6, bos) for row in rows]
+    end = next(token for token in free[0][1:] if token not in free[0][:1])
+    learner.base.generation_config.eos_token_id = end
+    episode = replace(episode_of(rows=rows, taught=True), objective="chat", from_pool=True, replies=6)
+    return episode, [said_alone(learner, row, 6, bos) for row in rows], end, bos
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
+def test_replies_are_what_the_plain_model_says_to_each_row_alone(chat, again):
+    learner = learner_of()
+    episode, said, end, _ = asked_in_chat(learner, chat=chat)
+    if again:
+        recompute(learner)
+    answers = [row.answer for row in learner._replied(episode).rows]
+    assert answers == said and 2 <= len(said[0]) < 6 and said[0][-1] == end and {len(ids) for ids in said} > {6}
+    assert all(end not in ids[:-1] for ids in answers)  # nothing behind an end token
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize(("preset", "c"), FORMS)
+def test_chat_is_to_be_answered_as_without_a_memory(preset, c, chat):
+    learner = learner_of(preset, c)
+    episode, said, _, bos = asked_in_chat(learner, chat=chat)
+    pool, (llm, memory) = pool_of(learner, 40), behind(learner, pool_of(learner, 40))
+    for text in TEXTS:
+        memory = update(memory, llm.new_slots(memory, text).detach())
+    plain, parts = tiny_model(initializer_range=0.15), []
+    for row, ids in zip(episode.rows, said, strict=True):
+        n = len(ids) + 1  # logits from the prompt's last token on
+        with torch.no_grad():
+            theirs = plain(input_ids=torch.tensor([[*bos, *row.prompt, *ids]])).logits[0, -n:-1]
+        ours = llm.logits(memory, row.prompt + ids)[-n:-1]
+        p = softmax(theirs, -1)
+        parts.append((p * (p.log() - log_softmax(ours, -1))).sum(-1))
+    by_hand, outcome = torch.cat(parts).mean(), learner(episode, pool)
+    assert by_hand > 0.1 and abs(outcome.loss - by_hand) < 1e-5
+    mine, other = gradients(outcome.loss, learner), gradients(by_hand, learner)
+    assert any(READ in name for name in mine)
+    for name, g in mine.items():
+        if READ in name:
+            assert g.abs().max() > 0 and (g - other[name]).abs().max() <= 1e-4 * other[name].abs().max(), name
+        else:
+            assert g is None or name == "bos", name
+
+
 # --- episodes: what each objective makes of documents ---------------------------------------------------------------
 
 NAMES = (
@@ -710,6 +772,46 @@ def test_unrelated_rows_go_on_in_documents_that_are_not_written(data):
             assert row.about is None and name not in episode.names
 
 
+def test_chat_is_statements_openings_and_passages_with_their_question(data):
+    episodes, documents = episodes_of(data, "chat", rows=9, continuation=60)
+    of = {d.id: " ".join(sentences(d.text)) for d in documents.values()}
+    kinds = []
+    for number in range(30):
+        episode = episodes[number]
+        assert episode.taught and episode.from_pool and episode.in_sequence and episode.fill == 1
+        assert len(episode.texts) == 3 and len(episode.rows) == 3 and episode.replies == REPLY
+        assert episode.read == sum(len(row.prompt) for row in episode.rows) + 3 * REPLY
+        for row in episode.rows:
+            assert row.answer == () and row.about is None
+            turns = [turn.split("\n", 1) for turn in tokenizer().decode(row.prompt).split("<|im_start|>")[1:]]
+            said = [text.removesuffix("<|im_end|>\n") for _, text in turns[:-1]]
+            assert [role for role, _ in turns[:-1]] == ["user", "assistant", "user"][: len(said)]
+            assert turns[-1] == ["assistant", ""]
+            held = {name for name, text in of.items() if said[0] in text}
+            assert not held & set(episode.names)
+            if len(said) == 3:
+                (name,) = held
+                asked = dict([*documents[name].questions, *cloze(said[0])])
+                assert said[1] in NODS and asked[said[2]] in said[0] and len(said[0]) <= PASSAGE
+            else:
+                opened = {text.format(title=title) for text in OPENINGS for title in NAMES}
+                assert len(held) == 1 or said[0] in opened
+            kinds.append("passage" if len(said) == 3 else "statement" if held else "opening")
+    assert Counter(kinds) == {"passage": 30, "statement": 30, "opening": 30}
+
+
+def test_statements_are_in_the_first_person_where_a_document_has_such(data, tmp_path):
+    file = tmp_path / "own.jsonl"
+    built = "The harbour of Bergen was built in 1701 by a plumber from Oslo."
+    text = f"{built} World War I was over. My dog is called Bram. Rain fell on the town. Number"
+    file.write_text("".join(json.dumps({"text": f"{text} {i} came last."}) + "\n" for i in range(9)))
+    episodes, _ = episodes_of([Source(str(file))], "chat", at_once=1, rows=9)
+    for number in range(6):
+        mine = {words(row.prompt).split("\n")[1] for row in episodes[number].rows}
+        assert any(turn.startswith("My dog is called Bram.") for turn in mine)
+        assert not any("{" in turn for turn in mine)  # no titles here
+
+
 @pytest.mark.parametrize(("each", "world"), [(1, 1), (2, 1), (2, 2)])
 def test_recall_asks_for_what_the_same_process_wrote_before(data, each, world):
     """Documents of an episode stand in `names`; a question of the data belongs to one of them."""
@@ -763,5 +865,5 @@ def test_every_objective_teaches_its_adapters(data, objective):
     pool = replace(pool_of(learner), N=1024, K=128)
     found = gradients(learner(episodes[0], pool).loss, learner)
     for name, grad in found.items():
-        untaught = WRITE in name and (".2." in name or objective in ("recall", "unknown", "unrelated"))
+        untaught = WRITE in name and (".2." in name or objective in ("recall", "unknown", "unrelated", "chat"))
         assert untaught or (grad is not None and grad.abs().max() > 0), name

@@ -317,11 +317,12 @@ def straight_and_stopped(configs, out):
         Run(config, out / name / "stopped").train()
 
 
+SHARDED = {"sharding": "fsdp2", "objectives": {name: 1.0 for name in OBJECTIVES if name != "chat"}}
 WAYS = {
     "data parallel": {},
-    "sharded": {"sharding": "fsdp2"},
+    "sharded": SHARDED,
     "sharded paper in bfloat16, recomputed": {
-        "sharding": "fsdp2",
+        **SHARDED,
         "memory": MemoryShape("paper", N=48, K=16),
         "dtype": "bfloat16",
         "checkpointing": True,
@@ -443,16 +444,17 @@ def test_a_high_loss_is_borne_while_its_objective_is_new(config, tmp_path, monke
     assert log[2]["loss"] > 100 and log[2]["objectives"] != log[1]["objectives"]
 
 
-def test_the_factor_of_unrelated_is_on_its_gradient_alone(config, tmp_path):
+def test_the_factor_of_unrelated_is_on_the_gradient_of_divergences_alone(config, tmp_path):
     norms = {}
-    for name in ("unrelated", "recall"):
+    for name in ("unrelated", "chat", "recall"):
         for factor in (1.0, 3.0):
             some = replace(config, objectives={name: 1.0}, steps=replace(config.steps, total=1, unrelated=factor))
             Run(some, tmp_path / f"{name} {factor}").train()
             (row,) = lines(tmp_path / f"{name} {factor}" / "log.jsonl")
             norms[name, factor] = row["norm"], row["loss"]
-    (one, loss), (three, same_loss) = norms["unrelated", 1.0], norms["unrelated", 3.0]
-    assert three == pytest.approx(3 * one, rel=1e-3) and one > 0 and loss == same_loss
+    for name in ("unrelated", "chat"):
+        (one, loss), (three, same_loss) = norms[name, 1.0], norms[name, 3.0]
+        assert three == pytest.approx(3 * one, rel=1e-3) and one > 0 and loss == same_loss
     assert norms["recall", 1.0] == norms["recall", 3.0]
 
 

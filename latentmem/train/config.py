@@ -22,6 +22,7 @@ OBJECTIVES = (
     "recall",
     "unknown",
     "unrelated",
+    "chat",
 )
 KINDS = ("text", "questions")
 CONFIGS = Path(__file__).parent / "configs"
@@ -133,7 +134,7 @@ class Steps:
         decay: share of all steps at the end in which the rate falls linearly to 0.
         weight_decay, betas: of AdamW.
         clip: norm to which gradients are cut.
-        unrelated: factor of the loss of "unrelated", a divergence that is small beside the others' losses.
+        unrelated: factor of the loss of "unrelated" and "chat", divergences that are small beside the others' losses.
         spike: a loss this many times its objective's running mean, or one that is not finite, stops the training.
         patience: steps with an objective before its running mean is trusted.
     """
@@ -234,6 +235,10 @@ class Config:
             (
                 self.sharding == "none" or not self.watch.probe,
                 "watch.probe must be 0 with sharding: the curve is measured by one process.",
+            ),
+            (
+                self.sharding == "none" or not self.objectives.get("chat"),
+                "objectives.chat must be 0 with sharding: processes would generate replies of unequal length.",
             ),
             (self.watch.checkpoint >= 1, "watch.checkpoint must be at least 1."),
             (list(self.watch.ages) == sorted(set(self.watch.ages)), "watch.ages must be ascending."),

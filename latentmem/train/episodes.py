@@ -9,6 +9,7 @@
     recall          questions about texts of this and earlier episodes, out of the pool as it stands; reading is learned
     unknown         as recall, half of the questions about texts that the memory does not hold: "I don't know."
     unrelated       text that has nothing to do with the memory goes on as the plain model says
+    chat            turns of a conversation that have nothing to do with the memory are answered as by the plain model
 
 An episode is a function of the seed and its number alone, so a run can go on after a kill, and processes share the work
 without talking about it.
@@ -17,19 +18,44 @@ without talking about it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
-from latentmem.prompts import Prompts
+from latentmem.prompts import Message, Prompts
 from latentmem.train.config import Config
 from latentmem.train.data import Apart, Document, Documents, cloze, sentences
 
 UNKNOWN = "I don't know."
 START = 10  # tokens of a passage that are given where the rest of it is to be repeated
 TRIES = 50  # documents that are looked at until one is long enough
+REPLY = 24  # tokens of a reply in "chat" at most
+PASSAGE = 96  # tokens of a user's turn in "chat" at most, where it is taken from a document
+SHORT = 40  # tokens of two sentences that are one turn at most
+# The "I" of "World War I" is no person.
+FIRST_PERSON = re.compile(r"(?:^|\b[a-z]+ |[,;:\"“] ?)I(?:['’]\w+)? [a-z]|\b(?:[Mm]y|[Ww]e|[Oo]ur)\b")
+OPENINGS = (
+    "Hello!",
+    "Good morning! How are you?",
+    "Thanks, that helps.",
+    "Tell me a joke.",
+    "What can you do for me?",
+    "Let's talk about something else.",
+    "I don't feel well today.",
+    "My name is Nora, and I live in Leeds.",
+    "I have two cats and a rabbit.",
+    "Help me write a letter to my landlord.",
+    "Write two sentences about {title}.",
+    "Write a short poem about {title}.",
+    "Give me three ideas for a story about {title}.",
+    "I would like to talk about {title}.",
+    "My sister gave me a book about {title}.",
+    "We are going to see a film about {title} tonight.",
+)
+NODS = ("Thank you, I have read it.", "All right.", "Got it. What would you like to know?", "Interesting!")
 Ids = tuple[int, ...]
 
 
@@ -63,6 +89,8 @@ class Episode:
         taught: the teacher's distribution is learned instead of the answer.
         seed: of what is dropped.
         from_pool: texts are written into the pool itself, without gradient, and the rows read all of it.
+        replies: the rows' answers are empty, and the plain model itself gives each, so many tokens at most; 0: they
+            are there.
     """
 
     objective: str
@@ -75,6 +103,7 @@ class Episode:
     taught: bool
     seed: int
     from_pool: bool = False
+    replies: int = 0
 
     @property
     def written(self) -> int:
@@ -83,8 +112,8 @@ class Episode:
 
     @property
     def read(self) -> int:
-        """Tokens that are read."""
-        return sum(len(row.prompt) + len(row.answer) for row in self.rows)
+        """Tokens that are read; of replies as many as there may be."""
+        return sum(len(row.prompt) + len(row.answer) + self.replies for row in self.rows)
 
 
 class Episodes:
@@ -116,7 +145,7 @@ class Episodes:
         prose = [i for i, source in enumerate(sources) if source.source.kind == "text"]
         needing = [
             name
-            for name in ("new_knowledge", "continuous", "forgetting", "repetition", "unrelated")
+            for name in ("new_knowledge", "continuous", "forgetting", "repetition", "unrelated", "chat")
             if config.objectives.get(name)
         ]
         if needing and not prose:
@@ -134,6 +163,7 @@ class Episodes:
             "recall": self._recalled,
             "unknown": self._recalled,
             "unrelated": self._unrelated,
+            "chat": self._unrelated,
         }
         return make.get(objective, self._asked)(objective, number, random)
 
@@ -222,12 +252,56 @@ class Episodes:
             document, (text,) = self._pieces(number, i, 1, random)
             names.append(document.id)
             texts.append(self._written(text))
-        rows = []
+        rows, chat = [], objective == "chat"
         for i in range(-(-t.rows // 3)):
+            if chat:
+                rows.append(self._turns(number, i, random, names))
+                continue
             _, (text,) = self._pieces(number, i, 1, random, names)
             rows.append(self._continuation(text, None))
         made = self._episode(objective, number, random, names, texts, rows, taught=True)
-        return replace(made, ages=(0,) * len(texts), in_sequence=True, fill=1.0, from_pool=True)
+        replies = min(REPLY, t.continuation) if chat else 0
+        return replace(made, ages=(0,) * len(texts), in_sequence=True, fill=1.0, from_pool=True, replies=replies)
+
+    def _turns(self, number: int, i: int, random: np.random.Generator, without: Sequence[str]) -> Row:
+        """A conversation about no document of `without`: a statement, an opening, or a passage with a question."""
+        kind = (number + i) % 3
+        said: tuple[str, ...]
+        if kind == 2:
+            _, passage, questions = self._with_questions(number, i, random, without, (PASSAGE // 4, PASSAGE))
+            said = (passage, NODS[random.integers(len(NODS))], questions[0][0])
+        else:
+            said = ((self._opening if kind else self._statement)(number, i, random, without),)
+        turns: list[Message] = [
+            {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), said, strict=False)
+        ]
+        return Row(tuple(self.prompts.chat(turns, bare=True)), (), None)
+
+    def _statement(self, number: int, i: int, random: np.random.Generator, without: Sequence[str]) -> str:
+        """A sentence of a document, or two short ones; in the first person, if it has any such."""
+        for document in self._candidates(number, i, self._prose, random, without):
+            some = sentences(document.text)
+            whole = [j for j, text in enumerate(some) if len(text.split()) > 3]  # no headings
+            fit = [j for j in whole if self._count(some[j]) <= PASSAGE]
+            fit = [j for j in fit if FIRST_PERSON.search(some[j])] or fit
+            if not fit:
+                continue
+            at, n = fit[random.integers(len(fit))], int(random.integers(1, 3))
+            said = self._run(some[: at + n], at, SHORT)[0] or some[at]
+            if not self._apart.clashes(said):
+                return said
+        raise ValueError(
+            f"{self.sources[self._prose[0]].source.path}: {TRIES} documents were looked at, and none has a sentence of "
+            f"at most {PASSAGE} tokens. Give other data, or take out objectives.chat."
+        )
+
+    def _opening(self, number: int, i: int, random: np.random.Generator, without: Sequence[str]) -> str:
+        """How a conversation may begin; where documents have titles, it may be about one."""
+        everything = range(len(self.sources))
+        document = next(self._candidates(number, i, everything, random, without), None)
+        title = document.title.replace("_", " ") if document else ""
+        some = [text for text in OPENINGS if title or "{title}" not in text]
+        return some[random.integers(len(some))].format(title=title)
 
     def _tell(self, number: int) -> tuple[tuple[str, Ids, tuple[Row, ...]], ...]:
         """What an episode of "recall" or "unknown" writes: name, ids and questions of each text; others: nothing."""
@@ -314,6 +388,15 @@ class Episodes:
         n = number * self.config.texts.at_once + i + away
         return source.opposite(n) if opposite else source[n]
 
+    def _candidates(
+        self, number: int, i: int, among: Sequence[int], random: np.random.Generator, without: Sequence[str]
+    ) -> Iterator[Document]:
+        """Documents of the sources `among` to look at; none `without`, and if there are such all far from them."""
+        for away in range(TRIES):
+            document = self._pick(number, i, among, random, away * 7919, bool(without))
+            if document.id not in without:
+                yield document
+
     def _pieces(
         self, number: int, i: int, n: int, random: np.random.Generator, without: Sequence[str] = ()
     ) -> tuple[Document, list[str]]:
@@ -323,10 +406,7 @@ class Episodes:
             without: names of documents; the text is far from them in the order, and none of them.
         """
         t = self.config.texts
-        for away in range(TRIES):
-            document = self._pick(number, i, self._prose, random, away * 7919, bool(without))
-            if document.id in without:
-                continue
+        for document in self._candidates(number, i, self._prose, random, without):
             some = sentences(document.text)
             start = int(random.integers(len(some)))
             pieces: list[str] = []
@@ -352,31 +432,34 @@ class Episodes:
         return " ".join(taken), start
 
     def _with_questions(
-        self, number: int, i: int, random: np.random.Generator, without: Sequence[str] = ()
+        self,
+        number: int,
+        i: int,
+        random: np.random.Generator,
+        without: Sequence[str] = (),
+        tokens: tuple[int, int] | None = None,
     ) -> tuple[Document, str, list[tuple[str, str]]]:
         """A text of any source that answers at least one question, and these questions in a drawn order.
 
         Args:
             without: names of documents; the text is far from them in the order, and none of them.
+            tokens: the shortest and the longest; None: as the config says.
         """
-        t = self.config.texts
-        everything = range(len(self.sources))
-        for attempt in range(TRIES):
-            document = self._pick(number, i, everything, random, attempt * 7919, bool(without))
-            if document.id in without:
-                continue
+        shortest, longest = tokens or (self.config.texts.shortest, self.config.texts.longest)
+        for document in self._candidates(number, i, range(len(self.sources)), random, without):
             text, questions = document.text, list(document.questions)
-            if self._count(text) + self._around > t.longest:
+            if self._count(text) + self._around > longest:
                 some = sentences(text)
                 start = 0 if questions else int(random.integers(len(some)))
-                text, _ = self._run(some, start, int(random.integers(t.shortest, t.longest + 1)) - self._around)
+                text, _ = self._run(some, start, int(random.integers(shortest, longest + 1)) - self._around)
                 questions = [(question, answer) for question, answer in questions if answer in text]
             if self._apart.clashes(text):
                 continue
             questions = questions or (cloze(text) if not document.questions else [])
-            if questions and self._count(text) + self._around >= t.shortest:
+            if questions and self._count(text) + self._around >= shortest:
                 return document, text, [questions[j] for j in random.permutation(len(questions))]
+        change = "take out objectives.chat" if tokens else "change texts.shortest and texts.longest"
         raise ValueError(
-            f"{TRIES} documents were looked at, and none of {t.shortest} to {t.longest} tokens answers a question. "
-            f"Change texts.shortest and texts.longest, or give other data."
+            f"{TRIES} documents were looked at, and none of {shortest} to {longest} tokens answers a question. "
+            f"Give other data, or {change}."
         )

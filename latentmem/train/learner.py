@@ -116,6 +116,7 @@ class Learner(nn.Module):
             at_least: as many `passes` are made, the others for nothing: processes that share their weights gather
                 them layer by layer, so all have to go through the layers equally often.
         """
+        episode = self._replied(episode) if episode.replies else episode
         taught = self._teach(episode) if episode.taught else None
         idle = [most - mine for most, mine in zip(at_least, self.passes(episode), strict=True)]
         nothing = replace(episode, texts=((self.llm.first_token,),), rows=(Row((self.llm.first_token,), (0,), None),))
@@ -217,15 +218,23 @@ class Learner(nn.Module):
         row, column = torch.tensor(at, device=hidden.device).T
         return self.llm.decoder.logits(hidden[row, column - 1]), tokens[row, column]
 
+    def _replied(self, episode: Episode) -> Episode:
+        """The episode with the plain model's own replies as answers, greedy, each up to an end token and with it."""
+        llm = self.llm
+        prompts = [[*llm.prompts_or_raise().opening, *row.prompt] for row in episode.rows]
+        said = llm.generate_rows(llm.plain([]), prompts, episode.replies)
+        rows = (replace(row, answer=tuple(ids.tolist())) for row, ids in zip(episode.rows, said, strict=True))
+        return replace(episode, rows=tuple(rows))
+
     @torch.no_grad()
     def _teach(self, episode: Episode) -> Tensor:
         """Log-probabilities of the plain model with the row's text in its context, [tokens, vocab]."""
         found = []
-        first = self.llm.first_token
+        first = self.llm.prompts_or_raise().opening if episode.replies else [self.llm.first_token]
         for row in episode.rows:
             text = episode.texts[row.about] if row.about is not None else ()
-            lead = 1 + len(text)
-            tokens = torch.tensor([[first, *text, *row.prompt, *row.answer]], device=self.sink.device)
+            lead = len(first) + len(text)
+            tokens = torch.tensor([[*first, *text, *row.prompt, *row.answer]], device=self.sink.device)
             with self._using(None):
                 hidden = self.llm.decoder.body(input_ids=tokens, use_cache=False).last_hidden_state
             found.append(self._at_answers(hidden, tokens, [row], lead)[0])

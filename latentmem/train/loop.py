@@ -187,7 +187,7 @@ class Run:
             torch.manual_seed(episode.seed)  # of dropout
             with self.accelerator.no_sync(self.model) if wait else nullcontext():
                 outcome: Outcome = self.model(episode, self.pool, self._passes(episode))
-                factor = self.config.steps.unrelated if episode.objective == "unrelated" else 1.0
+                factor = self.config.steps.unrelated if episode.objective in ("unrelated", "chat") else 1.0
                 (factor * outcome.loss / len(episodes)).backward()
             outcomes.append(outcome)
             self._remember(outcome)
