@@ -22,7 +22,7 @@ from latentmem.core.memory import update
 from latentmem.core.prefix import Decoder, attention_mask, functional_cache
 from latentmem.core.write import write_exact
 from latentmem.model import MemoryModel, Trained
-from latentmem.prompts import Prompts
+from latentmem.prompts import Prompts, Style
 from latentmem.testing import byte_tokenizer, tiny_model
 from latentmem.train import loop
 from latentmem.train.config import OBJECTIVES, Config, MemoryShape, Source, Steps, Texts
@@ -798,6 +798,19 @@ def test_chat_is_statements_openings_and_passages_with_their_question(data):
                 assert len(held) == 1 or said[0] in opened
             kinds.append("passage" if len(said) == 3 else "statement" if held else "opening")
     assert Counter(kinds) == {"passage": 30, "statement": 30, "opening": 30}
+
+
+def test_with_chat_every_third_question_is_put_as_a_turn_of_a_conversation(data):
+    for weight in (0.0, 1.0):
+        recalled, _ = episodes_of(data, "recall")
+        config = replace(recalled.config, objectives={"recall": 1.0, "chat": weight})
+        episodes = Episodes(
+            config, Prompts(tokenizer(), Style(question="{question} Answer briefly.")), recalled.sources
+        )
+        rows = {row for number in range(40) for row in episodes[number].rows if episodes[number].objective == "recall"}
+        plain = [row for row in rows if "Answer briefly." not in words(row.prompt)]
+        assert len(rows) > 40
+        assert 0.15 < len(plain) / len(rows) < 0.55 if weight else not plain
 
 
 def test_statements_are_in_the_first_person_where_a_document_has_such(data, tmp_path):

@@ -80,8 +80,9 @@ class Service:
         self._openers, self._writer = ThreadPoolExecutor(2, "open"), ThreadPoolExecutor(1, "write")
         self._writing = copy.copy(llm)  # for the store: it computes in turns with the engine
         self._writing.write_ids = self._write_ids  # type: ignore[method-assign,assignment]
-        self._count = threading.Lock()
-        self._counts = {"reads": 0, "changes": 0}
+        self._count = threading.Condition()
+        self._readings: set[Reading] = set()
+        self._changes = 0  # that were accepted and are not done
         self._tokens_written = 0
         self._seconds = 1.0  # that an answer takes, a running mean
         self.ready = False
@@ -94,9 +95,18 @@ class Service:
                 self.store.apply(self._writing, one.name)
         self.ready = True
 
-    def close(self) -> None:
-        """Refuse what is new, finish what was accepted, and end."""
+    def close(self, grace: float | None = None) -> None:
+        """Refuse what is new, finish what was accepted, and end.
+
+        Args:
+            grace: seconds after which answers are cut off; None: never. Writes are always finished.
+        """
         self.ready = False
+        with self._count:
+            if not self._count.wait_for(lambda: not self._readings, grace):
+                for reading in self._readings:
+                    reading.cancel()
+            self._count.wait_for(lambda: not self._readings and not self._changes)
         self._writer.shutdown()
         self._openers.shutdown()
         self._engine.stop()
@@ -118,14 +128,18 @@ class Service:
         Raises:
             Busy: too many wait.
         """
-        self._take("reads", self.waiting)
         start = time.monotonic()
 
         def ended() -> None:
             self._seconds += 0.1 * (time.monotonic() - start - self._seconds)
-            self._give_back("reads")
+            with self._count:
+                self._readings.discard(reading)
+                self._count.notify_all()
 
         reading = Reading(ended)
+        with self._count:
+            self._admit(len(self._readings), self.waiting)
+            self._readings.add(reading)
         self._openers.submit(self._open, reading, name, prompt, sampling, version)
         return reading
 
@@ -174,7 +188,7 @@ class Service:
             Missing: no such memory.
             ValueError: what `Store.write` refuses; nothing has changed.
         """
-        self._take("changes", self.changes)
+        self._accept()
         try:
             self._there(name)
             tokens(self.llm, content, role)  # refused before it is accepted
@@ -186,9 +200,9 @@ class Service:
                 version = self.store.append(name, content, source, role=role, key=key)
                 done = self._writer.submit(self._apply, name, key)
         except BaseException:
-            self._give_back("changes")
+            self._changed()
             raise
-        done.add_done_callback(lambda _: self._give_back("changes"))
+        done.add_done_callback(self._changed)
         return Writing(version, done)
 
     def create(self, name: str, **ways: Any) -> Future[Version]:
@@ -212,9 +226,9 @@ class Service:
         Raises:
             Busy: too many wait.
         """
-        self._take("changes", self.changes)
+        self._accept()
         done = self._writer.submit(lambda: action(self.store, self._writing))
-        done.add_done_callback(lambda _: self._give_back("changes"))
+        done.add_done_callback(self._changed)
         return done
 
     def _apply(self, name: str, key: str) -> Version:
@@ -239,24 +253,28 @@ class Service:
     def stats(self) -> dict[str, float]:
         """What the server does now, for its metrics: name -> number."""
         return {
-            "reads": self._counts["reads"],
-            "changes": self._counts["changes"],
+            "reads": len(self._readings),
+            "changes": self._changes,
             "tokens_written": self._tokens_written,
             **self._engine.stats(),
         }
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _take(self, what: str, most: int) -> None:
-        """Count one more that waits, or refuse it."""
-        with self._count:
-            if not self.ready or self._counts[what] >= most:
-                raise Busy(min(60, max(1, round(self._seconds))))
-            self._counts[what] += 1
+    def _admit(self, there: int, most: int) -> None:
+        if not self.ready or there >= most:
+            raise Busy(min(60, max(1, round(self._seconds))))
 
-    def _give_back(self, what: str) -> None:
+    def _accept(self) -> None:
+        """Count one more change, or refuse it."""
         with self._count:
-            self._counts[what] -= 1
+            self._admit(self._changes, self.changes)
+            self._changes += 1
+
+    def _changed(self, _: object = None) -> None:
+        with self._count:
+            self._changes -= 1
+            self._count.notify_all()
 
     def _there(self, name: str) -> None:
         if name not in self.store:

@@ -9,7 +9,8 @@
     recall          questions about texts of this and earlier episodes, out of the pool as it stands; reading is learned
     unknown         as recall, half of the questions about texts that the memory does not hold: "I don't know."
     unrelated       text that has nothing to do with the memory goes on as the plain model says
-    chat            turns of a conversation that have nothing to do with the memory are answered as by the plain model
+    chat            turns of a conversation that have nothing to do with the memory are answered as by the plain model;
+                    with it, every third question of the others is put as a turn of a conversation, too
 
 An episode is a function of the seed and its number alone, so a run can go on after a kill, and processes share the work
 without talking about it.
@@ -22,6 +23,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from zlib import crc32
 
 import numpy as np
 
@@ -371,7 +373,10 @@ class Episodes:
     def _question(self, question: str, answer: str, about: int | None) -> Row:
         end = self.prompts.tokenizer.eos_token_id
         ids = [*self.prompts.answer(question, answer), *([] if end is None else [end])]
-        return Row(tuple(self.prompts.question(question, bare=True)), tuple(ids), about)
+        as_chat = self.config.objectives.get("chat") and crc32(question.encode()) % 3 == 0  # as in a conversation
+        turns: list[Message] = [{"role": "user", "content": question}]
+        prompt = self.prompts.chat(turns, bare=True) if as_chat else self.prompts.question(question, bare=True)
+        return Row(tuple(prompt), tuple(ids), about)
 
     def _written(self, text: str) -> Ids:
         return tuple(self.prompts.written(text))
