@@ -80,9 +80,8 @@ def main() -> None:
             alone += str(codes[i]) in llm.ask(memories[i], question, max_new_tokens=12)
         service.close()
     print(f"{date.today()}, {platform.machine()}, {torch.get_num_threads()} threads, {options.model}, float32")
-    print(
-        f"{options.memories} memories, batches of up to {options.batch}: written in {wrote:.0f} s, asked in {asked:.1f} s"
-    )
+    print(f"{options.memories} memories, batches of up to {options.batch}")
+    print(f"all written in {wrote:.0f} s, all asked in {asked:.1f} s")
     print(f"answers with the own code: {own}; with another's: {others}; with the own code when asked alone: {alone}")
     print(
         f"largest difference of a logit from the same row alone: {worst:.1e} over {tokens} tokens of {len(seen)} rows"
