@@ -70,11 +70,21 @@ class Service:
         batch: answers that are made together.
         waiting: questions that may wait or run; more are refused.
         changes: writes and other changes that may wait; more are refused.
+        prefix_bytes: keys and values of memories are kept on the model's device up to this size, the last used ones;
+            the store keeps memories themselves up to its `cache_bytes`, and all others lie on the disk.
     """
 
     def __init__(
-        self, llm: MemoryModel, store: Store, *, batch: int = 32, waiting: int = 256, changes: int = 256
+        self,
+        llm: MemoryModel,
+        store: Store,
+        *,
+        batch: int = 32,
+        waiting: int = 256,
+        changes: int = 256,
+        prefix_bytes: int = 4 << 30,
     ) -> None:
+        llm.prefix_bytes = prefix_bytes
         self.llm, self.store, self.waiting, self.changes = llm, store, waiting, changes
         self._engine = Engine(llm, batch)
         self._openers, self._writer = ThreadPoolExecutor(2, "open"), ThreadPoolExecutor(1, "write")
