@@ -59,8 +59,10 @@ def main() -> None:
             service.write(f"m{i}", text).done.result()
         wrote, start = time.perf_counter() - start, time.perf_counter()
         order = draw.sample(range(options.memories), options.memories)
-        question, sampling = "What is the secret code?", Sampling(max_tokens=12)
-        readings = [service.read(f"m{i}", lambda p, bare: p.question(question, bare=bare), sampling) for i in order]
+        question = "What is the secret code?"
+        readings = [  # the seed, of which a greedy answer makes no use, says whose row it is
+            service.read(f"m{i}", lambda p, bare: p.question(question, bare=bare), Sampling(12, seed=i)) for i in order
+        ]
         answers = ["".join(piece.text for piece in reading) for reading in readings]
         asked = time.perf_counter() - start
         own = sum(str(codes[i]) in answer for i, answer in zip(order, answers, strict=True))
@@ -69,10 +71,9 @@ def main() -> None:
             for i, answer in zip(order, answers, strict=True)
         )
         memories = [store.open(f"m{i}") for i in range(options.memories)]
-        number = {llm.behind(memory).fronts[0]: i for i, memory in enumerate(memories)}
         alone, worst, tokens = 0, 0.0, 0
         for row, logits in seen.items():
-            i = number[row.front]
+            i = row.generator.initial_seed()
             made = [int(scores.argmax()) for scores in logits]
             behind = llm.logits(memories[i], [*row.ids, *made[:-1]])[len(row.ids) - 1 :]
             worst = max(worst, (torch.stack(logits)[: len(behind)] - behind).abs().max().item())
