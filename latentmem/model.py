@@ -31,6 +31,14 @@ ROWS = 32  # that go through the model at once
 MAX_NEW_TOKENS = 128  # of an answer, unless the caller says otherwise
 
 
+class TooLongError(ValueError):
+    """A text and its answer do not fit into the model's context, behind the memory."""
+
+
+class OtherModelError(ValueError):
+    """A memory that another model wrote."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a released checkpoint adds to its base model.
@@ -258,14 +266,14 @@ class MemoryModel:
         for what, identity in mine.items():
             theirs = getattr(memory, what)
             if theirs != identity:
-                raise ValueError(
+                raise OtherModelError(
                     f"this memory was written with another {what.removesuffix('s')} "
                     f"({memory.model_name or 'unnamed'}, {theirs[:12] or 'none'}) than this model "
                     f"({self.name or 'unnamed'}, {identity[:12] or 'none'}). Load the model that wrote it, "
                     f"or write the text again."
                 )
         if memory.slots.dtype != self.decoder.dtype:
-            raise ValueError(
+            raise OtherModelError(
                 f"this memory holds {str(memory.slots.dtype)[6:]}, the model runs in {str(self.decoder.dtype)[6:]}. "
                 f"Load the model with dtype={str(memory.slots.dtype)[6:]!r}."
             )
@@ -982,7 +990,7 @@ class MemoryModel:
 
     def _fits_behind(self, room: int, n: int, new: int = 0) -> None:
         if room < n + new:
-            raise ValueError(
+            raise TooLongError(
                 f"the text takes {n} tokens and the answer up to {new}, and behind this context of "
                 f"{self._limit - room} positions there is room for {room}. Shorten the text, or use a smaller memory."
             )
@@ -990,7 +998,7 @@ class MemoryModel:
     def _fits(self, memory: Memory, n: int, new: int = 0) -> None:
         room = self.room(memory)
         if n + new > room:
-            raise ValueError(
+            raise TooLongError(
                 f"the text takes {n} tokens and the answer up to {new}, and behind this memory of {memory.M} slots "
                 f"there is room for {room}. Shorten the text, or use a smaller memory."
             )

@@ -186,6 +186,20 @@ class Service:
         except Exception as error:  # noqa: BLE001 - told to who asked
             reading.give(error)
 
+    def sources_of(self, name: str, version: int | None, question: str, answer: str) -> dict[str, float]:
+        """Which sources of a memory an answer drew on, as `MemoryModel.sources_of`.
+
+        Raises:
+            Busy: too many wait.
+        """
+        self._take("reads", self.waiting)
+        try:
+            memory = self.store.open(name, self.store.applied(name) if version is None else version)
+            with self._device:
+                return self.llm.sources_of(memory, question, answer)
+        finally:
+            self._give_back("reads")
+
     # --- changes ----------------------------------------------------------------------------------------------------
 
     def write(

@@ -8,7 +8,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,10 @@ COLUMNS = tuple(field.name for field in fields(Row))
 SELECT = f"SELECT {', '.join(COLUMNS)} FROM versions"
 
 
+class HiddenError(ValueError):
+    """Its message names what not every user of a store may know: other memories, processes, paths."""
+
+
 class Journal:
     """The SQLite file of a store; used by all threads of a process through one connection, one at a time.
 
@@ -161,9 +165,9 @@ class Journal:
             if name.startswith(("SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")):
                 raise OSError(errno.EIO, f"the database can not be used ({error})", str(self._path)) from error
             if name.startswith("SQLITE_BUSY"):
-                raise ValueError(f"another process keeps {self._path} busy; try again later.") from error
+                raise HiddenError(f"another process keeps {self._path} busy; try again later.") from error
             if name in ("SQLITE_CORRUPT", "SQLITE_NOTADB"):
-                raise ValueError(f"{self._path} is damaged or no store ({error}). Restore it from a copy.") from error
+                raise HiddenError(f"{self._path} is damaged or no store ({error}). Restore it from a copy.") from error
             raise
 
     def _all(self, sql: str, *values: Any) -> list[tuple]:
@@ -200,11 +204,13 @@ class Journal:
     def name(self, memory: int) -> str:
         return self._one("SELECT name FROM memories WHERE id = ?", memory)[0]
 
-    def overview(self) -> list[tuple[str, int, int, int, float, int]]:
-        """All memories, by name: (name, id, versions, pending ones, time of the newest, bytes of objects)."""
-        sql = """SELECT name, memories.id, COUNT(*), SUM(state = 'pending'), MAX(time), SUM(bytes)
-                 FROM versions JOIN memories ON versions.memory = memories.id GROUP BY memories.id ORDER BY name"""
-        return self._all(sql)
+    def overview(self, names: Collection[str] | None) -> list[tuple[str, int, int, int, float, int]]:
+        """Memories, by default all, by name: (name, id, versions, pending ones, time of the newest, bytes)."""
+        where = "" if names is None else f"WHERE name IN ({', '.join('?' * len(names))})"
+        sql = f"""SELECT name, memories.id, COUNT(*), SUM(state = 'pending'), MAX(time), SUM(bytes)
+                 FROM versions JOIN memories ON versions.memory = memories.id {where}
+                 GROUP BY memories.id ORDER BY name"""
+        return self._all(sql, *(names or ()))
 
     def add(self, name: str, first: Row) -> Row:
         """A new memory with its first version.
@@ -359,7 +365,7 @@ class Journal:
         """
         (busy, _, _) = self._one("PRAGMA wal_checkpoint(TRUNCATE)")
         if busy:
-            raise ValueError(
+            raise HiddenError(
                 f"another process reads {self._path}, so its log still holds what was deleted; sweep again."
             )
 

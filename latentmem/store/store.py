@@ -20,7 +20,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -38,7 +38,7 @@ from latentmem.model import MemoryModel, Progress
 from latentmem.prompts import Message
 from latentmem.store import archive, delta
 from latentmem.store.delta import Chain, Update
-from latentmem.store.journal import Journal, Row
+from latentmem.store.journal import HiddenError, Journal, Row
 from latentmem.store.objects import Disk, objects_at
 from latentmem.store.views import Change, Overview, SourceStats, Version
 
@@ -117,10 +117,10 @@ class Store:
         """Whether there is a memory of this name."""
         return self._journal.id(name) is not None
 
-    def overview(self) -> list[Overview]:
-        """What the journal says of all memories, by name; none is opened."""
+    def overview(self, names: Collection[str] | None = None) -> list[Overview]:
+        """What the journal says of memories, by default of all, by name; none is opened."""
         found = []
-        for name, memory, versions, pending, changed, size in self._journal.overview():
+        for name, memory, versions, pending, changed, size in self._journal.overview(names):
             row: Row | None = self._journal.head(memory)
             while row is not None and "M" not in (row.made or {}):
                 row = None if row.base is None else self._journal.row(row.base)
@@ -171,7 +171,7 @@ class Store:
         with self._talking(name), self._alone(name) as memory:
             forks = self._journal.forks(memory)
             if forks:
-                raise ValueError(f"{', '.join(forks)} was forked from {name!r} and needs it; delete the fork first.")
+                raise HiddenError(f"{', '.join(forks)} was forked from {name!r} and needs it; delete the fork first.")
             with self._journal.transaction():
                 self._journal.delete(memory)
                 self._journal.keep_setting("sweep", "due")
@@ -189,6 +189,10 @@ class Store:
             first = self._journal.add(new, Row(0, "fork", base.id, {}))
             for source, at in self._journal.expiries(memory).items():
                 self._journal.set_expiry(first.memory, source, at)
+
+    def family(self, name: str) -> list[str]:
+        """All memories that are connected with this one by forks, by name, itself among them."""
+        return sorted(self._journal.name(memory) for memory in self._journal.family(self._id(name)))
 
     def rollback(self, name: str, version: int) -> int:
         """Go back to an older version. This is a version too, so it can be undone.
@@ -653,7 +657,7 @@ class Store:
                 yield
         except Timeout:
             who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
-            raise ValueError(
+            raise HiddenError(
                 f"{who} is changing {called}, and did so for {self.timeout:g} seconds; try again later."
             ) from None
 
@@ -678,7 +682,7 @@ class Store:
         memory = self._journal.id(name)
         if memory is None:
             known = ", ".join(self.names()) or "none yet"
-            raise ValueError(
+            raise HiddenError(
                 f"there is no memory {name!r} (there are: {known}). `create` or `latentmem write` makes one."
             )
         return memory
