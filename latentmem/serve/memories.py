@@ -41,11 +41,8 @@ from latentmem.store.store import Content
 
 router = APIRouter(prefix="/v1/memories", tags=["memories"])
 Limit = Annotated[int, Query(ge=1, le=100)]
-FILE: dict[str, Any] = {
-    "type": "object",
-    "properties": {"file": {"type": "string", "format": "binary"}},
-    "required": ["file"],
-}
+WORD = {"type": "string"}
+FILE: dict[str, Any] = {"type": "object", "properties": {"file": WORD | {"format": "binary"}}, "required": ["file"]}
 
 
 def _body(**kinds: Any) -> dict[str, Any]:
@@ -114,8 +111,7 @@ def _shown(one: Overview) -> schema.MemoryInfo:
     responses={202: {"model": schema.Written}},
     openapi_extra=_body(
         application_json={"$ref": "#/components/schemas/Write"},
-        multipart_form_data=FILE
-        | {"properties": FILE["properties"] | dict.fromkeys(("source", "role", "wait"), {"type": "string"})},
+        multipart_form_data=FILE | {"properties": FILE["properties"] | dict.fromkeys(("source", "role", "wait"), WORD)},
     ),
 )
 async def write(
@@ -148,13 +144,9 @@ async def write(
 
 
 def _written(name: str, version: Version, count: int) -> Json:
-    facts: dict[str, Any] = {
-        "id": name,
-        "version": version.version,
-        "tokens": version.tokens or count,
-        "state": version.state,
-    }
-    return Json(schema.Written(**facts, M=version.made.get("M"), N=version.made.get("N")).model_dump())
+    facts: dict[str, Any] = {"version": version.version, "tokens": version.tokens or count, "state": version.state}
+    facts |= {what: version.made.get(what) for what in ("M", "N")}
+    return Json(schema.Written(id=name, **facts).model_dump())
 
 
 @router.post("/{id}/ask", response_model_exclude_unset=True)
