@@ -208,7 +208,11 @@ def _invalid(error: RequestValidationError) -> Refused:
 
 def add_handlers(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> Response:
-        return refusal(error).response
+        refused = refusal(error)
+        if refused.status_code == 405:  # the router names the methods of one route alone
+            at = request.app.openapi()["paths"].get(request.scope["route"].path, {})
+            refused.headers = {"allow": ", ".join(sorted(method.upper() for method in at))}
+        return refused.response
 
     for kind in (HTTPException, RequestValidationError, Busy, Missing, Taken, ValueError, TimeoutError):
         app.add_exception_handler(kind, handle)

@@ -1,0 +1,132 @@
+"""For the tests of the server: an engine that says what it is told to, and a server that really listens."""
+
+import contextlib
+import io
+import json
+import threading
+import time
+
+import httpx
+import uvicorn
+
+import latentmem
+from latentmem.serve.app import create_app
+from latentmem.serve.engine import Piece
+from latentmem.serve.logs import Log
+from latentmem.serve.service import Service
+
+WORDS = ["the ", "door ", "is ", "blue"]
+
+
+class Scripted:
+    """Stands in for the engine: gives `words` for every answer, as soon as `go` is set.
+
+    Attributes:
+        asked: (ids, sampling) of all readings.
+        readings: all of them.
+    """
+
+    def __init__(self):
+        self.words, self.go, self.error = WORDS, threading.Event(), None
+        self.asked, self.readings = [], []
+        self.go.set()
+        self._threads = []
+
+    def start(self):
+        pass
+
+    def stop(self):
+        self.go.set()
+        for thread in self._threads:
+            thread.join()
+
+    def stats(self):
+        return {"rows": 0}
+
+    def submit(self, reading, memory, ids, sampling):
+        self.asked.append((list(ids), sampling))
+        self.readings.append(reading)
+        self._threads.append(threading.Thread(target=self._say, args=(reading, len(ids), sampling)))
+        self._threads[-1].start()
+
+    def _say(self, reading, count, sampling):
+        reading.prompt_tokens = count
+        while not self.go.wait(0.005):
+            if reading.cancelled:
+                return reading.give(None)
+        if self.error is not None:
+            return reading.give(self.error)
+        for choice in range(sampling.n):
+            for word in self.words:
+                reading.completion_tokens += 1
+                reading.give(Piece(choice, word))
+            reading.give(Piece(choice, "", "stop"))
+        return reading.give(None)
+
+
+class Running:
+    """A server at `url`, what it logs and what is behind it."""
+
+    def __init__(self, service, keys=None, limits=None, engine=None):
+        self.service, self.engine, self._log = service, engine, io.StringIO()
+        self.app = create_app(service, keys, limits, log=Log(self._log))
+        config = uvicorn.Config(self.app, port=0, lifespan="off", log_config=None, access_log=False, http="h11")
+        self.server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self.server.run)
+        self._thread.start()
+        wait(lambda: self.server.started)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.model = self.app.state.shared.model
+
+    def close(self):
+        self.http.close()
+        self.server.should_exit = True
+        if self.engine is not None:
+            self.engine.go.set()
+        self._thread.join()
+        self.service.close()
+
+    def lines(self):
+        """What was logged."""
+        return [json.loads(line) for line in self._log.getvalue().splitlines()]
+
+    def __call__(self, method, path, body=None, **options):
+        """One request -> (status, body)."""
+        if isinstance(body, dict):
+            options["json"] = body
+        elif body is not None:
+            options["content"] = body
+            options["headers"] = {"content-type": "application/json", **options.get("headers", {})}
+        response = self.http.request(method, path, **options)
+        kind = response.headers.get("content-type", "")
+        return response.status_code, response.json() if kind == "application/json" else response.content
+
+
+@contextlib.contextmanager
+def running(llm, path, keys=None, limits=None, *, scripted=True, memories=(), **options):
+    """A server with a store of its own, with some memories that hold "the door is blue"."""
+    store = latentmem.Store(path, timeout=5)
+    for name in memories:
+        store.create(name, llm.empty(N=64, K=16))
+        store.write(llm, name, "the door is blue", source="notes")
+    service = Service(llm, store, **options)
+    engine = Scripted() if scripted else None
+    if scripted:
+        service._engine = engine
+    service.start()
+    server = Running(service, keys, limits, engine)
+    try:
+        yield server
+    finally:
+        server.close()
+        store.close()
+
+
+def wait(condition, seconds=10):
+    """Wait until something is so."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.005)
