@@ -1,5 +1,8 @@
 """Who may do what: keys, what they never learn of other memories, and the server as a process."""
 
+import asyncio
+import contextlib
+import io
 import json
 import os
 import re
@@ -13,12 +16,15 @@ import time
 
 import httpx
 import pytest
-from serving import running, wait
+from serving import Scripted, running, wait
 
 import latentmem
 from latentmem import cli
+from latentmem.serve.app import create_app
 from latentmem.serve.keys import Keys
-from latentmem.serve.run import is_loopback
+from latentmem.serve.logs import Log
+from latentmem.serve.run import _Door, bound, is_loopback, serve
+from latentmem.serve.service import Service
 from latentmem.serve.shared import Limits
 from latentmem.testing import byte_tokenizer, tiny_model
 
@@ -384,3 +390,51 @@ def test_the_server_as_a_process_finishes_what_runs_and_ends(home, tiny_folder, 
     store = latentmem.Store(home / "store")
     assert store.history("m")[1].text == "the door" and not store.waits("m")
     store.close()
+
+
+def test_until_the_model_is_loaded_only_health_answers():
+    async def ask(path):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(_Door()), base_url="http://localhost") as http:
+            response = await http.get(path)
+            return response.status_code, response.json()
+
+    assert asyncio.run(ask("/health")) == (200, {"status": "ok"})
+    for path in ("/ready", "/v1/models", "/metrics"):
+        status, said = asyncio.run(ask(path))
+        assert status == 503 and said["error"]["code"] == "not_ready"
+
+
+def test_a_model_that_can_not_be_loaded_ends_the_server():
+    def make():
+        raise ValueError("there is no such model")
+
+    with pytest.raises(ValueError, match="no such model"):
+        serve(make, bound("127.0.0.1", 0))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_what_runs_at_the_end_is_not_waited_for_forever(llm, tmp_path):
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals come to the main thread")
+    store = latentmem.Store(tmp_path)
+    service = Service(llm, store)
+    service._engine = engine = Scripted()
+    engine.go.clear()
+    at, got = bound("127.0.0.1", 0), []
+    body = {"model": "latentmem", "messages": [{"role": "user", "content": "?"}]}
+    url = f"http://127.0.0.1:{at.getsockname()[1]}"
+
+    def client():
+        with contextlib.suppress(httpx.HTTPError):
+            got.append(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).status_code)
+
+    def told(app):
+        thread.start()
+        wait(lambda: engine.readings)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread, start = threading.Thread(target=client), time.monotonic()
+    serve(lambda: (create_app(service, log=Log(io.StringIO())), service), at, grace=1, told=told)
+    thread.join()
+    store.close()
+    assert 1 <= time.monotonic() - start < 8 and engine.readings[0].cancelled and 200 not in got

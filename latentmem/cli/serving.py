@@ -14,6 +14,8 @@ from latentmem.cli import base
 from latentmem.cli.base import Adapters, Device, Quantize, app
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from latentmem.serve.keys import Keys
     from latentmem.serve.service import Service
 
@@ -64,19 +66,21 @@ def serve(
         )
     at = bound(host, port)
     limits = Limits(body=max_body, upload=max_upload, text=max_text, n=max_n, max_tokens=max_tokens, seconds=seconds)
-    service = _service(model, store, cache_bytes, device, quantize, adapters, batch, waiting, changes)
-    made = create_app(service, known, limits)
     where = f"[{host}]" if ":" in host else host
     url = f"http://{where}:{at.getsockname()[1]}"
 
-    def told() -> None:
+    def make() -> tuple[FastAPI, Service]:
+        service = _service(model, store, cache_bytes, device, quantize, adapters, batch, waiting, changes)
+        return create_app(service, known, limits), service
+
+    def told(made: FastAPI) -> None:
         served = made.state.shared.model
         needs = " -H 'Authorization: Bearer lm-...'" if known.required else ""
         base.error(f"{served} answers at {url}; for example:")
         said = f'{{"model": "{served}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
         typer.echo(f"curl {url}/v1/chat/completions{needs} -H 'Content-Type: application/json' -d '{said}'", err=True)
 
-    run(made, service, at, grace=grace, told=told)
+    run(make, at, grace=grace, told=told)
 
 
 @app.command(rich_help_panel=PANEL)

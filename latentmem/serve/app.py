@@ -16,7 +16,7 @@ from latentmem.serve.gate import Gate
 from latentmem.serve.keys import Keys
 from latentmem.serve.logs import Log, Metrics
 from latentmem.serve.service import Service
-from latentmem.serve.shared import Json, Limits, Refused, Shared, add_handlers, shared
+from latentmem.serve.shared import Limits, Shared, add_handlers, loading, shared
 
 REFUSED = {
     400: "The request is not valid.",
@@ -72,7 +72,7 @@ def create_app(
     async def ready(request: Request) -> schema.State:
         """Whether it answers."""
         if not shared(request).ready:
-            raise Refused(503, "the server is loading or closing.", "not_ready")
+            raise loading()
         return schema.State()
 
     @app.get(
@@ -111,4 +111,4 @@ def _document(app: FastAPI) -> dict[str, Any]:
     return made
 
 
-__all__ = ["Json", "Limits", "create_app"]
+__all__ = ["Limits", "create_app"]

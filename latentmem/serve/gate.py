@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentmem.serve.keys import EVERYONE, Key, Keys
 from latentmem.serve.logs import Log, Metrics
-from latentmem.serve.shared import Record, Refused, Shared, refusal
+from latentmem.serve.shared import Record, Refused, Shared, loading, refusal
 
 OPEN = ("/health", "/ready")  # no key, at any time
 LOADING = (*OPEN, "/metrics", "/openapi.json")  # also while the server is not ready
@@ -85,7 +85,7 @@ class Gate:
             _from_here(scope, headers)
         scope["latentmem.key"], record.key = key, key.name
         if not self.shared.ready and path not in LOADING:
-            raise Refused(503, "the server is loading or closing.", "not_ready", headers={"retry-after": "2"})
+            raise loading()
         if self._running > self.shared.limits.requests:
             raise Refused(429, "too many requests run.", "rate_limit_exceeded", headers={"retry-after": "1"})
 

@@ -124,6 +124,9 @@ async def write(
     touch(request, id, write=True)
     body = await _what_is_written(request)
     content: Content = body.text or [turn.model_dump() for turn in body.messages or []]
+    most = shared(request).limits.messages
+    if len(body.messages or ()) > most:
+        raise Refused(400, f"a conversation may have {most} messages, got {len(content)}; split it.", "invalid_value")
     fits(request, *([body.text] if body.text else [turn.content for turn in body.messages or []]))
     service = shared(request).service
 

@@ -12,8 +12,10 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 
 from latentmem.serve.service import Service
+from latentmem.serve.shared import Json, loading
 
 
 def is_loopback(host: str) -> bool:
@@ -29,17 +31,24 @@ def bound(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
 
 
-def serve(app: FastAPI, service: Service, at: socket.socket, *, grace: int = 30, told: Callable[[], None]) -> None:
-    """Start the service and answer until SIGTERM or SIGINT; then finish what runs, and close the service.
+def serve(
+    make: Callable[[], tuple[FastAPI, Service]],
+    at: socket.socket,
+    *,
+    grace: int = 30,
+    told: Callable[[FastAPI], None] = lambda app: None,
+) -> None:
+    """Load and answer until SIGTERM or SIGINT; then finish what runs, and close the service.
 
     Args:
-        app: made by `create_app`.
-        service: it is started behind the door: until then `/ready` says no.
+        make: loads the model, and makes the app and the service that it answers with.
+        at: where it listens: `/health` answers from the beginning, all else when the service has started.
         grace: seconds for requests that run at the end.
         told: called when the service is ready.
     """
+    door = _Door()
     config = uvicorn.Config(
-        app,
+        door,
         http="h11",
         ws="none",
         lifespan="off",
@@ -49,12 +58,14 @@ def serve(app: FastAPI, service: Service, at: socket.socket, *, grace: int = 30,
         proxy_headers=False,
         timeout_graceful_shutdown=grace,
     )
-    server, errors = _Server(config), []
+    server, made, errors = _Server(config, door), [], []
 
     def start() -> None:
         try:
+            door.app, service = make()
+            made.append(service)
             service.start()
-            told()
+            told(door.app)
         except BaseException as error:  # noqa: BLE001 - raised below
             errors.append(error)
             server.should_exit = True
@@ -65,13 +76,37 @@ def serve(app: FastAPI, service: Service, at: socket.socket, *, grace: int = 30,
         server.run(sockets=[at])
     finally:
         starting.join()
-        service.close()
+        if made and not errors:
+            made[0].close()
     if errors:
         raise errors[0]
 
 
+class _Door:
+    """Says that the app is not there yet, until it is."""
+
+    def __init__(self) -> None:
+        self.app: FastAPI | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.app is not None:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":
+            response = Json({"status": "ok"}) if scope["path"] == "/health" else loading().response
+            await response(scope, receive, send)
+
+    def close(self) -> None:
+        """Say from now on that the server is not ready."""
+        if self.app is not None:
+            self.app.state.shared.closing = True
+
+
 class _Server(uvicorn.Server):
     """Ends on a signal without raising it again, so that the service can be closed; a second one does not wait."""
+
+    def __init__(self, config: uvicorn.Config, door: _Door) -> None:
+        super().__init__(config)
+        self._door = door
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -86,5 +121,5 @@ class _Server(uvicorn.Server):
                 signal.signal(sig, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.config.app.state.shared.closing = True  # type: ignore[union-attr]
+        self._door.close()
         self.force_exit, self.should_exit = self.should_exit, True

@@ -147,6 +147,10 @@ class Refused(HTTPException):
         return Json(self.body, self.status_code, headers=self.headers)
 
 
+def loading() -> Refused:
+    return Refused(503, "the server is loading or closing.", "not_ready", headers={"retry-after": "2"})
+
+
 INVALID = "invalid_request_error"
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 

@@ -160,6 +160,7 @@ class Reader:
     def _row(self, i: int, line: dict[str, Any]) -> Row:
         if set(line) != set(TYPES) or any(type(line[name]) not in kinds for name, kinds in TYPES.items()):
             raise ValueError(f"line {i} of its journal has other fields")
+        json.dumps(line, ensure_ascii=False).encode()  # a ValueError where it is no valid Unicode
         row, says = Row(memory=0, **line), line["payload"]
         if not NEEDS.get(row.event, set()) <= set(says) <= set(SAYS):
             raise ValueError(f"line {i} of its journal says other things")
