@@ -1,5 +1,6 @@
 """The server, over a real socket: OpenAI's own client, every address, and every way to be refused."""
 
+import asyncio
 import contextlib
 import io
 import json
@@ -713,3 +714,60 @@ def test_requests_made_from_the_document_get_what_it_says(llm, tmp_path):
                         failures.add((event.recorder.label, check.name, failure.title, failure.message))
         assert not failures
         assert count > 1000 and all(line.get("status", 0) < 500 and "error" not in line for line in server.lines())
+
+
+def test_a_store_that_keeps_no_text_is_served_too(llm, tmp_path):
+    latentmem.Store(tmp_path, journal="hash").close()
+    with running(llm, tmp_path, memories=["m"]) as server:
+        status, wrote = server("POST", "/v1/memories/m/write", {"text": "the mill", "wait": False})
+        assert status == 200 and (wrote["version"], wrote["state"]) == (2, "applied")
+        chat = {"model": server.model, "messages": user("?"), "memory": {"id": "m", "write": True}}
+        assert server("POST", "/v1/chat/completions", chat)[1]["memory"]["written"] == 3
+        lines = server("GET", "/v1/memories/m/history?text=1")[1]["data"]
+        assert [line["text"] for line in lines] == [None] * 4
+        refused(server("POST", "/v1/memories/m/forget", {"source": "notes", "exact": True}), 400)
+
+
+def test_an_import_that_says_what_no_text_can_say_is_refused(server):
+    data = server.http.get("/v1/memories/alice/export").content
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(made, "w") as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            if entry.filename == "journal.jsonl":
+                assert b'"the door is blue"' in content
+                content = content.replace(b'"the door is blue"', b'"the door is \\ud800"')
+            new.writestr(entry, content)
+    send = ("POST", "/v1/memories/bad/import", made.getvalue())
+    refused(server(*send, headers={"content-type": "application/zip"}), 400)
+    assert "bad" not in server.service.store
+
+
+def test_what_waits_is_read_by_who_asks_after_it(llm, tmp_path):
+    with running(llm, tmp_path, scripted=False, memories=["m"]) as server:
+        for i in range(3):
+            status, wrote = server("POST", "/v1/memories/m/write", {"text": f"text {i}", "wait": False})
+            assert status == 202
+            answer = server("POST", "/v1/memories/m/ask", {"question": "?", "max_tokens": 2})[1]
+            assert answer["version"] == wrote["version"]
+        assert server("POST", "/v1/memories/m/write", {"text": "x", "wait": False})[0] == 202
+        assert server("POST", "/v1/memories/m/undo")[1]["version"] == 6
+
+
+def test_many_clients_at_once_get_their_own_answers(llm, tmp_path):
+    names = [f"m{i}" for i in range(4)]
+    with running(llm, tmp_path, scripted=False, memories=names) as server:
+        for i, name in enumerate(names):
+            server("POST", f"/v1/memories/{name}/write", {"text": f"text number {i}"})
+        alone = {name: llm.ask(server.service.store.open(name), "which?", max_new_tokens=8) for name in names}
+
+        async def main():
+            async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+
+                async def ask(name):
+                    said = {"question": "which?", "max_tokens": 8}
+                    return name, (await http.post(f"/v1/memories/{name}/ask", json=said)).json()["answer"]
+
+                return await asyncio.gather(*(ask(name) for name in names * 6))
+
+        assert all(answer == alone[name] for name, answer in asyncio.run(main()))
