@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import io
 import json
 import socket
@@ -771,3 +772,12 @@ def test_many_clients_at_once_get_their_own_answers(llm, tmp_path):
                 return await asyncio.gather(*(ask(name) for name in names * 6))
 
         assert all(answer == alone[name] for name, answer in asyncio.run(main()))
+
+
+def test_a_full_disk_is_told(server, monkeypatch):
+    def append(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "no space left", "/a/path/of/the/server")
+
+    monkeypatch.setattr(server.service.store, "append", append)
+    answer = server("POST", "/v1/memories/work/write", {"text": "x"})
+    assert "path" not in refused(answer, 503, "disk_full")["message"]

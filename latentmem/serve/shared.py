@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
@@ -197,6 +198,8 @@ def refusal(error: BaseException) -> Refused:
             return Refused(error.status_code, known.get(error.status_code, error.detail), headers=error.headers)
         case ValueError():
             return Refused(400, str(error), "invalid_value")
+        case OSError(errno=errno.ENOSPC):
+            return Refused(503, "the disk of the server is full; nothing was changed.", "disk_full")
         case TimeoutError():
             return Refused(504, "the request took too long and was given up.", "timeout")
     return Refused(500, "the server made an error; its log has this request's id.", "internal_error")
