@@ -43,6 +43,9 @@ class Scripted:
     def stats(self):
         return {"rows": 0}
 
+    def call(self, action):
+        return action()
+
     def submit(self, reading, memory, ids, sampling):
         self.asked.append((list(ids), sampling))
         self.readings.append(reading)

@@ -781,3 +781,30 @@ def test_a_full_disk_is_told(server, monkeypatch):
     monkeypatch.setattr(server.service.store, "append", append)
     answer = server("POST", "/v1/memories/work/write", {"text": "x"})
     assert "path" not in refused(answer, 503, "disk_full")["message"]
+
+
+def test_sampling_as_the_engine_does_it(llm, tmp_path):
+    with (
+        running(llm, tmp_path, scripted=False, memories=["m"]) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+
+        def say(**options):
+            given = {"model": f"{server.model}@m", "messages": user("which?"), "max_tokens": 12} | options
+            return client.chat.completions.create(**given)
+
+        greedy = say().choices[0]
+        assert greedy.message.content == say().choices[0].message.content and greedy.finish_reason == "length"
+        assert say().usage.completion_tokens == 12
+        drawn = [say(temperature=1, seed=7, n=2) for _ in range(2)]
+        texts = [[choice.message.content for choice in made.choices] for made in drawn]
+        assert texts[0] == texts[1] and texts[0][0] != texts[0][1]
+        assert drawn[0].usage.completion_tokens <= 24
+        letter = next(c for c in greedy.message.content if c.isascii() and c.isprintable())
+        stopped = say(stop=[letter, "never"]).choices[0]
+        assert stopped.finish_reason == "stop" and stopped.message.content == greedy.message.content.split(letter)[0]
+        parts = [c.choices[0].delta.content or "" for c in say(stop=letter, stream=True)]
+        assert "".join(parts) == stopped.message.content
+        end = "<|im_end|>"
+        asked = client.completions.create(model=server.model, prompt=end, max_tokens=3)
+        assert asked.usage.prompt_tokens == len(llm.prompts.opening) + len(end)

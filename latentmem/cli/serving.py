@@ -41,6 +41,9 @@ def serve(
     waiting: Waiting = 256,
     changes: Changes = 256,
     cache_bytes: CacheBytes = 1 << 30,
+    prefix_bytes: Annotated[
+        int, typer.Option(min=0, help="Keys and values of memories on the device are kept up to this size.")
+    ] = 4 << 30,
     max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request.")] = 4 << 20,
     max_upload: Annotated[int, typer.Option(min=1024, help="Bytes of a memory that is imported.")] = 1 << 30,
     max_text: Annotated[int, typer.Option(min=1, help="Characters of text in a request.")] = 1_000_000,
@@ -70,7 +73,7 @@ def serve(
     url = f"http://{where}:{at.getsockname()[1]}"
 
     def make() -> tuple[FastAPI, Service]:
-        service = _service(model, store, cache_bytes, device, quantize, adapters, batch, waiting, changes)
+        service = _service(model, store, cache_bytes, device, quantize, adapters, batch, waiting, changes, prefix_bytes)
         return create_app(service, known, limits), service
 
     def told(made: FastAPI) -> None:
@@ -162,7 +165,7 @@ def _service(
     for name, why in (files.adopt(store) if path is None else {}).items():
         base.error(f"{name} is not served: {why}")
     llm = latentmem.load(model, device=device, quantize=quantize, adapters=base.pair(adapters))
-    return Service(llm, store, **dict(zip(("batch", "waiting", "changes"), sizes, strict=False)))
+    return Service(llm, store, **dict(zip(("batch", "waiting", "changes", "prefix_bytes"), sizes, strict=False)))
 
 
 def _needs(extra: str, *modules: str) -> None:

@@ -77,7 +77,7 @@ def serve(
     finally:
         starting.join()
         if made and not errors:
-            made[0].close()
+            made[0].close(grace)
     if errors:
         raise errors[0]
 

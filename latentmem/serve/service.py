@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from latentmem.core.memory import Memory
-from latentmem.model import MemoryModel
+from latentmem.model import MemoryModel, TooLongError
 from latentmem.prompts import Prompts
 from latentmem.serve.engine import Engine, Reading, Sampling
 from latentmem.store import Store, Version
@@ -182,7 +182,10 @@ class Service:
                 self.llm.check(memory)
             ids = prompt(self.llm.prompts_or_raise(), memory.M > 0)
             release_threads()
-            self._engine.submit(reading, memory, ids, sampling)
+            try:
+                self._engine.submit(reading, memory, ids, sampling)
+            except ValueError as error:
+                raise TooLongError(str(error)) from None
         except Exception as error:  # noqa: BLE001 - told to who asked
             reading.give(error)
 
@@ -192,13 +195,13 @@ class Service:
         Raises:
             Busy: too many wait.
         """
-        self._take("reads", self.waiting)
+        self._accept()
         try:
             memory = self.store.open(name, self.store.applied(name) if version is None else version)
-            with self._device:
-                return self.llm.sources_of(memory, question, answer)
+            release_threads()
+            return self._engine.call(lambda: self.llm.sources_of(memory, question, answer))
         finally:
-            self._give_back("reads")
+            self._changed()
 
     # --- changes ----------------------------------------------------------------------------------------------------
 
