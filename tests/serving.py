@@ -27,7 +27,7 @@ class Scripted:
     """
 
     def __init__(self):
-        self.words, self.go, self.error = WORDS, threading.Event(), None
+        self.words, self.go, self.error, self.finishes = WORDS, threading.Event(), None, True
         self.asked, self.readings = [], []
         self.go.set()
         self._threads = []
@@ -63,7 +63,8 @@ class Scripted:
             for word in self.words:
                 reading.completion_tokens += 1
                 reading.give(Piece(choice, word))
-            reading.give(Piece(choice, "", "stop"))
+            if self.finishes:
+                reading.give(Piece(choice, "", "stop"))
         return reading.give(None)
 
 

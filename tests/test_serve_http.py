@@ -808,3 +808,16 @@ def test_sampling_as_the_engine_does_it(llm, tmp_path):
         end = "<|im_end|>"
         asked = client.completions.create(model=server.model, prompt=end, max_tokens=3)
         assert asked.usage.prompt_tokens == len(llm.prompts.opening) + len(end)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_the_server_cuts_off_is_not_taken_for_whole(llm, tmp_path, stream):
+    with running(llm, tmp_path, memories=["m"]) as server:
+        server.engine.finishes = False
+        body = {"model": server.model, "messages": user("?"), "memory": {"id": "m", "write": True}, "stream": stream}
+        response = server.http.post("/v1/chat/completions", json=body)
+        assert response.status_code == (200 if stream else 503) and "[DONE]" not in response.text
+        assert json.loads(response.text.strip().rpartition("data: ")[2])["error"]["code"] == "cut_off"
+        if not stream:
+            refused(server("POST", "/v1/memories/m/ask", {"question": "?"}), 503, "cut_off")
+        assert server.service.store.version("m").version == 1

@@ -36,7 +36,6 @@ from latentmem.serve.shared import (
     carried_out,
     fits,
     key_of,
-    may_write,
     patient,
     record_of,
     refusal,
@@ -208,8 +207,12 @@ async def _of_user(request: Request, user: str) -> MemoryChoice | None:
 # --- what is answered -------------------------------------------------------------------------------------------------
 
 
-async def collected(reading: Reading, record: Record) -> list[tuple[str, str]]:
-    """All answers of a reading: (text, why it ended) each."""
+async def collected(reading: Reading, record: Record, n: int = 1) -> list[tuple[str, str]]:
+    """All n answers of a reading: (text, why it ended) each.
+
+    Raises:
+        Refused: they were cut off.
+    """
     texts: dict[int, list[str]] = {}
     ends: dict[int, str] = {}
     try:
@@ -220,7 +223,14 @@ async def collected(reading: Reading, record: Record) -> list[tuple[str, str]]:
                     ends[piece.choice] = piece.finish
     finally:
         count(reading, record)
-    return [("".join(texts[i]), ends.get(i, "stop")) for i in sorted(texts)]
+    _have_ended(ends, n)
+    return [("".join(texts[i]), ends[i]) for i in sorted(ends)]
+
+
+def _have_ended(ends: dict[int, str], n: int) -> None:
+    """Refuse answers of which the end is missing, so that none is taken for whole, or written."""
+    if len(ends) < n:
+        raise Refused(503, "the answer was cut off, because the server is closing.", "cut_off")
 
 
 async def _pieces(reading: Reading) -> AsyncGenerator[Piece, None]:
@@ -267,8 +277,6 @@ class Talk:
     async def answered(self, prompt: Callable[[Prompts, bool], list[int]], sampling: Sampling) -> Response:
         """The response, as a whole or as a stream."""
         name, version = (self.chosen.id, self.chosen.version) if self.chosen is not None else (None, None)
-        if self.turn is not None:
-            may_write(self.request)
         reading = shared(self.request).service.read(name, prompt, sampling, version)
         if not self.body.stream:
             return Json(await patient(self.request, self._whole(reading)))
@@ -277,7 +285,7 @@ class Talk:
         return Events(self._events(reading, first, pieces))
 
     async def _whole(self, reading: Reading) -> dict[str, Any]:
-        answers = await collected(reading, self.record)
+        answers = await collected(reading, self.record, self.body.n or 1)
         written = await self._write(answers[0][0]) if self.turn is not None else None
         choices = [self._choice(i, text, finish) for i, (text, finish) in enumerate(answers)]
         return self._shell(self.kind, choices) | {"usage": usage(reading).model_dump()} | self._memory(reading, written)
@@ -303,6 +311,7 @@ class Talk:
                     yield _event(self._shell(kind, [self._delta(piece.choice, piece.text, None, new)]) | usual)
                 async with asyncio.timeout_at(until):
                     piece = await anext(pieces, None)
+            _have_ended(ends, self.body.n or 1)
             written = await self._write("".join(answer)) if self.turn is not None else None
             memory = self._memory(reading, written)
             for i, (choice, finish) in enumerate(sorted(ends.items())):
@@ -313,7 +322,7 @@ class Talk:
             yield b"data: [DONE]\n\n"
         except Exception as error:  # noqa: BLE001 - the status is sent already
             refused = refusal(error)
-            if refused.status_code >= 500 and not isinstance(error, TimeoutError):
+            if refused.status_code == 500:
                 self.request.app.state.log.error(self.record, error)
             yield _event(refused.body)
         finally:
