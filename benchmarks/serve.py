@@ -41,6 +41,7 @@ class Counts:
     writes: list[float] = field(default_factory=list)
     refused: int = 0
     failed: int = 0
+    faults: set[str] = field(default_factory=set)
     own: int = 0
     others: int = 0
 
@@ -115,14 +116,16 @@ class Client:
         start = time.monotonic()
         try:
             response = await self.http.post(path, json=body)
-        except httpx.HTTPError:
+        except httpx.HTTPError as error:
             counts.failed += 1
+            counts.faults.add(repr(error))
             return
         if response.status_code == 429:
             counts.refused += 1
             await asyncio.sleep(int(response.headers["retry-after"]))
         elif response.status_code != 200:
             counts.failed += 1
+            counts.faults.add(f"{response.status_code} {response.text[:200]}")
         else:
             times.append(time.monotonic() - start)
             if times is counts.asks:
@@ -141,6 +144,8 @@ async def phase(step: Callable[[Client, Counts], Awaitable[None]], clients: list
 
     await asyncio.gather(*(go(client) for client in clients))
     counts.seconds = time.monotonic() - start
+    for fault in sorted(counts.faults):
+        print(fault, file=sys.stderr)
     return counts
 
 

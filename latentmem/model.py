@@ -898,20 +898,28 @@ class MemoryModel:
 
     def _keep(self, memory: Memory, prefix: Prefix) -> None:
         """Keep a memory's prefix as the one that was used last; the first ones go where there are too many bytes."""
-        if self.prefix_bytes is None:
-            self._prefixes[memory] = prefix
-            return
         self._prefixes.pop(memory, None)  # the order of a dictionary is that in which keys came
         self._prefixes[memory] = prefix
-        for old in list(self._prefixes)[:-1]:
-            if self.derived_bytes <= self.prefix_bytes:
+        if self.prefix_bytes is None:
+            return
+        kept = self._kept()
+        surplus = sum(one.nbytes for _, one in kept) - self.prefix_bytes
+        for old, one in kept[:-1]:
+            if surplus <= 0:
                 return
             self._prefixes.pop(old, None)
+            surplus -= one.nbytes
 
     @property
     def derived_bytes(self) -> int:
         """Bytes of the keys and values that are kept for memories which are still referenced."""
-        return sum(prefix.nbytes for prefix in self._prefixes.values())
+        return sum(prefix.nbytes for _, prefix in self._kept())
+
+    def _kept(self) -> list[tuple[Memory, Prefix]]:
+        """What is kept, the first used first."""
+        while True:
+            with contextlib.suppress(RuntimeError):  # a memory has just died in another thread
+                return list(self._prefixes.items())
 
     def _forget_if_changed(self) -> None:
         """Drop what was derived from weights that were changed in place since, by an optimizer for example."""

@@ -1,7 +1,9 @@
 """Answers of many memories at once are those of each alone; they join, leave, stop and fail without the others."""
 
 import asyncio
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -237,3 +239,61 @@ def test_keys_and_values_are_kept_up_to_their_bytes(llm):
         assert all(torch.equal(llm.logits(m, ids), logits) for m, logits in zip(some, before, strict=True))
     finally:
         llm.prefix_bytes = None
+
+
+def test_keys_and_values_are_gone_when_they_are_not_kept(llm):
+    """Without a cycle of references, which only a collection would end: they are large."""
+    memory = memories(llm, 2)[1]
+    front, prefix = llm.behind(memory).fronts[0], weakref.ref(llm._prefixes[memory])
+    assert llm.behind(memory).fronts[0] is front
+    del front
+    gc.disable()
+    try:
+        del memory
+        assert prefix() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1e-38, 1.0), (1.0, 1e-46), (1e-38, 1e-46)])
+def test_the_smallest_settings_take_the_likeliest_token(temperature, top_p):
+    logits = torch.tensor([0.0, 50.0, 49.0])
+    assert {draw(logits, temperature, top_p, torch.Generator().manual_seed(i)) for i in range(20)} == {1}
+
+
+def test_what_is_cancelled_while_its_prompt_is_read_is_not_read_to_its_end(llm, engine, monkeypatch):
+    monkeypatch.setattr("latentmem.serve.batch.CHUNK", 4)
+    memory, passes, read = memories(llm, 2)[1], [], Batch._read
+    reading = Reading()
+
+    def watched(batch, tokens):
+        passes.append(tokens.shape)
+        reading.cancel()
+        return read(batch, tokens)
+
+    monkeypatch.setattr(Batch, "_read", watched)
+    engine.submit(reading, memory, llm.prompts.text("a long prompt " * 10), Sampling())
+    assert list(reading) == []
+    assert len(passes) == 1
+    assert engine.stats()["answers_running"] == 0
+
+
+def test_prompts_that_are_read_in_chunks_give_the_same(llm, engine, monkeypatch):
+    some = memories(llm, 3)
+    prompts = [llm.prompts.text("x" * n) for n in (3, 30, 17)]
+    expected = [alone(llm, m, p, 5) for m, p in zip(some, prompts, strict=True)]
+    monkeypatch.setattr("latentmem.serve.batch.CHUNK", 7)
+    readings = [ask(engine, m, p, max_tokens=5) for m, p in zip(some, prompts, strict=True)]
+    assert [text(reading)[0] for reading in readings] == expected
+
+
+def test_an_engine_that_has_ended_says_so(llm):
+    engine = Engine(llm)
+    engine.start()
+    engine.stop()
+    with pytest.raises(RuntimeError, match="ended"):
+        engine.call(lambda: None)
+    with pytest.raises(RuntimeError, match="ended"):
+        ask(engine, llm.blank(), [5])
+    with pytest.raises(ValueError, match="empty"):
+        ask(engine, llm.blank(), [])

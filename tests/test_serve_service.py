@@ -237,3 +237,48 @@ def test_text_of_one_thread_never_becomes_control_tokens_beside_another(llm):
     stop.set()
     thread.join()
     assert not bad
+
+
+def test_a_version_that_is_accepted_and_not_applied_can_be_asked_for(service):
+    service.create("a").result()
+    free = held(service)
+    writing = service.write("a", "text")
+    reading = service.read("a", question("?"), Sampling(max_tokens=2), version=writing.version)
+    free.set()
+    answer(reading)
+    assert reading.version == writing.version == 1
+
+
+def test_what_passes_does_not_fail_a_write_for_good(service, store, monkeypatch):
+    """A full device, again and again: readers are told, the write stays accepted, and is applied when it can be."""
+    service.create("a").result()
+
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(service.llm, "write_ids", full, raising=False)
+    writing = service.write("a", "accepted")
+    with pytest.raises(torch.OutOfMemoryError):
+        writing.done.result()
+    for _ in range(4):
+        with pytest.raises(torch.OutOfMemoryError):
+            answer(service.read("a", question("?"), Sampling(max_tokens=2)))
+    assert store.version("a", 1).state == "pending"
+    monkeypatch.undo()
+    reading = service.read("a", question("?"), Sampling(max_tokens=2))
+    answer(reading)
+    assert (reading.version, store.version("a", 1).state) == (1, "applied")
+
+
+def test_one_damaged_memory_does_not_keep_the_service_from_starting(llm, store):
+    store.create("a", llm.empty())
+    store.append("a", "waits")
+    row = store._journal.version(store._id("a"), 0)
+    store._journal.change(replace(row, object="0" * 64))
+    store._cache.clear()
+    store.create("b", llm.empty())
+    store.append("b", "waits too")
+    service = Service(llm, store)
+    service.start()
+    assert (store.waits("a"), store.waits("b")) == (1, 0)
+    service.close()

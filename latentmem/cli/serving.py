@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,7 +28,10 @@ StorePath = Annotated[Path | None, typer.Option("--store", help="A store; by def
 Batch = Annotated[int, typer.Option(min=1, help="Answers that are made together.")]
 Waiting = Annotated[int, typer.Option(min=1, help="Questions that may wait or run; more are refused with 429.")]
 Changes = Annotated[int, typer.Option(min=1, help="Writes and other changes that may wait.")]
-CacheBytes = Annotated[int, typer.Option(min=0, help="Memories that were opened are kept up to this size.")]
+CacheBytes = Annotated[
+    int | None,
+    typer.Option(min=0, help="Memories that were opened are kept up to this size; by default a quarter of the RAM."),
+]
 
 
 @app.command(rich_help_panel=PANEL)
@@ -40,10 +43,10 @@ def serve(
     batch: Batch = 32,
     waiting: Waiting = 256,
     changes: Changes = 256,
-    cache_bytes: CacheBytes = 1 << 30,
+    cache_bytes: CacheBytes = None,
     prefix_bytes: Annotated[
-        int, typer.Option(min=0, help="Keys and values of memories on the device are kept up to this size.")
-    ] = 4 << 30,
+        int | None, typer.Option(min=0, help="Their keys and values on the device; by default a quarter of it.")
+    ] = None,
     max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request.")] = 4 << 20,
     max_upload: Annotated[int, typer.Option(min=1024, help="Bytes of a memory that is imported.")] = 1 << 30,
     max_text: Annotated[int, typer.Option(min=1, help="Characters of text in a request.")] = 1_000_000,
@@ -73,7 +76,8 @@ def serve(
     url = f"http://{where}:{at.getsockname()[1]}"
 
     def make() -> tuple[FastAPI, Service]:
-        service = _service(model, store, cache_bytes, device, quantize, adapters, batch, waiting, changes, prefix_bytes)
+        sizes = {"batch": batch, "waiting": waiting, "changes": changes, "prefix_bytes": prefix_bytes}
+        service = _service(model, store, cache_bytes, device, quantize, adapters, **sizes)
         return create_app(service, known, limits), service
 
     def told(made: FastAPI) -> None:
@@ -90,7 +94,7 @@ def serve(
 def mcp(
     model: Model = base.PACKAGED,
     store: StorePath = None,
-    cache_bytes: CacheBytes = 1 << 30,
+    cache_bytes: CacheBytes = None,
     quantize: Quantize = None,
     adapters: Adapters = "auto",
     device: Device = None,
@@ -150,22 +154,25 @@ def _keys(required: bool = False) -> Keys:
 def _service(
     model: str,
     path: Path | None,
-    cache_bytes: int,
+    cache_bytes: int | None,
     device: str | None,
     quantize: str | None,
     adapters: str,
-    *sizes: int,
+    **sizes: Any,
 ) -> Service:
     """A service over the store of the command line, or another."""
+    import torch
+
     import latentmem
     from latentmem import files
-    from latentmem.serve.service import Service
+    from latentmem.serve.service import Service, quarter
 
+    cache_bytes = quarter(torch.device("cpu")) if cache_bytes is None else cache_bytes
     store = latentmem.Store(path or files.home() / "store", cache_bytes=cache_bytes, timeout=files.TIMEOUT)
     for name, why in (files.adopt(store) if path is None else {}).items():
         base.error(f"{name} is not served: {why}")
     llm = latentmem.load(model, device=device, quantize=quantize, adapters=base.pair(adapters))
-    return Service(llm, store, **dict(zip(("batch", "waiting", "changes", "prefix_bytes"), sizes, strict=False)))
+    return Service(llm, store, **sizes)
 
 
 def _needs(extra: str, *modules: str) -> None:

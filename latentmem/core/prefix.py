@@ -266,22 +266,23 @@ class Prefix:
         keys = [move(old, i, new[i][0]) for i, old in enumerate(self.keys)]
         return Prefix(self.decoder, keys, [move(old, i, new[i][1]) for i, old in enumerate(self.values)], self.s)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
-        """Bytes of the keys, the rotated keys and the values."""
+        """Bytes of the keys, the rotated keys and the values, once all are made."""
         return sum(2 * keys.nbytes + values.nbytes for keys, values in zip(self.keys, self.values, strict=True))
 
     @cached_property
     def front(self) -> Front:
-        """This prefix as what stands in front of a row."""
-        return Front(self.P, tuple(partial(self._kv, i) for i in range(len(self.keys))))
+        """This prefix as what stands in front of a row; it holds no reference to the prefix, which would be a cycle."""
+        return Front(self.P, tuple(partial(_pair, k, v) for k, v in zip(self.rotated, self.values, strict=True)))
 
     def cache(self, *, store: bool = True) -> Cache:
         """A fresh cache over this prefix, for `forward` or `generate`; see `MemoryLayer`."""
         return memory_cache([self.front], self.decoder, store=store)
 
-    def _kv(self, i: int) -> KV:
-        return self.rotated[i], self.values[i]
+
+def _pair(keys: Tensor, values: Tensor) -> KV:
+    return keys, values
 
 
 def read(decoder: Decoder, first: Tensor, slots: Tensor) -> Prefix:

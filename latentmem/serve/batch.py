@@ -14,6 +14,7 @@ from latentmem.core.prefix import Front, joined, memory_cache
 from latentmem.model import READ, MemoryModel
 
 CHUNK = 512  # positions of a prompt that are read between two tokens of other answers
+COLDEST = 1e-4  # temperature, below which the most likely token is drawn anyway
 SPARE = 64  # columns that may be padding in all rows before the texts are moved together
 
 
@@ -86,9 +87,10 @@ class Batch:
         return True
 
     def keep(self, rows: Sequence[Row], others: Batch | None = None) -> None:
-        """Go on with some of these rows, and with all of another batch whose prompts are read."""
+        """Go on with these rows, of this batch and of another; the prompts of both are read."""
         batches = [batch for batch in (self, others) if batch is not None]
-        taken = [[i for i, row in enumerate(batch.rows) if row in rows or batch is others] for batch in batches]
+        there = set(rows)
+        taken = [[i for i, row in enumerate(batch.rows) if row in there] for batch in batches]
         parts, texts = [], []
         for batch, some in zip(batches, taken, strict=True):
             if some:
@@ -104,7 +106,8 @@ class Batch:
 
     def sparse(self, live: Sequence[Row]) -> bool:
         """Whether so much of it is padding or has ended that it should be moved together."""
-        longest = max(int(self._text[i].sum()) for i, row in enumerate(self.rows) if row in live)
+        lengths, there = self._text.sum(1).tolist(), set(live)
+        longest = max(n for row, n in zip(self.rows, lengths, strict=True) if row in there)
         return 2 * len(live) <= len(self.rows) or self._text.shape[1] > 2 * longest + SPARE
 
     @property
@@ -139,7 +142,10 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
     Args:
         logits: [vocab].
     """
-    shares, tokens = (logits.float().cpu() / temperature).softmax(-1).sort(descending=True)
-    if top_p < 1:
-        shares = shares.where(shares.cumsum(0) - shares < top_p, 0)
+    scores = logits.double().cpu()
+    shares = ((scores - scores.max()) / max(temperature, COLDEST)).softmax(-1)
+    if top_p == 1:
+        return int(torch.multinomial(shares, 1, generator=generator))
+    shares, tokens = shares.sort(descending=True)
+    shares[1:] = shares[1:].where(shares.cumsum(0)[:-1] < top_p, 0)
     return int(tokens[torch.multinomial(shares, 1, generator=generator)])

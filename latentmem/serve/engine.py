@@ -77,7 +77,7 @@ class Reading:
     """A question that is being answered: iterate over its pieces, once, with `for` or `async for`.
 
     Args:
-        ended: called when nothing more will come.
+        ended: called when nothing more will come, just before the reader is told.
 
     Attributes:
         version: of the memory that is read; None without a memory.
@@ -99,9 +99,11 @@ class Reading:
 
     def give(self, event: Piece | Exception | None) -> None:
         """Of the engine: a piece, why there is none, or None: that was all."""
-        if not isinstance(event, Piece):
-            self._ended()
-        self._events.put(event)
+        try:
+            if not isinstance(event, Piece):
+                self._ended()
+        finally:
+            self._events.put(event)
         self._wake()
 
     def __iter__(self) -> Iterator[Piece]:
@@ -203,9 +205,9 @@ class _Answer:
 class Engine:
     """Answers all questions together, in a thread of its own; whatever else the model is to do runs there, too.
 
-    Between two tokens it takes in answers that wait, and makes one `call`, such as the write of a piece of text, if the
-    answers have got as much time since the last one. So everything comes to its turn, and no two threads compute at the
-    same time.
+    Between two tokens it takes in answers that wait, and makes `call`s, such as the write of a piece of text: one, or
+    as many as take no longer than the answers' last round. So everything comes to its turn, and no two threads compute
+    at the same time.
 
     Args:
         llm: the model.
@@ -217,12 +219,13 @@ class Engine:
         self._changed = threading.Condition()
         self._waiting: deque[_Answer] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._stopping = False
+        self._stopping = self._ended = False
         self._batches: dict[object, Batch] = {}  # those whose prompts are read, by their kind
         self._joining: tuple[object, Batch] | None = None
         self._answers: dict[Row, _Answer] = {}
         self._tokens = 0
-        self._owed = 0.0  # seconds that the answers get before the next call
+        self._round = 0.0  # seconds that the last round of all answers took
+        self._cuda = llm.decoder.device.type == "cuda"
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         settings = llm.base.generation_config.eos_token_id
         self._ends = {settings} if isinstance(settings, int) else set(settings or ())
@@ -242,8 +245,11 @@ class Engine:
         """Answer a prompt behind a memory; an empty one leaves the answer to the plain model.
 
         Raises:
-            ValueError: the prompt and one token do not fit into the model's context.
+            ValueError: the prompt is empty, or does not fit into the model's context with one token more.
+            RuntimeError: the engine has ended.
         """
+        if not len(ids):
+            raise ValueError("the prompt is empty; give at least one token.")
         room = self.llm.room(memory) - len(ids)
         if room < 1:
             raise ValueError(
@@ -257,13 +263,19 @@ class Engine:
             _Answer(reading, i, memory, ids, sampling, Words(tokenizer, sampling.stop), most) for i in range(sampling.n)
         ]
         with self._changed:
+            self._there()
             self._waiting.extend(some)
             self._changed.notify_all()
 
     def call(self, action: Callable[[], Result]) -> Result:
-        """Do something with the model in this thread; waits for its result."""
+        """Do something with the model in this thread; waits for its result.
+
+        Raises:
+            RuntimeError: the engine has ended.
+        """
         done: Future[Result] = Future()
         with self._changed:
+            self._there()
             self._calls.append((action, done))
             self._changed.notify_all()
         return done.result()
@@ -276,24 +288,35 @@ class Engine:
             "tokens_generated": self._tokens,
         }
 
+    def _there(self) -> None:
+        if self._ended:
+            raise RuntimeError("the engine has ended.")
+
     # --- its thread -------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._busy or self._stopping)
-                call = self._calls.popleft() if self._calls and (self._owed <= 0 or not self._answers) else None
-                if call is None and not self._busy:
+                if not self._busy:
+                    self._ended = True
                     return
             start = time.monotonic()
-            if call is not None:
-                _done(*call)
-                self._owed = time.monotonic() - start
-                start = time.monotonic()
-            self._join()
-            for kind in list(self._batches):
-                self._advance(kind)
-            self._owed -= time.monotonic() - start
+            while self._calls:
+                _done(*self._calls.popleft())
+                if self._cuda:
+                    torch.cuda.synchronize()  # so that its time is its own
+                if time.monotonic() - start >= self._round:
+                    break
+            start = time.monotonic()
+            try:
+                self._join()
+                for kind in list(self._batches):
+                    self._advance(kind)
+            except Exception as error:  # noqa: BLE001 - told to all who wait for an answer
+                self._batches, self._joining = {}, None
+                self._fail(list(self._answers), error)
+            self._round = time.monotonic() - start
 
     @property
     def _busy(self) -> bool:
@@ -306,6 +329,11 @@ class Engine:
         if self._joining is None:
             return
         kind, batch = self._joining
+        if all(self._answers[row].reading.cancelled for row in batch.rows):
+            self._joining = None
+            for row in batch.rows:
+                self._end(self._answers[row], None)
+            return
         try:
             read = batch.advance()
         except Exception as error:  # noqa: BLE001 - told to who asked
@@ -319,10 +347,9 @@ class Engine:
             return
         there = self._batches.get(kind)
         try:
-            if len(live) < len(batch.rows):
-                batch.keep(live)
-            if there is not None:
-                batch.keep(live, there)
+            others = [row for row in there.rows if row in self._answers] if there else []
+            if there or len(live) < len(batch.rows):
+                batch.keep([*live, *others], there)
             self._batches[kind] = batch
         except Exception as error:  # noqa: BLE001 - told to who asked
             self._fail(batch.rows + (self._batches.pop(kind).rows if there else []), error)
@@ -332,14 +359,16 @@ class Engine:
         chosen: list[_Answer] = []
         room = self.batch - len(self._answers)
         with self._changed:
-            while self._waiting and self._waiting[0].reading.cancelled:
-                self._end(self._waiting.popleft(), None)
+            left = [answer for answer in self._waiting if answer.reading.cancelled]
+            self._waiting = deque(answer for answer in self._waiting if not answer.reading.cancelled)
             for answer in self._waiting:
                 if len(chosen) == room or not self._fits(answer, chosen):
                     break
                 chosen.append(answer)
             for _ in chosen:
                 self._waiting.popleft()
+        for answer in left:
+            self._end(answer, None)
         rows = []
         for answer in chosen:
             try:
@@ -352,7 +381,11 @@ class Engine:
             answer.row = Row(answer.ids, front, s.temperature, s.top_p, _generator(seed))
             self._answers[answer.row] = answer
             rows.append(answer.row)
-        return (self._kind(chosen[0]), Batch(self.llm, rows)) if rows else None
+        try:
+            return (self._kind(chosen[0]), Batch(self.llm, rows)) if rows else None
+        except Exception as error:  # noqa: BLE001 - told to who asked
+            self._fail(rows, error)
+            return None
 
     def _fits(self, answer: _Answer, chosen: Sequence[_Answer]) -> bool:
         """Whether an answer's prompt can be read with those of others in one pass."""

@@ -21,7 +21,7 @@ from latentmem.model import MemoryModel
 from latentmem.prompts import Prompts
 from latentmem.serve import schema
 from latentmem.serve.openai import collected, usage
-from latentmem.serve.service import Missing, Taken, tokens
+from latentmem.serve.service import OWN_KEY, Missing, Taken, tokens
 from latentmem.serve.shared import (
     SOURCE,
     Json,
@@ -36,7 +36,7 @@ from latentmem.serve.shared import (
     shared,
     touch,
 )
-from latentmem.store import Overview, Store, Version
+from latentmem.store import HiddenError, Overview, Store, Version
 from latentmem.store.store import Content
 
 router = APIRouter(prefix="/v1/memories", tags=["memories"])
@@ -139,9 +139,9 @@ async def write(
     if body.wait or writing.version is None:
         try:
             return _written(id, await patient(request, carried_out(writing.done)), count)
-        except TimeoutError:
+        except (TimeoutError, OSError, HiddenError, RuntimeError, MemoryError):
             if writing.version is None:
-                raise
+                raise  # else it is in the journal, and whoever reads or writes the memory next applies it
     pending = schema.Written(id=id, version=writing.version, tokens=count, M=None, N=None, state="pending")
     return Json(pending.model_dump(), 202)
 
@@ -248,6 +248,7 @@ async def history(
         known = one.base is not None and key.may_touch(one.base[0])
         facts["base"] = schema.VersionOf(id=one.base[0], version=one.base[1]) if known and one.base else None
         facts["text"] = one.text if text else None
+        facts["key"] = None if (one.key or "").startswith(OWN_KEY) else one.key
         return schema.HistoryLine(**facts, M=one.made.get("M"), N=one.made.get("N"))
 
     return schema.History(data=[line(one) for one in found[:limit]], has_more=len(found) > limit)

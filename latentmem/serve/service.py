@@ -7,14 +7,19 @@ of a memory for which writes wait comes after them.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from latentmem.core.memory import Memory
 from latentmem.model import MemoryModel, TooLongError
@@ -25,6 +30,7 @@ from latentmem.store.store import Content
 from latentmem.streaming import release_threads
 
 Result = TypeVar("Result")
+OWN_KEY = "request "  # begins the idempotency keys that the service makes itself
 Prompt = Callable[[Prompts, bool], list[int]]  # (how text is put, whether a memory stands in front) -> token ids
 
 
@@ -54,7 +60,8 @@ class Writing:
 
     Args:
         version: the one that will hold it; None where the store keeps no text: then it is accepted when it is done.
-        done: its version, once it is in the memory; a ValueError says why it could not be.
+        done: its version, once it is in the memory. A ValueError says why it can not be; any other error, such as a
+            full disk, leaves it accepted, and it is applied by who reads or writes the memory next.
     """
 
     version: int | None
@@ -71,7 +78,8 @@ class Service:
         waiting: questions that may wait or run; more are refused.
         changes: writes and other changes that may wait; more are refused.
         prefix_bytes: keys and values of memories are kept on the model's device up to this size, the last used ones;
-            the store keeps memories themselves up to its `cache_bytes`, and all others lie on the disk.
+            by default a quarter of the device. The store keeps memories themselves up to its `cache_bytes`, and all
+            others lie on the disk.
     """
 
     def __init__(
@@ -82,9 +90,9 @@ class Service:
         batch: int = 32,
         waiting: int = 256,
         changes: int = 256,
-        prefix_bytes: int = 4 << 30,
+        prefix_bytes: int | None = None,
     ) -> None:
-        llm.prefix_bytes = prefix_bytes
+        llm.prefix_bytes = quarter(llm.decoder.device) if prefix_bytes is None else prefix_bytes
         self.llm, self.store, self.waiting, self.changes = llm, store, waiting, changes
         self._engine = Engine(llm, batch)
         self._openers, self._writer = ThreadPoolExecutor(2, "open"), ThreadPoolExecutor(1, "write")
@@ -101,8 +109,10 @@ class Service:
         """Apply what was accepted before a crash, then answer."""
         self._engine.start()
         for one in self.store.overview():
-            if one.pending and self.store.open(one.name, self.store.applied(one.name)).model == self.llm.identity:
-                self.store.apply(self._writing, one.name)
+            if one.pending:
+                with contextlib.suppress(ValueError, OSError):  # of another model, damaged, in use: it goes on waiting
+                    self.llm.check(self.store.open(one.name, self.store.applied(one.name)))
+                    self.store.apply(self._writing, one.name)
         self.ready = True
 
     def close(self, grace: float | None = None) -> None:
@@ -169,10 +179,18 @@ class Service:
             memory = self.llm.blank()
             if name is not None:
                 self._there(name)
-                if version is None and not settled and self.store.unsettled(name):
-                    again = (reading, name, prompt, sampling, version, True)
+                later = version is None or version > self.store.applied(name)
+                if later and not settled and self.store.unsettled(name):
                     waits = self._writer.submit(self.store.apply, self._writing, name)
-                    waits.add_done_callback(lambda _: self._openers.submit(self._open, *again))
+
+                    def go_on(waits: Future[int]) -> None:
+                        error = waits.exception()
+                        if error is not None:
+                            reading.give(error if isinstance(error, Exception) else RuntimeError(str(error)))
+                        else:
+                            self._openers.submit(self._open, reading, name, prompt, sampling, version, True)
+
+                    waits.add_done_callback(go_on)
                     return None
                 newest = self.store.version(name).version
                 if version is not None and not 0 <= version <= newest:
@@ -220,7 +238,7 @@ class Service:
             self._there(name)
             tokens(self.llm, content, role)  # refused before it is accepted
             version = None
-            key = key or f"request {uuid.uuid4().hex}"  # versions can be numbered anew before it is applied
+            key = key or f"{OWN_KEY}{uuid.uuid4().hex}"  # versions can be numbered anew before it is applied
             if self.store.journal == "hash":
                 done = self._writer.submit(self._write_now, name, content, source, role, key)
             else:
@@ -320,3 +338,15 @@ def tokens(llm: MemoryModel, content: Content, role: str | None = None) -> int:
     if not content:
         raise ValueError("there is nothing to be written; give at least one turn.")
     return sum(len(prompts.turn(turn)) for turn in content if isinstance(turn, dict))
+
+
+def quarter(device: torch.device) -> int:
+    """A quarter of the memory of a device, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 4
+    most = [8 << 30]
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        most = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a bound
+        most.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return min(most) // 4

@@ -831,8 +831,9 @@ class Store:
             except ValueError as error:
                 self._fail(row, str(error))
                 continue
-            except KeyboardInterrupt:
-                self._journal.change(row)
+            except (KeyboardInterrupt, MemoryError, torch.OutOfMemoryError, OSError):  # it passes
+                with contextlib.suppress(OSError):
+                    self._journal.change(row)
                 raise
             try:
                 self._commit(done, data, after)
