@@ -29,7 +29,7 @@ import httpx
 
 TEXT = Path(__file__).parent.parent / "docs" / "paper.md"
 QUESTION = "What is the secret code?"
-LATE = 60.0  # seconds after which an answer is of no use
+LATE = 60.0  # seconds after which an answer comes too late
 
 
 @dataclass
@@ -47,25 +47,37 @@ class Counts:
 
     @property
     def done(self) -> int:
-        return sum(seconds <= LATE for seconds in (*self.asks, *self.writes))
+        return len(self.asks) + len(self.writes)
+
+    @property
+    def late(self) -> int:
+        return sum(seconds > LATE for seconds in (*self.asks, *self.writes))
 
     @property
     def rate(self) -> float:
         return self.done / self.seconds
 
     def row(self, name: str) -> str:
-        offered = (len(self.asks) + len(self.writes) + self.refused + self.failed) / self.seconds
-        share = self.refused / max(1, self.refused + len(self.asks) + len(self.writes))
+        offered = (self.done + self.refused + self.failed) / self.seconds
+        share = self.refused / max(1, self.refused + self.done)
         times = [_at(some, q) for some in (self.asks, self.writes) for q in (0.5, 0.95)]
         found = f"{self.own}/{len(self.asks)}"
         return (
-            f"| {name} | {offered:.2f} | {self.rate:.2f} | {share:.0%} | {' | '.join(times)} | {found} | {self.others} "
-            f"| {self.failed} |"
+            f"| {name} | {offered:.2f} | {self.rate:.2f} | {self.late} | {share:.0%} | {' | '.join(times)} | {found} "
+            f"| {self.others} | {self.failed} |"
         )
 
 
-HEAD = """| load | offered/s | answered/s | 429 | ask p50 | p95 | write p50 | p95 | own secret | another's | failed |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+COLUMNS = (
+    "load",
+    "offered/s",
+    "answered/s",
+    f"after {LATE:.0f} s",
+    "429",
+    *("ask p50", "p95", "write p50", "p95"),
+    *("own secret", "another's", "failed"),
+)
+HEAD = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
 
 
 def _at(some: list[float], q: float) -> str:
