@@ -298,12 +298,12 @@ def read(decoder: Decoder, first: Tensor, slots: Tensor) -> Prefix:
     return prefix.after(none, bodies) if bodies else prefix
 
 
-def memory_cache(fronts: Sequence[Front], decoder: Decoder, *, store: bool, stacked: int = STACKED) -> Cache:
+def memory_cache(fronts: Sequence[Front], decoder: Decoder, *, store: bool, stacked: int | None = None) -> Cache:
     """A fresh cache that shows each layer what stands in front of its text; see `MemoryLayer`.
 
     Args:
         fronts: one for any number of rows, or one for each row.
-        stacked: bytes up to which several are handed over in one tensor, too.
+        stacked: bytes up to which several are handed over in one tensor, too; by default `STACKED`.
     """
     apart = decoder.model.config._attn_implementation == attention.NAME
     return Cache(
@@ -313,7 +313,7 @@ def memory_cache(fronts: Sequence[Front], decoder: Decoder, *, store: bool, stac
                 max(front.P for front in fronts),
                 store=store,
                 apart=apart,
-                stacked=stacked // decoder.L,
+                stacked=(STACKED if stacked is None else stacked) // decoder.L,
             )
             for i in range(decoder.L)
         ]
