@@ -831,7 +831,7 @@ class Store:
             except ValueError as error:
                 self._fail(row, str(error))
                 continue
-            except (KeyboardInterrupt, torch.OutOfMemoryError, OSError):  # it passes; a text always fits
+            except (KeyboardInterrupt, torch.OutOfMemoryError, OSError):  # passes; it is not the text
                 with contextlib.suppress(OSError):
                     self._journal.change(row)
                 raise
