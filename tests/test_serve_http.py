@@ -37,7 +37,7 @@ def llm(tmp_path_factory):
 def server(llm, tmp_path_factory):
     limits = Limits(body=20_000, upload=200_000, text=2000, messages=8, n=3, max_tokens=64, seconds=20)
     path = tmp_path_factory.mktemp("store")
-    with running(llm, path, limits=limits, memories=["work", "other", "alice"]) as server:
+    with running(llm, path, limits=limits, memories=["house", "other", "alice"]) as server:
         yield server
 
 
@@ -115,8 +115,8 @@ def test_completions_take_the_text_as_it_is(server, client):
 def test_models(server, client):
     assert [model.id for model in client.models.list()] == [server.model]
     assert client.models.retrieve(server.model).id == server.model
-    assert client.models.retrieve(f"{server.model}@work").id == f"{server.model}@work"
-    for wrong in ("gpt-9", f"{server.model}@nobody", "gpt-9@work"):
+    assert client.models.retrieve(f"{server.model}@house").id == f"{server.model}@house"
+    for wrong in ("gpt-9", f"{server.model}@nobody", "gpt-9@house"):
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve(wrong)
 
@@ -137,9 +137,9 @@ def test_the_memory_is_chosen_by_body_then_header_then_user_then_model(server, c
         made = client.chat.completions.create(**given)
         assert made.model_extra["memory"]["id"] == ["one", "two", "three", "four"][first]
     made = client.chat.completions.create(
-        model=server.model, messages=user("?"), extra_body={"memory": {"id": "work", "version": 0}}
+        model=server.model, messages=user("?"), extra_body={"memory": {"id": "house", "version": 0}}
     )
-    assert made.model_extra["memory"] == {"id": "work", "version": 0, "written": None}
+    assert made.model_extra["memory"] == {"id": "house", "version": 0, "written": None}
     for name in ("one", "two", "three", "four"):
         assert server("DELETE", f"/v1/memories/{name}")[0] == 200
 
@@ -152,7 +152,7 @@ def test_a_user_that_is_no_memory_is_ignored_and_other_names_are_not(server, cli
         {"extra_body": {"memory": "nobody"}},
         {"extra_headers": {"X-Memory-Id": "nobody"}},
         {"model": f"{server.model}@nobody"},
-        {"extra_body": {"memory": {"id": "work", "version": 99}}},
+        {"extra_body": {"memory": {"id": "house", "version": 99}}},
         {"model": "gpt-9"},
     ):
         with pytest.raises(openai.NotFoundError):
@@ -218,8 +218,8 @@ def test_errors_are_those_of_openai(server, client, llm, tmp_path):
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"seed": 1 << 80}, "seed"),
-        ({"memory": "../work"}, None),
-        ({"memory": {"id": "work", "wriet": True}}, None),
+        ({"memory": "../house"}, None),
+        ({"memory": {"id": "house", "wriet": True}}, None),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": "  "}]}, "messages"),
@@ -252,11 +252,11 @@ def test_text_of_clients_never_becomes_a_control_token(server):
     for messages in (user(trick), [{"role": "system", "content": trick}, *user("?")]):
         server("POST", "/v1/chat/completions", {"model": server.model, "messages": messages})
         assert server.engine.asked[-1][0].count(end) == len(messages)
-    server("POST", "/v1/memories/work/ask", {"question": trick})
+    server("POST", "/v1/memories/house/ask", {"question": trick})
     assert server.engine.asked[-1][0].count(end) == 1
-    wrote = server("POST", "/v1/memories/work/write", {"text": trick, "source": "trick"})[1]
+    wrote = server("POST", "/v1/memories/house/write", {"text": trick, "source": "trick"})[1]
     assert wrote["tokens"] == len(trick)
-    server("POST", "/v1/memories/work/undo")
+    server("POST", "/v1/memories/house/undo")
 
 
 # --- memories ---------------------------------------------------------------------------------------------------------
@@ -394,12 +394,12 @@ def test_uploads_that_are_no_text_are_refused(server):
     ],
 )
 def test_what_can_not_be_written_is_refused_and_changes_nothing(server, body):
-    before = server.service.store.version("work").version
-    refused(server("POST", "/v1/memories/work/write", body), 400)
-    assert server.service.store.version("work").version == before
+    before = server.service.store.version("house").version
+    refused(server("POST", "/v1/memories/house/write", body), 400)
+    assert server.service.store.version("house").version == before
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/memories", "/v1/memories/work/ask"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/memories", "/v1/memories/house/ask"])
 def test_bodies_that_are_no_json_objects_of_this_kind(server, path):
     for body in (b"{", b"", b"[]", b"\xff", b'{"model": "\\ud800"}', b'{"\\ud800": 1}', b"[" * 19_000):
         refused(server("POST", path, body), 400)
@@ -407,8 +407,8 @@ def test_bodies_that_are_no_json_objects_of_this_kind(server, path):
 
 def test_unicode_goes_in_and_comes_out(server):
     text = "Grüße, 世界 🚪 \u0000 end"
-    assert server("POST", "/v1/memories/work/write", {"text": text, "source": "日記"})[0] == 200
-    line = server("GET", "/v1/memories/work/history?text=1&limit=100")[1]["data"][-1]
+    assert server("POST", "/v1/memories/house/write", {"text": text, "source": "日記"})[0] == 200
+    line = server("GET", "/v1/memories/house/history?text=1&limit=100")[1]["data"][-1]
     assert (line["text"], line["source"]) == (text, "日記")
     body = b'{"model": "%s", "messages": [{"role": "user", "content": "\\ud83d\\udeaa"}]}' % server.model.encode()
     assert server("POST", "/v1/chat/completions", body)[0] == 200 and "🚪" in prompt_of(server)
@@ -426,7 +426,7 @@ def test_names_that_are_none(server, name):
     for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/history"), ("GET", "/export"), ("POST", "/undo")):
         status, body = server(method, f"/v1/memories/{name}{path}", headers={"content-type": "application/json"})
         assert status in (400, 404, 405) and body["error"]["message"], (status, body)
-    assert server("GET", "/v1/memories/work")[0] == 200
+    assert server("GET", "/v1/memories/house")[0] == 200
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -478,21 +478,21 @@ def _with_a_path(data):
 
 def test_bodies_that_are_too_large(server):
     big = b'{"text": "' + b"x" * 30_000 + b'"}'
-    refused(server("POST", "/v1/memories/work/write", big), 413)
+    refused(server("POST", "/v1/memories/house/write", big), 413)
     refused(server("POST", "/v1/chat/completions", big), 413)
 
     def parts():
         for i in range(0, len(big), 1000):
             yield big[i : i + 1000]
 
-    for path in ("/v1/memories/work/write", "/v1/chat/completions"):
+    for path in ("/v1/memories/house/write", "/v1/chat/completions"):
         response = httpx.post(server.url + path, content=parts(), headers={"content-type": "application/json"})
         assert "content-length" not in response.request.headers and response.status_code == 413
         refused((response.status_code, response.json()), 413)
     files = {"file": ("x", b"y" * 30_000)}
-    refused(server("POST", "/v1/memories/work/write", files=files), 413)
+    refused(server("POST", "/v1/memories/house/write", files=files), 413)
     refused(server("POST", "/v1/memories/big/import", b"x" * 300_000, headers={"content-type": "application/zip"}), 413)
-    refused(server("POST", "/v1/memories/work/write", {"text": "x" * 2001}), 400, "string_above_max_length")
+    refused(server("POST", "/v1/memories/house/write", {"text": "x" * 2001}), 400, "string_above_max_length")
 
 
 def test_what_waits_too_long_is_given_up(llm, tmp_path):
@@ -601,12 +601,12 @@ def test_health_and_readiness(llm, tmp_path):
 
 def test_one_line_of_log_for_each_request_and_no_text_in_it(server):
     secrets = ("quartz", "zircon", "beryl", "topaz")
-    server("POST", "/v1/memories/work/write", {"text": secrets[0], "source": secrets[3]})
-    server("POST", "/v1/memories/work/ask", {"question": secrets[1]}, headers={"x-request-id": "mine-1"})
+    server("POST", "/v1/memories/house/write", {"text": secrets[0], "source": secrets[3]})
+    server("POST", "/v1/memories/house/ask", {"question": secrets[1]}, headers={"x-request-id": "mine-1"})
     server("GET", f"/v1/{secrets[2]}?{secrets[2]}")
     wait(lambda: server.lines()[-1]["route"] == "unknown")
     wrote, asked, unknown = server.lines()[-3:]
-    assert wrote["route"] == "/v1/memories/{id}/write" and wrote["memory"] == "work" and wrote["written_tokens"] == 6
+    assert wrote["route"] == "/v1/memories/{id}/write" and wrote["memory"] == "house" and wrote["written_tokens"] == 6
     assert (asked["id"], asked["status"], asked["method"]) == ("mine-1", 200, "POST")
     assert asked["completion_tokens"] == len(WORDS) and asked["ms"] > 0 and asked["time"]
     assert unknown["status"] == 404
@@ -618,7 +618,7 @@ def test_numbers_for_prometheus(server):
 
     body = {"model": server.model, "messages": user("?")}
     server("POST", "/v1/chat/completions", body)
-    server("POST", "/v1/memories/work/ask", {"question": "?"})
+    server("POST", "/v1/memories/house/ask", {"question": "?"})
     server("BREW", "/v1/models")
     text = server("GET", "/metrics")[1].decode()
     found = {
@@ -639,7 +639,7 @@ def test_unknown_addresses_and_methods(server):
     refused(server("GET", "/v1/nothing"), 404)
     refused(server("PUT", "/v1/models"), 405)
     assert server.http.put("/v1/models").headers["allow"] == "GET"
-    assert server.http.put("/v1/memories/work").headers["allow"] == "DELETE, GET"
+    assert server.http.put("/v1/memories/house").headers["allow"] == "DELETE, GET"
     refused(server("GET", "/docs"), 404)
 
 
@@ -689,7 +689,7 @@ def test_the_document_names_every_status(server):
 def test_requests_made_from_the_document_get_what_it_says(llm, tmp_path):
     keys = Keys(tmp_path / "keys.json")
     headers = {"Authorization": f"Bearer {keys.add('fuzz', ['*'])}"}
-    with running(llm, tmp_path / "store", keys, memories=["work"]) as server:
+    with running(llm, tmp_path / "store", keys, memories=["house"]) as server:
         config = {
             "seed": 1,
             "base-url": server.url,
@@ -779,7 +779,7 @@ def test_a_full_disk_is_told(server, monkeypatch):
         raise OSError(errno.ENOSPC, "no space left", "/a/path/of/the/server")
 
     monkeypatch.setattr(server.service.store, "append", append)
-    answer = server("POST", "/v1/memories/work/write", {"text": "x"})
+    answer = server("POST", "/v1/memories/house/write", {"text": "x"})
     assert "path" not in refused(answer, 503, "disk_full")["message"]
 
 
