@@ -61,7 +61,7 @@ def main() -> None:
         order = draw.sample(range(options.memories), options.memories)
         question = "What is the secret code?"
         readings = [  # the seed, of which a greedy answer makes no use, says whose row it is
-            service.read(f"m{i}", lambda p, bare: p.question(question, bare=bare), Sampling(12, seed=i)) for i in order
+            service.ask(f"m{i}", question, Sampling(12, seed=i)) for i in order
         ]
         answers = ["".join(piece.text for piece in reading) for reading in readings]
         asked = time.perf_counter() - start

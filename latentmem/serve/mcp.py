@@ -12,7 +12,6 @@ from mcp.server.mcpserver.exceptions import ToolError
 
 import latentmem
 from latentmem.model import MemoryModel
-from latentmem.prompts import Prompts
 from latentmem.serve.engine import Sampling
 from latentmem.serve.service import Busy, Missing, Service, Taken
 from latentmem.store import Store, check_name
@@ -53,11 +52,7 @@ def create_server(service: Service, sampling: Sampling | None = None) -> MCPServ
     def memory_ask(memory_id: str, question: str) -> Facts:
         """Answer a question with what a memory holds."""
         check_name(memory_id)
-
-        def prompt(prompts: Prompts, bare: bool) -> list[int]:
-            return prompts.question(question, bare=bare)
-
-        reading = service.read(memory_id, prompt, sampling or Sampling())
+        reading = service.ask(memory_id, question, sampling or Sampling())
         answer = "".join(piece.text for piece in reading).strip()
         return {"memory_id": memory_id, "version": reading.version, "answer": answer}
 

@@ -18,10 +18,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 
 from latentmem.model import MemoryModel
-from latentmem.prompts import Prompts
 from latentmem.serve import schema
 from latentmem.serve.openai import collected, usage
-from latentmem.serve.service import OWN_KEY, Missing, Taken, tokens
+from latentmem.serve.service import OWN_KEY, Missing, Taken
 from latentmem.serve.shared import (
     SOURCE,
     Json,
@@ -134,8 +133,7 @@ async def write(
         return service.write(id, content, body.source, role=body.role, key=idempotency_key)
 
     writing = await run_in_threadpool(accept)
-    count = await run_in_threadpool(tokens, service.llm, content, body.role)
-    record_of(request).written_tokens = count
+    record_of(request).written_tokens = count = writing.tokens
     if body.wait or writing.version is None:
         try:
             return _written(id, await patient(request, carried_out(writing.done)), count)
@@ -160,11 +158,7 @@ async def ask(request: Request, id: str, body: schema.Ask) -> schema.Asked:
     service, limits = shared(request).service, shared(request).limits
     if body.max_tokens is not None and body.max_tokens > limits.max_tokens:
         raise Refused(400, f"max_tokens may be {limits.max_tokens} at most, got {body.max_tokens}.", None, "max_tokens")
-
-    def prompt(prompts: Prompts, bare: bool) -> list[int]:
-        return prompts.question(body.question, bare=bare)
-
-    reading = service.read(id, prompt, body.sampling(), body.version)
+    reading = service.ask(id, body.question, body.sampling(), body.version)
 
     async def answered() -> schema.Asked:
         ((text, finish),) = await collected(reading, record_of(request))

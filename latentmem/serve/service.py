@@ -60,11 +60,13 @@ class Writing:
 
     Args:
         version: the one that will hold it; None where the store keeps no text: then it is accepted when it is done.
+        tokens: that it takes.
         done: its version, once it is in the memory. A ValueError says why it can not be; any other error, such as a
             full disk, leaves it accepted, and it is applied by who reads or writes the memory next.
     """
 
     version: int | None
+    tokens: int
     done: Future[Version]
 
 
@@ -163,6 +165,10 @@ class Service:
         self._openers.submit(self._open, reading, name, prompt, sampling, version)
         return reading
 
+    def ask(self, name: str, question: str, sampling: Sampling, version: int | None = None) -> Reading:
+        """Answer a question as `MemoryModel.ask` puts it; else as `read`."""
+        return self.read(name, lambda prompts, bare: prompts.question(question, bare=bare), sampling, version)
+
     def _open(
         self,
         reading: Reading,
@@ -176,8 +182,9 @@ class Service:
         try:
             if reading.cancelled:
                 return reading.give(None)
-            memory = self.llm.blank()
-            if name is not None:
+            if name is None:
+                memory = self.llm.blank()
+            else:
                 self._there(name)
                 later = version is None or version > self.store.applied(name)
                 if later and not settled and self.store.unsettled(name):
@@ -192,8 +199,7 @@ class Service:
 
                     waits.add_done_callback(go_on)
                     return None
-                newest = self.store.version(name).version
-                if version is not None and not 0 <= version <= newest:
+                if version is not None and not 0 <= version <= (newest := self.store.version(name).version):
                     raise Missing(f"{name!r} has no version {version}; it has 0 to {newest}.")
                 reading.version = self.store.applied(name) if version is None else version
                 memory = self.store.open(name, reading.version)
@@ -236,7 +242,7 @@ class Service:
         self._accept()
         try:
             self._there(name)
-            tokens(self.llm, content, role)  # refused before it is accepted
+            count = tokens(self.llm, content, role)  # what is refused, is refused before it is accepted
             version = None
             key = key or f"{OWN_KEY}{uuid.uuid4().hex}"  # versions can be numbered anew before it is applied
             if self.store.journal == "hash":
@@ -248,7 +254,7 @@ class Service:
             self._changed()
             raise
         done.add_done_callback(self._changed)
-        return Writing(version, done)
+        return Writing(version, count, done)
 
     def create(self, name: str, **ways: Any) -> Future[Version]:
         """Begin a memory; `ways` as in `MemoryModel.empty`.
@@ -301,6 +307,7 @@ class Service:
             "reads": len(self._readings),
             "changes": self._changes,
             "tokens_written": self._tokens_written,
+            "prefix_bytes": self.llm.derived_bytes,
             **self._engine.stats(),
         }
 
