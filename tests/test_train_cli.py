@@ -1,6 +1,7 @@
 """`latentmem train` as a person types it: a rehearsal, a run that is stopped and goes on, its picture, and mistakes."""
 
 import json
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -77,6 +78,21 @@ def test_adapters_in_the_models_folder_are_found(config, tmp_path, tiny_folder):
     assert train(config, "--out", tmp_path / "run", "--set", f"model={folder}").exit_code == 0
     shutil.copy(tmp_path / "run" / "adapters.safetensors", folder)
     assert load(str(folder)).adapters is not None and load(str(folder), adapters=None).adapters is None
+
+
+@pytest.mark.parametrize(
+    ("missing", "error", "said"),
+    [
+        ("accelerate", ValueError, r"training needs accelerate: run `pip install 'latentmem\[train\]'`"),
+        ("latentmem.train.data", ModuleNotFoundError, "latentmem.train.data"),
+    ],
+)
+def test_only_what_others_make_is_to_be_installed(missing, error, said, config, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "latentmem.train.loop", raising=False)
+    monkeypatch.delattr("latentmem.train.loop", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(error, match=said):
+        raise train(config, "--out", tmp_path / "run").exception
 
 
 @pytest.mark.parametrize(

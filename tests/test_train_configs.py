@@ -169,6 +169,9 @@ def test_whole_numbers_are_taken_for_numbers_and_written_powers_too(small):
         ("memory.K=65", r"memory\.K must lie between 1 and memory\.N=64, got 65"),
         ("memory.preset=other", r"memory\.preset must be one of exact, paper"),
         ("memory.birth=half", r"memory\.birth must be empty or full"),
+        ("memory.compressions=[2, 0]", r"memory\.compressions must be at least 1, got \[2, 0\]"),
+        ("memory.compressions=2", r"memory\.compressions: a list was expected, got 2"),
+        ("adapters=7", r"adapters: text was expected, got 7"),
         ("texts.longest=17", r"texts\.longest=17 is more than one update reads, 16 tokens"),
         ("texts.shortest=17", r"texts: shortest=17 must not exceed longest=16"),
         ("data=[]", r"data: give at least one source"),
@@ -187,9 +190,25 @@ def test_what_makes_no_sense_is_refused_with_its_key(small, change, named):
         load(small, [change])
 
 
-def test_the_preset_paper_does_not_compress(small):
-    with pytest.raises(ValueError, match=r"memory\.compression is for the preset exact"):
-        load(small, ["memory.preset=paper", "memory.compression=2"])
+@pytest.mark.parametrize("change", ["memory.compression=2", "memory.compressions=[1, 2]"])
+def test_the_preset_paper_does_not_compress(small, change):
+    with pytest.raises(ValueError, match=r"memory\.compressions? is for the preset exact"):
+        load(small, ["memory.preset=paper", change])
+    assert load(small, ["memory.preset=paper", "memory.compressions=[1]"]).memory.drawn == (1,)
+
+
+def test_the_smallest_compression_says_how_long_a_text_may_be(small):
+    several = ["memory.compressions=[4, 2, 3]"]
+    assert load(small, [*several, "texts.longest=32"]).texts.longest == 32
+    with pytest.raises(ValueError, match=r"texts\.longest=33 is more than one update reads, 32 tokens"):
+        load(small, [*several, "texts.longest=33"])
+
+
+def test_trained_adapters_are_gone_on_from_without_dropout(small):
+    with pytest.raises(ValueError, match=r"lora\.dropout must be 0 with adapters"):
+        load(small, ["adapters=auto", "lora.dropout=0.1"])
+    assert load(small, ["adapters=auto"]).adapters == "auto"
+    assert load(small, ["adapters=auto", "adapters=null", "lora.dropout=0.1"]).adapters is None
 
 
 def test_a_file_that_is_not_there_is_refused_with_the_names_of_those_that_are(tmp_path):

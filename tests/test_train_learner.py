@@ -303,6 +303,17 @@ def test_a_pass_does_not_change_the_pool(preset, c):
     )
 
 
+@pytest.mark.parametrize("from_pool", [False, True])
+@pytest.mark.parametrize("in_sequence", [True, False], ids=["in_sequence", "beside"])
+@pytest.mark.parametrize("c", [1, 3, 4])
+def test_an_episode_is_written_with_its_own_tokens_per_slot(c, in_sequence, from_pool):
+    learner, own = learner_of("exact", 2), learner_of("exact", c)
+    episode = replace(episode_of(ages=(9, 3, 0), in_sequence=in_sequence), from_pool=from_pool)
+    ours, theirs = learner(replace(episode, compression=c), pool_of(learner, 40)), own(episode, pool_of(own, 40))
+    assert [slots.shape[1] for slots in ours.new_slots] == [-(-n // c) for n in (7, 5, 9)]
+    assert ours.loss == theirs.loss != learner(episode, pool_of(learner, 40)).loss
+
+
 def behind(learner, pool):
     """The model, and a memory of its own that holds a pool."""
     llm, memory = model_of(learner)
@@ -869,6 +880,47 @@ def test_an_episode_is_a_function_of_the_seed_and_its_number(data, objective):
     assert there == [backwards[number] for number in reversed(range(20))][::-1]
     assert there != [other[number] for number in range(20)]
     assert len({episode.texts for episode in there}) == 20
+
+
+def compressing(data, objective="questions", *, seed=0, **memory):
+    """Episodes of a config with these keys in `memory`."""
+    episodes, _ = episodes_of(data, objective, seed=seed)
+    episodes.config = replace(episodes.config, memory=replace(episodes.config.memory, **memory))
+    return episodes
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_tokens_per_slot_are_drawn_for_each_episode(data, objective):
+    def drawn(seed, numbers=range(30)):
+        episodes = compressing(data, objective, seed=seed, compression=8, compressions=(1, 2, 4))
+        return [episodes[number].compression for number in numbers]
+
+    assert drawn(0) == drawn(0, reversed(range(30)))[::-1] != drawn(1)
+    assert set(drawn(0)) == {1, 2, 4}
+
+
+def test_what_stands_twice_is_drawn_twice_as_often(data):
+    episodes = compressing(data, compressions=(2, 2, 4))
+    found = Counter(episodes[number].compression for number in range(300))
+    assert found.keys() == {2, 4} and 0.6 < found[2] / 300 < 0.73
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_one_drawn_compression_is_that_of_the_memory(data, objective):
+    """All of an episode: its ages, too, are as old as so few slots can get."""
+    always, drawn, other = (
+        [compressing(data, objective, **memory)[number] for number in range(8)]
+        for memory in ({"compression": 8}, {"compressions": (8,)}, {})
+    )
+    assert always == drawn and {episode.compression for episode in always} == {8}
+    assert {episode.compression for episode in other} == {1}
+
+
+def test_more_tokens_per_slot_let_a_text_grow_older(data):
+    episodes = compressing(data, compressions=(1, 8))
+    some = [episodes[number] for number in range(100)]
+    oldest = {c: max(age for e in some if e.compression == c for age in e.ages) for c in (1, 8)}
+    assert oldest[1] < 30 < oldest[8]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

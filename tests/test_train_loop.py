@@ -672,6 +672,71 @@ def test_a_file_that_holds_no_adapters_is_refused(tmp_path):
             pairs.load(tmp_path / name)
 
 
+# --- from trained adapters ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def onward(trained):
+    """A config that goes on from what is trained, in one step with questions."""
+    more = {"objectives": {"questions": 1.0}, "steps": replace(trained.config.steps, total=1), "seed": 1}
+    return replace(trained.config, adapters=str(trained.out / RESULT), **more)
+
+
+def test_a_run_begins_with_trained_adapters(trained, onward, tmp_path):
+    run, fresh = Run(onward, tmp_path / "on"), Run(replace(onward, adapters=None), tmp_path / "fresh")
+    tensors, facts = pairs.load(trained.out / RESULT)
+    assert facts["from"] == ""
+    own = {name.removeprefix("base."): weight for name, weight in run.parameters.items()}
+    assert own.keys() == tensors.keys() and all(weight.dtype == torch.float32 for weight in own.values())
+    assert all(torch.equal(weight, tensors[name].float()) for name, weight in own.items())
+
+    llm = latentmem.load(onward.model, adapters=onward.adapters, device="cpu")
+    more = {name: tensors[name].float() for name in ("bos", "mark") if name in tensors}
+    m = onward.memory
+    theirs = Learner(llm, preset=m.preset, K=m.K, **more)(run.episodes[0], run.pool).loss.item()
+    for one in (run, fresh):
+        one.train()
+    first, other = (lines(one.out / "log.jsonl")[0]["loss"] for one in (run, fresh))
+    assert first == pytest.approx(theirs, abs=1e-4) and abs(first - other) > 1e-3
+
+
+def test_the_result_names_the_adapters_that_it_came_from(trained, onward, tmp_path):
+    config = replace(onward, steps=replace(onward.steps, total=2))
+    Run(config, tmp_path / "on").train(stop=1)
+    Run(config, tmp_path / "on").train()
+    tensors, facts = pairs.load(tmp_path / "on" / RESULT)
+    assert facts["from"] == trained.llm.adapters.identity and facts["steps"] == 2
+    origin, _ = pairs.load(trained.out / RESULT)
+    assert not any(torch.equal(tensors[name], origin[name]) for name in tensors if "lora_B.read" in name)
+
+
+def test_adapters_of_the_models_own_are_found(trained, onward, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    config = replace(onward, model=str(folder), adapters="auto")
+    with pytest.raises(ValueError, match=r"adapters: 'auto', and .*model comes with none"):
+        loop.begin(config, torch.device("cpu"))
+    shutil.copy(trained.out / RESULT, folder)
+    assert loop.begin(config, torch.device("cpu")).adapters.identity == trained.llm.adapters.identity
+
+
+@pytest.mark.parametrize(("key", "other"), [("r", 3), ("alpha", 8.0), ("target_modules", ("q_proj",))])
+def test_adapters_of_another_shape_are_refused(key, other, onward):
+    with pytest.raises(ValueError, match=r"lora \(r, alpha, target_modules\) must be as in .*: \[2, 4\.0, .*\], got"):
+        loop.begin(replace(onward, lora=replace(onward.lora, **{key: other})), torch.device("cpu"))
+
+
+def test_adapters_of_the_other_preset_are_refused(onward):
+    other = MemoryShape("paper", N=48, K=16) if onward.memory.preset == "exact" else MemoryShape(N=256, K=128)
+    with pytest.raises(ValueError, match=f"memory.preset is '{other.preset}', and .* are of the other one"):
+        loop.begin(replace(onward, memory=other), torch.device("cpu"))
+
+
+def test_adapters_that_are_not_there_are_named(onward, tmp_path):
+    with pytest.raises(ValueError, match=r"there is no .*lost\.safetensors"):
+        Run(replace(onward, adapters=str(tmp_path / "lost.safetensors")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_writing_learns_at_its_own_share_of_the_rate(config, tmp_path):
     config = replace(config, objectives={"questions": 1.0}, steps=replace(config.steps, write=0.1))
     run = Run(config, tmp_path)

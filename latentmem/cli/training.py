@@ -24,6 +24,8 @@ def train(
         from latentmem.train import config as configs
         from latentmem.train import loop
     except ImportError as error:
+        if (error.name or "latentmem").partition(".")[0] == "latentmem":
+            raise
         raise ValueError(f"training needs {error.name}: run `pip install 'latentmem[train]'`.") from None
     settings = configs.load(config, changes or ())
     if dry_run:

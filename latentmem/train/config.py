@@ -37,6 +37,8 @@ class MemoryShape:
         N: slots that a layer can hold.
         K: slots that one update writes at most; in "paper" exactly.
         compression: tokens per slot, "exact" only.
+        compressions: one of these is drawn for each episode instead; empty: always `compression`, which is the one that
+            memories get by default and the live curve is for. A number that stands here twice is drawn twice as often.
         choice: which token of c becomes a slot: "last" of each group, or "surprise": those that were expected least.
         birth: "empty", or "full": the pool is filled with texts of the data before the first step.
     """
@@ -45,8 +47,14 @@ class MemoryShape:
     N: int = 2048
     K: int = 256
     compression: int = 1
+    compressions: tuple[int, ...] = ()
     choice: str = "last"
     birth: str = "empty"
+
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        """What the tokens per slot of an episode are drawn from."""
+        return self.compressions or (self.compression,)
 
 
 @dataclass(frozen=True)
@@ -180,6 +188,8 @@ class Config:
 
     Args:
         model: as for `latentmem.load`.
+        adapters: trained ones to go on from, as for `latentmem.load`: a file, or "auto" for those that belong to the
+            model; null: fresh ones.
         dtype: of the frozen weights; adapters are float32.
         seed: of adapters, data order and every drop.
         checkpointing: recompute activations in the backward pass: less memory, more time.
@@ -193,6 +203,7 @@ class Config:
     """
 
     model: str = "smollm2-135m"
+    adapters: str | None = None
     dtype: str = "bfloat16"
     seed: int = 0
     checkpointing: bool = False
@@ -208,7 +219,7 @@ class Config:
 
     def __post_init__(self) -> None:
         m, t, s = self.memory, self.texts, self.steps
-        piece = PAPER_PIECE if m.preset == "paper" else m.K * m.compression
+        piece = PAPER_PIECE if m.preset == "paper" else m.K * min(m.drawn)
         rules = [
             (self.data, "data: give at least one source."),
             (self.objectives, f"objectives: give at least one of {', '.join(OBJECTIVES)}."),
@@ -218,7 +229,11 @@ class Config:
             (m.birth in ("empty", "full"), f"memory.birth must be empty or full, got {m.birth!r}."),
             (1 <= m.K <= m.N, f"memory.K must lie between 1 and memory.N={m.N}, got {m.K}."),
             (m.compression >= 1, f"memory.compression must be at least 1, got {m.compression}."),
+            (min(m.drawn) >= 1, f"memory.compressions must be at least 1, got {list(m.drawn)}."),
             (m.preset == "exact" or m.compression == 1, "memory.compression is for the preset exact."),
+            (m.preset == "exact" or set(m.drawn) == {1}, "memory.compressions is for the preset exact."),
+            (self.adapters != "", "adapters: give a file, auto or null."),
+            (not (self.adapters and self.lora.dropout), "lora.dropout must be 0 with adapters to go on from."),
             (1 <= t.shortest <= t.longest, f"texts: shortest={t.shortest} must not exceed longest={t.longest}."),
             (t.longest <= piece, f"texts.longest={t.longest} is more than one update reads, {piece} tokens."),
             (t.at_once >= 1 and t.rows >= 1, "texts.at_once and texts.rows must be at least 1."),

@@ -91,6 +91,7 @@ class Episode:
         taught: the teacher's distribution is learned instead of the answer.
         seed: of what is dropped.
         from_pool: texts are written into the pool itself, without gradient, and the rows read all of it.
+        compression: tokens per slot of its texts; None: as the learner has it.
         replies: the rows' answers are empty, and the plain model itself gives each, so many tokens at most; 0: they
             are there.
     """
@@ -105,6 +106,7 @@ class Episode:
     taught: bool
     seed: int
     from_pool: bool = False
+    compression: int | None = None
     replies: int = 0
 
     @property
@@ -167,7 +169,8 @@ class Episodes:
             "unrelated": self._unrelated,
             "chat": self._unrelated,
         }
-        return make.get(objective, self._asked)(objective, number, random)
+        made = make.get(objective, self._asked)(objective, number, random)
+        return replace(made, compression=self._tokens_per_slot(number))
 
     def _drawn(self, number: int) -> tuple[str, np.random.Generator]:
         """An episode's objective, and what all else in it is drawn from."""
@@ -175,6 +178,11 @@ class Episodes:
         names = [name for name, weight in self.config.objectives.items() if weight > 0]
         weights = np.array([self.config.objectives[name] for name in names])
         return names[random.choice(len(names), p=weights / weights.sum())], random
+
+    def _tokens_per_slot(self, number: int) -> int:
+        """Of the texts of an episode."""
+        some = self.config.memory.drawn
+        return int(some[np.random.default_rng([self.config.seed, number, 1]).integers(len(some))])
 
     def _before(self, number: int) -> int:
         """The episode that the same process does before this one; negative if there is none."""
@@ -238,7 +246,7 @@ class Episodes:
         own, t = self._told(number), self.config.texts
         rows: dict[Row, None] = {}
         for _ in range(TRIES):
-            some = self._at_age(number, self._age(random, len(own[-1][1])))
+            some = self._at_age(number, self._age(number, random, len(own[-1][1])))
             row = some[random.integers(len(some))]
             rows |= {row: None} if len(rows) < t.rows else {}
         names, asked = [name for name, _, _ in own], list(rows)
@@ -344,7 +352,7 @@ class Episodes:
         taught: bool = False,
     ) -> Episode:
         t = self.config.texts
-        drawn = sorted((self._age(random, len(text)) for text in texts), reverse=True)
+        drawn = sorted((self._age(number, random, len(text)) for text in texts), reverse=True)
         sequence = bool(random.random() < t.in_sequence) if in_sequence is None else in_sequence
         if not sequence and ages is None:
             drawn = [drawn[i] for i in random.permutation(len(drawn))]  # written side by side: no order among them
@@ -361,10 +369,10 @@ class Episodes:
             int(random.integers(1 << 62)),
         )
 
-    def _age(self, random: np.random.Generator, n: int) -> int:
+    def _age(self, number: int, random: np.random.Generator, n: int) -> int:
         """An age for a text of n tokens: often 0, else as likely between 1 and 2 as between 20 and 40."""
         t, m = self.config.texts, self.config.memory
-        k = m.K if m.preset == "paper" else -(-n // m.compression)
+        k = m.K if m.preset == "paper" else -(-n // self._tokens_per_slot(number))
         oldest = min(t.oldest, math.log(t.least_left) / math.log1p(-min(k, m.N - 1) / m.N))
         if oldest < 1 or random.random() < t.recent:
             return 0

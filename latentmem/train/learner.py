@@ -140,7 +140,7 @@ class Learner(nn.Module):
 
     def _part(self, pool: Memory, episode: Episode) -> Memory:
         """What stands of the pool in front of an episode's texts: as much as it says, of the newest."""
-        c = self.compression
+        c = self._tokens_per_slot(episode)
         slots = sum(self.K if self.preset == "paper" else -(-len(text) // c) for text in episode.texts)
         M = min(int(episode.fill * pool.M), max(0, pool.N - slots))
         if self.preset == "paper":
@@ -159,6 +159,9 @@ class Learner(nn.Module):
             pool = remember(pool, new[-1])
         return new, pool
 
+    def _tokens_per_slot(self, episode: Episode) -> int:
+        return self.compression if episode.compression is None else episode.compression
+
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def _write(self, before: _Pool, episode: Episode) -> list[Tensor]:
@@ -168,15 +171,16 @@ class Learner(nn.Module):
         if self.preset == "paper":
             return self._write_paper(before, texts, episode.in_sequence)
         new: list[Tensor] = []
+        c = self._tokens_per_slot(episode)
         if episode.in_sequence:
             for text in texts:
                 cache = self._cache(before, new, None)
                 with self._using(WRITE):
-                    new.append(write_exact(self.llm.decoder, cache, text, self.compression, self.choice))
+                    new.append(write_exact(self.llm.decoder, cache, text, c, self.choice))
             return new
         with self._using(WRITE):
             cache = self._cache(before, [], None)
-            return write_exact_rows(self.llm.decoder, cache, texts, [(self.compression, self.choice)] * len(texts))
+            return write_exact_rows(self.llm.decoder, cache, texts, [(c, self.choice)] * len(texts))
 
     def _write_paper(self, before: _Pool, texts: Sequence[Tensor], in_sequence: bool) -> list[Tensor]:
         new: list[Tensor] = []

@@ -48,7 +48,7 @@ from latentmem.core import memory as memories
 from latentmem.core.memory import Memory
 from latentmem.model import MemoryModel
 from latentmem.train import plots
-from latentmem.train.config import OBJECTIVES, Config
+from latentmem.train.config import OBJECTIVES, Config, MemoryShape
 from latentmem.train.data import Apart, Documents
 from latentmem.train.episodes import Episode, Episodes
 from latentmem.train.learner import Learner, Outcome, remember
@@ -86,6 +86,7 @@ class Run:
         self.accelerator = Accelerator(cpu=cpu, kwargs_handlers=parallel, mixed_precision="no")
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.llm = begin(config, self.accelerator.device)
+        self.origin = self.llm.adapters.identity if config.adapters and self.llm.adapters else ""
         self.sources = [Documents(s, config.seed + i, config.watch.titles) for i, s in enumerate(config.data)]
         prompts, apart = self.llm.prompts_or_raise(), Apart(config.apart)
         self.episodes = Episodes(config, prompts, self.sources, apart, self.world)
@@ -363,7 +364,8 @@ class Run:
         tensors = self._gather()
         if self.rank == 0:
             with self._room("the result"):
-                result(self.out / RESULT, self.config, self.llm, tensors, {"steps": self.step, "tokens": self.tokens})
+                more = {"from": self.origin, "steps": self.step, "tokens": self.tokens}
+                result(self.out / RESULT, self.config, self.llm, tensors, more)
             plots.draw({self.out.name: self.out}, self.out / "curves.png")
 
 
@@ -429,14 +431,22 @@ def result(path: Path, config: Config, llm: MemoryModel, tensors: dict[str, Tens
 
 
 def begin(config: Config, device: torch.device) -> MemoryModel:
-    """The model with fresh adapters in float32, the same for the same seed."""
-    llm = loading.load(config.model, dtype=config.dtype, device=device, adapters=None)
+    """The model with its adapters in float32: those that the config names, or fresh ones, the same for the same seed.
+
+    Raises:
+        ValueError: adapters to go on from that have another rank, scale or place than the config says.
+    """
+    llm = loading.load(config.model, dtype=config.dtype, device=device, adapters=config.adapters)
     lora = config.lora
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        llm.adapters = pairs.insert(
-            llm.base, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, target_modules=list(lora.target_modules)
-        )
+    if config.adapters:
+        _go_on(config, llm)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            llm.adapters = pairs.insert(
+                llm.base, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, target_modules=list(lora.target_modules)
+            )
+    assert llm.adapters is not None
     for _, weight in llm.adapters.parameters():
         weight.data = weight.data.float()
         weight.requires_grad_(True)
@@ -445,10 +455,24 @@ def begin(config: Config, device: torch.device) -> MemoryModel:
     return llm
 
 
+def _go_on(config: Config, llm: MemoryModel) -> None:
+    if llm.adapters is None:
+        raise ValueError(f"adapters: {config.adapters!r}, and {config.model} comes with none. Give a file, or null.")
+    layer, own = llm.adapters.layers[0], {name.split(".lora_")[0].split(".")[-1] for name in pairs.weights(llm.base)}
+    found = [layer.r[READ], layer.lora_alpha[READ], sorted(own)]
+    asked = [config.lora.r, config.lora.alpha, sorted({name.split(".")[-1] for name in config.lora.target_modules})]
+    if found != asked:
+        raise ValueError(f"lora (r, alpha, target_modules) must be as in {config.adapters!r}: {found}, got {asked}.")
+    if (llm.trained is not None) != (config.memory.preset == "paper"):
+        raise ValueError(f"memory.preset is {config.memory.preset!r}, and {config.adapters!r} are of the other one.")
+
+
 def learner_of(config: Config, llm: MemoryModel) -> Learner:
-    """The learner for a config; in "paper", bos begins as the sink and mark as zeros."""
+    """The learner for a config; in "paper", bos begins as the sink and mark as zeros, unless they are trained."""
     m = config.memory
-    first, paper = llm.first, m.preset == "paper"
+    paper = m.preset == "paper"
+    first = llm.first
+    mark = llm.trained.mark if llm.trained else first.new_zeros(first.shape[-1])
     return Learner(
         llm,
         preset=m.preset,
@@ -456,7 +480,7 @@ def learner_of(config: Config, llm: MemoryModel) -> Learner:
         compression=m.compression,
         choice=m.choice,
         bos=first.detach().clone() if paper else None,
-        mark=first.new_zeros(first.shape[-1]) if paper else None,
+        mark=mark.detach().clone() if paper else None,
     )
 
 
@@ -523,6 +547,7 @@ def _claim(out: Path, config: Config) -> None:
     file, mine = out / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
     if file.exists():
         theirs = json.loads(file.read_text())["config"]
+        theirs["memory"] = dataclasses.asdict(MemoryShape()) | theirs.get("memory", {})  # of before it had all its keys
         free = {"watch"}  # changes nothing of what is learned
         different = [key for key in mine if key not in free and mine[key] != theirs.get(key)]
         if different:
