@@ -80,7 +80,10 @@ class Conversation:
 
     def _answer(self, asked: Message, ids: list[int], generate_kwargs: dict[str, Any]) -> Iterator[str]:
         answer, whole = "", True
-        cache = self.llm.text_cache(self.memory) if self._cache is None else self._cache
+        question = self.llm.prompts_or_raise().chat([asked], bare=self.memory.holds)
+        cache = self.llm.text_cache(self.memory, question, self._cache) if self.memory.holds else self._cache
+        if cache is not self._cache:  # the long-term memory gives something else than for the last question
+            self._read = []
         known = 0
         if cache is not None:  # what the last turns left in it; `generate` needs at least one token to read
             same = (a == b for a, b in zip(self._read, ids[:-1], strict=False))
@@ -121,7 +124,7 @@ class Conversation:
 
     def _make_room(self, asked: Message, new: int) -> list[int]:
         """The prompt of the next answer; the oldest turns leave until it fits."""
-        prompts, bare = self.llm.prompts_or_raise(), self.memory.M > 0
+        prompts, bare = self.llm.prompts_or_raise(), self.memory.holds
         ids = prompts.chat([*self.messages, asked], bare=bare)
         if len(ids) > self._room(new):
             alone, room = len(prompts.chat([asked], bare=bare)), self._room(new, self._slots_of_turns())

@@ -6,9 +6,9 @@ import contextlib
 import copy
 import hashlib
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,8 +19,19 @@ from latentmem.adapters import READ, WRITE, Adapters, bits, changes
 from latentmem.core import attention, linear
 from latentmem.core import memory as memories
 from latentmem.core.attention import KV
+from latentmem.core.longterm import empty as empty_longterm
 from latentmem.core.memory import Memory
-from latentmem.core.prefix import Decoder, Front, Prefix, attention_mask, functional_cache, memory_cache, read
+from latentmem.core.prefix import (
+    Decoder,
+    Front,
+    MemoryCache,
+    Prefix,
+    attention_mask,
+    functional_cache,
+    memory_cache,
+    read,
+)
+from latentmem.core.recall import Projectors, Recall, Recalled
 from latentmem.core.write import first_states, write_exact, write_exact_rows, write_paper
 from latentmem.prompts import Prompts, Style
 
@@ -89,16 +100,20 @@ class Context:
         fronts: one for any number of rows, or one for each row; None where nothing stands in front.
         rooms: tokens that fit behind each.
         adapter: which adapter reads them, if any.
+        searched: the memories whose long-term part is still to be searched for what a row asks; () or one for each.
     """
 
     fronts: tuple[Front | None, ...]
     rooms: tuple[int, ...]
     adapter: str | None
+    searched: tuple[Memory | None, ...] = ()
 
     @property
     def lengths(self) -> list[int]:
-        """Positions of each front."""
-        return [front.P if front else 0 for front in self.fronts]
+        """Positions of each front, with what will be retrieved."""
+        searched = self.searched or (None,) * len(self.fronts)
+        both = zip(self.fronts, searched, strict=True)
+        return [(front.P if front else 0) + (memory.R if memory else 0) for front, memory in both]
 
     @property
     def length(self) -> int:
@@ -114,7 +129,8 @@ class Context:
         """The context of these rows."""
         if len(self.fronts) == 1:
             return self
-        return Context(tuple(self.fronts[i] for i in rows), tuple(self.rooms[i] for i in rows), self.adapter)
+        searched = tuple(self.searched[i] for i in rows) if self.searched else ()
+        return Context(tuple(self.fronts[i] for i in rows), tuple(self.rooms[i] for i in rows), self.adapter, searched)
 
 
 class MemoryModel:
@@ -131,6 +147,7 @@ class MemoryModel:
         adapters: the write/read pair inside `base`, if any.
         trained: bos, mark and pool of a released checkpoint, if any.
         shape: of the memory that the adapters were trained with, if it is known.
+        projectors: a trained retriever of a long-term memory, if any.
         first_token: id of the sink; by default bos, else the first id of the chat template.
         identity: hash of the weights; by default `fingerprint(base)`.
 
@@ -148,6 +165,7 @@ class MemoryModel:
         adapters: Adapters | None = None,
         trained: Trained | None = None,
         shape: Shape | None = None,
+        projectors: Projectors | None = None,
         first_token: int | None = None,
         identity: str | None = None,
     ) -> None:
@@ -158,6 +176,7 @@ class MemoryModel:
         linear.choose(base)
         self.decoder = Decoder(base)
         self.adapters, self.trained, self.shape = adapters, trained, shape
+        self.recall = Recall(self.decoder, projectors)
         self.prompts = Prompts(tokenizer, style) if tokenizer is not None else None
         self.tokenizer_identity = self.prompts.identity if self.prompts else ""
         self._first_token = first_token
@@ -182,6 +201,7 @@ class MemoryModel:
         compression: int | None = None,
         seed: int = 0,
         choice: str | None = None,
+        longterm: int | Mapping[str, Any] | None = None,
     ) -> Memory:
         """A memory to begin with: one that holds nothing, or, for a released checkpoint, the checkpoint's own pool.
 
@@ -195,12 +215,17 @@ class MemoryModel:
             seed: determines every random drop.
             choice: which token of c becomes a slot, by default "last" of each group; "surprise" those of a piece that
                 were expected least.
+            longterm: R, the slots that a question takes from what the memory has dropped, or a mapping with it and more
+                fields of `core.longterm.LongTerm`; by default what is dropped is lost.
 
         Raises:
             ValueError: sizes that do not fit each other, the model's context, or the checkpoint.
         """
+        settings = _longterm(longterm)
         if self.trained is not None:
             pool = self.trained.pool
+            if settings:
+                pool = self._with_longterm(pool, settings)
             asked = {"N": N, "K": K, "preset": preset, "compression": compression, "choice": choice}
             for what, value in asked.items():
                 if value is not None and value != getattr(pool, what):
@@ -215,9 +240,10 @@ class MemoryModel:
             compression = self.shape.compression if compression is None else compression
             choice = self.shape.choice if choice is None else choice
         compression = 1 if compression is None else compression
+        R = settings.get("R", 0)
         if N is None:
             N = 2048
-            while N > 8 and self._positions_needed(N, K or min(256, N // 8), preset, compression) > self._limit:
+            while N > 8 and self._positions_needed(N, K or min(256, N // 8), preset, compression, R) > self._limit:
                 N //= 2
         K = min(256, max(1, N // 8)) if K is None else K
         memory = memories.empty(
@@ -232,11 +258,14 @@ class MemoryModel:
             choice=choice or "last",
             seed=seed,
         )
-        need = self._positions_needed(N, K, preset, compression)
+        if settings:
+            memory = replace(memory, longterm=empty_longterm(self.decoder.L, **settings))
+        need = self._positions_needed(N, K, preset, compression, R)
         if need > self._limit:
+            more = f", {R} retrieved ones" if R else ""
             raise ValueError(
-                f"a memory of N={N} slots and a text of {memory.piece} tokens need {need} positions, "
-                f"and this model has {self._limit}. Choose a smaller N or K."
+                f"a memory of N={N} slots{more} and a text of {memory.piece} tokens need {need} positions, "
+                f"and this model has {self._limit}. Choose a smaller N{', R' if R else ''} or K."
             )
         return replace(
             memory,
@@ -250,7 +279,19 @@ class MemoryModel:
         """A memory without a slot, so that the plain model answers, also for a checkpoint with a pool of its own."""
         start = self.empty()
         slots, births, origins = start.slots[:, :0], start.births[:, :0], start.origins[:, :0]
-        return replace(start, slots=slots, births=births, origins=origins)
+        return replace(start, slots=slots, births=births, origins=origins, longterm=None)
+
+    def _with_longterm(self, pool: Memory, settings: dict[str, Any]) -> Memory:
+        """A checkpoint's pool with a long-term memory; one that has its own keeps it."""
+        if pool.longterm is None:
+            return replace(pool, longterm=empty_longterm(pool.L, pool.M, **settings))
+        for what, value in settings.items():
+            if value != getattr(pool.longterm, what):
+                raise ValueError(
+                    f"this checkpoint's long-term memory has {what}={getattr(pool.longterm, what)}, got {value}; "
+                    f"leave it out."
+                )
+        return pool
 
     def check(self, memory: Memory) -> None:
         """Refuse a memory that this model can not read.
@@ -384,27 +425,73 @@ class MemoryModel:
         """The memory after an update, with its prefix derived from the one before."""
         dropped = memories.draw(memory, new.shape[1])
         on_device = replace(memory, slots=memory.slots.to(new.device))
-        following = memories.update(on_device, new, dropped=dropped, source=source, tokens=tokens)
+        keys = self.recall.new_keys(on_device, dropped) if memory.longterm is not None else None
+        following = memories.update(on_device, new, dropped=dropped, source=source, tokens=tokens, keys=keys)
         with self.using(READ):
             fresh = self.decoder.project_all(new)
         self._keep(following, self._prefix(memory).after(memories.kept(dropped, memory.M), fresh))
         return following
 
-    def logits(self, memory: Memory, ids: Ids) -> Tensor:
+    @overload
+    def logits(self, memory: Memory, ids: Ids, *, return_retrieved: Literal[False] = ...) -> Tensor: ...
+
+    @overload
+    def logits(self, memory: Memory, ids: Ids, *, return_retrieved: Literal[True]) -> tuple[Tensor, list[Tensor]]: ...
+
+    def logits(
+        self, memory: Memory, ids: Ids, *, return_retrieved: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Logits of the next token at every position of `ids` read behind the memory, [n, vocab].
 
         Differentiable in the memory's slots and in whatever weights have gradients on.
+
+        Args:
+            return_retrieved: give the long-term slots that `ids` take, too: for each layer the places in its store,
+                [R] int64, oldest first.
         """
+        tokens = self._ids(ids)
+        chosen = self._chosen(memory, tokens)
+        logits = self._read(memory, tokens[None], chosen)
+        return (logits, chosen) if return_retrieved else logits
+
+    def _chosen(self, memory: Memory, tokens: Tensor) -> list[Tensor]:
+        """The long-term slots that tokens [n] take in each layer."""
         self.check(memory)
-        tokens = self._ids(ids)[None]
+        if memory.longterm is None or not memory.R:
+            return [torch.zeros(0, dtype=torch.long)] * self.decoder.L
+        prefix = self._prefix(memory)
+        with torch.no_grad(), self.using(READ):
+            return self.recall.chosen(memory.longterm, prefix, tokens)
+
+    def _read(self, memory: Memory, tokens: Tensor, chosen: Sequence[Tensor]) -> Tensor:
+        """`logits` of tokens [1, n] behind a memory and the long-term slots `chosen`."""
         self._fits(memory, tokens.shape[1])
-        if memory.M == 0:
+        if not memory.holds:
             with self.using(None):
                 return self.base(input_ids=tokens, use_cache=False).logits[0]
         with self.using(READ):
-            cache = self._functional(memory) or self._prefix(memory).cache(store=False)
+            cache = self._functional(memory, chosen)
+            if cache is None:
+                cache = memory_cache([self._front(memory, chosen)], self.decoder, store=False)
             mask = attention_mask(cache, tokens)
             return self.base(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=False).logits[0]
+
+    def _front(self, memory: Memory, chosen: Sequence[Tensor]) -> Front:
+        prefix = self._prefix(memory)
+        return self.recall.front(memory, prefix, chosen) if len(chosen[0]) else prefix.front
+
+    def front(self, memory: Memory, ids: Ids) -> Front | None:
+        """What stands in front of a prompt: a memory with the long-term slots that the prompt takes; None: nothing."""
+        chosen = self._chosen(memory, self._ids(ids))
+        return self._front(memory, chosen) if memory.holds else None
+
+    @torch.no_grad()
+    def search_again(self, front: Front | None, ids: Ids) -> bool:
+        """Let a prompt and what was answered so far take other long-term slots; whether they are others."""
+        if not isinstance(front, Recalled):
+            return False
+        with self.using(READ):
+            return front.choose(self.recall.chosen(front.store, front.prefix, self._ids(ids)))
 
     @torch.no_grad()
     def score(self, memory: Memory, ids: Ids, answer: Ids) -> Score:
@@ -420,20 +507,26 @@ class MemoryModel:
             answer: what was said.
 
         Returns:
-            [L, M] float32 on the CPU, the mean over heads and over the answer's tokens; what is missing to 1 in a layer
-            went to the first position and to the text itself.
+            [L, R + M] float32 on the CPU, the R long-term slots first that the question takes; the mean over heads and
+            over the answer's tokens. What is missing to 1 in a layer went to the first position and to the text itself.
 
         Raises:
             ValueError: no ids, a memory of another model, or an attention that shows no weights.
         """
+        return self._attended(memory, ids, answer)[0]
+
+    def _attended(self, memory: Memory, ids: Ids, answer: Ids) -> tuple[Tensor, list[Tensor]]:
         asked, said = self._ids(ids), self._ids(answer)
+        chosen = self._chosen(memory, asked)
         with attention.watching(self.base) as seen:
-            self.logits(memory, torch.cat([asked, said]))
+            self._read(memory, torch.cat([asked, said])[None], chosen)
         if len(seen) != self.decoder.L:
             raise ValueError(f"the attention of {self.name} gave weights in {len(seen)} of {self.decoder.L} layers.")
-        P, M = self.positions(memory), memory.M
-        return torch.stack([layer[-len(said) - 1 : -1, P - M : P].mean(0) for layer in seen]).cpu()
+        P = self.positions(memory)
+        start = P - memory.M - memory.R
+        return torch.stack([layer[-len(said) - 1 : -1, start:P].mean(0) for layer in seen]).cpu(), chosen
 
+    @torch.no_grad()
     def sources_of(self, memory: Memory, question: str, answer: str) -> dict[str, float]:
         """Which sources an answer drew on: the share of the attention to the memory that went to each.
 
@@ -444,14 +537,18 @@ class MemoryModel:
         Raises:
             ValueError: as `attended`.
         """
-        if not memory.M:
+        if not memory.holds:
             return {}
         prompts = self.prompts_or_raise()
-        mass = self.attended(memory, prompts.question(question, bare=True), prompts.answer(question, answer))
+        asked = prompts.question(question, bare=True)
+        mass, chosen = self._attended(memory, asked, prompts.answer(question, answer))
         mass = mass / mass.sum(1, keepdim=True)
+        origins = memory.origins
+        if memory.longterm is not None and memory.R:
+            origins = torch.cat([memory.longterm.column("origins").gather(1, torch.stack(chosen)), origins], dim=1)
         names = {i: source.name for i, source in enumerate(memory.sources)}
-        older = {-1: ""} if (memory.origins < 0).any() else {}
-        return {name: (mass * (memory.origins == i)).sum(1).mean().item() for i, name in {**older, **names}.items()}
+        older = {-1: ""} if (origins < 0).any() else {}
+        return {name: (mass * (origins == i)).sum(1).mean().item() for i, name in {**older, **names}.items()}
 
     def behind(self, memory: Memory | Sequence[Memory]) -> Context:
         """A memory as the context of many rows, or several as the contexts of as many rows.
@@ -464,8 +561,18 @@ class MemoryModel:
             raise ValueError("no memory was given; give at least one.")
         for one in some:
             self.check(one)
-        fronts = tuple(self._prefix(one).front if one.M else None for one in some)
-        return Context(fronts, tuple(self.room(one) for one in some), READ)
+        fronts = tuple(self._prefix(one).front if one.holds else None for one in some)
+        searched = tuple(one if one.R else None for one in some)
+        return Context(fronts, tuple(self.room(one) for one in some), READ, searched if any(searched) else ())
+
+    def _recalled(self, context: Context, prompts: Sequence[Tensor]) -> Context:
+        """The context with what each row's prompt takes of the long-term memory in front of it."""
+        if not any(context.searched):
+            return context
+        times = len(prompts) // len(context.fronts)
+        rows = zip(prompts, context.searched * times, context.fronts * times, strict=True)
+        fronts = tuple(front if memory is None else self.front(memory, ids) for ids, memory, front in rows)
+        return Context(fronts, context.rooms * times, context.adapter)
 
     @torch.no_grad()
     def plain(self, ids: Sequence[int]) -> Context:
@@ -501,6 +608,7 @@ class MemoryModel:
 
     def _scores(self, context: Context, pairs: list[tuple[Tensor, Tensor]]) -> list[Score]:
         """`score_rows` in one pass."""
+        context = self._recalled(context, [prompt for prompt, _ in pairs])
         rows = [torch.cat(pair) for pair in pairs]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # right: no row looks at its padding
         for row, room in zip(rows, context.rooms * (len(rows) // len(context.rooms)), strict=True):
@@ -573,13 +681,15 @@ class MemoryModel:
             text = torch.ones(len(rows), n, dtype=torch.long, device=self.decoder.device)
             for line, i in zip(text, rows, strict=True):
                 line[: n - lengths[i]] = 0
+            some = self._recalled(some, [prompts[i] for i in rows])
+            cache = self._cache(some, store=True)
             with self.using(_adapter(some)):
                 output = self.base.generate(
                     input_ids=torch.stack([_padded(prompts[i], n, pad) for i in rows]),
                     attention_mask=self._mask(some, text),
-                    past_key_values=self._cache(some, store=True),
+                    past_key_values=cache,
                     streamer=streamer(rows, ends) if streamer else None,
-                    **generate_kwargs,
+                    **self._searching(cache, [prompts[i] for i in rows], n, generate_kwargs),
                 )
             criteria = option("stopping_criteria") or option("stop_strings")
             for i, answers in zip(rows, output.unflatten(0, (len(rows), -1)), strict=True):
@@ -602,11 +712,10 @@ class MemoryModel:
         windows = self.decoder.slides
         if len(context.fronts) not in (1, len(lengths)):
             raise ValueError(f"give as many rows as memories: got {len(lengths)} and {len(context.fronts)}.")
-        fronts = context.fronts * len(lengths) if len(context.fronts) == 1 else context.fronts
+        positions = context.lengths * len(lengths) if len(context.fronts) == 1 else context.lengths
         alike: dict[tuple[int, int], list[int]] = {}
-        for i, (front, length) in enumerate(zip(fronts, lengths, strict=True)):
-            P = front.P if front else 0
-            kind = (P if alone else min(P, 1), length if alone or (windows and front) else 0)
+        for i, (P, length) in enumerate(zip(positions, lengths, strict=True)):
+            kind = (P if alone else min(P, 1), length if alone or (windows and P) else 0)
             alike.setdefault(kind, []).append(i)
         most = most or ROWS
         return [rows[i : i + most] for rows in alike.values() for i in range(0, len(rows), most)]
@@ -669,7 +778,7 @@ class MemoryModel:
         if self.base.generation_config.pad_token_id is None and generate_kwargs.get("pad_token_id") is None:
             generate_kwargs["pad_token_id"] = self._pad_id()
         if cache is None:
-            cache = self.text_cache(memory)
+            cache = self.text_cache(memory, tokens)
         settings = generate_kwargs.get("generation_config") or self.base.generation_config
         new, longest, beams, rows = (
             generate_kwargs.get(key) or getattr(settings, key, None) or 0
@@ -679,13 +788,37 @@ class MemoryModel:
         if past and max(beams, rows) > 1:
             raise ValueError("a cache that already holds text has one row: beams and several answers need a fresh one.")
         self._fits(memory, past + tokens.shape[1], new or max(0, longest - tokens.shape[1]))
-        with self.using(READ if memory.M else None):
+        with self.using(READ if memory.holds else None):
             return self.base.generate(
                 input_ids=tokens,
                 attention_mask=attention_mask(cache, tokens),
                 past_key_values=cache,
-                **generate_kwargs,
+                **self._searching(cache, [tokens[0]], tokens.shape[1], generate_kwargs),
             )
+
+    def _searching(
+        self, cache: Cache | None, prompts: Sequence[Tensor], n: int, generate_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Options of `generate` by which long-term memories are searched again while answers of n tokens on grow."""
+        fronts = cache.fronts if isinstance(cache, MemoryCache) else []
+        due = [i for i, front in enumerate(fronts) if isinstance(front, Recalled) and front.store.every]
+        if not due:
+            return generate_kwargs
+        from transformers import StoppingCriteriaList
+
+        def again(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            changed = False
+            for i in due:
+                every = fronts[i].store.every
+                if ids.shape[1] > n and (ids.shape[1] - n) % every == 0:
+                    said = ids[cache.row_of(i), -every:]
+                    changed |= self.search_again(fronts[i], torch.cat([prompts[i], said]))
+            if changed:
+                cache.changed()
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        criteria = [again, *(generate_kwargs.get("stopping_criteria") or [])]
+        return {**generate_kwargs, "stopping_criteria": StoppingCriteriaList(criteria)}
 
     def _generate_many(
         self,
@@ -709,9 +842,27 @@ class MemoryModel:
             raise ValueError(f"a stream gives one answer to each question, got num_return_sequences={answers}.")
         return self._generate(self.behind(memory), ids, streamer, **generate_kwargs) if len(ids) else []
 
-    def text_cache(self, memory: Memory) -> Cache | None:
-        """A fresh cache with the memory and no text in it; None for an empty memory: the plain model makes its own."""
-        return self._prefix(memory).cache() if memory.M else None
+    def text_cache(self, memory: Memory, ids: Ids | None = None, old: Cache | None = None) -> Cache | None:
+        """A cache with the memory and no text in it; None for an empty memory: the plain model makes its own.
+
+        Args:
+            ids: what will be asked, and the long-term memory is searched for.
+            old: one of this memory with text in it, which is given back where the same stands in front.
+
+        Raises:
+            ValueError: no ids for a memory that has a long-term part.
+        """
+        if not memory.holds:
+            return None
+        if ids is None and memory.R:
+            raise ValueError("this memory has a long-term part, which is searched for what is asked: give `ids`.")
+        front = self._prefix(memory).front if ids is None else self.front(memory, ids)
+        assert front is not None
+        if isinstance(old, MemoryCache):
+            there = old.fronts[0]
+            if there.stands(front) if isinstance(there, Recalled) else there is front:
+                return old
+        return memory_cache([front], self.decoder, store=True)
 
     # --- text -------------------------------------------------------------------------------------------------------
 
@@ -778,7 +929,7 @@ class MemoryModel:
         if generate_kwargs.get("num_return_sequences", 1) != 1 or generate_kwargs.get("return_dict_in_generate"):
             raise ValueError("`ask` gives one answer as text; use `generate_ids` for several, or for scores.")
         pairs, many = _pairs(memory, question)
-        prompts = [self.prompts_or_raise().question(q, bare=m.M > 0) for m, q in pairs]
+        prompts = [self.prompts_or_raise().question(q, bare=m.holds) for m, q in pairs]
         if many:
             outputs = self.generate_ids([m for m, _ in pairs], prompts, **generate_kwargs)
         else:
@@ -803,7 +954,7 @@ class MemoryModel:
             Pieces of text; for several questions pairs (number of the question, piece), as they come.
         """
         pairs, many = _pairs(memory, question)
-        prompts = [self.prompts_or_raise().question(q, bare=m.M > 0) for m, q in pairs]
+        prompts = [self.prompts_or_raise().question(q, bare=m.holds) for m, q in pairs]
         if many:
             return self.stream_ids([m for m, _ in pairs], prompts, **generate_kwargs)
         return self.stream_ids(pairs[0][0], prompts[0], **generate_kwargs)
@@ -884,7 +1035,7 @@ class MemoryModel:
 
     def positions(self, memory: Memory) -> int:
         """P, the positions that a memory takes in front of the text: sink or bos and M, or 0 if it is empty."""
-        return self.first.shape[1] + memory.M if memory.M else 0
+        return self.first.shape[1] + memory.R + memory.M if memory.holds else 0
 
     def _prefix(self, memory: Memory) -> Prefix:
         """Keys and values of [first ; slots], made once per memory and derived from the parent's where it was there."""
@@ -926,13 +1077,14 @@ class MemoryModel:
         stamp = self._state()
         if stamp != self._stamp:
             self._prefixes.clear()
+            self.recall.clear()
             self._first, self._stamp = None, stamp
 
     def _state(self) -> tuple[int, torch.dtype, torch.device]:
         return changes(self.base), self.decoder.dtype, self.decoder.device
 
-    def _functional(self, memory: Memory) -> Cache | None:
-        """The prefix with gradients, if there is anything to differentiate."""
+    def _functional(self, memory: Memory, chosen: Sequence[Tensor] = ()) -> Cache | None:
+        """The prefix with gradients, if there is anything to differentiate; `chosen` of the long-term slots in it."""
         if not torch.is_grad_enabled():
             return None
         if not (memory.slots.requires_grad or any(p.requires_grad for p in self.base.parameters())):
@@ -946,6 +1098,10 @@ class MemoryModel:
             return under_read
 
         hidden = torch.cat([self.first, memory.slots.to(self.decoder.device)], dim=1)
+        if memory.longterm is not None and chosen and len(chosen[0]):
+            store, s = memory.longterm, self.first.shape[1]
+            taken = torch.stack([self.recall.slots(store, i, places) for i, places in enumerate(chosen)])
+            hidden = torch.cat([hidden[:, :s], taken, hidden[:, s:]], dim=1)
         return functional_cache(self.decoder, hidden, reading)
 
     def using(self, adapter: str | None) -> contextlib.AbstractContextManager[None]:
@@ -978,17 +1134,18 @@ class MemoryModel:
         if self.trained:  # a checkpoint was trained behind its pool
             return self._limit
         M = min(memory.N, memory.M + more)
-        return self._limit - (1 + M if M else 0)
+        R = memory.longterm.R if memory.longterm is not None and more else memory.R
+        return self._limit - (1 + R + M if R + M else 0)
 
     @property
     def _limit(self) -> int:
         return getattr(self.base.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
     @staticmethod
-    def _positions_needed(N: int, K: int, preset: str, compression: int) -> int:
+    def _positions_needed(N: int, K: int, preset: str, compression: int, R: int = 0) -> int:
         """Positions of the longest pass: a question behind all slots, or one piece behind what a write sees."""
         seen, piece = (K, memories.PAPER_PIECE) if preset == "paper" else (N, K * compression)
-        return 1 + max(N + 1, seen + piece)
+        return 1 + max(R + N + 1, seen + piece)
 
     def _pad_id(self) -> int | None:
         """The id that fills rows which ended: the model's own, else its end token."""
@@ -1030,6 +1187,18 @@ def _set_defaults(generate_kwargs: dict[str, Any]) -> None:
     settings = generate_kwargs.get("generation_config")
     if False in (generate_kwargs.get("use_cache"), getattr(settings, "use_cache", None)):
         raise ValueError("use_cache=False: a memory is read through the cache; leave it on.")
+
+
+def _longterm(asked: int | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Settings of a long-term memory; {}: none."""
+    known = ("R", "limit", "group", "every", "rule", "period")
+    settings = {"R": asked} if isinstance(asked, int) else dict(asked or {})
+    if not settings.get("R") and set(settings) <= {"R"}:
+        return {}
+    unknown = sorted(set(settings) - set(known))
+    if unknown or not isinstance(settings.get("R"), int):
+        raise ValueError(f"a long-term memory is R slots, or a mapping of {', '.join(known)} with R: got {asked!r}.")
+    return settings
 
 
 def _looks_back(option: Callable[[str], Any]) -> Iterator[bool]:

@@ -1,4 +1,4 @@
-"""The released checkpoints memoryllm-7b, -8b and -8b-chat <-> ours: names of keys, the LoRA pair, bos, mark, pool.
+"""The released checkpoints memoryllm-7b, -8b, -8b-chat and mplus-8b <-> ours: names, LoRA pair, bos, mark, pool, store.
 
 theirs                           ours
 memory [L, N, d]                 the pool: `llm.empty()`
@@ -6,7 +6,14 @@ bos_embedding [L, 1, d]          what stands first in each layer
 new_memory_positional_emb        mark: added to the last K positions of a write
 lora ... .default.weight         adapter "write"
 lora ... .decoder_adapter.weight adapter "read"
-num_tokens, num_blocks           K, N / K
+num_tokens, num_blocks           K, N / K; in M+ (N + R) / K
+
+only M+:
+num_ltm_blocks                   R / K
+ltm, ltm_keys [S, d], [S, width] slots and keys of the long-term memory, of each layer
+ltm_ages [S]                     orders, negated
+ltm_recall_frequencies [S]       frequencies
+query_proj, key_proj, ...        the trained retriever, `core.recall.Projectors`
 """
 
 from __future__ import annotations
@@ -20,7 +27,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from latentmem.adapters import Adapters, insert
+from latentmem.core.longterm import FREQUENCY, LongTerm, Some
 from latentmem.core.memory import Memory
+from latentmem.core.recall import Projectors
 from latentmem.model import MemoryModel, Trained, fingerprint
 
 KEYS = ("num_blocks", "num_tokens", "add_bos_embedding", "lora_config", "add_decoder_lora")
@@ -38,8 +47,14 @@ LEGACY = """
 """.split()  # noqa: SIM905 - shorter to read than 45 quoted words
 UNUSED = ("shrink_to_one_embedding", "tune_special_tokens", "special_token_ids")  # variants; accepted when off
 OPTIONAL = ("drop_memory_per_layer", "num_memory_tokens")
-MPLUS = ("num_ltm_blocks", "ltm_initial_size", "add_selector", "update_ltm_mode")
+PLUS: dict[str, Any] = {  # keys of M+, and what is understood of those that have to be so
+    **dict.fromkeys(("num_ltm_blocks", "ltm_initial_size", "selector_hidden_dim", "update_ltm_frequency")),
+    **{"update_ltm_mode": "immediate", "initial_rf_when_moving_stm_to_ltm": FREQUENCY, "decay_frequency": 1},
+    **{"add_selector": True, "num_selector_layers": 2, "add_encoder_retriever": True, "detach_hidden_state": None},
+}
 OWN = ("memory", "bos_embedding", "new_memory_positional_emb", "initialized")
+STORE = ("ltm", "ltm_keys", "ltm_ages", "ltm_recall_frequencies")
+PROJECTORS = ("query_proj", "key_proj", "encoder_query_proj")
 NAMES = {".default.": ".write.", ".decoder_adapter.": ".read."}
 
 
@@ -48,7 +63,7 @@ def is_released(config: dict[str, Any]) -> bool:
     return (
         config.get("model_type") == "memoryllm"
         or "num_blocks" in config
-        or "MemoryLLM" in str(config.get("architectures"))
+        or any(name in str(config.get("architectures")) for name in ("MemoryLLM", "MPlus"))
     )
 
 
@@ -66,6 +81,9 @@ def load(name: str, config: dict[str, Any], dtype: torch.dtype, device: torch.de
     theirs = _weights(name, config)
     own = {key: theirs.pop(key) for key in OWN if key in theirs}
     lora = {key: theirs.pop(key) for key in list(theirs) if ".lora_" in key}
+    plus = _is_plus(config)
+    store = {key: theirs.pop(key) for key in list(theirs) if plus and key.split(".")[0] in STORE}
+    retriever = {key: theirs.pop(key) for key in list(theirs) if plus and set(key.split(".")) & set(PROJECTORS)}
     base = _base(config, {key.replace(".base_layer.", "."): value for key, value in theirs.items()}, dtype)
     identity = fingerprint(base)
     tokenizer = _tokenizer(name)
@@ -74,13 +92,15 @@ def load(name: str, config: dict[str, Any], dtype: torch.dtype, device: torch.de
 
     adapters = _adapters(base, config, lora)
     base.to(device)
-    expected = [key for key in OWN if key != "bos_embedding" or config["add_bos_embedding"]]
+    left_out = [*(["initialized"] * plus), *(["bos_embedding"] * (not config["add_bos_embedding"]))]
+    expected = [key for key in OWN if key not in left_out]
     missing, unknown = [key for key in expected if key not in own], [key for key in own if key not in expected]
     if unknown:
         raise ValueError(f"the checkpoint has {', '.join(unknown)}, which its config.json says it has not.")
     if missing:
         raise ValueError(f"the checkpoint lacks {', '.join(missing)}: it is not a complete MemoryLLM checkpoint.")
-    N, K = config["num_blocks"] * config["num_tokens"], config["num_tokens"]
+    K = config["num_tokens"]
+    N = (config["num_blocks"] - config.get("num_ltm_blocks", 0)) * K
     L, d = config["num_hidden_layers"], config["hidden_size"]
     shapes = {
         "memory": [L, N, d],
@@ -91,7 +111,7 @@ def load(name: str, config: dict[str, Any], dtype: torch.dtype, device: torch.de
     for key, shape in shapes.items():
         if key in own and list(own[key].shape) != shape:
             raise ValueError(f"the checkpoint's {key} has the shape {list(own[key].shape)}, expected {shape}.")
-    if not own["initialized"]:
+    if not own.get("initialized", plus):
         raise ValueError("the checkpoint's memory was never written (initialized = 0): it has no pool to start from.")
     from latentmem.prompts import Prompts
 
@@ -107,33 +127,81 @@ def load(name: str, config: dict[str, Any], dtype: torch.dtype, device: torch.de
         adapters=adapters.identity,
         tokenizer=Prompts(tokenizer).identity if tokenizer is not None else "",
         model_name=name,
+        longterm=_store(config, store, N) if plus else None,
     )
     extra = Trained(
         bos=own.get("bos_embedding", own["memory"][:, :0]).to(device, dtype),
         mark=own["new_memory_positional_emb"][0, 0].to(device, dtype),
         pool=pool,
     )
-    return MemoryModel(base, tokenizer, name=name, adapters=adapters, trained=extra, identity=identity)
+    projectors = _projectors(config, retriever, device, dtype) if plus else None
+    return MemoryModel(
+        base, tokenizer, name=name, adapters=adapters, trained=extra, projectors=projectors, identity=identity
+    )
+
+
+def _is_plus(config: dict[str, Any]) -> bool:
+    return bool(set(PLUS) & set(config))
+
+
+def _store(config: dict[str, Any], found: dict[str, Tensor], N: int) -> LongTerm:
+    """The long-term memory of a checkpoint; slots of its pool count as the newest that were ever written."""
+    L, d, S, K = config["num_hidden_layers"], config["hidden_size"], config["ltm_initial_size"], config["num_tokens"]
+    shapes = {"ltm": (S, d), "ltm_keys": (S, config["selector_hidden_dim"]), "ltm_ages": (S,)}
+    shapes["ltm_recall_frequencies"] = (S,)
+    meta = {f"{key}.{i}": torch.empty(shape, device="meta") for key, shape in shapes.items() for i in range(L)}
+    _same_keys({key: tensor.shape for key, tensor in meta.items()}, found, "long-term memory")
+    each = {key: torch.stack([found[f"{key}.{i}"] for i in range(L)]) for key in STORE}
+    old = torch.zeros(L, S, dtype=torch.int32)
+    some = Some(each["ltm"], old, old - 1, -each["ltm_ages"].round().long(), each["ltm_keys"])
+    store = LongTerm(
+        R=config["num_ltm_blocks"] * K,
+        places=torch.full((L, N), K - 1, dtype=torch.int32),
+        limit=1 << 62,
+        group="slot",
+        every=0,
+        rule="frequency",
+        frequencies=each["ltm_recall_frequencies"].float(),
+        period=config["update_ltm_frequency"] * K,
+    )
+    return store.with_more(some)
+
+
+def _projectors(
+    config: dict[str, Any], found: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> Projectors:
+    """The trained retriever, every weight accounted for."""
+    L, d, width = config["num_hidden_layers"], config["hidden_size"], config["selector_hidden_dim"]
+    hidden = next((w.shape[0] for key, w in sorted(found.items()) if key.endswith(".0.weight")), d // 2)
+    shapes = {0: torch.Size((hidden, d)), 2: torch.Size((width, hidden))}
+    names = {(p, i): f"model.layers.{i}.self_attn.{p}" for p in PROJECTORS for i in range(L)}
+    expected = {f"{name}.{k}.weight": shape for name in names.values() for k, shape in shapes.items()}
+    _same_keys(expected, found, "retriever")
+
+    def pairs(which: str) -> list[tuple[Tensor, Tensor]]:
+        at = [names[which, i] for i in range(L)]
+        return [tuple(found[f"{name}.{k}.weight"].to(device, dtype) for k in shapes) for name in at]  # type: ignore[misc]
+
+    return Projectors(pairs("query_proj"), pairs("key_proj"), pairs("encoder_query_proj"), torch.nn.functional.silu)
 
 
 def _check_config(config: dict[str, Any]) -> None:
-    plus = [key for key in MPLUS if key in config]
-    if plus:
-        raise ValueError(
-            f"this is an M+ checkpoint (it has {', '.join(plus)}); its long-term memory is not supported yet."
-        )
     from transformers import LlamaConfig
 
-    standard = {*LlamaConfig().to_dict(), *LEGACY, *KEYS, *OPTIONAL}
+    plus = PLUS if _is_plus(config) else {}
+    standard = {*LlamaConfig().to_dict(), *LEGACY, *KEYS, *OPTIONAL, *plus}
     unknown = sorted(key for key in config if key not in standard and not key.startswith("_"))
     unknown = [key for key in unknown if key not in UNUSED or config[key]]
     if unknown:
         raise ValueError(f"the checkpoint's config.json has unknown keys: {', '.join(unknown)}.")
-    missing = [key for key in KEYS if key not in config]
+    missing = [key for key in (*KEYS, *plus) if key not in config]
     lora = config.get("lora_config") or {}
     missing += [f"lora_config.{key}" for key in LORA_KEYS if key not in lora]
     if missing:
         raise ValueError(f"the checkpoint's config.json lacks {', '.join(missing)}.")
+    for key, value in plus.items():
+        if value is not None and config[key] != value:
+            raise ValueError(f"the checkpoint's {key} = {config[key]!r} is not supported; {value!r} is.")
     tokens = config.get("num_memory_tokens")
     if tokens not in (None, config["num_blocks"] * config["num_tokens"]):
         raise ValueError(f"the checkpoint's num_memory_tokens = {tokens} is not num_blocks * num_tokens.")
@@ -177,6 +245,7 @@ def _base(config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype
     not_llama = {
         *KEYS,
         *OPTIONAL,
+        *PLUS,
         "architectures",
         "model_type",
         "auto_map",

@@ -151,8 +151,8 @@ def test_a_missing_lora_setting_is_named(changed, key):
         load(changed(lambda config: config["lora_config"].pop(key)))
 
 
-def test_an_mplus_checkpoint_is_refused_by_name(changed):
-    with pytest.raises(ValueError, match=r"M\+.*num_ltm_blocks"):
+def test_an_mplus_checkpoint_without_its_other_keys_names_them(changed):
+    with pytest.raises(ValueError, match=r"lacks ltm_initial_size, selector_hidden_dim"):
         load(changed(lambda config: config.update(num_ltm_blocks=4)))
 
 

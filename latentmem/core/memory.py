@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from latentmem.core.longterm import LongTerm
+
 PRESETS = ("exact", "paper")
 CHOICES = ("last", "surprise")
 PAPER_PIECE = 512  # tokens: the longest text that the released models were trained to write at once
@@ -53,6 +55,7 @@ class Memory:
         quota: the share of N that pinned slots may take in a layer.
         model, adapters, tokenizer: identities (hashes) of what wrote it; "" = none.
         model_name: the name by which that model was loaded, a hint for people and for the command line.
+        longterm: what it has dropped, if that is kept; see `core.longterm`.
         version: checksum of the snapshot that holds this very memory; "" = not saved.
         parent: version of the newest ancestor that was saved; "" = none.
 
@@ -79,6 +82,7 @@ class Memory:
     adapters: str = ""
     tokenizer: str = ""
     model_name: str = ""
+    longterm: LongTerm | None = None
     version: str = ""
     parent: str = ""
 
@@ -107,6 +111,8 @@ class Memory:
             shape = tuple(getattr(self, name).shape)
             if shape != (self.L, self.M):
                 raise ValueError(f"{name} must be [L, M] = {[self.L, self.M]}, got {list(shape)}.")
+        if self.longterm is not None and tuple(self.longterm.places.shape) != (self.L, self.M):
+            raise ValueError(f"a long-term memory for {list(self.longterm.places.shape)} slots was given, not [L, M].")
 
     @property
     def L(self) -> int:
@@ -119,6 +125,16 @@ class Memory:
     @property
     def d(self) -> int:
         return self.slots.shape[2]
+
+    @property
+    def R(self) -> int:
+        """Slots that a question takes from the long-term memory, in each layer."""
+        return self.longterm.most if self.longterm is not None else 0
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is anything to read."""
+        return self.M > 0 or self.R > 0
 
     @property
     def piece(self) -> int:
@@ -245,7 +261,13 @@ def kept(dropped: Tensor, M: int) -> Tensor:
 
 
 def update(
-    memory: Memory, new_slots: Tensor, *, dropped: Tensor | None = None, source: str = "", tokens: int = 0
+    memory: Memory,
+    new_slots: Tensor,
+    *,
+    dropped: Tensor | None = None,
+    source: str = "",
+    tokens: int = 0,
+    keys: Tensor | None = None,
 ) -> Memory:
     """Append new slots to a memory, dropping as many old ones as do not fit.
 
@@ -257,6 +279,7 @@ def update(
         dropped: which old slots go, [L, max(0, M + k - N)] indices; by default `draw(memory, k)`.
         source: the name under which the new slots are accounted; writes of one name are one source.
         tokens: tokens of text behind the new slots, for the account.
+        keys: what a trained retriever finds the dropped slots by, [L, dropped, width]; see `core.longterm`.
 
     Returns:
         The next memory, [L, min(M + k, N), d]. The given one is untouched.
@@ -279,8 +302,12 @@ def update(
     i = names.index(source) if source in names else len(names)
     old = memory.sources[i] if i < len(names) else Source(source, 0, 0)
     stays = kept(dropped, M)
+    longterm = memory.longterm
+    if longterm is not None:
+        longterm = longterm.after(memory.slots, memory.births, memory.origins, dropped, k, keys)
     following = replace(
         memory,
+        longterm=longterm,
         slots=_moved(memory.slots, stays.to(memory.slots.device), new_slots),
         births=torch.cat(
             [memory.births.gather(1, stays), torch.full((L, k), memory.updates + 1, dtype=torch.int32)], 1
@@ -337,6 +364,8 @@ def forget(memory: Memory, name: str) -> Memory:
     Args:
         name: the source.
 
+    What is long-term of it goes, too.
+
     Returns:
         The next memory, [L, M - most slots of the source in a layer, d]; updates and tokens are counted as before.
 
@@ -351,6 +380,7 @@ def forget(memory: Memory, name: str) -> Memory:
     origins = memory.origins.gather(1, stays)
     return replace(
         memory,
+        longterm=memory.longterm.kept(stays).without(i) if memory.longterm is not None else None,
         slots=_moved(memory.slots, stays.to(memory.slots.device), memory.slots[:, :0]),
         births=memory.births.gather(1, stays),
         origins=origins - (origins > i).int(),

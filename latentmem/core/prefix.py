@@ -17,7 +17,7 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -243,6 +243,7 @@ class Prefix:
     keys: list[Tensor]
     values: list[Tensor]
     s: int
+    _behind: tuple[int, list[Tensor]] | None = field(default=None, repr=False)
 
     @property
     def P(self) -> int:
@@ -253,6 +254,15 @@ class Prefix:
         """The keys of each layer at positions 0 .. P-1."""
         positions = torch.arange(self.P, device=self.keys[0].device)[None]
         return [self.decoder.rotate(i, k, positions) for i, k in enumerate(self.keys)]
+
+    def rotated_behind(self, R: int) -> list[Tensor]:
+        """The keys of each layer's slots where R positions stand between them and the leading ones."""
+        if self._behind is None or self._behind[0] != R:
+            positions = torch.arange(self.s + R, self.P + R, device=self.keys[0].device)[None]
+            turned = [self.decoder.rotate(i, k[:, :, self.s :], positions) for i, k in enumerate(self.keys)]
+            object.__setattr__(self, "_behind", (R, turned))
+        assert self._behind is not None
+        return self._behind[1]
 
     def after(self, kept: Tensor, new: list[KV]) -> Prefix:
         """The prefix of the next memory: slots `kept` [L, m] stay, `new` keys and values come behind; no projection."""
@@ -298,7 +308,30 @@ def read(decoder: Decoder, first: Tensor, slots: Tensor) -> Prefix:
     return prefix.after(none, bodies) if bodies else prefix
 
 
-def memory_cache(fronts: Sequence[Front], decoder: Decoder, *, store: bool, stacked: int | None = None) -> Cache:
+class MemoryCache(Cache):
+    """A cache whose layers are `MemoryLayer`s.
+
+    Args:
+        fronts: what stands in front of its rows.
+        layers: one for each layer of the model.
+    """
+
+    def __init__(self, fronts: Sequence[Front], layers: list[Any]) -> None:
+        super().__init__(layers=layers)
+        self.fronts = list(fronts)
+
+    def changed(self) -> None:
+        """Some front gives other keys and values than before, as many."""
+        for layer in self.layers:
+            layer.changed()
+
+    def row_of(self, front: int) -> int:
+        """The first row behind a front."""
+        layer: Any = self.layers[0]
+        return layer._rows.index(front)
+
+
+def memory_cache(fronts: Sequence[Front], decoder: Decoder, *, store: bool, stacked: int | None = None) -> MemoryCache:
     """A fresh cache that shows each layer what stands in front of its text; see `MemoryLayer`.
 
     Args:
@@ -306,8 +339,9 @@ def memory_cache(fronts: Sequence[Front], decoder: Decoder, *, store: bool, stac
         stacked: bytes up to which several are handed over in one tensor, too; by default `STACKED`.
     """
     apart = decoder.model.config._attn_implementation == attention.NAME
-    return Cache(
-        layers=[
+    return MemoryCache(
+        fronts,
+        [
             MemoryLayer(
                 [front.layers[i] for front in fronts],
                 max(front.P for front in fronts),
@@ -316,7 +350,7 @@ def memory_cache(fronts: Sequence[Front], decoder: Decoder, *, store: bool, stac
                 stacked=(STACKED if stacked is None else stacked) // decoder.L,
             )
             for i in range(decoder.L)
-        ]
+        ],
     )
 
 
@@ -332,7 +366,7 @@ def joined(parts: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], fronts: 
     own = list({id(front): front for front in fronts}.values())
     P, apart = max((front.P for front in own), default=0), getattr(parts[0][0].layers[0], "apart", False)
     layers = [MemoryLayer([f.layers[i] for f in own], P, apart=apart) if own else DynamicLayer() for i in range(L)]
-    cache = Cache(layers=layers)
+    cache = MemoryCache(own, layers)
     for i, layer in enumerate(cache.layers):
         text = []
         for part in ("keys", "values"):
@@ -426,6 +460,12 @@ class MemoryLayer(DynamicLayer):
         """Store a text that was read before, [B, heads, n, head width], with the memory that each row reads."""
         self._rows = list(rows)
         self._append(keys, values, rows)
+
+    def changed(self) -> None:
+        """What stands in front has changed, as long as before: what was made of it goes."""
+        self._stack = None
+        if not self.apart:
+            self._buffers = None
 
     def _stack_of(self, memories: Sequence[KV]) -> attention.Stack | None:
         """The memories in one tensor, made once, if they are not too large together."""

@@ -11,7 +11,7 @@ import mmap
 import os
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,12 @@ from safetensors.torch import save as save_bytes
 from safetensors.torch import save_file
 from torch import Tensor
 
+from latentmem.core import longterm
+from latentmem.core.longterm import Block, LongTerm, Some, Span
 from latentmem.core.memory import Memory, Source
 
 FORMAT = "latentmem memory 1"
+BLOCK_FORMAT = "latentmem block 1"
 Buffer = bytearray | mmap.mmap  # what can be read and, for torch, written
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -37,7 +40,12 @@ KINDS: dict[str, type] = {
     "sources": list,
     "quota": float,
 }
-LATER: dict[str, Any] = {"choice": "last", "quota": 0.5}  # what older files of this format do not say, and mean
+STORED = tuple(f"longterm.{name}" for name in ("slots", "births", "origins", "orders"))  # of a long-term memory
+LATER: dict[str, Any] = {
+    "choice": "last",
+    "quota": 0.5,
+    "longterm": None,
+}  # what older files of this format do not say, and mean
 HEADER = tuple(f.name for f in fields(Memory) if f.name not in (*TENSORS, "version"))
 
 
@@ -66,9 +74,34 @@ def save(memory: Memory, path: str | Path) -> Memory:
     return replace(memory, version=metadata["checksum"])
 
 
-def to_bytes(memory: Memory) -> bytes:
-    """What `save` would write, but equal bytes for equal memories, so that a hash of them names the memory."""
-    return canonical(*_parts(memory))
+def to_bytes(memory: Memory, apart: Callable[[Block], str] | None = None) -> bytes:
+    """What `save` would write, but equal bytes for equal memories, so that a hash of them names the memory.
+
+    Args:
+        apart: keeps a block of the long-term memory that is full and gives the name by which `from_bytes` asks for it;
+            by default all is in one file.
+    """
+    return canonical(*_parts(memory, apart))
+
+
+def block_to_bytes(block: Block) -> bytes:
+    """A full block of a long-term memory as a file of its own."""
+    return canonical(_stored(block.some), {"format": BLOCK_FORMAT})
+
+
+def block_from_bytes(data: Buffer, name: str) -> Block:
+    """Read a block back; its tensors are views of `data`.
+
+    Raises:
+        ValueError: it is no block.
+    """
+    tensors, metadata = opened_bytes(data, name)
+    if metadata != {"format": BLOCK_FORMAT}:
+        raise ValueError(f"{name} is no block of this version: expected {BLOCK_FORMAT!r}, got {metadata!r}.")
+    try:
+        return Block.of(_some(tensors))
+    except ValueError as error:
+        raise ValueError(f"{name} was altered or damaged: {error}. Restore it from a copy.") from error
 
 
 def canonical(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
@@ -112,18 +145,21 @@ def opened_bytes(data: Buffer, name: str) -> tuple[dict[str, Tensor], dict[str, 
     return tensors, metadata
 
 
-def from_bytes(data: Buffer, name: str, *, verified: bool = False) -> Memory:
+def from_bytes(
+    data: Buffer, name: str, *, verified: bool = False, block: Callable[[str], Block] | None = None
+) -> Memory:
     """Read a memory from the bytes of its file.
 
     Args:
         data, name: as in `opened_bytes`; the memory's tensors are views of `data`.
         verified: the caller has found a hash of `data` to be right, so the checksum is not computed.
+        block: gives the blocks that `to_bytes` has kept apart.
 
     Raises:
         ValueError: as `load`.
     """
     tensors, metadata = opened_bytes(data, name)
-    return _memory(name, tensors, *_checked(name, metadata), verified)
+    return _memory(name, tensors, *_checked(name, metadata), verified, block)
 
 
 def load(path: str | Path) -> Memory:
@@ -139,16 +175,93 @@ def load(path: str | Path) -> Memory:
     return _memory(path, tensors, header, checksum)
 
 
-def _parts(memory: Memory) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _parts(memory: Memory, apart: Callable[[Block], str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = {name: getattr(memory, name).detach().cpu().contiguous() for name in TENSORS}
-    header = json.dumps({name: getattr(memory, name) for name in HEADER}, default=asdict, sort_keys=True)
+    says = {name: getattr(memory, name) for name in HEADER if name != "longterm"}
+    if memory.longterm is not None:
+        more, says["longterm"] = _longterm_parts(memory.longterm, apart)
+        tensors |= more
+    header = json.dumps(says, default=asdict, sort_keys=True)
     return tensors, {"format": FORMAT, "memory": header, "checksum": _checksum(header, tensors)}
 
 
+def _longterm_parts(store: LongTerm, apart: Callable[[Block], str] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a long-term memory: full blocks apart, if asked to, and the rest in one piece."""
+    spans, blocks = list(store.spans), []
+    while apart and spans and spans[0].sealed:
+        span = spans.pop(0)
+        blocks.append([apart(span.block), span.start, span.end])
+    tensors = {"longterm.places": store.places.contiguous()}
+    if spans:
+        tensors |= _stored(Some.joined([span.some for span in spans]))
+    if store.frequencies is not None:
+        tensors["longterm.frequencies"] = store.frequencies.contiguous()
+    return tensors, store.settings | {"blocks": blocks}
+
+
+def _stored(some: Some) -> dict[str, Tensor]:
+    tensors = {name: getattr(some, name.split(".")[1]).contiguous() for name in STORED}
+    return tensors | ({"longterm.keys": some.keys.contiguous()} if some.keys is not None else {})
+
+
+def _some(tensors: dict[str, Tensor]) -> Some:
+    """Stored slots out of a file's tensors; a ValueError if they do not fit each other."""
+    if set(tensors) - {"longterm.keys"} != set(STORED):
+        raise ValueError(f"stored slots are the tensors {sorted(STORED)}, got {sorted(tensors)}")
+    some = Some(*(tensors[name] for name in STORED), tensors.get("longterm.keys"))
+    shape, kinds = some.orders.shape, (torch.int32, torch.int32, torch.int64)
+    columns = (some.births, some.origins, some.orders)
+    wide = [t for t in (some.slots, some.keys) if t is not None]
+    if [t.dtype for t in columns] != list(kinds) or any(t.shape != shape for t in columns) or len(shape) != 2:
+        raise ValueError("births, origins and orders of stored slots do not fit each other")
+    if any(t.ndim != 3 or t.shape[:2] != shape for t in wide):
+        raise ValueError("stored slots are of another shape than their births")
+    return some
+
+
+def _longterm(tensors: dict[str, Tensor], says: dict[str, Any], block: Callable[[str], Block] | None) -> LongTerm:
+    """The other way of `_longterm_parts`; a ValueError or TypeError if something does not fit."""
+    says = dict(says)
+    blocks = says.pop("blocks")
+    if set(says) != set(longterm.SETTINGS) or not all(type(says[k]) is type(v) for k, v in _KINDS.items()):
+        raise ValueError(f"the long-term memory says {says}")
+    places, frequencies = tensors.pop("longterm.places"), tensors.pop("longterm.frequencies", None)
+    spans = []
+    for name, start, end in blocks:
+        if block is None:
+            raise ValueError("a part of its long-term memory lies elsewhere")
+        found = block(name)
+        if not 0 <= start < end == found.room:
+            raise ValueError(f"a block of {found.room} places is used from {start} to {end}")
+        spans.append(Span(found, start, end))
+    if tensors:
+        rest = Block.of(_some(tensors))
+        spans.append(Span(rest, 0, rest.room))
+    store = LongTerm(places=places, spans=tuple(spans), frequencies=frequencies, **says)
+    parts = [span.some for span in spans]
+    if len({(part.slots.dtype, part.slots.shape[::2], part.keys is None) for part in parts}) > 1:
+        raise ValueError("its stored slots do not fit each other")
+    if places.dtype != torch.int32 or (parts and parts[0].slots.shape[0] != len(places)):
+        raise ValueError("its stored slots are of another number of layers")
+    if frequencies is not None and (frequencies.ndim != 2 or not frequencies.shape[1] <= store.S):
+        raise ValueError("it has more frequencies than stored slots")
+    return store
+
+
+_KINDS: dict[str, Any] = longterm.empty(0, R=1).settings
+
+
 def _memory(
-    path: str | Path, tensors: dict[str, Any], header: dict[str, Any], checksum: str, verified: bool = False
+    path: str | Path,
+    tensors: dict[str, Any],
+    header: dict[str, Any],
+    checksum: str,
+    verified: bool = False,
+    block: Callable[[str], Block] | None = None,
 ) -> Memory:
-    if set(tensors) != set(TENSORS):
+    stored = {name: t for name, t in tensors.items() if name.startswith("longterm.")}
+    own = {name: t for name, t in tensors.items() if name not in stored}
+    if set(own) != set(TENSORS) or bool(stored) != bool(header.get("longterm")):
         raise ValueError(f"{path} holds the tensors {sorted(tensors)}; a memory has {sorted(TENSORS)}.")
     if not verified and _checksum(json.dumps(header, sort_keys=True), tensors) != checksum:
         raise ValueError(f"{path} was altered or damaged: its checksum does not match. Restore it from a copy.")
@@ -161,10 +274,14 @@ def _memory(
         for source in sources:
             if list(map(type, asdict(source).values())) != [str, int, int, bool]:
                 raise ValueError(f"a source is {source}")
-        memory = Memory(**tensors, **header, sources=sources, version=checksum)
-        if memory.M and not -1 <= int(memory.origins.min()) <= int(memory.origins.max()) < len(sources):
+        says = header.pop("longterm")
+        store = _longterm(stored, says, block) if says else None
+        memory = Memory(**own, **header, sources=sources, longterm=store, version=checksum)
+        origins = [memory.origins, *((store.column("origins"),) if store is not None else ())]
+        least = longterm.GONE if store is not None else -1
+        if any(t.numel() and not least <= int(t.min()) <= int(t.max()) < len(sources) for t in origins):
             raise ValueError("a slot has an unknown source")
-    except (TypeError, ValueError) as error:  # a checksum is no signature: whoever writes the file can write both
+    except (KeyError, TypeError, ValueError) as error:  # a checksum is no signature: who writes the file can write both
         raise ValueError(f"{path} was altered or damaged: {error}. Restore it from a copy.") from error
     return memory
 
@@ -228,7 +345,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _checksum(header: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(header.encode())
-    for name in TENSORS:
+    for name in (*TENSORS, *sorted(set(tensors) - set(TENSORS))):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from latentmem.core.prefix import Front, joined, memory_cache
+from latentmem.core.recall import Recalled
 from latentmem.model import READ, MemoryModel
 
 CHUNK = 512  # positions of a prompt that are read between two tokens of other answers
@@ -28,6 +29,7 @@ class Row:
         temperature, top_p: as in `Sampling`.
         generator: what tokens are drawn with.
         token: the last token of the answer, which is not read yet.
+        said: all of them.
     """
 
     ids: Sequence[int]
@@ -36,6 +38,7 @@ class Row:
     top_p: float = 1.0
     generator: torch.Generator | None = None
     token: int = -1
+    said: list[int] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -84,7 +87,19 @@ class Batch:
             return False
         for row, scores, best in zip(self.rows, logits, logits.argmax(-1).tolist(), strict=True):
             row.token = best if row.temperature == 0 else draw(scores, row.temperature, row.top_p, row.generator)
+            row.said.append(row.token)
+        self._search_again()
         return True
+
+    def _search_again(self) -> None:
+        """Rows whose answers have grown enough take other slots of their long-term memories."""
+        changed = False
+        for row in self.rows:
+            every = row.front.store.every if isinstance(row.front, Recalled) else 0
+            if every and len(row.said) % every == 0:
+                changed |= self.llm.search_again(row.front, [*row.ids, *row.said[-every:]])
+        if changed:
+            self.cache.changed()
 
     def keep(self, rows: Sequence[Row], others: Batch | None = None) -> None:
         """Go on with these rows, of this batch and of another; the prompts of both are read."""

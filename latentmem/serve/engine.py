@@ -372,7 +372,7 @@ class Engine:
         rows = []
         for answer in chosen:
             try:
-                front = self.llm.behind(answer.memory).fronts[0]
+                front = self.llm.front(answer.memory, answer.ids)
             except Exception as error:  # noqa: BLE001 - told to who asked
                 self._fail_answer(answer, error)
                 continue
@@ -399,7 +399,7 @@ class Engine:
         """What answers must have in common to be made together: a window is counted in columns, padded or not."""
         if answer.memory.M and self.llm.decoder.slides:
             return answer
-        return answer.memory.M > 0
+        return answer.memory.holds
 
     def _advance(self, kind: object) -> None:
         """One more token for each answer of a batch."""

@@ -204,7 +204,7 @@ class Service:
                 reading.version = self.store.applied(name) if version is None else version
                 memory = self.store.open(name, reading.version)
                 self.llm.check(memory)
-            ids = prompt(self.llm.prompts_or_raise(), memory.M > 0)
+            ids = prompt(self.llm.prompts_or_raise(), memory.holds)
             release_threads()
             try:
                 self._engine.submit(reading, memory, ids, sampling)

@@ -64,12 +64,19 @@ def write(path: Path, rows: list[Row], expiries: dict[str, float], get: Callable
         line |= {"base": None if row.base is None else seqs[row.base], "made": row.made or {}}
         lines.append(json.dumps(line, sort_keys=True))
     sizes = {row.object: row.bytes for row in rows if row.object}
+    for row in rows:
+        sizes |= _blocks(row)
     manifest = {"format": FORMAT, "expiries": expiries, "objects": sizes}
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as file:
         _add(file, "manifest.json", json.dumps(manifest, sort_keys=True).encode())
         _add(file, "journal.jsonl", "\n".join(lines).encode())
         for name in sorted(sizes):
             _add(file, _entry(name), get(name))
+
+
+def _blocks(row: Row) -> dict[str, int]:
+    """The blocks of a long-term memory that a version refers to, and their sizes."""
+    return (row.made or {}).get("blocks", {})
 
 
 def _add(file: zipfile.ZipFile, name: str, data: Buffer | bytes) -> None:
@@ -154,7 +161,10 @@ class Reader:
             raise ValueError("two lines of its journal have the same key")
         if any(row.bytes != self.objects.get(row.object or "", 0) for row in self.rows):
             raise ValueError("an object has another size in its journal")
-        if {row.object for row in self.rows if row.object} != set(self.objects):
+        blocks = [_blocks(row) for row in self.rows]
+        if any(type(some) is not dict or not some.items() <= self.objects.items() for some in blocks):
+            raise ValueError("a block has another size in its journal")
+        if {row.object for row in self.rows if row.object}.union(*blocks) != set(self.objects):
             raise ValueError("its objects are not those that its journal names")
 
     def _row(self, i: int, line: dict[str, Any]) -> Row:

@@ -25,12 +25,14 @@ class Update:
         dropped: old slots that went, [L, count] indices.
         source: the name under which they are accounted.
         tokens: tokens of text behind them.
+        keys: by which a trained retriever finds what was dropped, [L, count, width].
     """
 
     new: Tensor
     dropped: Tensor
     source: str
     tokens: int
+    keys: Tensor | None = None
 
 
 def size(updates: list[Update]) -> int:
@@ -44,6 +46,8 @@ def to_bytes(updates: list[Update]) -> bytes:
     for i, one in enumerate(updates):
         tensors[f"new.{i}"] = one.new.detach().cpu().contiguous()
         tensors[f"dropped.{i}"] = one.dropped.int()
+        if one.keys is not None:
+            tensors[f"keys.{i}"] = one.keys.contiguous()
     books = [{"source": one.source, "tokens": one.tokens} for one in updates]
     return snapshot.canonical(tensors, {"format": FORMAT, "updates": json.dumps(books)})
 
@@ -60,7 +64,13 @@ def from_bytes(data: Buffer, name: str) -> list[Update]:
     try:
         books = json.loads(metadata["updates"])
         found = [
-            Update(tensors.pop(f"new.{i}"), tensors.pop(f"dropped.{i}").to(torch.long), book["source"], book["tokens"])
+            Update(
+                tensors.pop(f"new.{i}"),
+                tensors.pop(f"dropped.{i}").to(torch.long),
+                book["source"],
+                book["tokens"],
+                tensors.pop(f"keys.{i}", None),
+            )
             for i, book in enumerate(books)
         ]
         if tensors or not all(type(one.source) is str and type(one.tokens) is int for one in found):
@@ -74,7 +84,8 @@ class Chain:
     """Changes of a memory, one after another; every slot that is left at the end is copied once.
 
     Meanwhile the memory holds the numbers of its slots in their place, so that what is kept and dropped is decided by
-    the very functions that decide it for a memory itself.
+    the very functions that decide it for a memory itself. One with a long-term part, which takes the slots that are
+    dropped, goes on as it is.
 
     Args:
         memory: what the changes begin with.
@@ -86,7 +97,11 @@ class Chain:
         self._begin(memory)
 
     def _begin(self, memory: Memory) -> None:
+        self._whole = memory.longterm is not None
         self._parts, self._bytes = [memory.slots], 0
+        if self._whole:
+            self._books = memory
+            return
         self._start = _numbers(memory.L, memory.M, 0)
         self._books = replace(memory, slots=self._start)
 
@@ -98,6 +113,10 @@ class Chain:
                 f"new slots must be [{like.shape[0]}, k, {like.shape[2]}] in {like.dtype}, got "
                 f"{list(one.new.shape)} in {one.new.dtype}."
             )
+        if self._whole:
+            new, more = one.new.to(like.device), {"source": one.source, "tokens": one.tokens, "keys": one.keys}
+            self._books = update(self._books, new, dropped=one.dropped, **more)
+            return
         new = _numbers(like.shape[0], one.new.shape[1], sum(part.shape[1] for part in self._parts))
         self._books = update(self._books, new, dropped=one.dropped, source=one.source, tokens=one.tokens)
         self._parts.append(one.new.to(like.device))
@@ -112,6 +131,9 @@ class Chain:
 
     def memory(self) -> Memory:
         """The memory after all changes."""
+        if self._whole:
+            untouched = self._mapped and self._books.slots is self._parts[0]
+            return replace(self._books, slots=self._books.slots.clone()) if untouched else self._books
         if self._books.slots is self._start and not self._mapped:
             return replace(self._books, slots=self._parts[0])
         numbers = self._books.slots[:, :, 0]

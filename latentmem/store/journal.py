@@ -207,7 +207,9 @@ class Journal:
     def overview(self, names: Collection[str] | None) -> list[tuple[str, int, int, int, float, int]]:
         """Memories, by default all, by name: (name, id, versions, pending ones, time of the newest, bytes)."""
         where = "" if names is None else f"WHERE name IN ({', '.join('?' * len(names))})"
-        sql = f"""SELECT name, memories.id, COUNT(*), SUM(state = 'pending'), MAX(time), SUM(bytes)
+        blocks = """SELECT COALESCE(SUM(value), 0) FROM (SELECT DISTINCT json_each.key, json_each.value AS value
+                    FROM versions, json_each(versions.made, '$.blocks') WHERE versions.memory = memories.id)"""
+        sql = f"""SELECT name, memories.id, COUNT(*), SUM(state = 'pending'), MAX(time), SUM(bytes) + ({blocks})
                  FROM versions JOIN memories ON versions.memory = memories.id {where}
                  GROUP BY memories.id ORDER BY name"""
         return self._all(sql, *(names or ()))
@@ -343,7 +345,8 @@ class Journal:
 
     def objects(self) -> set[str]:
         """Objects that a version refers to, or that a replay is about to refer to."""
-        sql = "SELECT object FROM versions WHERE object IS NOT NULL UNION SELECT object FROM building"
+        sql = """SELECT object FROM versions WHERE object IS NOT NULL UNION SELECT object FROM building
+                 UNION SELECT json_each.key FROM versions, json_each(versions.made, '$.blocks')"""
         return {name for (name,) in self._all(sql)}
 
     def build(self, memory: int, name: str) -> None:

@@ -80,6 +80,10 @@ class Objects(ABC):
         return data
 
     @abstractmethod
+    def __contains__(self, name: str) -> bool:
+        """Whether an object is there; it is not read."""
+
+    @abstractmethod
     def names(self) -> Iterator[str]:
         """All objects that are there."""
 
@@ -132,6 +136,9 @@ class Local(Objects):
             except ValueError:  # an empty file
                 return bytearray()
 
+    def __contains__(self, name: str) -> bool:
+        return self._path(name).exists()
+
     def names(self) -> Iterator[str]:
         for path in self.folder.glob(f"??/*{SUFFIX}"):
             if HASH.fullmatch(path.stem):
@@ -166,6 +173,9 @@ class Remote(Objects):
 
     def _read(self, name: str) -> Buffer:
         return bytearray(self.files.cat_file(self._path(name)))
+
+    def __contains__(self, name: str) -> bool:
+        return self.files.exists(self._path(name))
 
     def names(self) -> Iterator[str]:
         for path in self.files.find(self.folder):

@@ -19,6 +19,7 @@ import platform
 import re
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
@@ -33,6 +34,7 @@ from filelock import FileLock, Timeout
 import latentmem
 from latentmem.core import memory as memories
 from latentmem.core import snapshot
+from latentmem.core.longterm import Block
 from latentmem.core.memory import Memory
 from latentmem.model import MemoryModel, Progress
 from latentmem.prompts import Message
@@ -95,6 +97,8 @@ class Store:
         place = self._journal.setting("objects", str(objects or ""))
         self._objects = objects_at(objects or place or self.path / "objects", disk)
         self._cache = _Cache(cache_bytes)
+        self._block_names: weakref.WeakKeyDictionary[Block, tuple[str, int]] = weakref.WeakKeyDictionary()
+        self._blocks: weakref.WeakValueDictionary[str, Block] = weakref.WeakValueDictionary()
         self.journal = self._journal.setting("journal", journal or "text")
         if journal not in (None, self.journal):
             raise ValueError(
@@ -150,9 +154,7 @@ class Store:
         with self._putting():
             rows = [
                 self._with_object(
-                    Row(0, "import" if i or state.updates else "create", None, {}, made=_made(state)),
-                    "snapshot",
-                    snapshot.to_bytes(_plain(state)),
+                    Row(0, "import" if i or state.updates else "create", None, {}, made=_made(state)), _plain(state)
                 )
                 for i, state in enumerate(states)
             ]
@@ -726,7 +728,7 @@ class Store:
             found = self._cache.get(row.id) if cached else None
             if found is None and row.kind == "snapshot":
                 data = self._objects.get(row.object or "")
-                found = snapshot.from_bytes(data, f"the object {row.object}", verified=True)
+                found = snapshot.from_bytes(data, f"the object {row.object}", verified=True, block=self._block)
                 found, mapped = replace(found, births=found.births.clone(), origins=found.origins.clone()), True
                 path.append(row)
             elif found is None:
@@ -827,7 +829,7 @@ class Store:
             begun = replace(row, attempts=row.attempts + 1)
             self._journal.change(begun)
             try:
-                done, data, after = self._computed(llm, begun, before, self._deltas(base), told.next())
+                done, what, after = self._computed(llm, begun, before, self._deltas(base), told.next())
             except ValueError as error:
                 self._fail(row, str(error))
                 continue
@@ -836,7 +838,7 @@ class Store:
                     self._journal.change(row)
                 raise
             try:
-                self._commit(done, data, after)
+                self._commit(done, what, after)
             except OSError:
                 with contextlib.suppress(OSError):  # a disk that is full takes no note of it either
                     self._journal.change(row)
@@ -844,7 +846,7 @@ class Store:
 
     def _computed(
         self, llm: MemoryModel, row: Row, before: Memory, deltas: int, progress: Progress | None = None
-    ) -> tuple[Row, bytes, Memory]:
+    ) -> tuple[Row, bytes | Memory, Memory]:
         """Compute a write.
 
         Args:
@@ -852,23 +854,21 @@ class Store:
             deltas: between that and the snapshot before it.
 
         Returns:
-            The row, applied but for its object; that object; and the next memory.
+            The row, applied but for its object; that object, or the memory where it is a snapshot; the next memory.
         """
         ids, role = _ids(llm, row.payload)
         after, updates = _written(llm, before, ids, row.payload["source"], progress)
-        if deltas + 1 < self.snapshot_every and delta.size(updates) < _size(after):
-            kind, data = "delta", delta.to_bytes(updates)
-        else:
-            kind, data = "snapshot", snapshot.to_bytes(after)
+        small = deltas + 1 < self.snapshot_every and delta.size(updates) < _size(after)
+        what: bytes | Memory = delta.to_bytes(updates) if small else after
         says = row.payload | {"tokens": len(ids), "resolved": role}
         if self.journal == "hash":
             says = {what: value for what, value in says.items() if what not in CONTENTS}
-        return replace(row, payload=says, state="applied", kind=kind, made=_made(after)), data, after
+        return replace(row, payload=says, state="applied", made=_made(after)), what, after
 
-    def _commit(self, row: Row, data: bytes, after: Memory) -> Row:
+    def _commit(self, row: Row, what: bytes | Memory, after: Memory) -> Row:
         """Put the object of a write on disk, then its row."""
         with self._putting():
-            row = self._with_object(row, row.kind, data)
+            row = self._with_object(row, what)
             if row.id:
                 self._journal.change(row)
             else:
@@ -876,8 +876,37 @@ class Store:
         self._cache.put(row.id, after)
         return row
 
-    def _with_object(self, row: Row, kind: str, data: bytes) -> Row:
-        return replace(row, kind=kind, object=self._objects.put(data), bytes=len(data))
+    def _with_object(self, row: Row, what: bytes | Memory) -> Row:
+        """The row with a delta, or a snapshot of a memory; full blocks of a long-term memory are objects of their own.
+
+        To be called where the objects are held.
+        """
+        if isinstance(what, bytes):
+            return replace(row, kind="delta", object=self._objects.put(what), bytes=len(what))
+        blocks: dict[str, int] = {}
+
+        def apart(block: Block) -> str:
+            name, size = self._block_names.get(block, ("", 0))
+            if not name or name not in self._objects:
+                data = snapshot.block_to_bytes(block)
+                name, size = self._objects.put(data), len(data)
+                self._block_names[block] = (name, size)
+                self._blocks[name] = block
+            blocks[name] = size
+            return name
+
+        data = snapshot.to_bytes(what, apart)
+        made = (row.made or {}) | ({"blocks": blocks} if blocks else {})
+        return replace(row, kind="snapshot", object=self._objects.put(data), bytes=len(data), made=made)
+
+    def _block(self, name: str) -> Block:
+        """A block of a long-term memory; its slots stay on the disk where the objects are on one."""
+        block = self._blocks.get(name)
+        if block is None:
+            data = self._objects.get(name)
+            block = snapshot.block_from_bytes(data, f"the object {name}")
+            self._blocks[name], self._block_names[block] = block, (name, len(data))
+        return block
 
     def _fail(self, row: Row, error: str) -> None:
         self._journal.change(replace(row, state="failed", error=error))
@@ -955,12 +984,13 @@ class Store:
             if row.event != "write":
                 after = _plain(_bookkeeping(row, before))
                 return replace(bare, made=_made(after) if row.made else row.made), after
-            again, data, after = self._computed(llm, bare, before, deltas, told.next())
+            again, what, after = self._computed(llm, bare, before, deltas, told.next())
         except ValueError as error:
             return replace(bare, state="failed", error=str(error)), before
         with self._putting():
-            again = self._with_object(again, again.kind, data)
-            self._journal.build(row.memory, again.object or "")
+            again = self._with_object(again, what)
+            for made in [again.object or "", *(again.made or {}).get("blocks", ())]:
+                self._journal.build(row.memory, made)
         return again, after
 
     def _exchange(self, family: list[int], done: dict[int, Row | None], source: str) -> set[str]:
@@ -1034,8 +1064,10 @@ class _Cache:
 
 
 def _size(memory: Memory) -> int:
-    """Bytes of a memory's tensors."""
-    return sum(t.numel() * t.element_size() for t in (memory.slots, memory.births, memory.origins))
+    """Bytes of a memory's tensors; of its long-term part what is not shared with others yet."""
+    spans = memory.longterm.spans[-1:] if memory.longterm is not None else ()
+    tail = sum(span.block.slots[:, span.start : span.end].nbytes for span in spans if not span.sealed)
+    return tail + sum(t.numel() * t.element_size() for t in (memory.slots, memory.births, memory.origins))
 
 
 def _names(memory: Memory) -> list[str]:
@@ -1142,7 +1174,8 @@ def _written(
         following = llm.write_ids(memory, piece, source)
         k = sum(s.slots for s in following.sources) - sum(s.slots for s in memory.sources)
         new = following.slots[:, -k:].clone().cpu()
-        updates.append(Update(new, memories.draw(memory, k), source, len(piece)))
+        dropped = memories.draw(memory, k)
+        updates.append(Update(new, dropped, source, len(piece), llm.recall.new_keys(memory, dropped)))
         memory = following
         if progress is not None:
             progress(start + len(piece), len(ids))

@@ -1,0 +1,413 @@
+"""Long-term memory (M+): what is dropped stays, and is searched for what a question asks (letters: `latentmem.core`).
+
+    update     the dropped slots of each layer go to its store, with birth, source and place (`LongTerm.after`)
+    retrieve   each layer takes the R stored slots that fit a question best, oldest first, in front of its M slots
+    evict      beyond `limit` bytes what came first goes first; or by the released rule, recall frequencies
+
+A store is a value like the memory that it belongs to. Its slots lie in blocks that are only ever appended to, so the
+next memory shares all blocks with the one before, and nothing is copied but what was dropped.
+
+Source: M+ (arXiv 2502.00592) section 3.1 and the released `update_ltm`, `get_ltm`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 1024  # slots of a block
+LIMIT = 1 << 30  # bytes of a store, unless told otherwise
+GONE = -2  # origin of a place in a block that holds nothing (any more)
+GROUPS = ("slot", "update")  # what is retrieved together: single slots, or what one update wrote
+RULES = ("oldest", "frequency")
+SETTINGS = ("R", "limit", "group", "every", "rule", "clock", "since", "period")
+FREQUENCY = 10.0  # recall frequency of a slot that comes to the store (released `initial_rf_when_moving_stm_to_ltm`)
+DEAD = 0.01  # recall frequency up to which a slot goes
+
+
+class Block:
+    """Up to `BLOCK` stored slots of each layer, in the order in which they came; what is in it never changes.
+
+    Args:
+        slots: [L, room, d].
+        births, origins: as in `Memory`, [L, room] int32; an origin of `GONE` is an empty place.
+        orders: the lower, the older, [L, room] int64.
+        keys: of a trained retriever, [L, room, width]; None: it has none.
+        filled: places that are taken.
+    """
+
+    def __init__(
+        self, slots: Tensor, births: Tensor, origins: Tensor, orders: Tensor, keys: Tensor | None, filled: int
+    ) -> None:
+        self.slots, self.births, self.origins, self.orders, self.keys = slots, births, origins, orders, keys
+        self.filled, self._lock = filled, threading.Lock()
+
+    @staticmethod
+    def of(some: Some) -> Block:
+        """A block that holds just these slots, which are not copied."""
+        return Block(some.slots, some.births, some.origins, some.orders, some.keys, some.orders.shape[1])
+
+    @property
+    def some(self) -> Some:
+        """All its places."""
+        return Some(self.slots, self.births, self.origins, self.orders, self.keys)
+
+    @staticmethod
+    def like(slots: Tensor, keys: Tensor | None, room: int = BLOCK) -> Block:
+        """An empty block for such slots, [L, any, d], and such keys, [L, any, width]."""
+        L, _, d = slots.shape
+        many = [torch.empty(L, room, dtype=kind) for kind in (torch.int32, torch.int32, torch.int64)]
+        wide = None if keys is None else keys.new_empty(L, room, keys.shape[2])
+        return Block(slots.new_empty(L, room, d), many[0], many[1], many[2], wide, 0)
+
+    @property
+    def room(self) -> int:
+        return self.slots.shape[1]
+
+    def append(self, at: int, some: Some) -> bool:
+        """Put slots at the places from `at` on, if nobody was there before."""
+        count = some.orders.shape[1]
+        with self._lock:
+            if self.filled != at or at + count > self.room:
+                return False
+            self.filled += count
+        self.slots[:, at : at + count] = some.slots
+        self.births[:, at : at + count] = some.births
+        self.origins[:, at : at + count] = some.origins
+        self.orders[:, at : at + count] = some.orders
+        if self.keys is not None and some.keys is not None:
+            self.keys[:, at : at + count] = some.keys
+        return True
+
+
+@dataclass(frozen=True)
+class Some:
+    """Slots with what belongs to them: fields as in `Block`, s of them in each layer."""
+
+    slots: Tensor
+    births: Tensor
+    origins: Tensor
+    orders: Tensor
+    keys: Tensor | None
+
+    def part(self, start: int, end: int) -> Some:
+        keys = None if self.keys is None else self.keys[:, start:end]
+        return Some(*(t[:, start:end] for t in (self.slots, self.births, self.origins, self.orders)), keys)
+
+    @staticmethod
+    def joined(parts: Sequence[Some]) -> Some:
+        keys = None if parts[0].keys is None else torch.cat([part.keys for part in parts if part.keys is not None], 1)
+        names = ("slots", "births", "origins", "orders")
+        return Some(*(torch.cat([getattr(part, name) for part in parts], 1) for name in names), keys)
+
+
+@dataclass(frozen=True)
+class Span:
+    """The places `start` .. `end` of a block that belong to a store."""
+
+    block: Block
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    @property
+    def some(self) -> Some:
+        return self.block.some.part(self.start, self.end)
+
+    @property
+    def sealed(self) -> bool:
+        """Whether nothing will come to its block any more."""
+        return self.end == self.block.room
+
+
+@dataclass(frozen=True, eq=False)
+class LongTerm:
+    """What a memory has dropped: S slots of each layer, in the order in which they came.
+
+    Args:
+        R: slots that each layer retrieves at most.
+        places: of each of the memory's own M slots its place within the update that wrote it, [L, M] int32, on the CPU.
+        spans: the stored slots.
+        limit: bytes of stored slots; the first that came are the first to go.
+        group: what is retrieved together: "update" (what one update wrote; the best ones whole, as R allows) or "slot".
+        every: tokens of an answer after which is retrieved again, by what was said since; 0: never.
+        rule: which slots go: "oldest", or "frequency", the released one.
+        clock: slots written to each layer so far; in "frequency" a stored slot's age is this less its order.
+        frequencies: of "frequency", of the stored slots that it has counted in, [L, S - not yet counted in] float32.
+        since: of "frequency", slots written since it last counted.
+        period: of "frequency", slots to be written until it counts again.
+
+    Raises:
+        ValueError: sizes that make no sense.
+    """
+
+    R: int
+    places: Tensor
+    spans: tuple[Span, ...] = ()
+    limit: int = LIMIT
+    group: str = "update"
+    every: int = 64
+    rule: str = "oldest"
+    clock: int = 0
+    frequencies: Tensor | None = None
+    since: int = 0
+    period: int = 0
+    _cache: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_cache", {})
+        if self.R < 1:
+            raise ValueError(f"a long-term memory retrieves at least one slot, got R={self.R}.")
+        if self.limit < 0:
+            raise ValueError(f"the limit is a number of bytes, got {self.limit}.")
+        if self.every < 0:
+            raise ValueError(f"`every` is a number of tokens, 0 for never: got {self.every}.")
+        if self.group not in GROUPS:
+            raise ValueError(f"group must be one of {', '.join(GROUPS)}, got {self.group!r}.")
+        if self.rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}.")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it was made with and has counted, without tensors."""
+        return {name: getattr(self, name) for name in SETTINGS}
+
+    # --- what is there ----------------------------------------------------------------------------------------------
+
+    @property
+    def S(self) -> int:
+        """Places in each layer, those of slots that are gone included."""
+        return sum(map(len, self.spans))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored slots."""
+        return self.S * self._each if self.spans else 0
+
+    @property
+    def _each(self) -> int:
+        """Bytes of a slot in all layers, with what belongs to it."""
+        b = self.spans[0].block
+        return sum(t[:, :1].nbytes for t in (b.slots, b.births, b.origins, b.orders, b.keys) if t is not None)
+
+    def column(self, name: str) -> Tensor:
+        """`births`, `origins` or `orders` of all stored slots, [L, S]."""
+        if name not in self._cache:
+            none = torch.zeros(self.places.shape[0], 0, dtype=torch.int64 if name == "orders" else torch.int32)
+            self._cache[name] = torch.cat([none, *(getattr(span.some, name) for span in self.spans)], dim=1)
+        return self._cache[name]
+
+    @property
+    def there(self) -> Tensor:
+        """Which places hold a slot, [L, S] bool."""
+        alive = self.column("origins") != GONE
+        if self.frequencies is not None:
+            alive[:, : self.frequencies.shape[1]] &= self.frequencies > DEAD
+        return alive
+
+    @property
+    def most(self) -> int:
+        """Slots that each layer retrieves: R, or as many as the layer with the fewest has."""
+        return min(self.R, int(self.there.sum(1).min())) if self.spans else 0
+
+    def left(self, sources: int) -> Tensor:
+        """Stored slots of each source in each layer, [number of sources, L] int64."""
+        origins = self.column("origins").where(self.there, GONE)
+        rows = [(origins == i).sum(1) for i in range(sources)]
+        return torch.stack(rows) if rows else torch.zeros(0, len(origins), dtype=torch.long)
+
+    # --- what changes it --------------------------------------------------------------------------------------------
+
+    def after(
+        self, slots: Tensor, births: Tensor, origins: Tensor, dropped: Tensor, k: int, keys: Tensor | None = None
+    ) -> LongTerm:
+        """The store after an update of the memory.
+
+        Args:
+            slots, births, origins: of the memory before the update.
+            dropped: which of its slots went, [L, count], ascending.
+            k: slots that came.
+            keys: of the dropped slots, where a trained retriever makes them, [L, count, width].
+        """
+        stays = _complement(dropped, slots.shape[1])
+        places = torch.cat([self.places.gather(1, stays), torch.arange(k, dtype=torch.int32).expand(len(stays), k)], 1)
+        clock = self.clock + k
+        if self.rule == "frequency":  # in the released code a slot ages from when it is dropped
+            orders = clock - (k - 1) + self.places.gather(1, dropped).long()
+        else:
+            orders = births.gather(1, dropped).long() << 32 | self.places.gather(1, dropped).long()
+        following = replace(self, places=places, clock=clock)
+        if dropped.shape[1]:
+            index = dropped.to(slots.device)[..., None].expand(-1, -1, slots.shape[2])
+            some = Some(
+                slots.detach().gather(1, index).cpu(),
+                births.gather(1, dropped),
+                origins.gather(1, dropped),
+                orders,
+                keys,
+            )
+            following = following.with_more(some)
+        return following._counted(k) if self.rule == "frequency" else following._within()
+
+    def with_more(self, some: Some) -> LongTerm:
+        """The store with more slots behind; only these are copied."""
+        spans, at = list(self.spans), 0
+        count = some.orders.shape[1]
+        while at < count:
+            last = spans[-1] if spans else None
+            if last is None or last.end == last.block.room:
+                last = Span(Block.like(some.slots, some.keys, BLOCK), 0, 0)
+                spans.append(last)
+            more = min(count - at, last.block.room - last.end)
+            if not last.block.append(last.end, some.part(at, at + more)):  # another memory went on from here
+                own = Block.like(some.slots, some.keys, BLOCK)
+                own.append(0, last.some)
+                last = Span(own, 0, len(last))
+                spans[-1] = last
+                continue
+            spans[-1] = Span(last.block, last.start, last.end + more)
+            at += more
+        return replace(self, spans=tuple(spans))
+
+    def kept(self, stays: Tensor) -> LongTerm:
+        """The store where `stays` [L, m] of the memory's own slots are left, and the others are not stored."""
+        return replace(self, places=self.places.gather(1, stays))
+
+    def without(self, source: int) -> LongTerm:
+        """The store without the slots of a source; the numbers of later sources are one less."""
+        if not self.spans:
+            return self
+        everything = Some.joined([span.some for span in self.spans])
+        origins = everything.origins.where(self.there, GONE)
+        alive = (origins != source) & (origins != GONE)
+        m = int(alive.sum(1).max())
+        order = alive.long().argsort(dim=1, stable=True)[:, origins.shape[1] - m :]  # what is gone stands in front
+        origins = origins.where(alive, GONE).gather(1, order)
+        wide = order[..., None].expand(-1, -1, everything.slots.shape[2])
+        gone = (origins == GONE)[..., None]
+        keys = None
+        if everything.keys is not None:
+            keys = everything.keys.gather(1, order[..., None].expand(-1, -1, everything.keys.shape[2]))
+            keys = keys.masked_fill(gone, 0)
+        some = Some(
+            everything.slots.gather(1, wide).masked_fill(gone, 0),
+            everything.births.gather(1, order),
+            origins - (origins > source).int(),
+            everything.orders.gather(1, order),
+            keys,
+        )
+        frequencies = self.frequencies
+        if frequencies is not None:
+            own = torch.nn.functional.pad(frequencies, (0, self.S - frequencies.shape[1]), value=FREQUENCY)
+            frequencies = own.gather(1, order)
+        return replace(self, spans=(), frequencies=frequencies).with_more(some)
+
+    def _within(self) -> LongTerm:
+        """The store within its limit."""
+        surplus = self.S - self.limit // self._each if self.spans else 0
+        return self._from(surplus) if surplus > 0 else self
+
+    def _from(self, start: int) -> LongTerm:
+        """The store without the first places."""
+        spans = []
+        for span in self.spans:
+            cut = min(start, len(span))
+            start -= cut
+            if cut < len(span):
+                spans.append(Span(span.block, span.start + cut, span.end))
+        return replace(self, spans=tuple(spans))
+
+    def _counted(self, k: int) -> LongTerm:
+        """The released rule: once in a while every stored slot loses one of its frequency, and goes at 0.
+
+        Those of a layer stay as they are where no more than R would be left.
+        """
+        since = self.since + k
+        if since < self.period:
+            return replace(self, since=since)
+        old = self.frequencies if self.frequencies is not None else torch.zeros(len(self.places), 0)
+        all_ = torch.nn.functional.pad(old, (0, self.S - old.shape[1]), value=FREQUENCY)
+        fewer = torch.where(all_ > DEAD, all_ - 1, all_)
+        enough = ((fewer > DEAD).sum(1) > self.R)[:, None]
+        following = replace(self, frequencies=torch.where(enough, fewer, all_), since=0)
+        first = following.there.any(0).long()
+        start = int(first.argmax()) if first.any() else following.S
+        if not start or following.frequencies is None:
+            return following
+        return replace(following._from(start), frequencies=following.frequencies[:, start:])
+
+
+def empty(L: int, M: int = 0, **settings: object) -> LongTerm:
+    """A store that holds nothing, for a memory of M slots in each of L layers; the settings are those of `LongTerm`."""
+    return LongTerm(places=torch.zeros(L, M, dtype=torch.int32), **settings)  # type: ignore[arg-type]
+
+
+def _complement(dropped: Tensor, M: int) -> Tensor:
+    stays = torch.ones(len(dropped), M, dtype=torch.bool).scatter_(1, dropped, False)
+    return torch.arange(M).expand_as(stays)[stays].reshape(len(dropped), M - dropped.shape[1])
+
+
+# --- retrieval --------------------------------------------------------------------------------------------------------
+
+
+def best(fits: Tensor, there: Tensor, orders: Tensor, R: int) -> Tensor:
+    """The R slots of a layer that fit best, the oldest first.
+
+    Args:
+        fits: [S].
+        there: which of them hold a slot, [S] bool.
+        orders: the lower, the older, [S].
+
+    Returns:
+        [R] indices.
+    """
+    found = fits.masked_fill(~there, float("-inf")).topk(R).indices.sort().values
+    # equally old ones, as there are in released checkpoints alone, stand as the released code puts them: last first
+    return found.flip(0)[orders[found].flip(0).argsort(stable=True)]
+
+
+def marks(fits: Tensor, births: Tensor, updates: int) -> Tensor:
+    """How well what each update wrote fits, from how well its slots fit, in one layer.
+
+    For each token that asks, the best slot of an update counts, relative to the other updates' (their mean and spread).
+
+    Args:
+        fits: [n, S].
+        births: [S]; -1 for what is not there.
+        updates: U, the newest birth.
+
+    Returns:
+        [U + 1].
+    """
+    n = len(fits)
+    there = births >= 0
+    index = births[there].long()
+    top = fits.new_full((n, updates + 1), float("-inf"))
+    top.scatter_reduce_(1, index.expand(n, -1), fits[:, there], "amax")
+    some = top > float("-inf")
+    count = some.sum(1, keepdim=True).clamp(min=1)
+    mean = top.where(some, 0).sum(1, keepdim=True) / count
+    spread = ((top - mean).where(some, 0).square().sum(1, keepdim=True) / count).sqrt()
+    return ((top - mean) / (spread + 1e-6)).where(some, float("-inf")).mean(0)
+
+
+def together(marks: Tensor, births: Tensor, there: Tensor, orders: Tensor, R: int) -> Tensor:
+    """R slots of a layer: all of the update marked best, then of the next, of the last one the first; oldest first.
+
+    Args:
+        marks: of each update, over all layers, [U + 1].
+        births: [S].
+        there, orders: as in `best`.
+    """
+    rank = marks.argsort(descending=True, stable=True).argsort()[births.clamp(min=0).long()]  # 0: the best
+    rank = rank.masked_fill(~there, len(marks))
+    first = orders.argsort(stable=True)
+    found = first[rank[first].argsort(stable=True)][:R]
+    return found[orders[found].argsort(stable=True)]

@@ -1,0 +1,259 @@
+"""Reading a long-term memory: which stored slots a question takes, in which layer (letters: `latentmem.core`).
+
+    by update   the question passes the first layers behind the first position alone; what fits its tokens best there,
+                update by update, is taken whole in every layer, as R allows. Nothing is trained for it.
+    by slot     the question passes all layers behind what it retrieves: each layer takes the R slots that fit best
+
+Fits are likenesses (cosines) of what the layers see of slot and token, after their norm. Queries on unrotated keys, the
+layers' own attention, do not find the right text (docs/results/longterm.md). A trained retriever compares what its
+projectors make of both; it comes with the released M+.
+
+Source: M+ (arXiv 2502.00592) section 3.1 and the released `get_ltm`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, normalize
+
+from latentmem.core.attention import KV
+from latentmem.core.longterm import Block, LongTerm, Span, best, marks, together
+from latentmem.core.memory import Memory
+from latentmem.core.prefix import Decoder, Front, Prefix, attention_mask, memory_cache
+from latentmem.core.write import layers_seen
+
+SHARE = 5  # one layer of so many is searched by update, from the first on
+
+
+class _Enough(Exception):  # noqa: N818 - no error
+    """Ends a pass whose later layers are not needed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Projectors:
+    """The trained retriever of M+: of each layer two matrices for queries of a reader, of a writer, and for keys.
+
+    Args:
+        query, key: [(hidden width x d), (width x hidden width)] of each layer.
+        writer: queries of a text that is written; the released code uses them to choose what is dropped, if asked to.
+        activation: between the two.
+
+    Source: M+ section 3.1.2; the released `get_projector`.
+    """
+
+    query: Sequence[tuple[Tensor, Tensor]]
+    key: Sequence[tuple[Tensor, Tensor]]
+    writer: Sequence[tuple[Tensor, Tensor]]
+    activation: Callable[[Tensor], Tensor]
+
+    def project(self, pair: tuple[Tensor, Tensor], normed: Tensor) -> Tensor:
+        """[s, d] -> [s, width]."""
+        return linear(self.activation(linear(normed, pair[0])), pair[1])
+
+
+class Recall:
+    """What finds stored slots for one model.
+
+    Args:
+        decoder: the model.
+        projectors: of a trained retriever, if there is one.
+    """
+
+    def __init__(self, decoder: Decoder, projectors: Projectors | None = None) -> None:
+        self.decoder, self.projectors = decoder, projectors
+        self._keys: weakref.WeakKeyDictionary[Block, dict[int, tuple[int, Tensor]]] = weakref.WeakKeyDictionary()
+
+    @property
+    def searched(self) -> int:
+        """How many layers are searched by update."""
+        return -(-self.decoder.L // SHARE)
+
+    def normed(self, i: int, hidden: Tensor) -> Tensor:
+        """What layer i sees of hidden states."""
+        layer: Any = self.decoder.layers[i]
+        return layer.input_layernorm(hidden) if hasattr(layer, "input_layernorm") else hidden
+
+    @torch.no_grad()
+    def new_keys(self, memory: Memory, dropped: Tensor) -> Tensor | None:
+        """What a trained retriever makes of slots [L, count] of a memory that go to its store, [L, count, width]."""
+        if self.projectors is None or memory.longterm is None:
+            return None
+        found = []
+        for i, pair in enumerate(self.projectors.key):
+            slots = memory.slots[i].to(self.decoder.device)[dropped[i].to(self.decoder.device)]
+            found.append(self.projectors.project(pair, self.normed(i, slots)).cpu())
+        return torch.stack(found)
+
+    def fits(self, i: int, store: LongTerm, hidden: Tensor) -> Tensor:
+        """How well all stored slots of layer i fit each of n tokens [n, d], [n, S] float32."""
+        if self.projectors is not None:
+            asked = self.projectors.project(self.projectors.query[i], self.normed(i, hidden))
+            keys = [span.some.keys[i] for span in store.spans if span.some.keys is not None]
+            return torch.cat([(asked @ key.to(asked).T).sigmoid().float() for key in keys], dim=1).cpu()
+        asked = normalize(self.normed(i, hidden), dim=-1)
+        return torch.cat([(asked @ self._seen(span, i).T).float() for span in store.spans], dim=1).cpu()
+
+    def _seen(self, span: Span, i: int) -> Tensor:
+        """Slots as layer i sees them, at length 1, [len(span), d]; made once for each place of a block."""
+        block = span.block
+        made = self._keys.setdefault(block, {})
+        done, keys = made.get(i, (0, None))
+        if keys is None:
+            keys = torch.empty(block.slots.shape[1:], dtype=block.slots.dtype, device=self.decoder.device)
+        if done < span.end:
+            fresh = block.slots[i, done : span.end].to(self.decoder.device)
+            keys[done : span.end] = normalize(self.normed(i, fresh), dim=-1)
+            made[i] = (span.end, keys)
+        return keys[span.start : span.end]
+
+    def clear(self) -> None:
+        """Forget what was made with weights that have changed since."""
+        self._keys.clear()
+
+    # --- what a question takes ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def chosen(self, store: LongTerm, prefix: Prefix, ids: Tensor) -> list[Tensor]:
+        """The stored slots that tokens [n] take in each layer: L tensors of R places, oldest first.
+
+        To be called under the adapter that reads.
+        """
+        if not store.most:
+            return [torch.zeros(0, dtype=torch.long)] * self.decoder.L
+        if self.projectors is None and store.group == "update":
+            return self._by_update(store, self._heard(prefix, ids))
+        found: list[Tensor] = []
+
+        def at(i: int, hidden: Tensor) -> Tensor:
+            found.append(self.by_slot(i, store, hidden[0]))
+            return hidden
+
+        layers = [partial(self._lazily, prefix, store, found, i) for i in range(self.decoder.L)]
+        self._pass(Front(prefix.P + store.most, layers), ids, at)
+        return found
+
+    def by_slot(self, i: int, store: LongTerm, hidden: Tensor) -> Tensor:
+        """The R slots of layer i that fit n tokens [n, d] best, by the mean over the tokens."""
+        fits = self.fits(i, store, hidden).mean(0)
+        return best(fits, store.there[i], store.column("orders")[i], store.most)
+
+    def _by_update(self, store: LongTerm, heard: Sequence[Tensor]) -> list[Tensor]:
+        there, orders, births = store.there, store.column("orders"), store.column("births")
+        updates = int(births.max())
+        total: Any = 0
+        for i, hidden in enumerate(heard):
+            total = total + marks(self.fits(i, store, hidden), births[i].where(there[i], -1), updates)
+        every = range(self.decoder.L)
+        return [together(total, births[i], there[i], orders[i], store.most) for i in every]
+
+    def _heard(self, prefix: Prefix, ids: Tensor) -> list[Tensor]:
+        """Hidden states of tokens [n] at the input of the layers that are searched, behind the first position alone."""
+        s, heard = prefix.s, list[Tensor]()
+
+        def at(i: int, hidden: Tensor) -> Tensor:
+            if i == self.searched:
+                raise _Enough
+            heard.append(hidden[0])
+            return hidden
+
+        first = [partial(_first, keys, values, s) for keys, values in zip(prefix.rotated, prefix.values, strict=True)]
+        self._pass(Front(s, first), ids, at)
+        return heard
+
+    def _pass(self, front: Front, ids: Tensor, at: Callable[[int, Tensor], Tensor]) -> None:
+        cache = memory_cache([front], self.decoder, store=False) if front.P else None
+        mask = attention_mask(cache, ids[None])
+        with layers_seen(self.decoder, at):
+            try:
+                self.decoder.body(input_ids=ids[None], attention_mask=mask, past_key_values=cache, use_cache=False)
+            except _Enough:
+                return
+
+    # --- what stands in front of a question ---------------------------------------------------------------------------
+
+    def front(self, memory: Memory, prefix: Prefix, chosen: Sequence[Tensor]) -> Recalled:
+        """[first ; retrieved ; slots] in front of a row."""
+        assert memory.longterm is not None
+        return Recalled.of(self, memory.longterm, prefix, chosen)
+
+    def slots(self, store: LongTerm, i: int, places: Tensor) -> Tensor:
+        """Stored slots of layer i, [R, d], on the model's device."""
+        found, start = [], 0
+        order = places.argsort()
+        for span in store.spans:
+            mine = places[order]
+            mine = mine[(mine >= start) & (mine < start + len(span))] - start + span.start
+            found.append(span.block.slots[i].index_select(0, mine))
+            start += len(span)
+        return torch.cat(found)[order.argsort()].to(self.decoder.device)
+
+    def _lazily(self, prefix: Prefix, store: LongTerm, found: list[Tensor], i: int) -> KV:
+        return self.layer(prefix, store, found, i)
+
+    @torch.no_grad()
+    def layer(self, prefix: Prefix, store: LongTerm, chosen: Sequence[Tensor], i: int) -> KV:
+        """Rotated keys, and values, of layer i: [first ; retrieved ; slots]."""
+        keys, values = self.decoder.project(i, self.slots(store, i, chosen[i]))
+        s, R = prefix.s, len(chosen[i])
+        between = torch.arange(s, s + R, device=keys.device)[None]
+        old_keys, old_values = prefix.rotated_behind(R)[i], prefix.values[i]
+        keys = torch.cat([prefix.rotated[i][:, :, :s], self.decoder.rotate(i, keys, between), old_keys], dim=2)
+        return keys, torch.cat([old_values[:, :, :s], values, old_values[:, :, s:]], dim=2)
+
+
+@dataclass(frozen=True, eq=False)
+class Recalled(Front):
+    """[first ; retrieved ; slots] in front of a row; a layer's keys and values are made when it first asks for them.
+
+    Args:
+        recall, store, prefix: what they are made of.
+        chosen: the stored slots that each layer takes, L tensors of R places.
+        begun: those that it took first.
+        made: keys and values by layer.
+    """
+
+    recall: Recall
+    store: LongTerm
+    prefix: Prefix
+    chosen: list[Tensor]
+    begun: tuple[Tensor, ...]
+    made: dict[int, KV]
+
+    @staticmethod
+    def of(recall: Recall, store: LongTerm, prefix: Prefix, chosen: Sequence[Tensor]) -> Recalled:
+        made: dict[int, KV] = {}
+        some = list(chosen)
+        layers = [partial(_once, made, i, partial(recall.layer, prefix, store, some, i)) for i in range(len(some))]
+        return Recalled(prefix.P + len(some[0]), layers, recall, store, prefix, some, tuple(some), made)
+
+    def stands(self, other: Front) -> bool:
+        """Whether text that was read behind this front reads the same behind another one of the same memory."""
+        if not isinstance(other, Recalled):
+            return False
+        three = zip(self.chosen, self.begun, other.chosen, strict=True)
+        return all(torch.equal(now, first) and torch.equal(first, asked) for now, first, asked in three)
+
+    def choose(self, chosen: Sequence[Tensor]) -> bool:
+        """Take other slots from now on; False if they are the same."""
+        if all(map(torch.equal, self.chosen, chosen)):
+            return False
+        self.chosen[:] = chosen
+        self.made.clear()
+        return True
+
+
+def _first(keys: Tensor, values: Tensor, s: int) -> KV:
+    return keys[:, :, :s], values[:, :, :s]
+
+
+def _once(made: dict[int, KV], i: int, make: Callable[[], KV]) -> KV:
+    if i not in made:
+        made[i] = make()
+    return made[i]

@@ -1,0 +1,308 @@
+"""Long-term memory: what is dropped is kept, found again by a question, and stands in front of it (M+)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from latentmem.core import longterm
+from latentmem.core import memory as memories
+from latentmem.core.longterm import GONE
+from latentmem.model import MemoryModel
+from latentmem.testing import byte_tokenizer, labelled_memory, tiny_model
+
+GROUPS = ("update", "slot")
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return MemoryModel(tiny_model(num_hidden_layers=6), byte_tokenizer(), name="tiny")
+
+
+def labelled(R=4, N=8, K=4, layers=2, **settings):
+    memory = labelled_memory(layers, N, K)
+    return replace(memory, longterm=longterm.empty(layers, R=R, **settings))
+
+
+def write(memory, k, source="text"):
+    """An update whose slots are numbered from where the last one ended, the same in all layers."""
+    start = memory.tokens
+    numbers = torch.arange(start, start + k, dtype=torch.float32)[None, :, None].expand(memory.L, k, 1)
+    return memories.update(memory, numbers, source=source, tokens=k)
+
+
+def stored(memory):
+    """The numbers of the stored slots of each layer."""
+    store = memory.longterm
+    slots = [torch.cat([span.some.slots[i, :, 0] for span in store.spans]) for i in range(memory.L)]
+    return [row[there].tolist() for row, there in zip(slots, store.there, strict=True)]
+
+
+def told(llm, memory, count, seed=0):
+    """A memory with so many short random texts in it, each a source of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(count):
+        text = torch.randint(4, 260, (5,), generator=generator)
+        memory = llm.write_ids(memory, text, source=f"text {i}")
+    return memory
+
+
+def slots_of(llm, memory, chosen):
+    store = memory.longterm
+    return torch.stack([llm.recall.slots(store, i, places) for i, places in enumerate(chosen)])
+
+
+def test_what_is_dropped_is_stored_with_its_account():
+    memory = labelled()
+    for i in range(6):
+        memory = write(memory, 4, source=f"s{i % 2}")
+    for i, mine in enumerate(stored(memory)):
+        assert sorted([*mine, *memory.slots[i, :, 0].tolist()]) == list(range(24))  # nothing is lost, nothing twice
+    for name in ("births", "origins"):
+        both = torch.cat([memory.longterm.column(name), getattr(memory, name)], 1)
+        slots = torch.cat([*(span.some.slots for span in memory.longterm.spans), memory.slots], 1)[..., 0].long()
+        assert torch.equal(both, (slots // 4 + 1 if name == "births" else slots // 4 % 2).int())
+    orders = memory.longterm.column("orders")
+    for i, mine in enumerate(stored(memory)):
+        assert torch.tensor(mine)[orders[i].argsort()].diff().gt(0).all()  # orders are those of writing
+
+
+def test_a_memory_before_is_untouched_and_two_may_go_on_from_it():
+    memory = labelled()
+    for _ in range(4):
+        memory = write(memory, 4)
+    before = stored(memory)
+    one, other = write(memory, 4), write(memories.forget(write(memory, 3, "x"), "x"), 2)
+    assert stored(memory) == before
+    for later in (one, other):
+        assert [mine[: len(old)] for mine, old in zip(stored(later), before, strict=True)] == before
+    assert stored(one) != stored(other)
+
+
+def test_nothing_stored_is_copied_by_the_next_write():
+    memory = labelled()
+    for _ in range(4):
+        memory = write(memory, 4)
+    following = write(memory, 4)
+    assert following.longterm.spans[0].block is memory.longterm.spans[0].block
+
+
+def test_the_first_go_beyond_the_limit():
+    each = 2 * (4 + 4 + 4 + 8)  # two layers; a slot, its birth, origin and order
+    memory = labelled(limit=6 * each)
+    for _ in range(8):
+        memory = write(memory, 4)
+        assert memory.longterm.nbytes <= 6 * each
+    free = labelled()
+    for _ in range(8):
+        free = write(free, 4)
+    assert stored(memory) == [mine[-6:] for mine in stored(free)]
+
+
+def test_forgetting_takes_what_is_stored():
+    memory = labelled()
+    for i in range(6):
+        memory = write(memory, 4, source=f"s{i % 3}")
+    gone = memories.forget(memory, "s1")
+    left = [n for n in range(24) if n // 4 % 3 != 1]
+    for i, mine in enumerate(stored(gone)):
+        assert set(mine) <= set(left)
+        assert set(mine) == {n for n in stored(memory)[i] if n in left}
+    origins = gone.longterm.column("origins")
+    assert origins.max() == 1
+    assert gone.longterm.left(2).sum() == sum(map(len, stored(gone)))
+    assert (origins == GONE).any() or len(set(map(len, stored(gone)))) == 1
+
+
+def test_places_must_fit_the_memory():
+    with pytest.raises(ValueError, match="not \\[L, M\\]"):
+        replace(write(labelled(), 4), longterm=longterm.empty(2, R=4))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"R": 0}, {"limit": -1}, {"every": -1}, {"group": "text"}, {"rule": "newest"}], ids=str
+)
+def test_settings_that_make_no_sense(settings):
+    with pytest.raises(ValueError, match="got"):
+        longterm.empty(2, **{"R": 4, **settings})
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_question_reads_retrieved_slots_in_front_of_the_others(llm, group):
+    """The twin: an ordinary memory that holds [retrieved ; slots] in each layer."""
+    memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "group": group}), 9)
+    ids = torch.randint(4, 260, (7,), generator=torch.Generator().manual_seed(5))
+    logits, chosen = llm.logits(memory, ids, return_retrieved=True)
+    both = torch.cat([slots_of(llm, memory, chosen), memory.slots], dim=1)
+    none = torch.zeros(both.shape[:2], dtype=torch.int32)
+    twin = replace(memory, longterm=None, N=32, slots=both, births=none, origins=none)
+    torch.testing.assert_close(logits, llm.logits(twin, ids), atol=1e-5, rtol=1e-5)
+    assert [len(places) for places in chosen] == [6] * 6
+    for i, places in enumerate(chosen):
+        assert memory.longterm.column("orders")[i][places].diff().gt(0).all()  # oldest first
+
+
+def test_slots_are_chosen_behind_what_lower_layers_chose(llm):
+    """The twin: layer by layer, the likeness of hidden states computed densely behind all that was chosen below."""
+    memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "group": "slot"}), 9)
+    ids = torch.randint(4, 260, (7,), generator=torch.Generator().manual_seed(6))
+    _, chosen = llm.logits(memory, ids, return_retrieved=True)
+    both = torch.cat([slots_of(llm, memory, chosen), memory.slots], dim=1)
+    none = torch.zeros(both.shape[:2], dtype=torch.int32)
+    twin = replace(memory, longterm=None, N=32, slots=both, births=none, origins=none)
+    from latentmem.core.write import layers_seen
+
+    with layers_seen(llm.decoder) as seen:
+        llm.logits(twin, ids)
+    for i, layer in enumerate(llm.decoder.layers):
+        slots = torch.cat([span.some.slots[i] for span in memory.longterm.spans])
+        cos = torch.nn.functional.cosine_similarity(
+            layer.input_layernorm(seen[i][0])[:, None], layer.input_layernorm(slots)[None], dim=-1
+        )
+        assert set(cos.mean(0).topk(6).indices.tolist()) == set(chosen[i].tolist())
+
+
+def test_updates_are_taken_whole(llm):
+    memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 10}), 12)
+    _, chosen = llm.logits(memory, torch.arange(10, 20), return_retrieved=True)
+    births = memory.longterm.column("births")
+    for i, places in enumerate(chosen):
+        counts = {b: int((births[i] == b).sum()) for b in births[i][places].tolist()}
+        taken = {b: births[i][places].tolist().count(b) for b in counts}
+        assert sum(taken[b] < counts[b] for b in counts) <= 1  # the last one as far as R allows
+
+
+def test_what_a_text_says_is_found_again(llm):
+    memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 8}), 3)
+    wanted = torch.randint(4, 260, (6,), generator=torch.Generator().manual_seed(9))
+    memory = llm.write_ids(memory, wanted, source="wanted")
+    memory = told(llm, memory, 12, seed=1)
+    number = [s.name for s in memory.sources].index("wanted")
+    _, chosen = llm.logits(memory, wanted, return_retrieved=True)
+    origins = memory.longterm.column("origins")
+    for i, places in enumerate(chosen):
+        assert (origins[i][places] == number).sum() == (origins[i] == number).sum() > 0
+
+
+def test_gradients_flow_through_what_is_retrieved(llm):
+    memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6}), 9)
+    slots = memory.slots.clone().requires_grad_()
+    ids = torch.arange(30, 40)
+    logits = llm.logits(replace(memory, slots=slots), ids)
+    torch.testing.assert_close(logits, llm.logits(memory, ids), atol=1e-5, rtol=1e-5)
+    logits.sum().backward()
+    assert slots.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_rows_with_stores_of_their_own(llm, group):
+    """Batches of memories with and without a store, full and empty, answer as each alone."""
+    settings = {"R": 6, "group": group, "every": 0}
+    some = [
+        told(llm, llm.empty(N=16, K=8, longterm=settings), 9, seed=3),
+        told(llm, llm.empty(N=16, K=8), 9, seed=4),
+        told(llm, llm.empty(N=32, K=8, longterm={**settings, "R": 3}), 9, seed=5),
+        llm.empty(N=16, K=8, longterm=settings),
+    ]
+    prompts = [torch.arange(4 + i, 10 + 3 * i) for i in range(4)]
+    alone = [llm.generate_ids(m, p, max_new_tokens=8) for m, p in zip(some, prompts, strict=True)]
+    for one, all_ in zip(alone, llm.generate_ids(some, prompts, max_new_tokens=8), strict=True):
+        assert torch.equal(one, all_)
+    answers = [torch.arange(20, 25)] * 4
+    together = llm.score_rows(llm.behind(some), prompts, answers)
+    for m, p, a, score in zip(some, prompts, answers, together, strict=True):
+        torch.testing.assert_close(score.logprobs, llm.score(m, p, a).logprobs, atol=1e-4, rtol=1e-4)
+    rows = llm.score_rows(llm.behind(some[0]), prompts, answers)
+    for p, a, score in zip(prompts, answers, rows, strict=True):
+        torch.testing.assert_close(score.logprobs, llm.score(some[0], p, a).logprobs, atol=1e-4, rtol=1e-4)
+
+
+def test_the_answer_is_not_what_is_searched_for(llm):
+    memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6}), 9)
+    ids, answer = torch.arange(30, 36), torch.arange(90, 96)
+    chosen = llm.logits(memory, ids, return_retrieved=True)[1]
+    front = llm.recall.front(memory, llm._prefix(memory), chosen)
+    from latentmem.model import READ, Context
+
+    context = Context((front,), (llm.room(memory),), READ)
+    expected = llm.score_rows(context, [ids], [answer])[0]
+    torch.testing.assert_close(llm.score(memory, ids, answer).logprobs, expected.logprobs)
+
+
+def test_a_long_answer_is_searched_for_again(llm, monkeypatch):
+    memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "every": 4}), 9)
+    asked = []
+    chosen = llm.recall.chosen
+    monkeypatch.setattr(llm.recall, "chosen", lambda s, p, ids: asked.append(ids.tolist()) or chosen(s, p, ids))
+    prompt = torch.arange(30, 36)
+    output = llm.generate_ids(memory, prompt, max_new_tokens=10, min_new_tokens=10)[0].tolist()
+    assert asked == [prompt.tolist(), prompt.tolist() + output[6:10], prompt.tolist() + output[10:14]]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_other_slots_are_read_from_there_on(attention, monkeypatch):
+    """After a search the next token is that of a cache in which the new slots stand in front of the same text."""
+    llm = MemoryModel(tiny_model(attention=attention), byte_tokenizer())
+    memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "every": 1}), 9)
+    prompt = torch.arange(30, 36)
+    first = llm.recall.chosen(memory.longterm, llm._prefix(memory), prompt)
+    other = [torch.arange(6) for _ in first]
+    found = iter([first, other])
+    monkeypatch.setattr(llm.recall, "chosen", lambda *_: next(found))
+    settings = {"max_new_tokens": 2, "min_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
+    made = llm.generate_ids(memory, prompt, **settings)
+
+    cache = llm.recall.front(memory, llm._prefix(memory), first)
+    from latentmem.core.prefix import attention_mask, memory_cache
+
+    with torch.no_grad():
+        text = memory_cache([cache], llm.decoder, store=True)
+        llm.base(input_ids=prompt[None], attention_mask=attention_mask(text, prompt[None]), past_key_values=text)
+        cache.choose(other)
+        text.changed()
+        token = made.sequences[:, 6:7]
+        logits = llm.base(input_ids=token, attention_mask=attention_mask(text, token), past_key_values=text).logits
+    torch.testing.assert_close(made.logits[1], logits[:, -1], atol=1e-5, rtol=1e-5)
+    plain = (
+        llm.generate_ids(replace(memory, longterm=replace(memory.longterm, every=0)), prompt, **settings) if 0 else None
+    )
+    assert plain is None
+
+
+def test_shares_of_sources_count_what_is_retrieved(llm):
+    memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 8}), 9)
+    shares = llm.sources_of(memory, "what", "this")
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+    assert llm.attended(memory, [5, 6], [7]).shape == (6, 8 + 16)
+
+
+def test_a_memory_whose_slots_are_all_forgotten_still_has_its_store(llm):
+    memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 8}), 2)
+    memory = llm.write_ids(memory, torch.randint(4, 260, (64,)), source="flood")
+    gone = memories.forget(memory, "flood")
+    assert gone.holds
+    assert gone.M + gone.R > 0
+    llm.ask(gone, "what?", max_new_tokens=2)
+
+
+def test_a_conversation_reads_turns_again_where_others_are_retrieved(llm):
+    """The cache that a conversation keeps gives the answers of one that reads everything anew."""
+    memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6}), 9)
+    from latentmem.chat import Conversation
+
+    kept, turns = Conversation(llm, memory), ["one", "two words", "and three of them"]
+    for i, turn in enumerate(turns):
+        fresh = Conversation(llm, memory, [dict(m) for m in kept.messages])
+        assert kept.say(turn, max_new_tokens=6) == fresh.say(turn, max_new_tokens=6), i
+
+
+def test_positions_leave_room_for_what_is_retrieved(llm):
+    memory = llm.empty(N=500, K=100, longterm=100)
+    assert llm.positions(memory) == 0
+    with pytest.raises(ValueError, match="retrieved"):
+        llm.empty(N=900, K=100, longterm=200)
+    with pytest.raises(ValueError, match="mapping"):
+        llm.empty(longterm={"rows": 3})
+    full = told(llm, llm.empty(N=16, K=8, longterm=6), 9)
+    assert llm.positions(full) == 1 + 6 + 16
+    assert llm.room(full) == 1024 - 23
