@@ -17,9 +17,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from latentmem import streaming
 from latentmem.adapters import READ, WRITE, Adapters, bits, changes
 from latentmem.core import attention, linear
+from latentmem.core import longterm as longterms
 from latentmem.core import memory as memories
 from latentmem.core.attention import KV
-from latentmem.core.longterm import empty as empty_longterm
 from latentmem.core.memory import Memory
 from latentmem.core.prefix import (
     Decoder,
@@ -259,7 +259,7 @@ class MemoryModel:
             seed=seed,
         )
         if settings:
-            memory = replace(memory, longterm=empty_longterm(self.decoder.L, **settings))
+            memory = replace(memory, longterm=longterms.empty(self.decoder.L, **settings))
         need = self._positions_needed(N, K, preset, compression, R)
         if need > self._limit:
             more = f", {R} retrieved ones" if R else ""
@@ -284,7 +284,7 @@ class MemoryModel:
     def _with_longterm(self, pool: Memory, settings: dict[str, Any]) -> Memory:
         """A checkpoint's pool with a long-term memory; one that has its own keeps it."""
         if pool.longterm is None:
-            return replace(pool, longterm=empty_longterm(pool.L, pool.M, **settings))
+            return replace(pool, longterm=longterms.empty(pool.L, pool.M, **settings))
         for what, value in settings.items():
             if value != getattr(pool.longterm, what):
                 raise ValueError(
@@ -1191,7 +1191,7 @@ def _set_defaults(generate_kwargs: dict[str, Any]) -> None:
 
 def _longterm(asked: int | Mapping[str, Any] | None) -> dict[str, Any]:
     """Settings of a long-term memory; {}: none."""
-    known = ("R", "limit", "group", "every", "rule", "period")
+    known = longterms.CHOSEN
     settings = {"R": asked} if isinstance(asked, int) else dict(asked or {})
     if not settings.get("R") and set(settings) <= {"R"}:
         return {}

@@ -47,6 +47,11 @@ def retention(
     per_update: Annotated[int, typer.Option("--per-update", "-K", help="Slots that one update may write.")] = 512,
     compression: Compression = None,
     choice: Choice = None,
+    longterm: Annotated[
+        int, typer.Option(min=0, help="Slots that a question takes of what was dropped; 0: it is lost.")
+    ] = 0,
+    longterm_limit: Annotated[int, typer.Option(min=0, help="Bytes of what was dropped.")] = 1 << 30,
+    group: Annotated[str, typer.Option(help="What is retrieved together: update, slot.")] = "update",
     new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens in which an answer has to come [10; synthetic 20].")
     ] = None,
@@ -89,6 +94,9 @@ def retention(
         K=per_update,
         compression=c,
         choice=way,
+        longterm=longterm,
+        longterm_limit=longterm_limit,
+        group=group,
         new_tokens=new_tokens or (20 if data == "synthetic" else NEW_TOKENS),
         stream=stream,
         seed=seed,

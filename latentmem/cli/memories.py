@@ -42,6 +42,10 @@ def write(
         str | None, typer.Option(help="New memory: which token becomes a slot, last or surprise.", show_default="last")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="New memory: seed of its random drops [0].")] = None,
+    longterm: Annotated[
+        int | None,
+        typer.Option(min=0, help="New memory: slots that a question takes of what was dropped; 0: it is lost [0]."),
+    ] = None,
     key: Annotated[
         str | None, typer.Option(help="Written once, however often the same command is given with this key.")
     ] = None,
@@ -53,14 +57,15 @@ def write(
     sources = _read_all(texts)
     store = base.opened(memory)
     wanted = {"N": capacity, "K": per_update, "preset": preset, "seed": seed}
-    wanted |= {"compression": compression, "choice": choice}
+    wanted |= {"compression": compression, "choice": choice, "longterm": longterm}
     given: dict[str, Any] = {what: value for what, value in wanted.items() if value is not None}
     before = store.open(memory, store.applied(memory)) if memory in store.names() else None
     for what, value in given.items():
-        if before is not None and getattr(before, what) != value:
+        now = None if before is None else getattr(before, what)
+        now = (now.R if now is not None else 0) if what == "longterm" else now
+        if before is not None and now != value:
             raise ValueError(
-                f"the memory {memory!r} was made with {what}={getattr(before, what)}, not {value}. "
-                f"Leave it out, or choose a new name."
+                f"the memory {memory!r} was made with {what}={now}, not {value}. Leave it out, or choose a new name."
             )
     llm = base.load(before, model, device, quantize)
     start = before if before is not None else llm.empty(**given)
@@ -344,6 +349,8 @@ def _speak(parts: Any) -> str:
 
 
 def _forgetting(memory: Memory) -> str:
+    if memory.longterm is not None and memory.longterm.S:
+        return f", and {memory.longterm.S} that were dropped in its long-term part"
     if memory.M < memory.N:
         return f", forgets nothing until {memory.N - memory.M} more slots are filled"
     return f", full: half of what is in it is left after {memory.half_life:.1f} more updates"
@@ -359,6 +366,10 @@ def _show_facts(title: str, memory: Memory) -> None:
     facts.add_row(
         "half-life", f"{memory.half_life:.1f} updates of {memory.K} slots once it is full" if memory.half_life else "0"
     )
+    if memory.longterm is not None:
+        store = memory.longterm
+        held = f"{int(store.there.sum(1).min())} slots in each layer, {base.size(store.nbytes)}" if store.S else "empty"
+        facts.add_row("long-term", f"{held}; a question takes {store.R} of them at most")
     per_slot = f"{memory.compression} token(s) per slot" + f" ({memory.choice})" * (memory.compression > 1)
     facts.add_row("kind", f"{memory.preset}, {per_slot}, seed {memory.seed}")
     facts.add_row("model", base.text(f"{memory.model_name} {memory.model[:12]}"))
@@ -368,10 +379,13 @@ def _show_facts(title: str, memory: Memory) -> None:
 
 def _show_sources(known: list[SourceStats], memory: Memory) -> None:
     ahead = [f"+{t}" for t in known[0].forecast] if known else []
-    table = base.table("source", "tokens", "slots", "left", *ahead, "", right=("tokens", "slots", "left", *ahead))
+    more = ["long-term"] if memory.longterm is not None else []
+    numbers = ("tokens", "slots", "left", *more, *ahead)
+    table = base.table("source", *numbers, "", right=numbers)
     for source in known:
         until = f"until {source.expires:%Y-%m-%d %H:%M}" if source.expires else ""
-        shares = [f"{share:.0%}" for share in (source.left, *source.forecast.values())]
+        stored = [source.stored] if more else []
+        shares = [f"{share:.0%}" for share in (source.left, *stored, *source.forecast.values())]
         kept = ", ".join(filter(None, ["pinned" if source.pinned else "", until]))
         table.add_row(base.text(source.source), str(source.tokens), str(source.slots), *shares, kept)
     older = (memory.origins < 0).sum(1)

@@ -25,7 +25,9 @@ LIMIT = 1 << 30  # bytes of a store, unless told otherwise
 GONE = -2  # origin of a place in a block that holds nothing (any more)
 GROUPS = ("slot", "update")  # what is retrieved together: single slots, or what one update wrote
 RULES = ("oldest", "frequency")
-SETTINGS = ("R", "limit", "group", "every", "rule", "clock", "since", "period")
+GROUP = 32  # neighbouring numbers of a slot that share a scale in 8 bits
+CHOSEN = ("R", "int8", "limit", "group", "every", "rule", "period")  # what one may choose
+SETTINGS = (*CHOSEN, "clock", "since")
 FREQUENCY = 10.0  # recall frequency of a slot that comes to the store (released `initial_rf_when_moving_stm_to_ltm`)
 DEAD = 0.01  # recall frequency up to which a slot goes
 
@@ -136,6 +138,7 @@ class LongTerm:
         places: of each of the memory's own M slots its place within the update that wrote it, [L, M] int32, on the CPU.
         spans: the stored slots.
         limit: bytes of stored slots; the first that came are the first to go.
+        int8: slots are stored in 8 bits, with a scale for every 32 of their numbers.
         group: what is retrieved together: "update" (what one update wrote; the best ones whole, as R allows) or "slot".
         every: tokens of an answer after which is retrieved again, by what was said since; 0: never.
         rule: which slots go: "oldest", or "frequency", the released one.
@@ -152,6 +155,7 @@ class LongTerm:
     places: Tensor
     spans: tuple[Span, ...] = ()
     limit: int = LIMIT
+    int8: bool = False
     group: str = "update"
     every: int = 64
     rule: str = "oldest"
@@ -178,6 +182,11 @@ class LongTerm:
     def settings(self) -> dict[str, Any]:
         """What it was made with and has counted, without tensors."""
         return {name: getattr(self, name) for name in SETTINGS}
+
+    @property
+    def chosen_settings(self) -> dict[str, Any]:
+        """What it was made with."""
+        return {name: getattr(self, name) for name in CHOSEN}
 
     # --- what is there ----------------------------------------------------------------------------------------------
 
@@ -247,7 +256,7 @@ class LongTerm:
         if dropped.shape[1]:
             index = dropped.to(slots.device)[..., None].expand(-1, -1, slots.shape[2])
             some = Some(
-                slots.detach().gather(1, index).cpu(),
+                self._packed(slots.detach().gather(1, index)).cpu(),
                 births.gather(1, dropped),
                 origins.gather(1, dropped),
                 orders,
@@ -255,6 +264,14 @@ class LongTerm:
             )
             following = following.with_more(some)
         return following._counted(k) if self.rule == "frequency" else following._within()
+
+    def _packed(self, slots: Tensor) -> Tensor:
+        return packed(slots) if self.int8 else slots
+
+    def slots(self, span: Span, i: int, places: Tensor | slice, like: Tensor) -> Tensor:
+        """Slots of layer i at places of a span's block, [s, d], in the type and on the device of `like`."""
+        found = span.block.slots[i][places].to(like.device)
+        return unpacked(found, like.shape[-1]).to(like.dtype) if self.int8 else found
 
     def with_more(self, some: Some) -> LongTerm:
         """The store with more slots behind; only these are copied."""
@@ -347,6 +364,22 @@ class LongTerm:
 def empty(L: int, M: int = 0, **settings: object) -> LongTerm:
     """A store that holds nothing, for a memory of M slots in each of L layers; the settings are those of `LongTerm`."""
     return LongTerm(places=torch.zeros(L, M, dtype=torch.int32), **settings)  # type: ignore[arg-type]
+
+
+def packed(slots: Tensor) -> Tensor:
+    """Slots [..., d] in 8 bits, [..., d padded to groups + 2 bytes for the scale of each group] int8."""
+    grouped = torch.nn.functional.pad(slots.float(), (0, -slots.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    scale = (grouped.abs().amax(-1, keepdim=True) / 127).half()  # what is not 0 may round to a scale of 0, and to 0
+    whole = (grouped / scale.float().where(scale > 0, 1)).round().clamp(-127, 127).to(torch.int8)
+    return torch.cat([whole.flatten(-2), scale[..., 0].contiguous().view(torch.int8)], dim=-1)
+
+
+def unpacked(slots: Tensor, d: int) -> Tensor:
+    """The other way of `packed`, [..., d] float32."""
+    groups = -(-d // GROUP)
+    whole, scale = slots.split([groups * GROUP, 2 * groups], dim=-1)
+    grouped = whole.float().unflatten(-1, (groups, GROUP)) * scale.contiguous().view(torch.float16).float()[..., None]
+    return grouped.flatten(-2)[..., :d]
 
 
 def _complement(dropped: Tensor, M: int) -> Tensor:

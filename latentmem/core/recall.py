@@ -98,17 +98,17 @@ class Recall:
             keys = [span.some.keys[i] for span in store.spans if span.some.keys is not None]
             return torch.cat([(asked @ key.to(asked).T).sigmoid().float() for key in keys], dim=1).cpu()
         asked = normalize(self.normed(i, hidden), dim=-1)
-        return torch.cat([(asked @ self._seen(span, i).T).float() for span in store.spans], dim=1).cpu()
+        return torch.cat([(asked @ self._seen(store, span, i).T).float() for span in store.spans], dim=1).cpu()
 
-    def _seen(self, span: Span, i: int) -> Tensor:
+    def _seen(self, store: LongTerm, span: Span, i: int) -> Tensor:
         """Slots as layer i sees them, at length 1, [len(span), d]; made once for each place of a block."""
         block = span.block
         made = self._keys.setdefault(block, {})
         done, keys = made.get(i, (0, None))
         if keys is None:
-            keys = torch.empty(block.slots.shape[1:], dtype=block.slots.dtype, device=self.decoder.device)
+            keys = torch.empty(block.room, self.decoder.d, dtype=self.decoder.dtype, device=self.decoder.device)
         if done < span.end:
-            fresh = block.slots[i, done : span.end].to(self.decoder.device)
+            fresh = store.slots(span, i, slice(done, span.end), keys)
             keys[done : span.end] = normalize(self.normed(i, fresh), dim=-1)
             made[i] = (span.end, keys)
         return keys[span.start : span.end]
@@ -186,13 +186,14 @@ class Recall:
     def slots(self, store: LongTerm, i: int, places: Tensor) -> Tensor:
         """Stored slots of layer i, [R, d], on the model's device."""
         found, start = [], 0
+        like = torch.empty(0, self.decoder.d, dtype=self.decoder.dtype, device=self.decoder.device)
         order = places.argsort()
         for span in store.spans:
             mine = places[order]
             mine = mine[(mine >= start) & (mine < start + len(span))] - start + span.start
-            found.append(span.block.slots[i].index_select(0, mine))
+            found.append(store.slots(span, i, mine, like))
             start += len(span)
-        return torch.cat(found)[order.argsort()].to(self.decoder.device)
+        return torch.cat(found)[order.argsort().to(like.device)]
 
     def _lazily(self, prefix: Prefix, store: LongTerm, found: list[Tensor], i: int) -> KV:
         return self.layer(prefix, store, found, i)

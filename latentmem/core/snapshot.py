@@ -31,7 +31,7 @@ BLOCK_FORMAT = "latentmem block 1"
 Buffer = bytearray | mmap.mmap  # what can be read and, for torch, written
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32},
+    **{"I64": torch.int64, "I32": torch.int32, "I8": torch.int8},
 }
 TENSORS = ("slots", "births", "origins")
 KINDS: dict[str, type] = {

@@ -49,7 +49,7 @@ def _table(some: Sequence[Line]) -> str:
     for line in some:
         cells = "".join(_cell(line, t) for t in steps)
         kind = "ours" if line.kind == "row" and line.row == OURS else ""
-        kind = kind or ("thin" if line.kind in ("bound", "M/N") else "")
+        kind = kind or ("thin" if line.kind in ("bound", "M/N", "found") else "")
         size = ", ".join(sorted({f"{c.n} ({c.texts} texts)" for c in line.cells.values()}))
         rows.append(f'<tr class="{kind}"><td>{escape(label(line))}</td><td>{size}</td>{cells}</tr>')
     return f"<div><table>{''.join(rows)}</table></div>"

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from latentmem.core.memory import Memory
+from latentmem.core.recall import Recalled
 from latentmem.evaluate import plots, results, runner
 from latentmem.evaluate.asking import NEW_TOKENS, Answer, ask, in_context, written
 from latentmem.evaluate.questions import LONGEST, Question, QuestionSet, Text
@@ -40,7 +41,12 @@ OWN_RUN = 50  # steps up to which every sample has its own run
 LONGEST_ANSWER = 64  # tokens that are kept free for a gold answer
 SEGMENT = 20  # steps of a stream that are one unit of work
 CHOSEN = ("rows", "fills", "capacities")  # settings that choose units and change none: a later run may add to them
-UNSAID = (("choice", "last"),)  # settings that folders of before did not know
+UNSAID = (
+    ("choice", "last"),
+    ("longterm", 0),
+    ("longterm_limit", 1 << 30),
+    ("group", "update"),
+)  # settings that folders of before did not know
 Unit = tuple[Any, ...]  # (row, N, fill, index of the text), or ("stream", row, N, segment)
 Record = dict[str, Any]
 
@@ -57,6 +63,9 @@ class Settings:
         K: slots that one update may write; by default every text is one update.
         compression: tokens per slot.
         choice: which token becomes a slot, "last" of each group or "surprise".
+        longterm: R, the slots that a question takes of what was dropped; 0: it is lost.
+        longterm_limit: bytes of what was dropped.
+        group: what is retrieved together, as in `core.longterm.LongTerm`.
         new_tokens: of an answer, in which the gold answer has to stand.
         stream: ask all steps in the stream, not only those beyond `OWN_RUN`.
         seed: of every drop.
@@ -72,6 +81,9 @@ class Settings:
     K: int = LONGEST
     compression: int = 1
     choice: str = "last"
+    longterm: int = 0
+    longterm_limit: int = 1 << 30
+    group: str = "update"
     new_tokens: int = NEW_TOKENS
     stream: bool = False
     seed: int = 0
@@ -191,7 +203,9 @@ class Retention:
             if t in self.settings.own:
                 facts = {"row": row, "N": N, "fill": fill, "step": t, "text": text.id, "M": memory.M}
                 answers = self._ask(self.llm.behind(memory), text.questions)
-                yield from _records(text.questions, answers, left=_left(memory, "target"), **facts)
+                for question, answer in zip(text.questions, answers, strict=True):
+                    found = self._found(memory, question, "target")
+                    yield from _records([question], [answer], left=_left(memory, "target"), **found, **facts)
 
     def _window(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
         N_seen = min(N, self._room)
@@ -246,7 +260,7 @@ class Retention:
                 left = [float(passage == text.text) for passage, (_, text, _) in zip(found, asked, strict=True)]
             for (age, text, question), answer, share in zip(asked, answers, left, strict=True):
                 facts = {"row": row, "N": N, "fill": "full", "step": age, "stream": True, "text": text.id}
-                facts |= {"M": memory.M} if memory is not None else {}
+                facts |= {"M": memory.M, **self._found(memory, question, text.id)} if memory is not None else {}
                 yield from _records([question], [answer], left=share, **facts)
         if memory is not None:
             memory.save(self._kept(N, segment))
@@ -283,7 +297,10 @@ class Retention:
         s = self.settings
         if self.llm.trained:
             return self.llm.empty(seed=s.seed)
-        return self.llm.empty(N=N, K=min(N, s.K), compression=s.compression, seed=s.seed, choice=s.choice)
+        more = {"R": s.longterm, "limit": s.longterm_limit, "group": s.group} if s.longterm else None
+        return self.llm.empty(
+            N=N, K=min(N, s.K), compression=s.compression, seed=s.seed, choice=s.choice, longterm=more
+        )
 
     def _fill(self, N: int) -> Memory:
         """A memory full of unrelated texts; a checkpoint's own pool gets as many of them on top."""
@@ -301,6 +318,21 @@ class Retention:
             texts.append(text)
             slots += memory.K if self.llm.trained else len(self._ids(text)) // self.settings.compression
         return texts
+
+    def _found(self, memory: Memory, question: Question, source: str) -> dict[str, float]:
+        """The share of a source's stored slots, or of R where they are more, that a question takes; mean of layers."""
+        store = memory.longterm
+        if store is None or not memory.R:
+            return {}
+        number = [s.name for s in memory.sources].index(source)
+        mine = (store.column("origins") == number) & store.there
+        if not mine.any():
+            return {}
+        front = self.llm.front(memory, self.llm.prompts_or_raise().question(question.question, bare=True))
+        assert isinstance(front, Recalled)
+        layers = [i for i in range(memory.L) if mine[i].any()]
+        shares = [int(mine[i][front.chosen[i]].sum()) / min(memory.R, int(mine[i].sum())) for i in layers]
+        return {"found": sum(shares) / len(shares)}
 
     def _ask(self, context: Context, questions: Sequence[Question]) -> list[Answer]:
         return ask(self.llm, context, questions, new_tokens=self.settings.new_tokens)

@@ -34,7 +34,8 @@ class Line:
 
     Args:
         filtered: without the questions that are answered closed book.
-        kind: "row", "relative" (to the oracle), "bound", "paired" (ours minus another row), "left" or "M/N".
+        kind: "row", "relative" (to the oracle), "bound", "paired" (ours minus another row), "left", "M/N" or
+            "found" (of the text's long-term slots what its questions take).
         row, fill: as in `retention`.
         cells: step -> estimate.
     """
@@ -142,16 +143,19 @@ class _Table:
             if row in CONSTANT:
                 continue
             cells = {t: self._cell(row, N, fill, stream, t) for t in self._steps(N, stream)}
-            kinds = {"left": name, "M/N": f"{name}: M/N"} if row == OURS else {"left": name}
+            kinds = {"left": name}
+            if row == OURS:
+                kinds |= {"M/N": f"{name}: M/N", "found": f"{name}: long-term slots that are retrieved"}
             for kind, title in kinds.items():
-                some = {t: _mean(cell, "left") if kind == "left" else _filled(cell, N) for t, cell in cells.items()}
+                some = {t: _filled(cell, N) if kind == "M/N" else _mean(cell, kind) for t, cell in cells.items()}
                 there = {t: estimate for t, estimate in some.items() if estimate}
                 found.append(Line(N, stream, "left", False, kind, row, fill, title, there))
         return found
 
 
 def _mean(cell: dict[str, Record], metric: str) -> Estimate | None:
-    return mean([r[metric] for r in cell.values()], [r["text"] for r in cell.values()])
+    some = [r for r in cell.values() if metric in r]
+    return mean([r[metric] for r in some], [r["text"] for r in some])
 
 
 def _filled(cell: dict[str, Record], N: int) -> Estimate | None:

@@ -187,6 +187,7 @@ class Create(Strict):
     compression: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
     choice: Literal["last", "surprise"] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    longterm: Annotated[int, Field(ge=0, le=1 << 24)] | None = None
 
 
 class MemoryInfo(BaseModel):
@@ -281,6 +282,7 @@ class SourceLeft(BaseModel):
     tokens: int
     slots: int
     left: float
+    stored: float
     pinned: bool
     expires: datetime | None
     forecast: dict[int, float]

@@ -415,8 +415,9 @@ class Store:
         """
         memory, expiries = self.open(name, version), self._journal.expiries(self._id(name))
         survives = {t: memories.forecast(memory, t) for t in ahead}
-        found = []
-        for source, slots in zip(memory.sources, memory.left(), strict=True):
+        found, longterm = [], memory.longterm
+        kept = longterm.left(len(memory.sources)) if longterm is not None else torch.zeros(len(memory.sources), 1)
+        for source, slots, more in zip(memory.sources, memory.left(), kept, strict=True):
             left = slots.double().mean().item() / source.slots
             at = expiries.get(source.name)
             found.append(
@@ -425,6 +426,7 @@ class Store:
                     source.tokens,
                     source.slots,
                     left,
+                    more.double().mean().item() / source.slots,
                     source.pinned,
                     None if at is None else datetime.fromtimestamp(at).astimezone(),
                     {t: left if source.pinned else left * share for t, share in survives.items()},
@@ -527,6 +529,8 @@ class Store:
                 f"{name!r} began with a memory that held something already; its journal can not rebuild it."
             )
         ways = {what: getattr(start, what) for what in ("N", "K", "preset", "compression", "seed", "choice")}
+        if start.longterm is not None:
+            ways["longterm"] = start.longterm.chosen_settings
         self.create(new, replace(llm.empty(**ways), quota=start.quota))
         path = [row for row in reversed(path[:-1]) if row.state != "failed"]
         writes = [row for row in path if row.event == "write"]

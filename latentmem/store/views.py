@@ -91,6 +91,7 @@ class SourceStats:
         tokens: tokens written under it.
         slots: slots per layer written under it.
         left: share of them that is left, mean over layers.
+        stored: share of them that is in the long-term memory, mean over layers.
         pinned: whether it loses nothing.
         expires: when it will be forgotten, if ever.
         forecast: updates from now -> share of what was written that is expected to be left then.
@@ -100,6 +101,7 @@ class SourceStats:
     tokens: int
     slots: int
     left: float
+    stored: float
     pinned: bool
     expires: datetime | None
     forecast: dict[int, float]
