@@ -223,6 +223,25 @@ def test_history_and_diff_say_what_became_of_each_source(run):
     assert "every source is as it was" in run("diff", 1, 2, "-m", "work")[1]
 
 
+def test_a_long_term_memory_is_made_shown_and_kept(run, tiny_folder):
+    options = ["-m", "work", "-N", 32, "-K", 16, "--longterm", 8]
+    run("write", "the first text of all, which is soon dropped", *options)
+    code, out, _ = run("write", "another one of forty characters or so ...", "-m", "work", "--longterm", 8)
+    assert code == 0 and re.search(r"32 of 32 slots.*, and 53 that were dropped in its long-term part", plain(out))
+    shown = plain(run("show", "-m", "work")[1])
+    assert re.search(r"long-term 53 slots in each layer, .* KiB; a question takes 8 of them at most", shown)
+    assert re.search(r"source +tokens +slots +left +long-term +\+1", shown)
+    facts = json.loads(run("show", "-m", "work", "--json")[1])
+    assert (facts["longterm"]["R"], facts["longterm"]["S"]) == (8, 53)
+    (source,) = facts["sources"]
+    assert source["stored"] + sum(source["left"]) / 3 / source["slots"] == pytest.approx(1)
+    llm = latentmem.load(str(tiny_folder), device="cpu")
+    _, out, _ = run("ask", "which text?", "-m", "work", "--max-new-tokens", 8)
+    assert out.strip() == llm.ask(stored(), "which text?", max_new_tokens=8)
+    code, _, err = run("write", "more of it", "-m", "work", "--longterm", 9)
+    assert code == 2 and "was made with longterm=8, not 9" in plain(err)
+
+
 def test_ask_says_what_an_answer_drew_on(run):
     run("write", "the door is blue", "-m", "work", "-N", 64, "-K", 16)
     run("write", "-", "-m", "work", stdin="the gate is red")

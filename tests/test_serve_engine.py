@@ -69,6 +69,20 @@ def test_many_answers_at_once_are_those_of_each_alone(llm, engine):
         assert (reading.prompt_tokens, reading.completion_tokens <= 5 + 3 * i) == (len(ids), True)
 
 
+def test_rows_with_long_term_memories_search_them_again_as_each_alone(llm, engine):
+    some = []
+    for i in range(6):
+        memory = llm.empty(N=24, K=8, longterm={"R": 8, "every": 3} if i % 3 else None)
+        for j in range(i + 1):
+            memory = llm.write(memory, f"{j} is the number of text {j} of memory {i}. ", source=str(j))
+        some.append(memory)
+    assert [memory.R for memory in some[1:3]] == [8, 8]
+    prompts = [llm.prompts.text("x" * (3 + 5 * i) + "?") for i in range(6)]
+    readings = [ask(engine, m, p, max_tokens=8 + 2 * i) for i, (m, p) in enumerate(zip(some, prompts, strict=True))]
+    for i, (memory, ids, reading) in enumerate(zip(some, prompts, readings, strict=True)):
+        assert text(reading)[0] == alone(llm, memory, ids, 8 + 2 * i)
+
+
 def test_logits_of_joined_rows_are_those_of_each_alone(llm, engine, monkeypatch):
     """Every pass of every row, joined or moved together, beside the row alone with all its tokens read at once."""
     seen, read = {}, Batch._read

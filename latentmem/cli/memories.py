@@ -193,9 +193,11 @@ def show(
     if json_:
         facts: dict[str, Any] = {key: getattr(now, key) for key in _SHOWN}
         facts |= {"memory": memory, "version": number, "half_life": now.half_life}
+        if now.longterm is not None:
+            facts["longterm"] = now.longterm.settings | {"S": now.longterm.S, "bytes": now.longterm.nbytes}
         facts["sources"] = [
             {
-                **{key: getattr(source, key) for key in ("tokens", "slots", "pinned", "forecast")},
+                **{key: getattr(source, key) for key in ("tokens", "slots", "stored", "pinned", "forecast")},
                 "name": source.source,
                 "left": left.tolist(),
                 "expires": source.expires.isoformat() if source.expires else None,
