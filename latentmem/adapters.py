@@ -24,7 +24,11 @@ from torch.nn.functional import linear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from latentmem.core.prefix import Decoder
+    from latentmem.core.recall import Projectors
+
 WRITE, READ = "write", "read"
+RETRIEVER = "retriever."  # what names of a retriever's weights begin with
 
 
 class Adapters:
@@ -39,6 +43,7 @@ class Adapters:
 
         self._active: ContextVar[str | None] = ContextVar("adapter", default=None)
         self._stamp, self._identity = -1, ""
+        self.retriever = ""  # hash of the one that belongs to them, if any: a memory's store depends on it
         self.layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         followers: dict[Any, type] = {}
         for layer in self.layers:
@@ -105,13 +110,14 @@ class Adapters:
 
     @property
     def identity(self) -> str:
-        """Hash of all adapter weights and their scaling; computed anew after they changed."""
+        """Hash of all adapter weights and their scaling, and of their retriever; computed anew after they changed."""
         if self._stamp != self.stamp:
             digest = hashlib.sha256()
             for name, weight in self.parameters():
                 digest.update(name.encode())
                 digest.update(bits(weight))
             digest.update(str([sorted(layer.scaling.items()) for layer in self.layers]).encode())
+            digest.update(self.retriever.encode())
             self._stamp, self._identity = self.stamp, digest.hexdigest()
         return self._identity
 
@@ -160,8 +166,9 @@ def save(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write trained adapters to one safetensors file, atomically.
 
     Args:
-        tensors: weights by the names of `weights`, and "bos" and "mark" of the preset "paper".
-        facts: r, alpha and target_modules of the LoRA pair, the model's identity and the memory's shape; JSON.
+        tensors: weights by the names of `weights`, "bos" and "mark" of the preset "paper", and those of `retriever`.
+        facts: r, alpha and target_modules of the LoRA pair, the model's identity, the memory's shape and, if there is
+            one, the retriever's; JSON.
     """
     from safetensors.torch import save_file
 
@@ -200,11 +207,40 @@ def put(model: PreTrainedModel, tensors: dict[str, Tensor], facts: dict[str, Any
     adapters = insert(model, dropout=0.0, **{key: facts[key] for key in ("r", "alpha", "target_modules")})
     own = weights(model)
     theirs = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
-    wrong = sorted(own.keys() ^ theirs.keys()) + [n for n in own if n in theirs and own[n].shape != theirs[n].shape]
-    if wrong:
-        more = " ..." if len(wrong) > 8 else ""
-        raise ValueError(f"these adapters do not fit the model: {', '.join(wrong[:8])}{more}.")
+    _check({name: weight.shape for name, weight in own.items()}, theirs)
     with torch.no_grad():
         for name, weight in own.items():
             weight.copy_(theirs[name])
+    found = [name.encode() + bits(tensor) for name, tensor in sorted(tensors.items()) if name.startswith(RETRIEVER)]
+    adapters.retriever = hashlib.sha256(b"".join(found)).hexdigest() if found else ""
     return adapters
+
+
+def retriever(tensors: dict[str, Tensor], facts: dict[str, Any], decoder: Decoder) -> Projectors | None:
+    """The retriever that was trained with adapters, in the model's dtype; None if there is none.
+
+    Raises:
+        ValueError: weights are missing, unknown or of another shape; all are named.
+    """
+    from latentmem.core.recall import Projectors
+
+    theirs = {name: tensor for name, tensor in tensors.items() if name.startswith(RETRIEVER)}
+    sizes, d, each = facts.get("retriever"), decoder.d, range(decoder.L)
+    shapes = {0: (sizes["hidden"], d), 1: (sizes["width"], sizes["hidden"])} if sizes else {}
+    own = {f"{RETRIEVER}{kind}.{i}.{k}": shapes[k] for kind in ("query", "key") for i in each for k in shapes}
+    _check({name: torch.Size(shape) for name, shape in own.items()}, theirs)
+
+    def pairs(kind: str) -> list[tuple[Tensor, Tensor]]:
+        like: Any = {"device": decoder.device, "dtype": decoder.dtype}
+        first, second = ([theirs[f"{RETRIEVER}{kind}.{i}.{k}"].to(**like) for i in each] for k in (0, 1))
+        return list(zip(first, second, strict=True))
+
+    return Projectors(pairs("query"), pairs("key"), (), nn.functional.silu) if sizes else None
+
+
+def _check(own: dict[str, torch.Size], theirs: dict[str, Tensor]) -> None:
+    """Refuse weights of other names or shapes than the model's own."""
+    wrong = sorted(own.keys() ^ theirs.keys()) + [n for n in own if n in theirs and own[n] != theirs[n].shape]
+    if wrong:
+        more = " ..." if len(wrong) > 8 else ""
+        raise ValueError(f"these adapters do not fit the model: {', '.join(wrong[:8])}{more}.")

@@ -110,6 +110,7 @@ def load(
             adapters=llm.adapters,
             trained=trained,
             shape=llm.shape,
+            projectors=llm.recall.projectors,
             identity=identity,
         )
     where = _device(device) if device is not None else _fastest()
@@ -176,6 +177,7 @@ def _with_adapters(llm: MemoryModel, path: Path) -> MemoryModel:
             f"{llm.name} ({llm.identity[:12]}). Load that model, or leave the adapters out."
         )
     llm.adapters = pairs.put(llm.base, tensors, facts)
+    llm.recall.projectors = pairs.retriever(tensors, facts, llm.decoder)
     linear.choose(llm.base)
     m = facts["memory"]
     if m["preset"] == "exact":

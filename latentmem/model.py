@@ -461,7 +461,17 @@ class MemoryModel:
             return [torch.zeros(0, dtype=torch.long)] * self.decoder.L
         prefix = self._prefix(memory)
         with torch.no_grad(), self.using(READ):
-            return self.recall.chosen(memory.longterm, prefix, tokens)
+            return self.recall.chosen(memory.longterm, prefix, tokens, self._asking(tokens))
+
+    def _asking(self, prompt: Tensor) -> Tensor:
+        """Which tokens of a prompt [n] are no part of what the model's template puts around a question, [n] bool."""
+        asking = torch.ones(len(prompt), dtype=torch.bool)
+        ids = prompt.tolist()
+        before, after = self.prompts.frame if self.prompts is not None else ([], [])
+        if len(ids) > len(before) + len(after):
+            asking[: len(before)] = ids[: len(before)] != before
+            asking[len(ids) - len(after) :] = ids[len(ids) - len(after) :] != after
+        return asking
 
     def _read(self, memory: Memory, tokens: Tensor, chosen: Sequence[Tensor]) -> Tensor:
         """`logits` of tokens [1, n] behind a memory and the long-term slots `chosen`."""
@@ -486,12 +496,14 @@ class MemoryModel:
         return self._front(memory, chosen) if memory.holds else None
 
     @torch.no_grad()
-    def search_again(self, front: Front | None, ids: Ids) -> bool:
-        """Let a prompt and what was answered so far take other long-term slots; whether they are others."""
+    def search_again(self, front: Front | None, prompt: Ids, said: Ids) -> bool:
+        """Let a prompt and what was answered lately take other long-term slots; whether they are others."""
         if not isinstance(front, Recalled):
             return False
+        asked, answered = self._ids(prompt), self._ids(said)
+        asking = torch.cat([self._asking(asked), torch.ones(len(answered), dtype=torch.bool)])
         with self.using(READ):
-            return front.choose(self.recall.chosen(front.store, front.prefix, self._ids(ids)))
+            return front.choose(self.recall.chosen(front.store, front.prefix, torch.cat([asked, answered]), asking))
 
     @torch.no_grad()
     def score(self, memory: Memory, ids: Ids, answer: Ids) -> Score:
@@ -565,8 +577,8 @@ class MemoryModel:
         searched = tuple(one if one.R else None for one in some)
         return Context(fronts, tuple(self.room(one) for one in some), READ, searched if any(searched) else ())
 
-    def _recalled(self, context: Context, prompts: Sequence[Tensor]) -> Context:
-        """The context with what each row's prompt takes of the long-term memory in front of it."""
+    def retrieved(self, context: Context, prompts: Sequence[Ids]) -> Context:
+        """The contexts of B prompts, each with what it takes of the long-term memory: searched once for many passes."""
         if not any(context.searched):
             return context
         times = len(prompts) // len(context.fronts)
@@ -608,7 +620,7 @@ class MemoryModel:
 
     def _scores(self, context: Context, pairs: list[tuple[Tensor, Tensor]]) -> list[Score]:
         """`score_rows` in one pass."""
-        context = self._recalled(context, [prompt for prompt, _ in pairs])
+        context = self.retrieved(context, [prompt for prompt, _ in pairs])
         rows = [torch.cat(pair) for pair in pairs]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # right: no row looks at its padding
         for row, room in zip(rows, context.rooms * (len(rows) // len(context.rooms)), strict=True):
@@ -681,7 +693,7 @@ class MemoryModel:
             text = torch.ones(len(rows), n, dtype=torch.long, device=self.decoder.device)
             for line, i in zip(text, rows, strict=True):
                 line[: n - lengths[i]] = 0
-            some = self._recalled(some, [prompts[i] for i in rows])
+            some = self.retrieved(some, [prompts[i] for i in rows])
             cache = self._cache(some, store=True)
             with self.using(_adapter(some)):
                 output = self.base.generate(
@@ -812,7 +824,7 @@ class MemoryModel:
                 every = fronts[i].store.every
                 if ids.shape[1] > n and (ids.shape[1] - n) % every == 0:
                     said = ids[cache.row_of(i), -every:]
-                    changed |= self.search_again(fronts[i], torch.cat([prompts[i], said]))
+                    changed |= self.search_again(fronts[i], prompts[i], said)
             if changed:
                 cache.changed()
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)

@@ -10,6 +10,7 @@ import hashlib
 import re
 import threading
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 BASE_QUESTION = "Question: {question} Answer:"  # the paper's prompt, for models without a chat template
@@ -118,6 +119,15 @@ class Prompts:
             found = re.fullmatch(_MARK, part)
             ids += self.text(messages[int(found[1])]["content"]) if found else self._control(part)
         return ids
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """Ids that stand before and after every question (without bos): the template's, and the style's."""
+        some = [self.question(text, bare=True) for text in ("Who was it", "ten days ago")]
+        n = min(map(len, some))
+        lead = next(i for i in range(n + 1) if i == n or some[0][i] != some[1][i])
+        tail = next(i for i in range(n - lead + 1) if i == n - lead or some[0][-1 - i] != some[1][-1 - i])
+        return some[0][:lead], some[0][len(some[0]) - tail :]
 
     @property
     def opening(self) -> list[int]:

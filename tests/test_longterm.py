@@ -1,6 +1,8 @@
 """Long-term memory: what is dropped is kept, found again by a question, and stands in front of it (M+)."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,6 +129,34 @@ def test_settings_that_make_no_sense(settings):
         longterm.empty(2, **{"R": 4, **settings})
 
 
+def test_marks_are_those_of_a_slow_twin():
+    generator = torch.Generator().manual_seed(3)
+    fits, births = torch.rand(4, 20, generator=generator), torch.randint(-1, 6, (20,), generator=generator)
+    best = [[max(fits[n][births == u].tolist(), default=None) for u in range(7)] for n in range(4)]
+    for u, mark in enumerate(longterm.marks(fits, births, 6).tolist()):
+        if not (births == u).any():
+            assert mark == float("-inf")
+            continue
+        found = 0.0
+        for row in best:
+            there = torch.tensor([x for x in row if x is not None])
+            beyond = row[u] - there.mean()
+            found += float(beyond * beyond.abs() / there.std(correction=0)) / 4
+        assert mark == pytest.approx(found, abs=1e-4)
+
+
+def test_what_a_template_puts_around_a_question_is_not_searched_for(llm):
+    prompts = llm.prompts
+    ids = torch.tensor(prompts.question("where is it?", bare=True))
+    asking = llm._asking(ids)
+    assert llm.tokenizer.decode(ids[asking]) == "where is it?"
+    assert llm._asking(torch.arange(30, 40)).all()
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    ids = torch.tensor(prompts.chat([*turns, {"role": "user", "content": "three"}], bare=True))
+    said = llm.tokenizer.decode(ids[llm._asking(ids)])
+    assert said.startswith("one") and said.endswith("three")
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_question_reads_retrieved_slots_in_front_of_the_others(llm, group):
     """The twin: an ordinary memory that holds [retrieved ; slots] in each layer."""
@@ -172,7 +202,8 @@ def test_updates_are_taken_whole(llm):
         assert sum(taken[b] < counts[b] for b in counts) <= 1  # the last one as far as R allows
 
 
-def test_what_a_text_says_is_found_again(llm):
+def test_what_a_text_says_is_found_again():
+    llm = MemoryModel(tiny_model(num_hidden_layers=6, initializer_range=0.02), byte_tokenizer())
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 8}), 3)
     wanted = torch.randint(4, 260, (6,), generator=torch.Generator().manual_seed(9))
     memory = llm.write_ids(memory, wanted, source="wanted")
@@ -233,7 +264,7 @@ def test_a_long_answer_is_searched_for_again(llm, monkeypatch):
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "every": 4}), 9)
     asked = []
     chosen = llm.recall.chosen
-    monkeypatch.setattr(llm.recall, "chosen", lambda s, p, ids: asked.append(ids.tolist()) or chosen(s, p, ids))
+    monkeypatch.setattr(llm.recall, "chosen", lambda s, p, ids, of: asked.append(ids.tolist()) or chosen(s, p, ids, of))
     prompt = torch.arange(30, 36)
     output = llm.generate_ids(memory, prompt, max_new_tokens=10, min_new_tokens=10)[0].tolist()
     assert asked == [prompt.tolist(), prompt.tolist() + output[6:10], prompt.tolist() + output[10:14]]
@@ -245,7 +276,7 @@ def test_other_slots_are_read_from_there_on(attention, monkeypatch):
     llm = MemoryModel(tiny_model(attention=attention), byte_tokenizer())
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "every": 1}), 9)
     prompt = torch.arange(30, 36)
-    first = llm.recall.chosen(memory.longterm, llm._prefix(memory), prompt)
+    first = llm.logits(memory, prompt, return_retrieved=True)[1]
     other = [torch.arange(6) for _ in first]
     found = iter([first, other, other])
     monkeypatch.setattr(llm.recall, "chosen", lambda *_: next(found))
@@ -302,3 +333,13 @@ def test_positions_leave_room_for_what_is_retrieved(llm):
     full = told(llm, llm.empty(N=16, K=8, longterm=6), 9)
     assert llm.positions(full) == 1 + 6 + 16
     assert llm.room(full) == 1024 - 23
+
+
+def test_the_example_of_the_guide_runs(monkeypatch, capsys):
+    guide = (Path(__file__).parent.parent / "docs" / "longterm.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    small = MemoryModel(tiny_model(max_position_embeddings=8192), byte_tokenizer())
+    monkeypatch.setattr("latentmem.loading.load", lambda: small)
+    seen = {}
+    exec(code, seen)
+    assert seen["memory"].longterm.S > 0 and str(seen["memory"].longterm.S) in capsys.readouterr().out

@@ -409,7 +409,8 @@ def best(fits: Tensor, there: Tensor, orders: Tensor, R: int) -> Tensor:
 def marks(fits: Tensor, births: Tensor, updates: int) -> Tensor:
     """How well what each update wrote fits, from how well its slots fit, in one layer.
 
-    For each token that asks, the best slot of an update counts, relative to the other updates' (their mean and spread).
+    For each token that asks, the best slot of an update counts, less the mean over updates; the more it stands out
+    among them (in units of their spread), the more it counts. So words that all texts have in common decide nothing.
 
     Args:
         fits: [n, S].
@@ -417,7 +418,7 @@ def marks(fits: Tensor, births: Tensor, updates: int) -> Tensor:
         updates: U, the newest birth.
 
     Returns:
-        [U + 1].
+        [U + 1]; -inf for an update of which nothing is there.
     """
     n = len(fits)
     there = births >= 0
@@ -426,9 +427,9 @@ def marks(fits: Tensor, births: Tensor, updates: int) -> Tensor:
     top.scatter_reduce_(1, index.expand(n, -1), fits[:, there], "amax")
     some = top > float("-inf")
     count = some.sum(1, keepdim=True).clamp(min=1)
-    mean = top.where(some, 0).sum(1, keepdim=True) / count
-    spread = ((top - mean).where(some, 0).square().sum(1, keepdim=True) / count).sqrt()
-    return ((top - mean) / (spread + 1e-6)).where(some, float("-inf")).mean(0)
+    beyond = top - top.where(some, 0).sum(1, keepdim=True) / count
+    spread = (beyond.where(some, 0).square().sum(1, keepdim=True) / count).sqrt()
+    return (beyond * beyond.abs() / (spread + 1e-6)).where(some, float("-inf")).mean(0)
 
 
 def together(marks: Tensor, births: Tensor, there: Tensor, orders: Tensor, R: int) -> Tensor:

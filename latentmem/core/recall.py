@@ -1,7 +1,7 @@
 """Reading a long-term memory: which stored slots a question takes, in which layer (letters: `latentmem.core`).
 
-    by update   the question passes the first layers behind the first position alone; what fits its tokens best there,
-                update by update, is taken whole in every layer, as R allows. Nothing is trained for it.
+    by update   the question passes a few of the first layers behind the first position alone; what fits its tokens best
+                there, update by update, is taken whole in every layer, as R allows. Nothing is trained for it.
     by slot     the question passes all layers behind what it retrieves: each layer takes the R slots that fit best
 
 Fits are likenesses (cosines) of what the layers see of slot and token, after their norm. Queries on unrotated keys, the
@@ -29,7 +29,7 @@ from latentmem.core.memory import Memory
 from latentmem.core.prefix import Decoder, Front, Prefix, attention_mask, memory_cache
 from latentmem.core.write import layers_seen
 
-SHARE = 5  # one layer of so many is searched by update, from the first on
+SHARE = 10  # one layer of so many is searched by update, from the second on: the first sees words, not what they mean
 
 
 class _Enough(Exception):  # noqa: N818 - no error
@@ -71,9 +71,10 @@ class Recall:
         self._keys: weakref.WeakKeyDictionary[Block, dict[int, tuple[int, Tensor]]] = weakref.WeakKeyDictionary()
 
     @property
-    def searched(self) -> int:
-        """How many layers are searched by update."""
-        return -(-self.decoder.L // SHARE)
+    def searched(self) -> range:
+        """The layers that are searched by update."""
+        L = self.decoder.L
+        return range(min(1, L - 1), min(L, 1 + -(-L // SHARE)))
 
     def normed(self, i: int, hidden: Tensor) -> Tensor:
         """What layer i sees of hidden states."""
@@ -120,19 +121,23 @@ class Recall:
     # --- what a question takes ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def chosen(self, store: LongTerm, prefix: Prefix, ids: Tensor) -> list[Tensor]:
+    def chosen(self, store: LongTerm, prefix: Prefix, ids: Tensor, asking: Tensor) -> list[Tensor]:
         """The stored slots that tokens [n] take in each layer: L tensors of R places, oldest first.
 
         To be called under the adapter that reads.
+
+        Args:
+            asking: which of the tokens say what is asked, and are no frame around it, [n] bool; for a trained
+                retriever all count, as it was trained.
         """
         if not store.most:
             return [torch.zeros(0, dtype=torch.long)] * self.decoder.L
         if self.projectors is None and store.group == "update":
-            return self._by_update(store, self._heard(prefix, ids))
+            return self._by_update(store, self._heard(prefix, ids), asking)
         found: list[Tensor] = []
 
         def at(i: int, hidden: Tensor) -> Tensor:
-            found.append(self.by_slot(i, store, hidden[0]))
+            found.append(self.by_slot(i, store, hidden[0] if self.projectors is not None else hidden[0][asking]))
             return hidden
 
         layers = [partial(self._lazily, prefix, store, found, i) for i in range(self.decoder.L)]
@@ -144,12 +149,13 @@ class Recall:
         fits = self.fits(i, store, hidden).mean(0)
         return best(fits, store.there[i], store.column("orders")[i], store.most)
 
-    def _by_update(self, store: LongTerm, heard: Sequence[Tensor]) -> list[Tensor]:
+    def _by_update(self, store: LongTerm, heard: Sequence[Tensor], asking: Tensor) -> list[Tensor]:
         there, orders, births = store.there, store.column("orders"), store.column("births")
         updates = int(births.max())
         total: Any = 0
-        for i, hidden in enumerate(heard):
-            total = total + marks(self.fits(i, store, hidden), births[i].where(there[i], -1), updates)
+        for i, hidden in zip(self.searched, heard, strict=True):
+            fits = self.fits(i, store, hidden[asking])
+            total = total + marks(fits, births[i].where(there[i], -1), updates)
         every = range(self.decoder.L)
         return [together(total, births[i], there[i], orders[i], store.most) for i in every]
 
@@ -158,9 +164,10 @@ class Recall:
         s, heard = prefix.s, list[Tensor]()
 
         def at(i: int, hidden: Tensor) -> Tensor:
-            if i == self.searched:
+            if i in self.searched:
+                heard.append(hidden[0])
+            if i == self.searched[-1]:
                 raise _Enough
-            heard.append(hidden[0])
             return hidden
 
         first = [partial(_first, keys, values, s) for keys, values in zip(prefix.rotated, prefix.values, strict=True)]

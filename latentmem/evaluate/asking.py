@@ -38,6 +38,7 @@ def ask(
         return [answer for part in parts for answer in ask(llm, context, part, new_tokens=new_tokens)]
     prompts = llm.prompts_or_raise()
     ids = [prompts.question(q.question, bare=context.length > 0) for q in questions]
+    context = llm.retrieved(context, ids)
     scores = llm.score_rows(context, ids, [prompts.answer(q.question, q.answers[0]) for q in questions])
     outputs = llm.generate_rows(context, ids, new_tokens)
     said = [llm.tokenizer.decode(output, skip_special_tokens=True).strip() for output in outputs]

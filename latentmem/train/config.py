@@ -24,6 +24,7 @@ OBJECTIVES = (
     "unrelated",
     "chat",
 )
+UNASKED = ("unrelated", "chat")  # objectives whose rows are about no text
 KINDS = ("text", "questions")
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -72,6 +73,30 @@ class Lora:
     alpha: float = 32.0
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class RetrieverShape:
+    """What finds stored slots of a long-term memory again, trained beside the adapters; they learn nothing from it.
+
+    Args:
+        width: of its queries and keys; 0: none is trained.
+        hidden: between its two layers; 0: twice the width.
+        weight: factor of its loss.
+        lr: its highest learning rate; it rises and falls as that of the adapters.
+        alone: the adapters stay as they are, and only it is trained.
+    """
+
+    width: int = 0
+    hidden: int = 0
+    weight: float = 1.0
+    lr: float = 1e-3
+    alone: bool = False
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Width and hidden width, as they stand in a result."""
+        return {"width": self.width, "hidden": self.hidden or 2 * self.width}
 
 
 @dataclass(frozen=True)
@@ -210,6 +235,7 @@ class Config:
     sharding: str = "none"
     memory: MemoryShape = field(default_factory=MemoryShape)
     lora: Lora = field(default_factory=Lora)
+    retriever: RetrieverShape = field(default_factory=RetrieverShape)
     objectives: dict[str, float] = field(default_factory=lambda: {"questions": 1.0})
     data: tuple[Source, ...] = ()
     apart: tuple[Source, ...] = ()
@@ -218,7 +244,7 @@ class Config:
     watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
-        m, t, s = self.memory, self.texts, self.steps
+        m, t, s, r = self.memory, self.texts, self.steps, self.retriever
         piece = PAPER_PIECE if m.preset == "paper" else m.K * min(m.drawn)
         rules = [
             (self.data, "data: give at least one source."),
@@ -234,6 +260,14 @@ class Config:
             (m.preset == "exact" or set(m.drawn) == {1}, "memory.compressions is for the preset exact."),
             (self.adapters != "", "adapters: give a file, auto or null."),
             (not (self.adapters and self.lora.dropout), "lora.dropout must be 0 with adapters to go on from."),
+            (r.width >= 0 and r.hidden >= 0, "retriever.width and retriever.hidden must not be negative."),
+            (r.weight > 0, f"retriever.weight must be above 0, got {r.weight}."),
+            (r.lr > 0, f"retriever.lr must be above 0, got {r.lr}."),
+            (r.width or not r.alone, "retriever.alone needs a retriever.width above 0."),
+            (
+                not r.width or any(self.objectives.get(name) for name in OBJECTIVES if name not in UNASKED),
+                f"retriever.width needs an objective that asks about texts; {' and '.join(UNASKED)} do not.",
+            ),
             (1 <= t.shortest <= t.longest, f"texts: shortest={t.shortest} must not exceed longest={t.longest}."),
             (t.longest <= piece, f"texts.longest={t.longest} is more than one update reads, {piece} tokens."),
             (t.at_once >= 1 and t.rows >= 1, "texts.at_once and texts.rows must be at least 1."),

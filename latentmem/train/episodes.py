@@ -68,7 +68,8 @@ class Row:
     Args:
         prompt: ids that are given, without bos.
         answer: ids whose likelihood is the loss.
-        about: number of the text in the episode; None: it is about none of them.
+        about: number of the text in the episode; -1, -2, ...: of the last one that was written before it, and so on;
+            None: it is about no text.
     """
 
     prompt: Ids
@@ -145,6 +146,7 @@ class Episodes:
         self._apart = apart or Apart(())
         self._count = lru_cache(maxsize=4096)(lambda text: len(prompts.text(text)))
         self._told = lru_cache(maxsize=512)(self._tell)
+        self._writes = lru_cache(maxsize=512)(self._count_texts)
         self._around = len(prompts.written("x")) - self._count("x")  # ids that wrap a text
         prose = [i for i, source in enumerate(sources) if source.source.kind == "text"]
         needing = [
@@ -206,15 +208,18 @@ class Episodes:
         return self._episode(objective, number, random, names, texts, rows, ages=None if aged else (0,) * len(texts))
 
     def _continuous(self, objective: str, number: int, random: np.random.Generator) -> Episode:
-        config = self.config
-        most = 2 + int(min(1.0, self._done(number)) * (config.texts.most_pieces - 1))
-        n = int(random.integers(2, max(3, most + 1)))
+        n = self._length(number, random)
         document, pieces = self._pieces(number, 0, n, random)
         rows = [self._continuation(pieces[-1], len(pieces) - 2)]
         texts = [self._written(piece) for piece in pieces[:-1]]
         return self._episode(
             objective, number, random, [document.id] * len(texts), texts, rows, ages=(0,) * len(texts), in_sequence=True
         )
+
+    def _length(self, number: int, random: np.random.Generator) -> int:
+        """Pieces of the document in an episode of "continuous"."""
+        most = 2 + int(min(1.0, self._done(number)) * (self.config.texts.most_pieces - 1))
+        return int(random.integers(2, max(3, most + 1)))
 
     def _repeated(self, objective: str, number: int, random: np.random.Generator) -> Episode:
         t = self.config.texts
@@ -244,12 +249,13 @@ class Episodes:
 
     def _recalled(self, objective: str, number: int, random: np.random.Generator) -> Episode:
         own, t = self._told(number), self.config.texts
-        rows: dict[Row, None] = {}
+        rows: dict[Row, int] = {}
         for _ in range(TRIES):
-            some = self._at_age(number, self._age(number, random, len(own[-1][1])))
+            some, since = self._at_age(number, self._age(number, random, len(own[-1][1])))
             row = some[random.integers(len(some))]
-            rows |= {row: None} if len(rows) < t.rows else {}
-        names, asked = [name for name, _, _ in own], list(rows)
+            if len(rows) < t.rows:
+                rows.setdefault(row, len(own) - 1 - since)
+        names, asked = [name for name, _, _ in own], [replace(row, about=text) for row, text in rows.items()]
         for i in range(len(asked) // 2 if objective == "unknown" else 0):
             _, _, questions = self._with_questions(number, i, random, names)
             asked[i] = self._question(questions[0][0], UNKNOWN, None)
@@ -323,19 +329,29 @@ class Episodes:
             told.append((document.id, self._written(text), rows))
         return tuple(told)
 
-    def _at_age(self, number: int, age: int) -> tuple[Row, ...]:
-        """Questions about a text that about so many updates stand behind; of the oldest one where none is as old."""
-        found: tuple[Row, ...] = ()
+    def _at_age(self, number: int, age: int) -> tuple[tuple[Row, ...], int]:
+        """Questions about a text that about so many updates stand behind, and how many they are exactly.
+
+        Of the oldest one where none is as old.
+        """
+        found: tuple[tuple[Row, ...], int] = ((), 0)
+        since = 0
         while number >= 0:
             told = self._told(number)
-            for _, _, rows in reversed(told):
-                found = rows
+            for i, (_, _, rows) in enumerate(reversed(told)):
+                found = rows, since + i
                 if age <= 0:
                     return found
                 age -= 1
             age -= 0 if told else self.config.texts.at_once
+            since += self._writes(number)
             number = self._before(number)
         return found
+
+    def _count_texts(self, number: int) -> int:
+        """How many texts an episode writes."""
+        objective, random = self._drawn(number)
+        return self._length(number, random) - 1 if objective == "continuous" else self.config.texts.at_once
 
     # --- parts ------------------------------------------------------------------------------------------------------
 

@@ -27,9 +27,10 @@ from latentmem.core import memory as memories
 from latentmem.core.attention import KV, begin
 from latentmem.core.memory import Memory
 from latentmem.core.prefix import Front, attention_mask, memory_cache
-from latentmem.core.write import write_exact, write_exact_rows, write_paper
+from latentmem.core.write import layers_seen, write_exact, write_exact_rows, write_paper
 from latentmem.model import MemoryModel, Trained
 from latentmem.train.episodes import Episode, Row
+from latentmem.train.retriever import Retriever, Search, Seen
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,15 @@ class Outcome:
         loss: a scalar with gradient.
         accuracy: share of the answers' tokens that were the most likely ones.
         new_slots: of each text, [L, k, d], without gradient, for the pool.
+        search: the retriever's loss, which is in `loss` by its weight; None: no row searched for a text.
+        found: share of the rows that searched whose own text fits best of all.
     """
 
     loss: Tensor
     accuracy: float
     new_slots: list[Tensor]
+    search: float | None = None
+    found: float = 0.0
 
 
 class Learner(nn.Module):
@@ -54,6 +59,8 @@ class Learner(nn.Module):
         llm: with fresh or trained adapters.
         preset, compression, choice, K: of the memory that is trained.
         bos, mark: of the preset "paper"; they become parameters.
+        retriever: trained beside the adapters, if any.
+        weight: factor of its loss.
     """
 
     sink: Tensor
@@ -68,6 +75,8 @@ class Learner(nn.Module):
         choice: str = "last",
         bos: Tensor | None = None,
         mark: Tensor | None = None,
+        retriever: Retriever | None = None,
+        weight: float = 1.0,
     ) -> None:
         super().__init__()
         assert llm.adapters is not None
@@ -75,6 +84,7 @@ class Learner(nn.Module):
         self.preset, self.K, self.compression, self.choice = preset, K, compression, choice
         self.bos = nn.Parameter(bos.float()) if bos is not None else None
         self.mark = nn.Parameter(mark.float()) if mark is not None else None
+        self.retriever, self.weight = retriever, weight
         self._llm = [llm]  # in a list: no submodule
         self.register_buffer("sink", llm.first.detach().clone(), persistent=False)
 
@@ -128,15 +138,20 @@ class Learner(nn.Module):
         before = _Pool(self, pool.slots)
         learned = [] if episode.from_pool else self._write(before, episode)
         vain = [self._write(before, nothing)[0].sum() for _ in range(idle[2])]
-        logits, answers = self._read(self._aged(pool, learned, episode), episode.rows)
+        cache, slots, texts = self._aged(pool, learned, episode)
+        searches = self._searches(pool, episode) if self.retriever is not None else []
+        seen = Seen(searches, slots, texts)
+        with layers_seen(self.llm.decoder, partial(self._see, seen)) if searches else contextlib.nullcontext():
+            logits, answers = self._read(cache, episode.rows)
         accuracy = float((logits.argmax(-1) == answers).float().mean())
         if taught is None:
             loss = nn.functional.cross_entropy(logits.float(), answers)
         else:
             loss = nn.functional.kl_div(logits.float().log_softmax(-1), taught, reduction="batchmean", log_target=True)
-        return Outcome(
-            sum((0.0 * part for part in vain), loss), accuracy, [slots.detach() for slots in [*new, *learned]]
+        outcome = Outcome(
+            sum((0.0 * part for part in vain), loss), accuracy, [part.detach() for part in [*new, *learned]]
         )
+        return self._searched(outcome, seen) if self.retriever is not None else outcome
 
     def _part(self, pool: Memory, episode: Episode) -> Memory:
         """What stands of the pool in front of an episode's texts: as much as it says, of the newest."""
@@ -193,19 +208,63 @@ class Learner(nn.Module):
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    def _aged(self, pool: Memory, new: Sequence[Tensor], episode: Episode) -> Any:
-        """A cache over the pool with each text at its age, dropped from as often as its age says."""
+    def _aged(self, pool: Memory, new: Sequence[Tensor], episode: Episode) -> tuple[Any, list[Tensor], Tensor]:
+        """The pool with each text at its age, dropped from as often as its age says.
+
+        Returns:
+            A cache over it, its slots [L, any, d] in another order, and the number of each slot's text, [L, all].
+        """
         generator = torch.Generator().manual_seed(episode.seed % (1 << 63))
-        keys, fresh = [pool.births.double()], []
-        for slots, age in zip(new, episode.ages[: len(new)], strict=True):
+        keys, fresh, texts = [pool.births.double()], [], [pool.births]
+        for i, (slots, age) in enumerate(zip(new, episode.ages[: len(new)], strict=True)):
             L, k, _ = slots.shape
             share = memories.survival(pool.N, min(k, pool.N - 1), age)
             m = max(1, round(share * k))
             stays = torch.rand(L, k, generator=generator).argsort(1)[:, :m].sort(1).values.to(slots.device)
             fresh.append(slots.gather(1, stays[..., None].expand(-1, -1, slots.shape[2])) if m < k else slots)
             keys.append(torch.full((L, m), pool.updates - age + 0.5, dtype=torch.double))
+            texts.append(torch.full((L, m), self._number(pool, episode, i), dtype=torch.int32))
         order = torch.cat(keys, dim=1).argsort(dim=1, stable=True)
-        return self._cache(pool.slots.to(self.sink.device), fresh, order)
+        old = pool.slots.to(self.sink.device)
+        return self._cache(old, fresh, order), [old, *fresh], torch.cat(texts, dim=1)
+
+    # --- the retriever ----------------------------------------------------------------------------------------------
+
+    def _number(self, pool: Memory, episode: Episode, text: int) -> int:
+        """How slots of a text are numbered: as the pool's are, by update; pieces of one document go together."""
+        if episode.from_pool:
+            return pool.updates - len(episode.texts) + 1 + text
+        return pool.updates + 1 + episode.names.index(episode.names[text])
+
+    def _searches(self, pool: Memory, episode: Episode) -> list[Search]:
+        """The rows that are about a text; by their prompts, or where text just goes on by a random part of it."""
+        generator, found = torch.Generator().manual_seed(episode.seed % (1 << 63)), []
+        for i, row in enumerate(episode.rows):
+            if row.about is None:
+                continue
+            n = len(row.prompt)
+            if n == 1:  # Source: the released `random_retriever_length`
+                n += int(torch.randint(len(row.answer), (), generator=generator))
+            found.append(Search(i, n, self._number(pool, episode, row.about)))
+        return found
+
+    def _see(self, seen: Seen, i: int, hidden: Tensor) -> Tensor:
+        """Note what layer i sees, within its own forward, where its weights are whole; without gradient."""
+        normed, searches = self.llm.recall.normed, seen.searches
+        with torch.no_grad():
+            seen.asked.append(normed(i, torch.cat([hidden[search.row, : search.tokens] for search in searches])))
+            seen.keys.append(normed(i, torch.cat([slots[i] for slots in seen.slots])))
+        return hidden
+
+    def _searched(self, outcome: Outcome, seen: Seen) -> Outcome:
+        """The outcome with the retriever's loss; every weight of it has a gradient, on all processes alike."""
+        assert self.retriever is not None
+        loss = outcome.loss + 0.0 * torch.stack([part.sum() for part in self.retriever.parameters()]).sum()
+        found = self.retriever(seen) if seen.searches else None
+        if found is None:
+            return replace(outcome, loss=loss)
+        search, share = found
+        return replace(outcome, loss=loss + self.weight * search, search=float(search.detach()), found=share)
 
     def _read(self, cache: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Logits of all answers' tokens, [tokens, vocab], and the tokens, [tokens]."""

@@ -48,12 +48,13 @@ from latentmem.core import memory as memories
 from latentmem.core.memory import Memory
 from latentmem.model import MemoryModel
 from latentmem.train import plots
-from latentmem.train.config import OBJECTIVES, Config, MemoryShape
+from latentmem.train.config import OBJECTIVES, Config, MemoryShape, RetrieverShape
 from latentmem.train.data import Apart, Documents
 from latentmem.train.episodes import Episode, Episodes
 from latentmem.train.learner import Learner, Outcome, remember
 from latentmem.train.log import Log
 from latentmem.train.probe import Probe
+from latentmem.train.retriever import Retriever
 
 Progress = Callable[[int, int, dict[str, Any]], None]  # (steps done, steps in all, the step's numbers)
 RESULT = "adapters.safetensors"
@@ -91,16 +92,22 @@ class Run:
         prompts, apart = self.llm.prompts_or_raise(), Apart(config.apart)
         self.episodes = Episodes(config, prompts, self.sources, apart, self.world)
         self.learner = learner_of(config, self.llm)
+        self.fixed = _fixed(self.learner)
         if config.checkpointing:
             recompute(self.learner)
         self.sharded = config.sharding == "fsdp2" and self.world > 1
         self.model: nn.Module = self._spread()
         self.parameters = {name: p for name, p in self.learner.named_parameters() if p.requires_grad}
-        reads = [p for name, p in self.parameters.items() if f".{READ}." in name]
-        writes = [p for name, p in self.parameters.items() if f".{READ}." not in name]
         s = config.steps
+        finds = [p for name, p in self.parameters.items() if name.startswith(pairs.RETRIEVER)]
+        reads = [p for name, p in self.parameters.items() if f".{READ}." in name]
+        writes = [
+            p for name, p in self.parameters.items() if f".{READ}." not in name and not name.startswith(pairs.RETRIEVER)
+        ]
+        shares = ((reads, 1.0), (writes, s.write), (finds, config.retriever.lr / s.lr))
+        self.groups = [(some, share) for some, share in shares if some]
         self.optimizer = torch.optim.AdamW(
-            [{"params": reads}, {"params": writes}],  # each has its rate
+            [{"params": some} for some, _ in self.groups],  # each has its share of the rate
             lr=s.lr,
             betas=(s.betas[0], s.betas[1]),
             weight_decay=s.weight_decay,
@@ -198,10 +205,12 @@ class Run:
         for name in OBJECTIVES:
             some = [x for episode, x in zip(episodes, losses, strict=True) if episode.objective == name]
             mine += [sum(some), len(some)]
-        loss, accuracy, norm, mean, *parts = self._everywhere(*mine)
+        searched = [outcome for outcome in outcomes if outcome.search is not None]
+        mine += [sum(o.search or 0.0 for o in searched), sum(o.found for o in searched), len(searched)]
+        loss, accuracy, norm, mean, *parts, search, found, searches = self._everywhere(*mine)
         each = {name: x / n for name, x, n in zip(OBJECTIVES, parts[::2], parts[1::2], strict=True) if n}
         self._check(loss, norm, each, episodes)
-        for group, share in zip(self.optimizer.param_groups, (1.0, self.config.steps.write), strict=True):
+        for group, (_, share) in zip(self.optimizer.param_groups, self.groups, strict=True):
             group["lr"] = share * rate(self.config, self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -213,6 +222,7 @@ class Run:
             "step": self.step,
             "loss": round(loss, 5),
             "accuracy": round(accuracy, 4),
+            **({"retriever": round(search / searches, 5), "found": round(found / searches, 4)} if searches else {}),
             "norm": round(norm, 4),
             "lr": self.optimizer.param_groups[0]["lr"],
             "tokens": tokens,
@@ -233,8 +243,13 @@ class Run:
             self.pool = remember(self.pool, slots)
 
     def _clip(self) -> float:
-        norm: Any = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.steps.clip)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        """Cut the gradients of the adapters, and those of the retriever; the norm of all before."""
+        norms = []
+        for finds in (False, True):
+            some = [p for name, p in self.parameters.items() if name.startswith(pairs.RETRIEVER) == finds]
+            norm: Any = nn.utils.clip_grad_norm_(some, self.config.steps.clip)
+            norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+        return math.hypot(*norms)
 
     def _everywhere(self, *mine: float) -> list[float]:
         """The means of numbers over all processes."""
@@ -365,7 +380,7 @@ class Run:
         if self.rank == 0:
             with self._room("the result"):
                 more = {"from": self.origin, "steps": self.step, "tokens": self.tokens}
-                result(self.out / RESULT, self.config, self.llm, tensors, more)
+                result(self.out / RESULT, self.config, self.llm, {**self.fixed, **tensors}, more)
             plots.draw({self.out.name: self.out}, self.out / "curves.png")
 
 
@@ -422,6 +437,7 @@ def result(path: Path, config: Config, llm: MemoryModel, tensors: dict[str, Tens
         "target_modules": list(config.lora.target_modules),
         "memory": {"preset": m.preset, "N": m.N, "K": K, "compression": m.compression, "choice": m.choice},
         "birth": BIRTH if m.preset == "paper" else "",
+        **({"retriever": config.retriever.sizes} if config.retriever.width else {}),
         **more,
     }
     pairs.save(path, {name.removeprefix("base."): tensor for name, tensor in own.items()}, facts)
@@ -434,7 +450,8 @@ def begin(config: Config, device: torch.device) -> MemoryModel:
     """The model with its adapters in float32: those that the config names, or fresh ones, the same for the same seed.
 
     Raises:
-        ValueError: adapters to go on from that have another rank, scale or place than the config says.
+        ValueError: adapters to go on from that have another rank, scale or place than the config says, or a retriever
+            of another size.
     """
     llm = loading.load(config.model, dtype=config.dtype, device=device, adapters=config.adapters)
     lora = config.lora
@@ -449,7 +466,7 @@ def begin(config: Config, device: torch.device) -> MemoryModel:
     assert llm.adapters is not None
     for _, weight in llm.adapters.parameters():
         weight.data = weight.data.float()
-        weight.requires_grad_(True)
+        weight.requires_grad_(not config.retriever.alone)
     if lora.dropout:
         llm.base.train()
     return llm
@@ -465,6 +482,11 @@ def _go_on(config: Config, llm: MemoryModel) -> None:
         raise ValueError(f"lora (r, alpha, target_modules) must be as in {config.adapters!r}: {found}, got {asked}.")
     if (llm.trained is not None) != (config.memory.preset == "paper"):
         raise ValueError(f"memory.preset is {config.memory.preset!r}, and {config.adapters!r} are of the other one.")
+    if llm.recall.projectors is not None:
+        first, second = llm.recall.projectors.query[0]
+        sizes, mine = {"width": len(second), "hidden": len(first)}, config.retriever.sizes
+        if mine != sizes:
+            raise ValueError(f"retriever must be as in {config.adapters!r}: {sizes}, got {mine}.")
 
 
 def learner_of(config: Config, llm: MemoryModel) -> Learner:
@@ -473,7 +495,7 @@ def learner_of(config: Config, llm: MemoryModel) -> Learner:
     paper = m.preset == "paper"
     first = llm.first
     mark = llm.trained.mark if llm.trained else first.new_zeros(first.shape[-1])
-    return Learner(
+    learner = Learner(
         llm,
         preset=m.preset,
         K=m.K,
@@ -481,7 +503,29 @@ def learner_of(config: Config, llm: MemoryModel) -> Learner:
         choice=m.choice,
         bos=first.detach().clone() if paper else None,
         mark=mark.detach().clone() if paper else None,
+        retriever=_retriever_of(config, llm),
+        weight=config.retriever.weight,
     )
+    for part in (learner.bos, learner.mark):
+        if part is not None:
+            part.requires_grad_(not config.retriever.alone)
+    return learner
+
+
+def _retriever_of(config: Config, llm: MemoryModel) -> Retriever | None:
+    """The retriever of the adapters that are gone on from, or else a fresh one."""
+    known, sizes = llm.recall.projectors, config.retriever.sizes
+    if not config.retriever.width:
+        return None
+    if known is not None:
+        return Retriever(known.query, known.key)
+    return Retriever.fresh(llm.decoder.L, llm.decoder.d, **sizes, seed=config.seed, device=llm.decoder.device)
+
+
+def _fixed(learner: Learner) -> dict[str, Tensor]:
+    """What is not trained of adapters, bos and mark, under the names of a run's state."""
+    still = {name: p for name, p in learner.named_parameters() if not p.requires_grad}
+    return {f"model.{n}": p.detach().clone() for n, p in still.items() if ".lora_" in n or n in ("bos", "mark")}
 
 
 def _empty_pool(config: Config, llm: MemoryModel) -> Memory:
@@ -547,7 +591,8 @@ def _claim(out: Path, config: Config) -> None:
     file, mine = out / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
     if file.exists():
         theirs = json.loads(file.read_text())["config"]
-        theirs["memory"] = dataclasses.asdict(MemoryShape()) | theirs.get("memory", {})  # of before it had all its keys
+        for key, kind in (("memory", MemoryShape), ("retriever", RetrieverShape)):  # of before there were all keys
+            theirs[key] = dataclasses.asdict(kind()) | theirs.get(key, {})
         free = {"watch"}  # changes nothing of what is learned
         different = [key for key in mine if key not in free and mine[key] != theirs.get(key)]
         if different:

@@ -1,0 +1,122 @@
+"""The retriever of a long-term memory, as it is trained: which slots are of the text that is asked about.
+
+In each layer two matrices make a query of what the layer sees of a token, two others a key of what it sees of a slot.
+A slot of the right text is to fit, sigmoid(query . key) on average over the tokens that ask, and any other is not.
+Nothing of it flows back into what the layers see.
+
+Source: M+ (arXiv 2502.00592) section 3.1.2; the released `get_selector_loss`, and `get_projector` for the layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, silu
+
+from latentmem.core.recall import Projectors
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Search:
+    """A row that is about a text.
+
+    Args:
+        row: its number in the episode.
+        tokens: that ask, the first ones of the row.
+        text: number of the text, as slots are numbered.
+    """
+
+    row: int
+    tokens: int
+    text: int
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the layers see of tokens and slots while rows are read, without gradient.
+
+    Args:
+        searches: rows that are about a text.
+        slots: all that are read, [L, any, d] each.
+        texts: number of the text that each slot is of, [L, P].
+        asked: of each layer, the tokens of all searches, [T, d].
+        keys: of each layer, the slots, [P, d].
+    """
+
+    searches: Sequence[Search]
+    slots: Sequence[Tensor]
+    texts: Tensor
+    asked: list[Tensor] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
+
+
+class Retriever(nn.Module):
+    """The trainable form of `Projectors`, in float32.
+
+    Args:
+        query, key: of each layer, as in `Projectors`.
+    """
+
+    def __init__(self, query: Sequence[Pair], key: Sequence[Pair]) -> None:
+        super().__init__()
+        self.query, self.key = (
+            nn.ModuleList([nn.ParameterList([part.detach().float().clone() for part in pair]) for pair in some])
+            for some in (query, key)
+        )
+
+    @staticmethod
+    def fresh(L: int, d: int, hidden: int, width: int, seed: int, device: torch.device) -> Retriever:
+        """One that has learned nothing, the same for the same seed; as `nn.Linear` begins."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def pairs() -> Iterator[Pair]:
+            for _ in range(L):
+                first, second = ((2 * torch.rand(b, a, generator=generator) - 1) / a**0.5 for a, b in shapes)
+                yield first.to(device), second.to(device)
+
+        shapes = ((d, hidden), (hidden, width))
+        return Retriever(list(pairs()), list(pairs()))
+
+    @property
+    def projectors(self) -> Projectors:
+        """As it is used; a writer has no queries of its own."""
+        query, key = ([(pair[0], pair[1]) for pair in some] for some in (self.query, self.key))  # type: ignore[index]
+        return Projectors(query, key, (), silu)
+
+    def forward(self, seen: Seen) -> tuple[Tensor, float] | None:
+        """How badly it tells texts apart, and for which share of the rows the text that fits best is the right one.
+
+        The loss is the binary cross-entropy of how each slot fits, its means over the slots of the right text and over
+        all others taken alike, averaged over rows and layers. Rows are left out where no slot of their text is left.
+
+        Returns:
+            The loss with gradient, and the share; None where there is nothing to tell apart.
+        """
+        made, searches = self.projectors, seen.searches
+        names, which = seen.texts.to(seen.keys[0].device).unique(return_inverse=True)
+        fits = torch.zeros(len(searches), len(names), device=names.device)  # sums over the slots of each text
+        tokens, losses = [search.tokens for search in searches], []
+        for i, (asked, slots) in enumerate(zip(seen.asked, seen.keys, strict=True)):
+            query, key = made.project(made.query[i], asked.float()), made.project(made.key[i], slots.float())
+            for r, (row, search) in enumerate(zip((query @ key.T).split(tokens), searches, strict=True)):
+                mine = names[which[i]] == search.text
+                if mine.any() and not mine.all():
+                    losses.append((_unlikely(row[:, mine]) + _unlikely(-row[:, ~mine])) / 2)
+                fits[r].index_add_(0, which[i], row.detach().sigmoid().mean(0))
+        if not losses:
+            return None
+        own = torch.tensor([search.text for search in searches], device=names.device)
+        there = torch.isin(own, names)
+        best = names[(fits / which.flatten().bincount()).argmax(1)]
+        return torch.stack(losses).mean(), float((best == own)[there].float().mean())
+
+
+def _unlikely(scores: Tensor) -> Tensor:
+    """-log of the mean of sigmoid over n of scores [n, k], the mean over k; exact however large they are."""
+    return (math.log(len(scores)) - logsigmoid(scores).logsumexp(0)).mean()
