@@ -66,7 +66,7 @@ def search(llm: MemoryModel, memory: Memory, ids: torch.Tensor) -> None:
     """What an answer does before its first token to find what it takes."""
     assert memory.longterm is not None
     with torch.no_grad(), llm.using(READ):
-        llm.recall.chosen(memory.longterm, llm._prefix(memory), ids, torch.ones(len(ids), dtype=torch.bool))
+        llm.recall.chosen(memory, llm._prefix(memory), ids, torch.ones(len(ids), dtype=torch.bool))
 
 
 def main() -> None:

@@ -461,7 +461,7 @@ class MemoryModel:
             return [torch.zeros(0, dtype=torch.long)] * self.decoder.L
         prefix = self._prefix(memory)
         with torch.no_grad(), self.using(READ):
-            return self.recall.chosen(memory.longterm, prefix, tokens, self._asking(tokens))
+            return self.recall.chosen(memory, prefix, tokens, self._asking(tokens))
 
     def _asking(self, prompt: Tensor) -> Tensor:
         """Which tokens of a prompt [n] are no part of what the model's template puts around a question, [n] bool."""
@@ -503,7 +503,7 @@ class MemoryModel:
         asked, answered = self._ids(prompt), self._ids(said)
         asking = torch.cat([self._asking(asked), torch.ones(len(answered), dtype=torch.bool)])
         with self.using(READ):
-            return front.choose(self.recall.chosen(front.store, front.prefix, torch.cat([asked, answered]), asking))
+            return front.choose(self.recall.chosen(front.memory, front.prefix, torch.cat([asked, answered]), asking))
 
     @torch.no_grad()
     def score(self, memory: Memory, ids: Ids, answer: Ids) -> Score:
@@ -536,7 +536,12 @@ class MemoryModel:
             raise ValueError(f"the attention of {self.name} gave weights in {len(seen)} of {self.decoder.L} layers.")
         P = self.positions(memory)
         start = P - memory.M - memory.R
-        return torch.stack([layer[-len(said) - 1 : -1, start:P].mean(0) for layer in seen]).cpu(), chosen
+        mass = torch.stack([layer[-len(said) - 1 : -1, start:P].mean(0) for layer in seen]).cpu()
+        for i, places in enumerate(chosen):
+            order = self.recall.order(memory, places, i) if memory.R else None
+            if order is not None:
+                mass[i] = mass[i][order.argsort()]
+        return mass, chosen
 
     @torch.no_grad()
     def sources_of(self, memory: Memory, question: str, answer: str) -> dict[str, float]:
@@ -813,7 +818,7 @@ class MemoryModel:
     ) -> dict[str, Any]:
         """Options of `generate` by which long-term memories are searched again while answers of n tokens on grow."""
         fronts = cache.fronts if isinstance(cache, MemoryCache) else []
-        due = [i for i, front in enumerate(fronts) if isinstance(front, Recalled) and front.store.every]
+        due = [i for i, front in enumerate(fronts) if isinstance(front, Recalled) and front.every]
         if not due:
             return generate_kwargs
         from transformers import StoppingCriteriaList
@@ -821,7 +826,7 @@ class MemoryModel:
         def again(ids: Tensor, scores: Any, **_: Any) -> Tensor:
             changed = False
             for i in due:
-                every = fronts[i].store.every
+                every = fronts[i].every
                 if ids.shape[1] > n and (ids.shape[1] - n) % every == 0:
                     said = ids[cache.row_of(i), -every:]
                     changed |= self.search_again(fronts[i], prompts[i], said)
@@ -1112,8 +1117,12 @@ class MemoryModel:
         hidden = torch.cat([self.first, memory.slots.to(self.decoder.device)], dim=1)
         if memory.longterm is not None and chosen and len(chosen[0]):
             store, s = memory.longterm, self.first.shape[1]
-            taken = torch.stack([self.recall.slots(store, i, places) for i, places in enumerate(chosen)])
-            hidden = torch.cat([hidden[:, :s], taken, hidden[:, s:]], dim=1)
+            layers = []
+            for i, places in enumerate(chosen):
+                both = torch.cat([self.recall.slots(store, i, places), hidden[i, s:]])
+                order = self.recall.order(memory, places, i)
+                layers.append(both if order is None else both[order.to(both.device)])
+            hidden = torch.cat([hidden[:, :s], torch.stack(layers)], dim=1)
         return functional_cache(self.decoder, hidden, reading)
 
     def using(self, adapter: str | None) -> contextlib.AbstractContextManager[None]:

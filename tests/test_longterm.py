@@ -49,9 +49,19 @@ def told(llm, memory, count, seed=0):
     return memory
 
 
-def slots_of(llm, memory, chosen):
-    store = memory.longterm
-    return torch.stack([llm.recall.slots(store, i, places) for i, places in enumerate(chosen)])
+def twin_of(llm, memory, chosen):
+    """An ordinary memory that holds what is retrieved in front of its slots; by update, all in order of writing."""
+    layers = []
+    for i, places in enumerate(chosen):
+        both = torch.cat([llm.recall.slots(memory.longterm, i, places), memory.slots[i]])
+        if memory.longterm.group == "update":
+            column = memory.longterm.column("orders")[i][places].tolist()
+            own = zip(memory.births[i].tolist(), memory.longterm.places[i].tolist(), strict=True)
+            written = [*((order >> 32, order & 0xFFFFFFFF) for order in column), *own]
+            both = both[sorted(range(len(written)), key=lambda j: written[j])]
+        layers.append(both)
+    none = torch.zeros(memory.L, len(both), dtype=torch.int32)
+    return replace(memory, longterm=None, N=32, slots=torch.stack(layers), births=none, origins=none)
 
 
 def test_what_is_dropped_is_stored_with_its_account():
@@ -159,13 +169,10 @@ def test_what_a_template_puts_around_a_question_is_not_searched_for(llm):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_question_reads_retrieved_slots_in_front_of_the_others(llm, group):
-    """The twin: an ordinary memory that holds [retrieved ; slots] in each layer."""
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "group": group}), 9)
     ids = torch.randint(4, 260, (7,), generator=torch.Generator().manual_seed(5))
     logits, chosen = llm.logits(memory, ids, return_retrieved=True)
-    both = torch.cat([slots_of(llm, memory, chosen), memory.slots], dim=1)
-    none = torch.zeros(both.shape[:2], dtype=torch.int32)
-    twin = replace(memory, longterm=None, N=32, slots=both, births=none, origins=none)
+    twin = twin_of(llm, memory, chosen)
     torch.testing.assert_close(logits, llm.logits(twin, ids), atol=1e-5, rtol=1e-5)
     assert [len(places) for places in chosen] == [6] * 6
     for i, places in enumerate(chosen):
@@ -177,9 +184,7 @@ def test_slots_are_chosen_behind_what_lower_layers_chose(llm):
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "group": "slot"}), 9)
     ids = torch.randint(4, 260, (7,), generator=torch.Generator().manual_seed(6))
     _, chosen = llm.logits(memory, ids, return_retrieved=True)
-    both = torch.cat([slots_of(llm, memory, chosen), memory.slots], dim=1)
-    none = torch.zeros(both.shape[:2], dtype=torch.int32)
-    twin = replace(memory, longterm=None, N=32, slots=both, births=none, origins=none)
+    twin = twin_of(llm, memory, chosen)
     from latentmem.core.write import layers_seen
 
     with layers_seen(llm.decoder) as seen:
@@ -213,6 +218,20 @@ def test_what_a_text_says_is_found_again():
     origins = memory.longterm.column("origins")
     for i, places in enumerate(chosen):
         assert (origins[i][places] == number).sum() == (origins[i] == number).sum() > 0
+
+
+def test_slots_that_the_memory_still_holds_help_to_find_their_update():
+    """What a text says stands in a slot that was not dropped; the rest of the text is found by it."""
+    llm = MemoryModel(tiny_model(initializer_range=0.02), byte_tokenizer())
+    memory = llm.empty(N=16, K=8, longterm={"R": 4})
+    for start in (10, 50, 90, 130):
+        memory = llm.write_ids(memory, torch.arange(start, start + 8), source=str(start))
+    held = (memory.births[1] == 2).nonzero().flatten().tolist()
+    places = memory.longterm.places[1]
+    asked = torch.tensor([50 + int(places[i]) for i in held])
+    assert 0 < len(held) < 8
+    _, chosen = llm.logits(memory, asked, return_retrieved=True)
+    assert (memory.longterm.column("births")[1][chosen[1]] == 2).sum() == min(4, 8 - len(held))
 
 
 def test_gradients_flow_through_what_is_retrieved(llm):
@@ -300,7 +319,13 @@ def test_shares_of_sources_count_what_is_retrieved(llm):
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 8}), 9)
     shares = llm.sources_of(memory, "what", "this")
     assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
-    assert llm.attended(memory, [5, 6], [7]).shape == (6, 8 + 16)
+    mass = llm.attended(memory, [5, 6], [7])
+    assert mass.shape == (6, 8 + 16)
+    chosen = llm.logits(memory, [5, 6], return_retrieved=True)[1]
+    theirs = llm.attended(twin_of(llm, memory, chosen), [5, 6], [7])
+    for i, places in enumerate(chosen):
+        order = llm.recall.order(memory, places, i)
+        torch.testing.assert_close(mass[i][order], theirs[i], atol=1e-5, rtol=1e-5)
 
 
 def test_a_memory_whose_slots_are_all_forgotten_still_has_its_store(llm):

@@ -251,7 +251,7 @@ class LongTerm:
         if self.rule == "frequency":  # in the released code a slot ages from when it is dropped
             orders = clock - (k - 1) + self.places.gather(1, dropped).long()
         else:
-            orders = births.gather(1, dropped).long() << 32 | self.places.gather(1, dropped).long()
+            orders = written(births.gather(1, dropped), self.places.gather(1, dropped))
         following = replace(self, places=places, clock=clock)
         if dropped.shape[1]:
             index = dropped.to(slots.device)[..., None].expand(-1, -1, slots.shape[2])
@@ -380,6 +380,11 @@ def unpacked(slots: Tensor, d: int) -> Tensor:
     whole, scale = slots.split([groups * GROUP, 2 * groups], dim=-1)
     grouped = whole.float().unflatten(-1, (groups, GROUP)) * scale.contiguous().view(torch.float16).float()[..., None]
     return grouped.flatten(-2)[..., :d]
+
+
+def written(births: Tensor, places: Tensor) -> Tensor:
+    """Numbers that put slots into the order in which they were written, int64."""
+    return births.long() << 32 | places.long()
 
 
 def _complement(dropped: Tensor, M: int) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import linear, normalize
 
 from latentmem.core.attention import KV
-from latentmem.core.longterm import Block, LongTerm, Span, best, marks, together
+from latentmem.core.longterm import Block, LongTerm, Span, best, marks, together, written
 from latentmem.core.memory import Memory
 from latentmem.core.prefix import Decoder, Front, Prefix, attention_mask, memory_cache
 from latentmem.core.write import layers_seen
@@ -121,7 +121,7 @@ class Recall:
     # --- what a question takes ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def chosen(self, store: LongTerm, prefix: Prefix, ids: Tensor, asking: Tensor) -> list[Tensor]:
+    def chosen(self, memory: Memory, prefix: Prefix, ids: Tensor, asking: Tensor) -> list[Tensor]:
         """The stored slots that tokens [n] take in each layer: L tensors of R places, oldest first.
 
         To be called under the adapter that reads.
@@ -130,17 +130,18 @@ class Recall:
             asking: which of the tokens say what is asked, and are no frame around it, [n] bool; for a trained
                 retriever all count, as it was trained.
         """
-        if not store.most:
+        store = memory.longterm
+        if store is None or not store.most:
             return [torch.zeros(0, dtype=torch.long)] * self.decoder.L
         if self.projectors is None and store.group == "update":
-            return self._by_update(store, self._heard(prefix, ids), asking)
+            return self._by_update(memory, store, self._heard(prefix, ids), asking)
         found: list[Tensor] = []
 
         def at(i: int, hidden: Tensor) -> Tensor:
             found.append(self.by_slot(i, store, hidden[0] if self.projectors is not None else hidden[0][asking]))
             return hidden
 
-        layers = [partial(self._lazily, prefix, store, found, i) for i in range(self.decoder.L)]
+        layers = [partial(self._lazily, prefix, memory, found, i) for i in range(self.decoder.L)]
         self._pass(Front(prefix.P + store.most, layers), ids, at)
         return found
 
@@ -149,13 +150,16 @@ class Recall:
         fits = self.fits(i, store, hidden).mean(0)
         return best(fits, store.there[i], store.column("orders")[i], store.most)
 
-    def _by_update(self, store: LongTerm, heard: Sequence[Tensor], asking: Tensor) -> list[Tensor]:
+    def _by_update(self, memory: Memory, store: LongTerm, heard: Sequence[Tensor], asking: Tensor) -> list[Tensor]:
+        """An update is marked by all of its slots, those that the memory still holds as well."""
         there, orders, births = store.there, store.column("orders"), store.column("births")
-        updates = int(births.max())
         total: Any = 0
         for i, hidden in zip(self.searched, heard, strict=True):
-            fits = self.fits(i, store, hidden[asking])
-            total = total + marks(fits, births[i].where(there[i], -1), updates)
+            asked = hidden[asking]
+            own = normalize(self.normed(i, memory.slots[i].to(hidden.device)), dim=-1)
+            near = (normalize(self.normed(i, asked), dim=-1) @ own.T).float().cpu()
+            written = torch.cat([births[i].where(there[i], -1), memory.births[i]])
+            total = total + marks(torch.cat([self.fits(i, store, asked), near], dim=1), written, memory.updates)
         every = range(self.decoder.L)
         return [together(total, births[i], there[i], orders[i], store.most) for i in every]
 
@@ -186,9 +190,8 @@ class Recall:
     # --- what stands in front of a question ---------------------------------------------------------------------------
 
     def front(self, memory: Memory, prefix: Prefix, chosen: Sequence[Tensor]) -> Recalled:
-        """[first ; retrieved ; slots] in front of a row."""
-        assert memory.longterm is not None
-        return Recalled.of(self, memory.longterm, prefix, chosen)
+        """[first ; retrieved and slots] in front of a row."""
+        return Recalled.of(self, memory, prefix, chosen)
 
     def slots(self, store: LongTerm, i: int, places: Tensor) -> Tensor:
         """Stored slots of layer i, [R, d], on the model's device."""
@@ -202,44 +205,73 @@ class Recall:
             start += len(span)
         return torch.cat(found)[order.argsort().to(like.device)]
 
-    def _lazily(self, prefix: Prefix, store: LongTerm, found: list[Tensor], i: int) -> KV:
-        return self.layer(prefix, store, found, i)
+    def order(self, memory: Memory, places: Tensor, i: int) -> Tensor | None:
+        """In which order [retrieved ; slots] of layer i stand, [R + M] indices; None: as they are.
+
+        By update, all stand in the order in which they were written, so that a text of which a part was dropped stands
+        together again. By slot, and in the released code, what is retrieved stands in front.
+        """
+        store = memory.longterm
+        if store is None or self.projectors is not None or store.group != "update" or store.rule != "oldest":
+            return None
+        own = written(memory.births[i], store.places[i])
+        return torch.cat([store.column("orders")[i][places], own]).argsort(stable=True)
+
+    def _lazily(self, prefix: Prefix, memory: Memory, found: list[Tensor], i: int) -> KV:
+        return self.layer(prefix, memory, found, i)
 
     @torch.no_grad()
-    def layer(self, prefix: Prefix, store: LongTerm, chosen: Sequence[Tensor], i: int) -> KV:
-        """Rotated keys, and values, of layer i: [first ; retrieved ; slots]."""
-        keys, values = self.decoder.project(i, self.slots(store, i, chosen[i]))
+    def layer(self, prefix: Prefix, memory: Memory, chosen: Sequence[Tensor], i: int) -> KV:
+        """Rotated keys, and values, of layer i: [first ; retrieved and slots]."""
+        assert memory.longterm is not None
+        keys, values = self.decoder.project(i, self.slots(memory.longterm, i, chosen[i]))
         s, R = prefix.s, len(chosen[i])
-        between = torch.arange(s, s + R, device=keys.device)[None]
-        old_keys, old_values = prefix.rotated_behind(R)[i], prefix.values[i]
-        keys = torch.cat([prefix.rotated[i][:, :, :s], self.decoder.rotate(i, keys, between), old_keys], dim=2)
-        return keys, torch.cat([old_values[:, :, :s], values, old_values[:, :, s:]], dim=2)
+        order = self.order(memory, chosen[i], i)
+        if order is None:
+            between = torch.arange(s, s + R, device=keys.device)[None]
+            keys = torch.cat([self.decoder.rotate(i, keys, between), prefix.rotated_behind(R)[i]], dim=2)
+            values = torch.cat([values, prefix.values[i][:, :, s:]], dim=2)
+        else:
+            order, positions = order.to(keys.device), torch.arange(s, prefix.P + R, device=keys.device)[None]
+            keys, values = (
+                torch.cat([new, old[i][:, :, s:]], dim=2).index_select(2, order)
+                for new, old in ((keys, prefix.keys), (values, prefix.values))
+            )
+            keys = self.decoder.rotate(i, keys, positions)
+        keys = torch.cat([prefix.rotated[i][:, :, :s], keys], dim=2)
+        return keys, torch.cat([prefix.values[i][:, :, :s], values], dim=2)
 
 
 @dataclass(frozen=True, eq=False)
 class Recalled(Front):
-    """[first ; retrieved ; slots] in front of a row; a layer's keys and values are made when it first asks for them.
+    """[first ; retrieved and slots] in front of a row; a layer's keys and values are made when it first asks for them.
 
     Args:
-        recall, store, prefix: what they are made of.
+        recall, memory, prefix: what they are made of.
         chosen: the stored slots that each layer takes, L tensors of R places.
         begun: those that it took first.
         made: keys and values by layer.
     """
 
     recall: Recall
-    store: LongTerm
+    memory: Memory
     prefix: Prefix
     chosen: list[Tensor]
     begun: tuple[Tensor, ...]
     made: dict[int, KV]
 
     @staticmethod
-    def of(recall: Recall, store: LongTerm, prefix: Prefix, chosen: Sequence[Tensor]) -> Recalled:
+    def of(recall: Recall, memory: Memory, prefix: Prefix, chosen: Sequence[Tensor]) -> Recalled:
         made: dict[int, KV] = {}
         some = list(chosen)
-        layers = [partial(_once, made, i, partial(recall.layer, prefix, store, some, i)) for i in range(len(some))]
-        return Recalled(prefix.P + len(some[0]), layers, recall, store, prefix, some, tuple(some), made)
+        layers = [partial(_once, made, i, partial(recall.layer, prefix, memory, some, i)) for i in range(len(some))]
+        return Recalled(prefix.P + len(some[0]), layers, recall, memory, prefix, some, tuple(some), made)
+
+    @property
+    def every(self) -> int:
+        """Tokens of an answer after which is searched again."""
+        assert self.memory.longterm is not None
+        return self.memory.longterm.every
 
     def stands(self, other: Front) -> bool:
         """Whether text that was read behind this front reads the same behind another one of the same memory."""

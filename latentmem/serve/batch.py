@@ -95,7 +95,7 @@ class Batch:
         """Rows whose answers have grown enough take other slots of their long-term memories."""
         changed = False
         for row in self.rows:
-            every = row.front.store.every if isinstance(row.front, Recalled) else 0
+            every = row.front.every if isinstance(row.front, Recalled) else 0
             if every and len(row.said) % every == 0:
                 changed |= self.llm.search_again(row.front, row.ids, row.said[-every:])
         if changed:

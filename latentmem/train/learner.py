@@ -42,7 +42,7 @@ class Outcome:
         accuracy: share of the answers' tokens that were the most likely ones.
         new_slots: of each text, [L, k, d], without gradient, for the pool.
         search: the retriever's loss, which is in `loss` by its weight; None: no row searched for a text.
-        found: share of the rows that searched whose own text fits best of all.
+        found: of the slots that fit best, the share that is of the right text.
     """
 
     loss: Tensor

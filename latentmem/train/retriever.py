@@ -90,31 +90,27 @@ class Retriever(nn.Module):
         return Projectors(query, key, (), silu)
 
     def forward(self, seen: Seen) -> tuple[Tensor, float] | None:
-        """How badly it tells texts apart, and for which share of the rows the text that fits best is the right one.
+        """How badly it tells texts apart, and how much of what it finds is right.
 
         The loss is the binary cross-entropy of how each slot fits, its means over the slots of the right text and over
-        all others taken alike, averaged over rows and layers. Rows are left out where no slot of their text is left.
+        all others taken alike, averaged over rows and layers; without those in which there is nothing to tell apart.
 
         Returns:
-            The loss with gradient, and the share; None where there is nothing to tell apart.
+            The loss with gradient, and of as many slots that fit best as there are right ones the share of right ones;
+            None where there is nothing to tell apart.
         """
-        made, searches = self.projectors, seen.searches
-        names, which = seen.texts.to(seen.keys[0].device).unique(return_inverse=True)
-        fits = torch.zeros(len(searches), len(names), device=names.device)  # sums over the slots of each text
-        tokens, losses = [search.tokens for search in searches], []
+        made, tokens = self.projectors, [search.tokens for search in seen.searches]
+        losses, shares = [], []
         for i, (asked, slots) in enumerate(zip(seen.asked, seen.keys, strict=True)):
             query, key = made.project(made.query[i], asked.float()), made.project(made.key[i], slots.float())
-            for r, (row, search) in enumerate(zip((query @ key.T).split(tokens), searches, strict=True)):
-                mine = names[which[i]] == search.text
-                if mine.any() and not mine.all():
-                    losses.append((_unlikely(row[:, mine]) + _unlikely(-row[:, ~mine])) / 2)
-                fits[r].index_add_(0, which[i], row.detach().sigmoid().mean(0))
-        if not losses:
-            return None
-        own = torch.tensor([search.text for search in searches], device=names.device)
-        there = torch.isin(own, names)
-        best = names[(fits / which.flatten().bincount()).argmax(1)]
-        return torch.stack(losses).mean(), float((best == own)[there].float().mean())
+            texts = seen.texts[i].to(key.device)
+            for row, search in zip((query @ key.T).split(tokens), seen.searches, strict=True):
+                right = texts == search.text
+                if right.any() and not right.all():
+                    losses.append((_unlikely(row[:, right]) + _unlikely(-row[:, ~right])) / 2)
+                    best = row.detach().sigmoid().mean(0).topk(int(right.sum())).indices
+                    shares.append(right[best].float().mean())
+        return (torch.stack(losses).mean(), float(torch.stack(shares).mean())) if losses else None
 
 
 def _unlikely(scores: Tensor) -> Tensor:
