@@ -361,7 +361,9 @@ def test_positions_leave_room_for_what_is_retrieved(llm):
 
 
 def test_the_example_of_the_guide_runs(monkeypatch, capsys):
-    guide = (Path(__file__).parent.parent / "docs" / "longterm.md").read_text(encoding="utf-8")
+    root = Path(__file__).parent.parent
+    monkeypatch.chdir(root)
+    guide = (root / "docs" / "longterm.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
     small = MemoryModel(tiny_model(max_position_embeddings=8192), byte_tokenizer())
     monkeypatch.setattr("latentmem.loading.load", lambda: small)
