@@ -31,7 +31,7 @@ from latentmem.core.prefix import (
     memory_cache,
     read,
 )
-from latentmem.core.recall import Projectors, Recall, Recalled
+from latentmem.core.recall import Chosen, Projectors, Recall, Recalled
 from latentmem.core.write import first_states, write_exact, write_exact_rows, write_paper
 from latentmem.prompts import Prompts, Style
 
@@ -452,13 +452,15 @@ class MemoryModel:
         tokens = self._ids(ids)
         chosen = self._chosen(memory, tokens)
         logits = self._read(memory, tokens[None], chosen)
-        return (logits, chosen) if return_retrieved else logits
+        if not return_retrieved:
+            return logits
+        return logits, chosen.places if chosen else [torch.zeros(0, dtype=torch.long)] * self.decoder.L
 
-    def _chosen(self, memory: Memory, tokens: Tensor) -> list[Tensor]:
-        """The long-term slots that tokens [n] take in each layer."""
+    def _chosen(self, memory: Memory, tokens: Tensor) -> Chosen | None:
+        """What tokens [n] take of the long-term memory; None: there is nothing to take."""
         self.check(memory)
-        if memory.longterm is None or not memory.R:
-            return [torch.zeros(0, dtype=torch.long)] * self.decoder.L
+        if not memory.R:
+            return None
         prefix = self._prefix(memory)
         with torch.no_grad(), self.using(READ):
             return self.recall.chosen(memory, prefix, tokens, self._asking(tokens))
@@ -473,7 +475,7 @@ class MemoryModel:
             asking[len(ids) - len(after) :] = ids[len(ids) - len(after) :] != after
         return asking
 
-    def _read(self, memory: Memory, tokens: Tensor, chosen: Sequence[Tensor]) -> Tensor:
+    def _read(self, memory: Memory, tokens: Tensor, chosen: Chosen | None) -> Tensor:
         """`logits` of tokens [1, n] behind a memory and the long-term slots `chosen`."""
         self._fits(memory, tokens.shape[1])
         if not memory.holds:
@@ -486,9 +488,9 @@ class MemoryModel:
             mask = attention_mask(cache, tokens)
             return self.base(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=False).logits[0]
 
-    def _front(self, memory: Memory, chosen: Sequence[Tensor]) -> Front:
+    def _front(self, memory: Memory, chosen: Chosen | None) -> Front:
         prefix = self._prefix(memory)
-        return self.recall.front(memory, prefix, chosen) if len(chosen[0]) else prefix.front
+        return self.recall.front(memory, prefix, chosen) if chosen else prefix.front
 
     def front(self, memory: Memory, ids: Ids) -> Front | None:
         """What stands in front of a prompt: a memory with the long-term slots that the prompt takes; None: nothing."""
@@ -527,7 +529,7 @@ class MemoryModel:
         """
         return self._attended(memory, ids, answer)[0]
 
-    def _attended(self, memory: Memory, ids: Ids, answer: Ids) -> tuple[Tensor, list[Tensor]]:
+    def _attended(self, memory: Memory, ids: Ids, answer: Ids) -> tuple[Tensor, Chosen | None]:
         asked, said = self._ids(ids), self._ids(answer)
         chosen = self._chosen(memory, asked)
         with attention.watching(self.base) as seen:
@@ -537,10 +539,8 @@ class MemoryModel:
         P = self.positions(memory)
         start = P - memory.M - memory.R
         mass = torch.stack([layer[-len(said) - 1 : -1, start:P].mean(0) for layer in seen]).cpu()
-        for i, places in enumerate(chosen):
-            order = self.recall.order(memory, places, i) if memory.R else None
-            if order is not None:
-                mass[i] = mass[i][order.argsort()]
+        if chosen:
+            mass = mass.gather(1, torch.stack(chosen.order).argsort(1))
         return mass, chosen
 
     @torch.no_grad()
@@ -561,8 +561,9 @@ class MemoryModel:
         mass, chosen = self._attended(memory, asked, prompts.answer(question, answer))
         mass = mass / mass.sum(1, keepdim=True)
         origins = memory.origins
-        if memory.longterm is not None and memory.R:
-            origins = torch.cat([memory.longterm.column("origins").gather(1, torch.stack(chosen)), origins], dim=1)
+        if memory.longterm is not None and chosen:
+            retrieved = memory.longterm.column("origins").gather(1, torch.stack(chosen.places))
+            origins = torch.cat([retrieved, origins], dim=1)
         names = {i: source.name for i, source in enumerate(memory.sources)}
         older = {-1: ""} if (origins < 0).any() else {}
         return {name: (mass * (origins == i)).sum(1).mean().item() for i, name in {**older, **names}.items()}
@@ -1100,7 +1101,7 @@ class MemoryModel:
     def _state(self) -> tuple[int, torch.dtype, torch.device]:
         return changes(self.base), self.decoder.dtype, self.decoder.device
 
-    def _functional(self, memory: Memory, chosen: Sequence[Tensor] = ()) -> Cache | None:
+    def _functional(self, memory: Memory, chosen: Chosen | None = None) -> Cache | None:
         """The prefix with gradients, if there is anything to differentiate; `chosen` of the long-term slots in it."""
         if not torch.is_grad_enabled():
             return None
@@ -1115,13 +1116,11 @@ class MemoryModel:
             return under_read
 
         hidden = torch.cat([self.first, memory.slots.to(self.decoder.device)], dim=1)
-        if memory.longterm is not None and chosen and len(chosen[0]):
-            store, s = memory.longterm, self.first.shape[1]
-            layers = []
-            for i, places in enumerate(chosen):
+        if memory.longterm is not None and chosen:
+            store, s, layers = memory.longterm, self.first.shape[1], []
+            for i, (places, order) in enumerate(zip(chosen.places, chosen.order, strict=True)):
                 both = torch.cat([self.recall.slots(store, i, places), hidden[i, s:]])
-                order = self.recall.order(memory, places, i)
-                layers.append(both if order is None else both[order.to(both.device)])
+                layers.append(both[order.to(both.device)])
             hidden = torch.cat([hidden[:, :s], torch.stack(layers)], dim=1)
         return functional_cache(self.decoder, hidden, reading)
 

@@ -10,6 +10,7 @@ import torch
 from latentmem.core import longterm
 from latentmem.core import memory as memories
 from latentmem.core.longterm import GONE
+from latentmem.core.recall import Chosen
 from latentmem.model import MemoryModel
 from latentmem.testing import byte_tokenizer, labelled_memory, tiny_model
 
@@ -50,18 +51,11 @@ def told(llm, memory, count, seed=0):
 
 
 def twin_of(llm, memory, chosen):
-    """An ordinary memory that holds what is retrieved in front of its slots; by update, all in order of writing."""
-    layers = []
-    for i, places in enumerate(chosen):
-        both = torch.cat([llm.recall.slots(memory.longterm, i, places), memory.slots[i]])
-        if memory.longterm.group == "update":
-            column = memory.longterm.column("orders")[i][places].tolist()
-            own = zip(memory.births[i].tolist(), memory.longterm.places[i].tolist(), strict=True)
-            written = [*((order >> 32, order & 0xFFFFFFFF) for order in column), *own]
-            both = both[sorted(range(len(written)), key=lambda j: written[j])]
-        layers.append(both)
-    none = torch.zeros(memory.L, len(both), dtype=torch.int32)
-    return replace(memory, longterm=None, N=32, slots=torch.stack(layers), births=none, origins=none)
+    """An ordinary memory that holds what is retrieved and its slots, as they stand."""
+    both = [torch.cat([llm.recall.slots(memory.longterm, i, p), memory.slots[i]]) for i, p in enumerate(chosen.places)]
+    slots = torch.stack([some[order] for some, order in zip(both, chosen.order, strict=True)])
+    none = torch.zeros(slots.shape[:2], dtype=torch.int32)
+    return replace(memory, longterm=None, N=32, slots=slots, births=none, origins=none)
 
 
 def test_what_is_dropped_is_stored_with_its_account():
@@ -171,11 +165,13 @@ def test_what_a_template_puts_around_a_question_is_not_searched_for(llm):
 def test_a_question_reads_retrieved_slots_in_front_of_the_others(llm, group):
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "group": group}), 9)
     ids = torch.randint(4, 260, (7,), generator=torch.Generator().manual_seed(5))
-    logits, chosen = llm.logits(memory, ids, return_retrieved=True)
+    logits, places = llm.logits(memory, ids, return_retrieved=True)
+    chosen = llm.front(memory, ids).chosen
+    assert all(map(torch.equal, places, chosen.places))
     twin = twin_of(llm, memory, chosen)
     torch.testing.assert_close(logits, llm.logits(twin, ids), atol=1e-5, rtol=1e-5)
-    assert [len(places) for places in chosen] == [6] * 6
-    for i, places in enumerate(chosen):
+    assert [len(some) for some in places] == [6] * 6
+    for i, places in enumerate(chosen.places):
         assert memory.longterm.column("orders")[i][places].diff().gt(0).all()  # oldest first
 
 
@@ -183,7 +179,7 @@ def test_slots_are_chosen_behind_what_lower_layers_chose(llm):
     """The twin: layer by layer, the likeness of hidden states computed densely behind all that was chosen below."""
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "group": "slot"}), 9)
     ids = torch.randint(4, 260, (7,), generator=torch.Generator().manual_seed(6))
-    _, chosen = llm.logits(memory, ids, return_retrieved=True)
+    chosen = llm.front(memory, ids).chosen
     twin = twin_of(llm, memory, chosen)
     from latentmem.core.write import layers_seen
 
@@ -194,7 +190,7 @@ def test_slots_are_chosen_behind_what_lower_layers_chose(llm):
         cos = torch.nn.functional.cosine_similarity(
             layer.input_layernorm(seen[i][0])[:, None], layer.input_layernorm(slots)[None], dim=-1
         )
-        assert set(cos.mean(0).topk(6).indices.tolist()) == set(chosen[i].tolist())
+        assert set(cos.mean(0).topk(6).indices.tolist()) == set(chosen.places[i].tolist())
 
 
 def test_updates_are_taken_whole(llm):
@@ -205,6 +201,27 @@ def test_updates_are_taken_whole(llm):
         counts = {b: int((births[i] == b).sum()) for b in births[i][places].tolist()}
         taken = {b: births[i][places].tolist().count(b) for b in counts}
         assert sum(taken[b] < counts[b] for b in counts) <= 1  # the last one as far as R allows
+
+
+def test_the_best_updates_stand_last_and_whole_the_others_as_they_were_written(llm):
+    memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 10}), 12)
+    ids = torch.arange(10, 20)
+    chosen = llm.front(memory, ids).chosen
+    store, tails = memory.longterm, set()
+    for i, (places, order) in enumerate(zip(chosen.places, chosen.order, strict=True)):
+        births = torch.cat([store.column("births")[i][places], memory.births[i]])[order].tolist()
+        steps = torch.cat([store.column("orders")[i][places] & 0xFFFFFFFF, store.places[i].long()])[order].tolist()
+        assert sorted(order.tolist()) == list(range(26))
+        blocks = [birth for birth, before in zip(births, [None, *births], strict=False) if birth != before]
+        tail = len(blocks) - next(k for k in range(len(blocks)) if blocks[: k + 1] != sorted(set(blocks[: k + 1])))
+        lifted = [*blocks[len(blocks) - tail :]]
+        tails.add(tuple(birth for birth in lifted if births.count(birth)))
+        rest = list(zip(births, steps, strict=True))[: len(births) - sum(births.count(b) for b in lifted)]
+        assert rest == sorted(rest)
+        for birth in lifted:  # each together, in order
+            mine = [step for b, step in zip(births, steps, strict=True) if b == birth]
+            assert mine == sorted(mine)
+    assert len({tail[-1] for tail in tails}) == 1  # the best is the same in every layer
 
 
 def test_what_a_text_says_is_found_again():
@@ -270,7 +287,7 @@ def test_rows_with_stores_of_their_own(llm, group):
 def test_the_answer_is_not_what_is_searched_for(llm):
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6}), 9)
     ids, answer = torch.arange(30, 36), torch.arange(90, 96)
-    chosen = llm.logits(memory, ids, return_retrieved=True)[1]
+    chosen = llm.front(memory, ids).chosen
     front = llm.recall.front(memory, llm._prefix(memory), chosen)
     from latentmem.model import READ, Context
 
@@ -295,8 +312,8 @@ def test_other_slots_are_read_from_there_on(attention, monkeypatch):
     llm = MemoryModel(tiny_model(attention=attention), byte_tokenizer())
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "every": 1}), 9)
     prompt = torch.arange(30, 36)
-    first = llm.logits(memory, prompt, return_retrieved=True)[1]
-    other = [torch.arange(6) for _ in first]
+    first = llm.front(memory, prompt).chosen
+    other = Chosen([torch.arange(6)] * 3, [torch.arange(22)] * 3)
     found = iter([first, other, other])
     monkeypatch.setattr(llm.recall, "chosen", lambda *_: next(found))
     settings = {"max_new_tokens": 2, "min_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
@@ -321,10 +338,9 @@ def test_shares_of_sources_count_what_is_retrieved(llm):
     assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
     mass = llm.attended(memory, [5, 6], [7])
     assert mass.shape == (6, 8 + 16)
-    chosen = llm.logits(memory, [5, 6], return_retrieved=True)[1]
+    chosen = llm.front(memory, [5, 6]).chosen
     theirs = llm.attended(twin_of(llm, memory, chosen), [5, 6], [7])
-    for i, places in enumerate(chosen):
-        order = llm.recall.order(memory, places, i)
+    for i, order in enumerate(chosen.order):
         torch.testing.assert_close(mass[i][order], theirs[i], atol=1e-5, rtol=1e-5)
 
 

@@ -437,16 +437,15 @@ def marks(fits: Tensor, births: Tensor, updates: int) -> Tensor:
     return (beyond * beyond.abs() / (spread + 1e-6)).where(some, float("-inf")).mean(0)
 
 
-def together(marks: Tensor, births: Tensor, there: Tensor, orders: Tensor, R: int) -> Tensor:
-    """R slots of a layer: all of the update marked best, then of the next, of the last one the first; oldest first.
+def together(rank: Tensor, births: Tensor, there: Tensor, orders: Tensor, R: int) -> Tensor:
+    """R slots of a layer: all of the best update, then of the next, of the last one the first; oldest first.
 
     Args:
-        marks: of each update, over all layers, [U + 1].
+        rank: of each update, 0 for the best, [U + 1].
         births: [S].
         there, orders: as in `best`.
     """
-    rank = marks.argsort(descending=True, stable=True).argsort()[births.clamp(min=0).long()]  # 0: the best
-    rank = rank.masked_fill(~there, len(marks))
+    mine = rank[births.clamp(min=0).long()].masked_fill(~there, len(rank))
     first = orders.argsort(stable=True)
-    found = first[rank[first].argsort(stable=True)][:R]
+    found = first[mine[first].argsort(stable=True)][:R]
     return found[orders[found].argsort(stable=True)]

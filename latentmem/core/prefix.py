@@ -17,7 +17,7 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -243,7 +243,6 @@ class Prefix:
     keys: list[Tensor]
     values: list[Tensor]
     s: int
-    _behind: tuple[int, list[Tensor]] | None = field(default=None, repr=False)
 
     @property
     def P(self) -> int:
@@ -254,15 +253,6 @@ class Prefix:
         """The keys of each layer at positions 0 .. P-1."""
         positions = torch.arange(self.P, device=self.keys[0].device)[None]
         return [self.decoder.rotate(i, k, positions) for i, k in enumerate(self.keys)]
-
-    def rotated_behind(self, R: int) -> list[Tensor]:
-        """The keys of each layer's slots where R positions stand between them and the leading ones."""
-        if self._behind is None or self._behind[0] != R:
-            positions = torch.arange(self.s + R, self.P + R, device=self.keys[0].device)[None]
-            turned = [self.decoder.rotate(i, k[:, :, self.s :], positions) for i, k in enumerate(self.keys)]
-            object.__setattr__(self, "_behind", (R, turned))
-        assert self._behind is not None
-        return self._behind[1]
 
     def after(self, kept: Tensor, new: list[KV]) -> Prefix:
         """The prefix of the next memory: slots `kept` [L, m] stay, `new` keys and values come behind; no projection."""

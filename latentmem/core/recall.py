@@ -37,6 +37,28 @@ class _Enough(Exception):  # noqa: N818 - no error
 
 
 @dataclass(frozen=True, eq=False)
+class Chosen:
+    """What a question takes of a store, and how it stands among the memory's own slots.
+
+    Args:
+        places: of each layer the R stored slots, oldest first.
+        order: of each layer which of [retrieved ; slots] stands where, [R + M] indices.
+    """
+
+    places: list[Tensor]
+    order: list[Tensor]
+
+    @property
+    def R(self) -> int:
+        return len(self.places[0])
+
+    def same(self, other: Chosen) -> bool:
+        """Whether two questions read the same."""
+        mine, theirs = [*self.places, *self.order], [*other.places, *other.order]
+        return all(map(torch.equal, mine, theirs))
+
+
+@dataclass(frozen=True, eq=False)
 class Projectors:
     """The trained retriever of M+: of each layer two matrices for queries of a reader, of a writer, and for keys.
 
@@ -121,27 +143,27 @@ class Recall:
     # --- what a question takes ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def chosen(self, memory: Memory, prefix: Prefix, ids: Tensor, asking: Tensor) -> list[Tensor]:
-        """The stored slots that tokens [n] take in each layer: L tensors of R places, oldest first.
-
-        To be called under the adapter that reads.
+    def chosen(self, memory: Memory, prefix: Prefix, ids: Tensor, asking: Tensor) -> Chosen:
+        """What tokens [n] take of a memory's store; to be called under the adapter that reads.
 
         Args:
             asking: which of the tokens say what is asked, and are no frame around it, [n] bool; for a trained
                 retriever all count, as it was trained.
         """
-        store = memory.longterm
+        store, L = memory.longterm, self.decoder.L
         if store is None or not store.most:
-            return [torch.zeros(0, dtype=torch.long)] * self.decoder.L
+            return Chosen([torch.zeros(0, dtype=torch.long)] * L, [torch.arange(memory.M)] * L)
         if self.projectors is None and store.group == "update":
             return self._by_update(memory, store, self._heard(prefix, ids), asking)
-        found: list[Tensor] = []
+        found = Chosen(
+            [], [torch.arange(store.most + memory.M)] * L
+        )  # as in the released code: retrieved ones in front
 
         def at(i: int, hidden: Tensor) -> Tensor:
-            found.append(self.by_slot(i, store, hidden[0] if self.projectors is not None else hidden[0][asking]))
+            found.places.append(self.by_slot(i, store, hidden[0] if self.projectors is not None else hidden[0][asking]))
             return hidden
 
-        layers = [partial(self._lazily, prefix, memory, found, i) for i in range(self.decoder.L)]
+        layers = [partial(self.layer, prefix, store, found, i) for i in range(L)]
         self._pass(Front(prefix.P + store.most, layers), ids, at)
         return found
 
@@ -150,18 +172,30 @@ class Recall:
         fits = self.fits(i, store, hidden).mean(0)
         return best(fits, store.there[i], store.column("orders")[i], store.most)
 
-    def _by_update(self, memory: Memory, store: LongTerm, heard: Sequence[Tensor], asking: Tensor) -> list[Tensor]:
-        """An update is marked by all of its slots, those that the memory still holds as well."""
-        there, orders, births = store.there, store.column("orders"), store.column("births")
+    def _by_update(self, memory: Memory, store: LongTerm, heard: Sequence[Tensor], asking: Tensor) -> Chosen:
+        """An update is marked by all of its slots, those that the memory still holds as well.
+
+        Those that are marked best stand last, nearest to the question, each with all of its slots together, as many as
+        have R slots; all others in front of them in the order in which they were written.
+        """
+        there, births = store.there, store.column("births")
         total: Any = 0
         for i, hidden in zip(self.searched, heard, strict=True):
             asked = hidden[asking]
             own = normalize(self.normed(i, memory.slots[i].to(hidden.device)), dim=-1)
             near = (normalize(self.normed(i, asked), dim=-1) @ own.T).float().cpu()
-            written = torch.cat([births[i].where(there[i], -1), memory.births[i]])
-            total = total + marks(torch.cat([self.fits(i, store, asked), near], dim=1), written, memory.updates)
-        every = range(self.decoder.L)
-        return [together(total, births[i], there[i], orders[i], store.most) for i in every]
+            origin = torch.cat([births[i].where(there[i], -1), memory.births[i]])
+            total = total + marks(torch.cat([self.fits(i, store, asked), near], dim=1), origin, memory.updates)
+        best_first = total.argsort(descending=True, stable=True)
+        sizes = origin[origin >= 0].long().bincount(minlength=len(total))[best_first]
+        last = max(1, int((sizes.cumsum(0) <= store.most).sum()))
+        rank = best_first.argsort()
+        found = Chosen([], [])
+        for i in range(self.decoder.L):
+            places = together(rank, births[i], there[i], store.column("orders")[i], store.most)
+            found.places.append(places)
+            found.order.append(arranged(memory, store, i, places, rank, last))
+        return found
 
     def _heard(self, prefix: Prefix, ids: Tensor) -> list[Tensor]:
         """Hidden states of tokens [n] at the input of the layers that are searched, behind the first position alone."""
@@ -189,7 +223,7 @@ class Recall:
 
     # --- what stands in front of a question ---------------------------------------------------------------------------
 
-    def front(self, memory: Memory, prefix: Prefix, chosen: Sequence[Tensor]) -> Recalled:
+    def front(self, memory: Memory, prefix: Prefix, chosen: Chosen) -> Recalled:
         """[first ; retrieved and slots] in front of a row."""
         return Recalled.of(self, memory, prefix, chosen)
 
@@ -205,40 +239,17 @@ class Recall:
             start += len(span)
         return torch.cat(found)[order.argsort().to(like.device)]
 
-    def order(self, memory: Memory, places: Tensor, i: int) -> Tensor | None:
-        """In which order [retrieved ; slots] of layer i stand, [R + M] indices; None: as they are.
-
-        By update, all stand in the order in which they were written, so that a text of which a part was dropped stands
-        together again. By slot, and in the released code, what is retrieved stands in front.
-        """
-        store = memory.longterm
-        if store is None or self.projectors is not None or store.group != "update" or store.rule != "oldest":
-            return None
-        own = written(memory.births[i], store.places[i])
-        return torch.cat([store.column("orders")[i][places], own]).argsort(stable=True)
-
-    def _lazily(self, prefix: Prefix, memory: Memory, found: list[Tensor], i: int) -> KV:
-        return self.layer(prefix, memory, found, i)
-
     @torch.no_grad()
-    def layer(self, prefix: Prefix, memory: Memory, chosen: Sequence[Tensor], i: int) -> KV:
+    def layer(self, prefix: Prefix, store: LongTerm, chosen: Chosen, i: int) -> KV:
         """Rotated keys, and values, of layer i: [first ; retrieved and slots]."""
-        assert memory.longterm is not None
-        keys, values = self.decoder.project(i, self.slots(memory.longterm, i, chosen[i]))
-        s, R = prefix.s, len(chosen[i])
-        order = self.order(memory, chosen[i], i)
-        if order is None:
-            between = torch.arange(s, s + R, device=keys.device)[None]
-            keys = torch.cat([self.decoder.rotate(i, keys, between), prefix.rotated_behind(R)[i]], dim=2)
-            values = torch.cat([values, prefix.values[i][:, :, s:]], dim=2)
-        else:
-            order, positions = order.to(keys.device), torch.arange(s, prefix.P + R, device=keys.device)[None]
-            keys, values = (
-                torch.cat([new, old[i][:, :, s:]], dim=2).index_select(2, order)
-                for new, old in ((keys, prefix.keys), (values, prefix.values))
-            )
-            keys = self.decoder.rotate(i, keys, positions)
-        keys = torch.cat([prefix.rotated[i][:, :, :s], keys], dim=2)
+        new, s = self.decoder.project(i, self.slots(store, i, chosen.places[i])), prefix.s
+        order = chosen.order[i].to(prefix.keys[i].device)
+        keys, values = (
+            torch.cat([some, old[i][:, :, s:]], dim=2).index_select(2, order)
+            for some, old in zip(new, (prefix.keys, prefix.values), strict=True)
+        )
+        positions = torch.arange(s, s + len(order), device=keys.device)[None]
+        keys = torch.cat([prefix.rotated[i][:, :, :s], self.decoder.rotate(i, keys, positions)], dim=2)
         return keys, torch.cat([prefix.values[i][:, :, :s], values], dim=2)
 
 
@@ -248,24 +259,26 @@ class Recalled(Front):
 
     Args:
         recall, memory, prefix: what they are made of.
-        chosen: the stored slots that each layer takes, L tensors of R places.
-        begun: those that it took first.
+        chosen: what each layer takes.
+        begun: what it took first.
         made: keys and values by layer.
     """
 
     recall: Recall
     memory: Memory
     prefix: Prefix
-    chosen: list[Tensor]
-    begun: tuple[Tensor, ...]
+    chosen: Chosen
+    begun: Chosen
     made: dict[int, KV]
 
     @staticmethod
-    def of(recall: Recall, memory: Memory, prefix: Prefix, chosen: Sequence[Tensor]) -> Recalled:
+    def of(recall: Recall, memory: Memory, prefix: Prefix, chosen: Chosen) -> Recalled:
+        assert memory.longterm is not None
         made: dict[int, KV] = {}
-        some = list(chosen)
-        layers = [partial(_once, made, i, partial(recall.layer, prefix, memory, some, i)) for i in range(len(some))]
-        return Recalled(prefix.P + len(some[0]), layers, recall, memory, prefix, some, tuple(some), made)
+        now = Chosen(list(chosen.places), list(chosen.order))
+        make = [partial(recall.layer, prefix, memory.longterm, now, i) for i in range(len(now.places))]
+        layers = [partial(_once, made, i, one) for i, one in enumerate(make)]
+        return Recalled(prefix.P + chosen.R, layers, recall, memory, prefix, now, chosen, made)
 
     @property
     def every(self) -> int:
@@ -275,18 +288,32 @@ class Recalled(Front):
 
     def stands(self, other: Front) -> bool:
         """Whether text that was read behind this front reads the same behind another one of the same memory."""
-        if not isinstance(other, Recalled):
-            return False
-        three = zip(self.chosen, self.begun, other.chosen, strict=True)
-        return all(torch.equal(now, first) and torch.equal(first, asked) for now, first, asked in three)
+        return isinstance(other, Recalled) and self.chosen.same(self.begun) and self.chosen.same(other.chosen)
 
-    def choose(self, chosen: Sequence[Tensor]) -> bool:
+    def choose(self, chosen: Chosen) -> bool:
         """Take other slots from now on; False if they are the same."""
-        if all(map(torch.equal, self.chosen, chosen)):
+        if self.chosen.same(chosen):
             return False
-        self.chosen[:] = chosen
+        self.chosen.places[:], self.chosen.order[:] = chosen.places, chosen.order
         self.made.clear()
         return True
+
+
+def arranged(memory: Memory, store: LongTerm, i: int, places: Tensor, rank: Tensor, last: int) -> Tensor:
+    """How retrieved slots and the memory's own stand in layer i: the `last` best updates behind all others, best last.
+
+    Args:
+        places: of the retrieved slots, oldest first, [R].
+        rank: of each update, 0 for the best.
+    """
+    updates = torch.cat([store.column("births")[i][places], memory.births[i]]).long()
+    if store.rule == "oldest":
+        own = written(memory.births[i], store.places[i])
+        order = torch.cat([store.column("orders")[i][places], own]).argsort(stable=True)
+    else:  # orders of another kind
+        order = torch.arange(len(updates))
+    lifted = (last - rank[updates]).clamp(min=0)
+    return order[lifted[order].argsort(stable=True)]
 
 
 def _first(keys: Tensor, values: Tensor, s: int) -> KV:

@@ -331,7 +331,7 @@ class Retention:
         front = self.llm.front(memory, self.llm.prompts_or_raise().question(question.question, bare=True))
         assert isinstance(front, Recalled)
         layers = [i for i in range(memory.L) if mine[i].any()]
-        shares = [int(mine[i][front.chosen[i]].sum()) / min(memory.R, int(mine[i].sum())) for i in layers]
+        shares = [int(mine[i][front.chosen.places[i]].sum()) / min(memory.R, int(mine[i].sum())) for i in layers]
         return {"found": sum(shares) / len(shares)}
 
     def _ask(self, context: Context, questions: Sequence[Question]) -> list[Answer]:
