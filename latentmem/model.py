@@ -818,19 +818,19 @@ class MemoryModel:
         self, cache: Cache | None, prompts: Sequence[Tensor], n: int, generate_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """Options of `generate` by which long-term memories are searched again while answers of n tokens on grow."""
-        fronts = cache.fronts if isinstance(cache, MemoryCache) else []
-        due = [i for i, front in enumerate(fronts) if isinstance(front, Recalled) and front.every]
+        if not isinstance(cache, MemoryCache):
+            return generate_kwargs
+        due = [(i, front) for i, front in enumerate(cache.fronts) if isinstance(front, Recalled) and front.every]
         if not due:
             return generate_kwargs
         from transformers import StoppingCriteriaList
 
         def again(ids: Tensor, scores: Any, **_: Any) -> Tensor:
             changed = False
-            for i in due:
-                every = fronts[i].every
-                if ids.shape[1] > n and (ids.shape[1] - n) % every == 0:
-                    said = ids[cache.row_of(i), -every:]
-                    changed |= self.search_again(fronts[i], prompts[i], said)
+            for i, front in due:
+                if ids.shape[1] > n and (ids.shape[1] - n) % front.every == 0:
+                    said = ids[cache.row_of(i), -front.every :]
+                    changed |= self.search_again(front, prompts[i], said)
             if changed:
                 cache.changed()
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)

@@ -65,6 +65,8 @@ def test_sizes_are_as_published(name):
     assert (found.lora.r, found.lora.alpha, found.lora.dropout) == (r, 32.0, 0.1)
     assert found.lora.target_modules == ATTENTION_AND_MLP
     assert (found.texts.shortest, found.texts.longest) == (16, PAPER_PIECE) and found.memory.birth == "full"
+    width = 256 if name == "mplus-llama3.1-8b" else 0
+    assert found.retriever.sizes == {"width": width, "hidden": 2 * width} and not found.retriever.alone
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -97,7 +99,7 @@ def test_each_value_says_where_it_is_from(name):
 def test_no_value_is_left_to_a_default(name):
     found = yaml.safe_load(written(name))
     assert set(found) == {field.name for field in dataclasses.fields(Config)}
-    for key in ("memory", "lora", "texts", "steps", "watch"):
+    for key in ("memory", "lora", "retriever", "texts", "steps", "watch"):
         assert set(found[key]) == {field.name for field in dataclasses.fields(getattr(load(name), key))}, key
 
 
@@ -176,6 +178,11 @@ def test_whole_numbers_are_taken_for_numbers_and_written_powers_too(small):
         ("texts.shortest=17", r"texts: shortest=17 must not exceed longest=16"),
         ("data=[]", r"data: give at least one source"),
         ("data.0.kind=poems", r"data\.0\.kind must be one of text, questions"),
+        ("retriever.heads=2", r"retriever has no key heads; its keys are width, hidden, weight, lr, alone"),
+        ("retriever.width=-1", r"retriever\.width and retriever\.hidden must not be negative"),
+        ("retriever.weight=0", r"retriever\.weight must be above 0, got 0"),
+        ("retriever.lr=0", r"retriever\.lr must be above 0, got 0"),
+        ("retriever.alone=true", r"retriever\.alone needs a retriever\.width above 0"),
         ("steps.betas=[0.9]", r"steps\.betas are two numbers"),
         ("steps.write=0", r"steps\.write must be above 0, got 0"),
         ("steps.unrelated=0", r"steps\.unrelated must be above 0"),

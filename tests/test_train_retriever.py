@@ -12,7 +12,6 @@ from test_train_loop import all_forgetful, forgetful, in_two, same, sentence, se
 
 import latentmem
 from latentmem import adapters as pairs
-from latentmem.adapters import READ
 from latentmem.core.memory import update
 from latentmem.core.write import layers_seen
 from latentmem.model import OtherModelError
@@ -54,7 +53,7 @@ def twin(learner, asked, pool):
     """The retriever's loss by loops over rows, layers, slots and tokens in float64, each row read alone.
 
     Returns:
-        The loss with gradient; for each row the mean fit of the slots of each text.
+        The loss with gradient; for each row and layer how well each slot fits, the best first, and whether it is right.
     """
     llm, (memory, kinds) = learner.llm, slots_of(learner, asked, pool)
     llm = llm if learner.preset == "exact" else behind(learner, pool)[0]
@@ -72,19 +71,18 @@ def twin(learner, asked, pool):
             continue
         with layers_seen(llm.decoder) as hidden, torch.no_grad():
             llm.logits(memory, row.prompt + row.answer)
-        mean = {}
         for i in range(llm.decoder.L):
-            norm, each = llm.decoder.layers[i].input_layernorm, {True: [], False: []}
+            norm, each, fit = llm.decoder.layers[i].input_layernorm, {True: [], False: []}, []
             queries = [project(weights[0][i], norm(hidden[i][0, t]).detach()) for t in range(len(row.prompt))]
             for slot, kind in zip(memory.slots[i], kinds[i], strict=True):
                 key = project(weights[1][i], norm(slot).detach())
                 p = sum((query * key).sum().sigmoid() for query in queries) / len(queries)
                 own = kind == row.about if isinstance(kind, int) or asked.from_pool else False
                 each[own].append(-(p if own else 1 - p).log())
-                mean.setdefault(kind, []).append(p.item())
+                fit.append((p.item(), own))
             if each[True] and each[False]:
                 losses += [sum(sum(some) / len(some) for some in each.values()) / 2]
-        fits.append({kind: sum(some) / len(some) for kind, some in mean.items()})
+                fits.append(sorted(fit, reverse=True))
     return sum(losses) / len(losses), fits
 
 
@@ -119,10 +117,9 @@ def test_the_loss_and_its_gradients_are_those_of_the_slow_twin(preset, c, way, a
         recompute(learner)
     ours = learner(asked, pool)
     assert ours.search == pytest.approx(theirs.item(), abs=1e-5)
-    assert max(max(mean.values()) - min(mean.values()) for mean in fits) > 0.05
-    about = [row.about for row in rows if row.about is not None]
-    hits = [max(mean, key=mean.get) == own for mean, own in zip(fits, about, strict=True)]
-    assert ours.found == pytest.approx(sum(hits) / len(hits))
+    right = [[own for _, own in some] for some in fits]
+    assert ours.found == pytest.approx(sum(sum(some[: sum(some)]) / sum(some) for some in right) / len(right))
+    assert ours.found < 1 and all(some[0][0] - some[-1][0] > 0.05 for some in fits)
     weights = list(learner.retriever.parameters())
     by_hand = torch.autograd.grad(0.7 * theirs, weights)
     ours.loss.backward()
@@ -329,7 +326,7 @@ def test_a_run_that_stops_after_every_step_is_the_run_that_never_stops(form, con
 
 def test_beside_it_the_adapters_become_what_they_become_without_it(config, tmp_path):
     config = replace(config, steps=replace(config.steps, clip=0.05))
-    Run(config, tmp_path / "with").train()
+    Run(replace(config, retriever=replace(config.retriever, weight=50.0)), tmp_path / "with").train()
     Run(replace(config, retriever=RetrieverShape()), tmp_path / "without").train()
     ours, theirs = (pairs.load(tmp_path / name / RESULT) for name in ("with", "without"))
     assert all(torch.equal(ours[0][name], tensor) for name, tensor in theirs[0].items())
@@ -373,14 +370,14 @@ def told(letter):
 def taught(tiny_folder, tmp_path_factory):
     """A run of some more steps over texts that are easily told apart, and its log."""
     folder = tmp_path_factory.mktemp("taught")
-    rows = [{**told(letter), "answers": {"text": [9 * letter]}} for letter in ascii_lowercase]
+    rows = [{**told(letter), "answers": {"text": [9 * letter]}} for letter in ascii_lowercase[:12]]
     config = settings(tiny_folder, (Source(str(write_rows(folder / "told.jsonl", rows)), "questions"),))
     config = replace(
         config,
         objectives={"questions": 0.5, "recall": 0.5},
-        texts=replace(config.texts, rows=6, oldest=6),
-        steps=Steps(total=60, lr=1e-3, warmup=2),
-        retriever=RetrieverShape(16, lr=1e-2),
+        texts=replace(config.texts, at_once=3, rows=6, oldest=6),
+        steps=Steps(total=90, lr=1e-3, warmup=2),
+        retriever=RetrieverShape(16, lr=7e-3),
     )
     run = Run(config, folder / "out")
     run.train()
@@ -392,7 +389,7 @@ def test_it_learns(taught):
     first, last = (
         [sum(row[key] for row in some) / 15 for key in ("retriever", "found")] for some in (log[:15], log[-15:])
     )
-    assert last[0] < first[0] - 0.1 and last[1] > first[1], (first, last)
+    assert last[0] < first[0] - 0.1 and last[1] > first[1] + 0.1, (first, last)
 
 
 def loaded(folder, run, **more):
@@ -413,22 +410,21 @@ def test_the_result_retrieves(taught, tiny_folder, dtype):
             own = getattr(run.learner.retriever, kind)[i]
             assert all(torch.equal(w, mine.bfloat16().to(dtype)) for w, mine in zip(pair, own, strict=True))
 
-    memory = llm.empty(N=64, K=32, longterm={"R": 6, "group": "slot"})
-    for i in range(6):
-        memory = llm.write(memory, told("cdefgh"[i])["context"], source="cdefgh"[i])
-    ids = torch.tensor(llm.prompts.question(told("d")["question"], bare=True))
-    with llm.using(READ):
-        chosen = llm.recall.chosen(memory.longterm, llm._prefix(memory), ids)
-    logits, again = llm.logits(memory, ids, return_retrieved=True)
-    assert logits.isfinite().all() and all(a.equal(b) for a, b in zip(chosen, again, strict=True))
-    if dtype == torch.bfloat16:
-        return
-    hidden, norm = llm.base.get_input_embeddings()(ids), llm.decoder.layers[0].input_layernorm
-    stored = torch.cat([span.some.slots[0] for span in memory.longterm.spans])
-    (a, b), (c, d) = ([tensors[f"retriever.{kind}.0.{k}"].float() for k in (0, 1)] for kind in ("query", "key"))
-    silu = torch.nn.functional.silu
-    fits = ((silu(norm(hidden) @ a.T) @ b.T) @ (silu(norm(stored) @ c.T) @ d.T).T).sigmoid().mean(0)
-    assert set(fits.topk(6).indices.tolist()) == set(chosen[0].tolist())
+    memory, letters = llm.empty(N=64, K=32, longterm={"R": 6, "group": "slot"}), "cdefgh"
+    for letter in letters:
+        memory = llm.write(memory, told(letter)["context"], source=letter)
+    stored, shares, silu = memory.longterm, [], torch.nn.functional.silu
+    (a, b), (c, d) = ([tensors[f"retriever.{kind}.0.{k}"].to(dtype) for k in (0, 1)] for kind in ("query", "key"))
+    slots, norm = torch.cat([span.some.slots[0] for span in stored.spans]), llm.decoder.layers[0].input_layernorm
+    for i, letter in enumerate(letters[:5]):
+        ids = torch.tensor(llm.prompts.question(told(letter)["question"], bare=True))
+        logits, chosen = llm.logits(memory, ids, return_retrieved=True)
+        assert logits.isfinite().all() and [len(places) for places in chosen] == [6, 6, 6]
+        hidden = llm.base.get_input_embeddings()(ids)
+        fits = ((silu(norm(hidden) @ a.T) @ b.T) @ (silu(norm(slots) @ c.T) @ d.T).T).sigmoid().mean(0)
+        assert dtype == torch.bfloat16 or set(fits.topk(6).indices.tolist()) == set(chosen[0].tolist())
+        shares.append((stored.column("origins")[0][chosen[0]] == i).float().mean().item())
+    assert sum(shares) / len(shares) > 0.7, shares  # by chance 1 of 6
     other = latentmem.load(str(tiny_folder), adapters=None, device="cpu")
     assert other.recall.projectors is None
 

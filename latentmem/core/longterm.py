@@ -99,13 +99,15 @@ class Some:
 
     def part(self, start: int, end: int) -> Some:
         keys = None if self.keys is None else self.keys[:, start:end]
-        return Some(*(t[:, start:end] for t in (self.slots, self.births, self.origins, self.orders)), keys)
+        slots, births, origins, orders = (t[:, start:end] for t in (self.slots, self.births, self.origins, self.orders))
+        return Some(slots, births, origins, orders, keys)
 
     @staticmethod
     def joined(parts: Sequence[Some]) -> Some:
         keys = None if parts[0].keys is None else torch.cat([part.keys for part in parts if part.keys is not None], 1)
         names = ("slots", "births", "origins", "orders")
-        return Some(*(torch.cat([getattr(part, name) for part in parts], 1) for name in names), keys)
+        slots, births, origins, orders = (torch.cat([getattr(part, name) for part in parts], 1) for name in names)
+        return Some(slots, births, origins, orders, keys)
 
 
 @dataclass(frozen=True)

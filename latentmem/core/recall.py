@@ -6,7 +6,7 @@
 
 Fits are likenesses (cosines) of what the layers see of slot and token, after their norm. Queries on unrotated keys, the
 layers' own attention, do not find the right text (docs/results/longterm.md). A trained retriever compares what its
-projectors make of both; it comes with the released M+.
+projectors make of both, by slot; it comes with the released M+, or can be trained.
 
 Source: M+ (arXiv 2502.00592) section 3.1 and the released `get_ltm`.
 """
@@ -115,11 +115,15 @@ class Recall:
         return torch.stack(found)
 
     def fits(self, i: int, store: LongTerm, hidden: Tensor) -> Tensor:
-        """How well all stored slots of layer i fit each of n tokens [n, d], [n, S] float32."""
+        """How well stored slots of layer i fit each of n tokens [n, d] by themselves, [n, S] float32."""
         if self.projectors is not None:
             asked = self.projectors.project(self.projectors.query[i], self.normed(i, hidden))
             keys = [span.some.keys[i] for span in store.spans if span.some.keys is not None]
             return torch.cat([(asked @ key.to(asked).T).sigmoid().float() for key in keys], dim=1).cpu()
+        return self.likeness(i, store, hidden)
+
+    def likeness(self, i: int, store: LongTerm, hidden: Tensor) -> Tensor:
+        """The cosine of what layer i sees of all stored slots and of each of n tokens [n, d], [n, S] float32."""
         asked = normalize(self.normed(i, hidden), dim=-1)
         return torch.cat([(asked @ self._seen(store, span, i).T).float() for span in store.spans], dim=1).cpu()
 
@@ -153,7 +157,7 @@ class Recall:
         store, L = memory.longterm, self.decoder.L
         if store is None or not store.most:
             return Chosen([torch.zeros(0, dtype=torch.long)] * L, [torch.arange(memory.M)] * L)
-        if self.projectors is None and store.group == "update":
+        if store.group == "update":
             return self._by_update(memory, store, self._heard(prefix, ids), asking)
         found = Chosen(
             [], [torch.arange(store.most + memory.M)] * L
@@ -185,7 +189,7 @@ class Recall:
             own = normalize(self.normed(i, memory.slots[i].to(hidden.device)), dim=-1)
             near = (normalize(self.normed(i, asked), dim=-1) @ own.T).float().cpu()
             origin = torch.cat([births[i].where(there[i], -1), memory.births[i]])
-            total = total + marks(torch.cat([self.fits(i, store, asked), near], dim=1), origin, memory.updates)
+            total = total + marks(torch.cat([self.likeness(i, store, asked), near], dim=1), origin, memory.updates)
         best_first = total.argsort(descending=True, stable=True)
         sizes = origin[origin >= 0].long().bincount(minlength=len(total))[best_first]
         last = max(1, int((sizes.cumsum(0) <= store.most).sum()))

@@ -208,7 +208,8 @@ def _some(tensors: dict[str, Tensor]) -> Some:
     """Stored slots out of a file's tensors; a ValueError if they do not fit each other."""
     if set(tensors) - {"longterm.keys"} != set(STORED):
         raise ValueError(f"stored slots are the tensors {sorted(STORED)}, got {sorted(tensors)}")
-    some = Some(*(tensors[name] for name in STORED), tensors.get("longterm.keys"))
+    slots, births, origins, orders = (tensors[name] for name in STORED)
+    some = Some(slots, births, origins, orders, tensors.get("longterm.keys"))
     shape, kinds = some.orders.shape, (torch.int32, torch.int32, torch.int64)
     columns = (some.births, some.origins, some.orders)
     wide = [t for t in (some.slots, some.keys) if t is not None]

@@ -114,8 +114,10 @@ class Chain:
                 f"{list(one.new.shape)} in {one.new.dtype}."
             )
         if self._whole:
-            new, more = one.new.to(like.device), {"source": one.source, "tokens": one.tokens, "keys": one.keys}
-            self._books = update(self._books, new, dropped=one.dropped, **more)
+            new = one.new.to(like.device)
+            self._books = update(
+                self._books, new, dropped=one.dropped, source=one.source, tokens=one.tokens, keys=one.keys
+            )
             return
         new = _numbers(like.shape[0], one.new.shape[1], sum(part.shape[1] for part in self._parts))
         self._books = update(self._books, new, dropped=one.dropped, source=one.source, tokens=one.tokens)

@@ -228,6 +228,43 @@ class Learner(nn.Module):
         old = pool.slots.to(self.sink.device)
         return self._cache(old, fresh, order), [old, *fresh], torch.cat(texts, dim=1)
 
+    def _read(self, cache: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Logits of all answers' tokens, [tokens, vocab], and the tokens, [tokens]."""
+        device = self.sink.device
+        tokens = pad_sequence([torch.tensor(row.prompt + row.answer) for row in rows], batch_first=True).to(device)
+        with self._using(READ):
+            hidden = self.llm.decoder.body(
+                input_ids=tokens, attention_mask=attention_mask(cache, tokens), past_key_values=cache, use_cache=False
+            ).last_hidden_state
+        return self._at_answers(hidden, tokens, rows, 0)
+
+    def _at_answers(self, hidden: Tensor, tokens: Tensor, rows: Sequence[Row], lead: int) -> tuple[Tensor, Tensor]:
+        at = [(i, lead + len(row.prompt) + j) for i, row in enumerate(rows) for j in range(len(row.answer))]
+        row, column = torch.tensor(at, device=hidden.device).T
+        return self.llm.decoder.logits(hidden[row, column - 1]), tokens[row, column]
+
+    def _replied(self, episode: Episode) -> Episode:
+        """The episode with the plain model's own replies as answers, greedy, each up to an end token and with it."""
+        llm = self.llm
+        prompts = [[*llm.prompts_or_raise().opening, *row.prompt] for row in episode.rows]
+        said = llm.generate_rows(llm.plain([]), prompts, episode.replies)
+        rows = (replace(row, answer=tuple(ids.tolist())) for row, ids in zip(episode.rows, said, strict=True))
+        return replace(episode, rows=tuple(rows))
+
+    @torch.no_grad()
+    def _teach(self, episode: Episode) -> Tensor:
+        """Log-probabilities of the plain model with the row's text in its context, [tokens, vocab]."""
+        found = []
+        first = self.llm.prompts_or_raise().opening if episode.replies else [self.llm.first_token]
+        for row in episode.rows:
+            text = episode.texts[row.about] if row.about is not None else ()
+            lead = len(first) + len(text)
+            tokens = torch.tensor([[*first, *text, *row.prompt, *row.answer]], device=self.sink.device)
+            with self._using(None):
+                hidden = self.llm.decoder.body(input_ids=tokens, use_cache=False).last_hidden_state
+            found.append(self._at_answers(hidden, tokens, [row], lead)[0])
+        return torch.cat(found).float().log_softmax(-1)
+
     # --- the retriever ----------------------------------------------------------------------------------------------
 
     def _number(self, pool: Memory, episode: Episode, text: int) -> int:
@@ -265,43 +302,6 @@ class Learner(nn.Module):
             return replace(outcome, loss=loss)
         search, share = found
         return replace(outcome, loss=loss + self.weight * search, search=float(search.detach()), found=share)
-
-    def _read(self, cache: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Logits of all answers' tokens, [tokens, vocab], and the tokens, [tokens]."""
-        device = self.sink.device
-        tokens = pad_sequence([torch.tensor(row.prompt + row.answer) for row in rows], batch_first=True).to(device)
-        with self._using(READ):
-            hidden = self.llm.decoder.body(
-                input_ids=tokens, attention_mask=attention_mask(cache, tokens), past_key_values=cache, use_cache=False
-            ).last_hidden_state
-        return self._at_answers(hidden, tokens, rows, 0)
-
-    def _at_answers(self, hidden: Tensor, tokens: Tensor, rows: Sequence[Row], lead: int) -> tuple[Tensor, Tensor]:
-        at = [(i, lead + len(row.prompt) + j) for i, row in enumerate(rows) for j in range(len(row.answer))]
-        row, column = torch.tensor(at, device=hidden.device).T
-        return self.llm.decoder.logits(hidden[row, column - 1]), tokens[row, column]
-
-    def _replied(self, episode: Episode) -> Episode:
-        """The episode with the plain model's own replies as answers, greedy, each up to an end token and with it."""
-        llm = self.llm
-        prompts = [[*llm.prompts_or_raise().opening, *row.prompt] for row in episode.rows]
-        said = llm.generate_rows(llm.plain([]), prompts, episode.replies)
-        rows = (replace(row, answer=tuple(ids.tolist())) for row, ids in zip(episode.rows, said, strict=True))
-        return replace(episode, rows=tuple(rows))
-
-    @torch.no_grad()
-    def _teach(self, episode: Episode) -> Tensor:
-        """Log-probabilities of the plain model with the row's text in its context, [tokens, vocab]."""
-        found = []
-        first = self.llm.prompts_or_raise().opening if episode.replies else [self.llm.first_token]
-        for row in episode.rows:
-            text = episode.texts[row.about] if row.about is not None else ()
-            lead = len(first) + len(text)
-            tokens = torch.tensor([[*first, *text, *row.prompt, *row.answer]], device=self.sink.device)
-            with self._using(None):
-                hidden = self.llm.decoder.body(input_ids=tokens, use_cache=False).last_hidden_state
-            found.append(self._at_answers(hidden, tokens, [row], lead)[0])
-        return torch.cat(found).float().log_softmax(-1)
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
