@@ -53,9 +53,9 @@ def attended(llm: MemoryModel, i: int, hidden: Tensor, slots: Tensor) -> Tensor:
     return (queries @ keys.transpose(1, 2)).amax(0)
 
 
-def plain_mean(fits: Tensor, births: Tensor, updates: int) -> Tensor:
+def plain_mean(fits: Tensor, births: Tensor) -> Tensor:
     """Like `marks`, each token counting as much as any other: in units of its own spread."""
-    top = fits.new_full((len(fits), updates + 1), float("-inf"))
+    top = fits.new_full((len(fits), int(births.max()) + 1), float("-inf"))
     top.scatter_reduce_(1, births.long().expand(len(fits), -1), fits, "amax")
     some = top > float("-inf")
     count = some.sum(1, keepdim=True)
@@ -104,14 +104,14 @@ def finding(llm: MemoryModel, data: Any, asked: list[tuple[str, Any]]) -> None:
         for i in range(llm.decoder.L):
             slots = torch.cat([span.some.slots[i] for span in store.spans])
             theirs = attended(llm, i, hidden[i], slots)
-            add("attention of the layer", "all", i, marks(theirs, births[i], memory.updates))
+            add("attention of the layer", "all", i, marks(theirs, births[i]))
             if i < 13:
                 seen, kept = (normalize(llm.recall.normed(i, some), dim=-1) for some in (hidden[i], slots))
                 likeness = seen @ kept.T
                 for tokens, some in (("all", torch.ones_like(asking)), ("question", asking)):
                     fits = likeness[some].float()
-                    add("likeness, what stands out", tokens, i, marks(fits, births[i], memory.updates))
-                    add("likeness, all tokens alike", tokens, i, plain_mean(fits, births[i], memory.updates))
+                    add("likeness, what stands out", tokens, i, marks(fits, births[i]))
+                    add("likeness, all tokens alike", tokens, i, plain_mean(fits, births[i]))
         for key, total in totals.items():
             ranks.setdefault(key, []).append(int((total > total[own[name]]).sum()))
     print(f"{int(store.there.sum(1).min()):,} slots of {memory.updates} updates\n")
@@ -156,7 +156,7 @@ def placing(llm: MemoryModel, data: Any, asked: list[tuple[str, Any]]) -> None:
         chosen = llm._chosen(memory, ids)
         assert chosen is not None
         for way, order in ways.items():
-            front = llm._front(memory, replace(chosen, order=order(chosen)))
+            front = llm._front(memory, replace(chosen, order=order(chosen)), ids)
             score = llm.score_rows(Context((front,), (llm.room(memory),), READ), [ids], [answer])[0]
             found[way].append(score.hits.double().mean().item())
     print(f"\n| the same slots, {len(found['where they were written'])} questions | token accuracy |\n| --- | --- |")

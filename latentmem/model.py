@@ -226,6 +226,8 @@ class MemoryModel:
             pool = self.trained.pool
             if settings:
                 pool = self._with_longterm(pool, settings)
+            elif longterm == 0:
+                pool = replace(pool, longterm=None)
             asked = {"N": N, "K": K, "preset": preset, "compression": compression, "choice": choice}
             for what, value in asked.items():
                 if value is not None and value != getattr(pool, what):
@@ -284,7 +286,8 @@ class MemoryModel:
     def _with_longterm(self, pool: Memory, settings: dict[str, Any]) -> Memory:
         """A checkpoint's pool with a long-term memory; one that has its own keeps it."""
         if pool.longterm is None:
-            return replace(pool, longterm=longterms.empty(pool.L, pool.M, **settings))
+            places = torch.arange(pool.M, dtype=torch.int32).expand(pool.L, -1)
+            return replace(pool, longterm=replace(longterms.empty(pool.L, **settings), places=places))
         for what, value in settings.items():
             if value != getattr(pool.longterm, what):
                 raise ValueError(
@@ -484,28 +487,30 @@ class MemoryModel:
         with self.using(READ):
             cache = self._functional(memory, chosen)
             if cache is None:
-                cache = memory_cache([self._front(memory, chosen)], self.decoder, store=False)
+                cache = memory_cache([self._front(memory, chosen, tokens[0])], self.decoder, store=False)
             mask = attention_mask(cache, tokens)
             return self.base(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=False).logits[0]
 
-    def _front(self, memory: Memory, chosen: Chosen | None) -> Front:
+    def _front(self, memory: Memory, chosen: Chosen | None, asked: Tensor) -> Front:
         prefix = self._prefix(memory)
-        return self.recall.front(memory, prefix, chosen) if chosen else prefix.front
+        return self.recall.front(memory, prefix, chosen, asked) if chosen else prefix.front
 
     def front(self, memory: Memory, ids: Ids) -> Front | None:
         """What stands in front of a prompt: a memory with the long-term slots that the prompt takes; None: nothing."""
-        chosen = self._chosen(memory, self._ids(ids))
-        return self._front(memory, chosen) if memory.holds else None
+        asked = self._ids(ids)
+        chosen = self._chosen(memory, asked)
+        return self._front(memory, chosen, asked) if memory.holds else None
 
     @torch.no_grad()
-    def search_again(self, front: Front | None, prompt: Ids, said: Ids) -> bool:
-        """Let a prompt and what was answered lately take other long-term slots; whether they are others."""
+    def search_again(self, front: Front | None, said: Ids) -> bool:
+        """Let what was asked and what was answered lately take other long-term slots; whether they are others."""
         if not isinstance(front, Recalled):
             return False
-        asked, answered = self._ids(prompt), self._ids(said)
-        asking = torch.cat([self._asking(asked), torch.ones(len(answered), dtype=torch.bool)])
+        answered = self._ids(said)
+        asking = torch.cat([self._asking(front.asked), torch.ones(len(answered), dtype=torch.bool)])
         with self.using(READ):
-            return front.choose(self.recall.chosen(front.memory, front.prefix, torch.cat([asked, answered]), asking))
+            ids = torch.cat([front.asked, answered])
+            return front.choose(self.recall.chosen(front.memory, front.prefix, ids, asking))
 
     @torch.no_grad()
     def score(self, memory: Memory, ids: Ids, answer: Ids) -> Score:
@@ -707,7 +712,7 @@ class MemoryModel:
                     attention_mask=self._mask(some, text),
                     past_key_values=cache,
                     streamer=streamer(rows, ends) if streamer else None,
-                    **self._searching(cache, [prompts[i] for i in rows], n, generate_kwargs),
+                    **self._searching(cache, n, generate_kwargs),
                 )
             criteria = option("stopping_criteria") or option("stop_strings")
             for i, answers in zip(rows, output.unflatten(0, (len(rows), -1)), strict=True):
@@ -811,13 +816,14 @@ class MemoryModel:
                 input_ids=tokens,
                 attention_mask=attention_mask(cache, tokens),
                 past_key_values=cache,
-                **self._searching(cache, [tokens[0]], tokens.shape[1], generate_kwargs),
+                **self._searching(cache, tokens.shape[1], generate_kwargs),
             )
 
-    def _searching(
-        self, cache: Cache | None, prompts: Sequence[Tensor], n: int, generate_kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Options of `generate` by which long-term memories are searched again while answers of n tokens on grow."""
+    def _searching(self, cache: Cache | None, n: int, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Options of `generate` by which long-term memories are searched again while answers behind n tokens grow.
+
+        Of several answers behind one memory the first that goes on is what is searched for.
+        """
         if not isinstance(cache, MemoryCache):
             return generate_kwargs
         due = [(i, front) for i, front in enumerate(cache.fronts) if isinstance(front, Recalled) and front.every]
@@ -825,12 +831,22 @@ class MemoryModel:
             return generate_kwargs
         from transformers import StoppingCriteriaList
 
+        settings = generate_kwargs.get("generation_config") or self.base.generation_config
+        ends = generate_kwargs.get("eos_token_id") or settings.eos_token_id
+        ended = torch.as_tensor([] if ends is None else ends, device=self.decoder.device).reshape(-1)
+        searched = [0] * len(due)
+
         def again(ids: Tensor, scores: Any, **_: Any) -> Tensor:
-            changed = False
-            for i, front in due:
-                if ids.shape[1] > n and (ids.shape[1] - n) % front.every == 0:
-                    said = ids[cache.row_of(i), -front.every :]
-                    changed |= self.search_again(front, prompts[i], said)
+            changed, rows = False, cache.rows(len(ids))
+            for k, (i, front) in enumerate(due):
+                times = (ids.shape[1] - n) // front.every  # some ways to generate make several tokens at once
+                if times <= searched[k]:
+                    continue
+                searched[k] = times
+                mine = ids[[row == i for row in rows]]
+                alive = mine[~torch.isin(mine[:, n:], ended).any(1)]
+                if len(alive):
+                    changed |= self.search_again(front, alive[0, -front.every :])
             if changed:
                 cache.changed()
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
@@ -878,7 +894,11 @@ class MemoryModel:
         assert front is not None
         if isinstance(old, MemoryCache):
             there = old.fronts[0]
-            if there.stands(front) if isinstance(there, Recalled) else there is front:
+            if there is front:
+                return old
+            if isinstance(there, Recalled) and there.stands(front):
+                if there.choose(there.begun):
+                    old.changed()
                 return old
         return memory_cache([front], self.decoder, store=True)
 
@@ -1212,11 +1232,10 @@ def _set_defaults(generate_kwargs: dict[str, Any]) -> None:
 def _longterm(asked: int | Mapping[str, Any] | None) -> dict[str, Any]:
     """Settings of a long-term memory; {}: none."""
     known = longterms.CHOSEN
-    settings = {"R": asked} if isinstance(asked, int) else dict(asked or {})
-    if not settings.get("R") and set(settings) <= {"R"}:
+    if asked is None or asked == 0:
         return {}
-    unknown = sorted(set(settings) - set(known))
-    if unknown or not isinstance(settings.get("R"), int):
+    settings = dict(asked) if isinstance(asked, Mapping) else {"R": asked}
+    if set(settings) - set(known) or type(settings.get("R")) is not int:
         raise ValueError(f"a long-term memory is R slots, or a mapping of {', '.join(known)} with R: got {asked!r}.")
     return settings
 

@@ -127,7 +127,7 @@ def load(name: str, config: dict[str, Any], dtype: torch.dtype, device: torch.de
         adapters=adapters.identity,
         tokenizer=Prompts(tokenizer).identity if tokenizer is not None else "",
         model_name=name,
-        longterm=_store(config, store, N) if plus else None,
+        longterm=_store(config, store, N, dtype) if plus else None,
     )
     extra = Trained(
         bos=own.get("bos_embedding", own["memory"][:, :0]).to(device, dtype),
@@ -144,7 +144,7 @@ def _is_plus(config: dict[str, Any]) -> bool:
     return bool(set(PLUS) & set(config))
 
 
-def _store(config: dict[str, Any], found: dict[str, Tensor], N: int) -> LongTerm:
+def _store(config: dict[str, Any], found: dict[str, Tensor], N: int, dtype: torch.dtype) -> LongTerm:
     """The long-term memory of a checkpoint; slots of its pool count as the newest that were ever written."""
     L, d, S, K = config["num_hidden_layers"], config["hidden_size"], config["ltm_initial_size"], config["num_tokens"]
     shapes = {"ltm": (S, d), "ltm_keys": (S, config["selector_hidden_dim"]), "ltm_ages": (S,)}
@@ -153,7 +153,8 @@ def _store(config: dict[str, Any], found: dict[str, Tensor], N: int) -> LongTerm
     _same_keys({key: tensor.shape for key, tensor in meta.items()}, found, "long-term memory")
     each = {key: torch.stack([found[f"{key}.{i}"] for i in range(L)]) for key in STORE}
     old = torch.zeros(L, S, dtype=torch.int32)
-    some = Some(each["ltm"], old, old - 1, -each["ltm_ages"].round().long(), each["ltm_keys"])
+    orders = -each["ltm_ages"].round().long()
+    some = Some(each["ltm"].to(dtype), old, old - 1, orders, each["ltm_keys"].to(dtype))
     store = LongTerm(
         R=config["num_ltm_blocks"] * K,
         places=torch.full((L, N), K - 1, dtype=torch.int32),

@@ -167,6 +167,23 @@ def test_an_unknown_tensor_is_named(changed, key):
         changed(tensors=lambda weights: weights.update({key: torch.zeros(2)}))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_it_runs_in_other_dtypes(expected, dtype):
+    llm = latentmem.load(str(FOLDER), device="cpu", dtype=dtype)
+    memory = llm.write_ids(llm.empty(), expected["step0.ids"])
+    logits = llm.logits(memory, expected["read.ids"])
+    assert gap(logits.float(), llm.logits(llm.empty(), expected["read.ids"]).float()) > 0.1
+
+
+def test_an_update_without_keys_is_refused(llm, expected):
+    with pytest.raises(ValueError, match="give `keys`"):
+        update(llm.empty(), llm.new_slots(llm.empty(), expected["step0.ids"]))
+
+
+def test_a_checkpoint_may_leave_its_store_out(llm):
+    assert llm.empty(longterm=0).longterm is None and llm.empty().R == 16
+
+
 def test_other_settings_of_the_store_are_refused(llm):
     with pytest.raises(ValueError, match="R=16, got 8"):
         llm.empty(longterm=8)

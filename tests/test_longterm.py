@@ -126,7 +126,12 @@ def test_places_must_fit_the_memory():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"R": 0}, {"limit": -1}, {"every": -1}, {"group": "text"}, {"rule": "newest"}], ids=str
+    "settings",
+    [
+        *({"R": 0}, {"limit": -1}, {"every": -1}, {"group": "text"}, {"rule": "newest"}, {"rule": "frequency"}),
+        *({"R": True}, {"limit": 1e9}, {"int8": 1}, {"every": 8.0}, {"period": "3"}),  # would not come back from a file
+    ],
+    ids=str,
 )
 def test_settings_that_make_no_sense(settings):
     with pytest.raises(ValueError, match="got"):
@@ -135,9 +140,10 @@ def test_settings_that_make_no_sense(settings):
 
 def test_marks_are_those_of_a_slow_twin():
     generator = torch.Generator().manual_seed(3)
-    fits, births = torch.rand(4, 20, generator=generator), torch.randint(-1, 6, (20,), generator=generator)
+    fits, births = torch.rand(4, 20, generator=generator), torch.randint(-1, 7, (20,), generator=generator)
+    births[births == 3], births[0] = -1, 6
     best = [[max(fits[n][births == u].tolist(), default=None) for u in range(7)] for n in range(4)]
-    for u, mark in enumerate(longterm.marks(fits, births, 6).tolist()):
+    for u, mark in enumerate(longterm.marks(fits, births).tolist()):
         if not (births == u).any():
             assert mark == float("-inf")
             continue
@@ -284,11 +290,84 @@ def test_rows_with_stores_of_their_own(llm, group):
         torch.testing.assert_close(score.logprobs, llm.score(some[0], p, a).logprobs, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("beams", [2, 3])
+def test_beams_of_several_memories_are_those_of_each_alone(llm, beams):
+    settings = {"R": 6, "every": 2}
+    some = [told(llm, llm.empty(N=16, K=8, longterm=settings), 9, seed=i) for i in range(3)]
+    prompts = [torch.arange(4 + i, 12 + i) for i in range(3)]
+    more = {"num_beams": beams, "max_new_tokens": 8, "min_new_tokens": 8}
+    alone = [llm.generate_ids(m, p, **more) for m, p in zip(some, prompts, strict=True)]
+    for one, row in zip(alone, llm.generate_ids(some, prompts, **more), strict=True):
+        assert torch.equal(one, row)
+
+
+def test_an_answer_that_has_ended_is_not_searched_for(llm, monkeypatch):
+    memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "every": 2}), 9)
+    asked, search = [], llm.search_again
+    monkeypatch.setattr(llm, "search_again", lambda front, said: asked.append(said.tolist()) or search(front, said))
+    torch.manual_seed(0)
+    prompt = torch.arange(30, 36)
+    more = {"do_sample": True, "num_return_sequences": 3, "eos_token_id": [2, *range(100, 260)], "pad_token_id": 0}
+    rows = llm.generate_ids(memory, prompt, max_new_tokens=12, **more)[:, 6:]
+    ended = [next((i for i, t in enumerate(row) if t >= 100 or t == 2), 99) for row in rows.tolist()]
+    expected = []
+    for end in range(2, rows.shape[1] + 1, 2):
+        alive = [row for row, at in zip(rows, ended, strict=True) if at >= end]
+        expected += [alive[0][end - 2 : end].tolist()] if alive else []
+    assert asked == expected
+
+
+def test_what_is_asked_in_inference_mode_can_be_written_to_outside():
+    llm = MemoryModel(tiny_model(), byte_tokenizer())
+    memory = told(llm, llm.empty(N=16, K=8, longterm=6), 6)
+    with torch.inference_mode():
+        llm.logits(memory, [5, 6, 7])
+        inside = told(llm, memory, 2)
+    memory = told(llm, memory, 2)
+    told(llm, inside, 2)
+    assert llm.logits(memory, [5, 6, 7]).isfinite().all()
+
+
+def test_an_update_of_which_a_layer_holds_nothing_can_be_found():
+    llm = MemoryModel(tiny_model(num_hidden_layers=20, initializer_range=0.02), byte_tokenizer())
+    memory = told(llm, llm.empty(N=16, K=8, longterm=8), 2)
+    wanted = torch.arange(100, 106)
+    memory = told(llm, llm.write_ids(memory, wanted, source="wanted"), 12, seed=1)
+    store = memory.longterm
+    (span,) = store.spans
+    births = store.column("births")
+    span.block.origins[2, : span.end][births[2] == 3] = GONE  # layers 1 and 2 are searched
+    memory = replace(memory, longterm=replace(store, spans=store.spans))
+    _, chosen = llm.logits(memory, wanted, return_retrieved=True)
+    assert (births[0][chosen[0]] == 3).sum() == (births[0] == 3).sum() > 0
+
+
+def test_the_rule_frequency_keeps_to_the_limit_too():
+    each = 2 * (4 + 4 + 4 + 8)
+    memory = labelled(limit=10 * each, rule="frequency", period=8)
+    for _ in range(12):
+        memory = write(memory, 4)
+        assert memory.longterm.nbytes <= 10 * each
+        frequencies = memory.longterm.frequencies
+        assert frequencies is None or frequencies.shape[1] <= memory.longterm.S
+
+
+def test_a_pool_of_a_checkpoint_keeps_its_order():
+    import latentmem
+
+    llm = latentmem.load(str(Path(__file__).parent / "golden" / "memoryllm"), device="cpu")
+    memory = llm.empty(longterm={"R": 8, "group": "slot"})
+    memory = llm.write_ids(memory, torch.arange(20, 30))
+    _, chosen = llm.logits(memory, [5, 6, 7], return_retrieved=True)
+    for i, places in enumerate(chosen):
+        assert memory.longterm.column("orders")[i][places].diff().gt(0).all()
+
+
 def test_the_answer_is_not_what_is_searched_for(llm):
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6}), 9)
     ids, answer = torch.arange(30, 36), torch.arange(90, 96)
     chosen = llm.front(memory, ids).chosen
-    front = llm.recall.front(memory, llm._prefix(memory), chosen)
+    front = llm.recall.front(memory, llm._prefix(memory), chosen, ids)
     from latentmem.model import READ, Context
 
     context = Context((front,), (llm.room(memory),), READ)
@@ -319,7 +398,7 @@ def test_other_slots_are_read_from_there_on(attention, monkeypatch):
     settings = {"max_new_tokens": 2, "min_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
     made = llm.generate_ids(memory, prompt, **settings)
 
-    cache = llm.recall.front(memory, llm._prefix(memory), first)
+    cache = llm.recall.front(memory, llm._prefix(memory), first, prompt)
     from latentmem.core.prefix import attention_mask, memory_cache
 
     with torch.no_grad():
@@ -355,10 +434,10 @@ def test_a_memory_whose_slots_are_all_forgotten_still_has_its_store(llm):
 
 def test_a_conversation_reads_turns_again_where_others_are_retrieved(llm):
     """The cache that a conversation keeps gives the answers of one that reads everything anew."""
-    memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6}), 9)
+    memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "every": 2}), 9)
     from latentmem.chat import Conversation
 
-    kept, turns = Conversation(llm, memory), ["one", "two words", "and three of them"]
+    kept, turns = Conversation(llm, memory), ["one", "two words", "and three of them", "one", "two words"]
     for i, turn in enumerate(turns):
         fresh = Conversation(llm, memory, [dict(m) for m in kept.messages])
         assert kept.say(turn, max_new_tokens=6) == fresh.say(turn, max_new_tokens=6), i

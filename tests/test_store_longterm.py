@@ -139,6 +139,50 @@ def test_an_exact_forgetting_leaves_nothing_in_the_store(llm, filled):
     assert store.sweep() == 0
 
 
+def test_an_exact_forgetting_whose_replay_fails_leaves_no_block_of_before(llm, filled):
+    """Without the forgotten text another one is over the quota, and fails."""
+    store, _ = filled
+    blocks = {name for version in store.history("m") for name in version.made.get("blocks", {})}
+    refused = store._computed
+
+    def computed(llm, row, *rest):
+        if row.seq == len(TEXTS):
+            raise ValueError("no")
+        return refused(llm, row, *rest)
+
+    store._computed = computed
+    store.forget_by_replay(llm, "m", "s0")
+    left = set(store._objects.names())
+    named = {name for version in store.history("m") for name in version.made.get("blocks", {})}
+    assert store.history("m")[-1].state == "failed" and not store.history("m")[-1].made.get("blocks")
+    assert blocks & left <= named
+
+
+def test_a_file_that_names_other_blocks_than_its_snapshots_is_refused(llm, filled, tmp_path):
+    import json
+    import zipfile
+
+    store, _ = filled
+    store.export("m", tmp_path / "m.latentmem")
+    with zipfile.ZipFile(tmp_path / "m.latentmem") as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    manifest = json.loads(parts["manifest.json"])
+    lines = [json.loads(line) for line in parts["journal.jsonl"].splitlines()]
+    gone = next(iter(next(line["made"]["blocks"] for line in lines if line["made"].get("blocks"))))
+    for line in lines:
+        line["made"].get("blocks", {}).pop(gone, None)
+    del manifest["objects"][gone], parts[f"objects/{gone}.safetensors"]
+    parts["manifest.json"] = json.dumps(manifest).encode()
+    parts["journal.jsonl"] = "\n".join(map(json.dumps, lines)).encode()
+    with zipfile.ZipFile(tmp_path / "bad.latentmem", "w") as file:
+        for name, data in parts.items():
+            file.writestr(zipfile.ZipInfo(name), data)
+    before = set(store._objects.names())
+    with pytest.raises(ValueError, match="names other blocks"):
+        store.import_(tmp_path / "bad.latentmem", "n")
+    assert set(store._objects.names()) == before and store.names() == ["m"]
+
+
 def test_a_rebuilt_memory_has_the_same_store(llm, filled):
     store, states = filled
     store.rebuild(llm, "m", "r")

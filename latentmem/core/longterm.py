@@ -28,6 +28,8 @@ RULES = ("oldest", "frequency")
 GROUP = 32  # neighbouring numbers of a slot that share a scale in 8 bits
 CHOSEN = ("R", "int8", "limit", "group", "every", "rule", "period")  # what one may choose
 SETTINGS = (*CHOSEN, "clock", "since")
+KINDS: dict[str, type] = dict.fromkeys(("R", "limit", "every", "clock", "since", "period"), int)
+KINDS |= {"int8": bool, "group": str, "rule": str}
 FREQUENCY = 10.0  # recall frequency of a slot that comes to the store (released `initial_rf_when_moving_stm_to_ltm`)
 DEAD = 0.01  # recall frequency up to which a slot goes
 
@@ -63,9 +65,14 @@ class Block:
     def like(slots: Tensor, keys: Tensor | None, room: int = BLOCK) -> Block:
         """An empty block for such slots, [L, any, d], and such keys, [L, any, width]."""
         L, _, d = slots.shape
+        with torch.inference_mode(False):  # others will append to it
+            return Block._like(slots, keys, room, L, d)
+
+    @staticmethod
+    def _like(slots: Tensor, keys: Tensor | None, room: int, L: int, d: int) -> Block:
         many = [torch.empty(L, room, dtype=kind) for kind in (torch.int32, torch.int32, torch.int64)]
-        wide = None if keys is None else keys.new_empty(L, room, keys.shape[2])
-        return Block(slots.new_empty(L, room, d), many[0], many[1], many[2], wide, 0)
+        wide = None if keys is None else torch.empty(L, room, keys.shape[2], dtype=keys.dtype)
+        return Block(torch.empty(L, room, d, dtype=slots.dtype), many[0], many[1], many[2], wide, 0)
 
     @property
     def room(self) -> int:
@@ -169,6 +176,9 @@ class LongTerm:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_cache", {})
+        for name, kind in KINDS.items():
+            if type(getattr(self, name)) is not kind:
+                raise ValueError(f"{name} of a long-term memory is {kind.__name__}, got {getattr(self, name)!r}.")
         if self.R < 1:
             raise ValueError(f"a long-term memory retrieves at least one slot, got R={self.R}.")
         if self.limit < 0:
@@ -179,6 +189,8 @@ class LongTerm:
             raise ValueError(f"group must be one of {', '.join(GROUPS)}, got {self.group!r}.")
         if self.rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}.")
+        if self.rule == "frequency" and self.period < 1:
+            raise ValueError(f"the rule frequency needs a period of at least 1 slot written, got {self.period}.")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -218,21 +230,32 @@ class LongTerm:
     @property
     def there(self) -> Tensor:
         """Which places hold a slot, [L, S] bool."""
-        alive = self.column("origins") != GONE
-        if self.frequencies is not None:
-            alive[:, : self.frequencies.shape[1]] &= self.frequencies > DEAD
-        return alive
+        if "there" not in self._cache:
+            alive = self.column("origins") != GONE
+            if self.frequencies is not None:
+                alive[:, : self.frequencies.shape[1]] &= self.frequencies > DEAD
+            self._cache["there"] = alive
+        return self._cache["there"]
+
+    @property
+    def alive(self) -> Tensor:
+        """The update that wrote each stored slot, -1 for a place that holds none, [L, S] int32."""
+        if "alive" not in self._cache:
+            self._cache["alive"] = self.column("births").where(self.there, -1)
+        return self._cache["alive"]
 
     @property
     def most(self) -> int:
         """Slots that each layer retrieves: R, or as many as the layer with the fewest has."""
-        return min(self.R, int(self.there.sum(1).min())) if self.spans else 0
+        if "most" not in self._cache:
+            self._cache["most"] = self.there.sum(1).min() if self.spans else torch.tensor(0)
+        return min(self.R, int(self._cache["most"]))
 
     def left(self, sources: int) -> Tensor:
         """Stored slots of each source in each layer, [number of sources, L] int64."""
         origins = self.column("origins").where(self.there, GONE)
-        rows = [(origins == i).sum(1) for i in range(sources)]
-        return torch.stack(rows) if rows else torch.zeros(0, len(origins), dtype=torch.long)
+        counts = [row[row >= 0].bincount(minlength=sources) for row in origins]
+        return torch.stack(counts, dim=1) if counts else torch.zeros(sources, 0, dtype=torch.long)
 
     # --- what changes it --------------------------------------------------------------------------------------------
 
@@ -265,7 +288,7 @@ class LongTerm:
                 keys,
             )
             following = following.with_more(some)
-        return following._counted(k) if self.rule == "frequency" else following._within()
+        return (following._counted(k) if self.rule == "frequency" else following)._within()
 
     def _packed(self, slots: Tensor) -> Tensor:
         return packed(slots) if self.int8 else slots
@@ -273,12 +296,14 @@ class LongTerm:
     def slots(self, span: Span, i: int, places: Tensor | slice, like: Tensor) -> Tensor:
         """Slots of layer i at places of a span's block, [s, d], in the type and on the device of `like`."""
         found = span.block.slots[i][places].to(like.device)
-        return unpacked(found, like.shape[-1]).to(like.dtype) if self.int8 else found
+        return (unpacked(found, like.shape[-1]) if self.int8 else found).to(like.dtype)
 
     def with_more(self, some: Some) -> LongTerm:
         """The store with more slots behind; only these are copied."""
         spans, at = list(self.spans), 0
         count = some.orders.shape[1]
+        if spans and (spans[-1].block.keys is None) != (some.keys is None):
+            raise ValueError("slots of this long-term memory are found by a trained retriever's keys: give `keys`.")
         while at < count:
             last = spans[-1] if spans else None
             if last is None or last.end == last.block.room:
@@ -331,7 +356,10 @@ class LongTerm:
     def _within(self) -> LongTerm:
         """The store within its limit."""
         surplus = self.S - self.limit // self._each if self.spans else 0
-        return self._from(surplus) if surplus > 0 else self
+        if surplus <= 0:
+            return self
+        frequencies = None if self.frequencies is None else self.frequencies[:, surplus:]
+        return replace(self._from(surplus), frequencies=frequencies)
 
     def _from(self, start: int) -> LongTerm:
         """The store without the first places."""
@@ -413,7 +441,7 @@ def best(fits: Tensor, there: Tensor, orders: Tensor, R: int) -> Tensor:
     return found.flip(0)[orders[found].flip(0).argsort(stable=True)]
 
 
-def marks(fits: Tensor, births: Tensor, updates: int) -> Tensor:
+def marks(fits: Tensor, births: Tensor) -> Tensor:
     """How well what each update wrote fits, from how well its slots fit, in one layer.
 
     For each token that asks, the best slot of an update counts, less the mean over updates; the more it stands out
@@ -421,17 +449,15 @@ def marks(fits: Tensor, births: Tensor, updates: int) -> Tensor:
 
     Args:
         fits: [n, S].
-        births: [S]; -1 for what is not there.
-        updates: U, the newest birth.
+        births: the update of each slot, from 0 without gaps; -1 for what is not there, [S].
 
     Returns:
-        [U + 1]; -inf for an update of which nothing is there.
+        [updates up to the newest that is there]; -inf for one of which nothing is there.
     """
-    n = len(fits)
     there = births >= 0
     index = births[there].long()
-    top = fits.new_full((n, updates + 1), float("-inf"))
-    top.scatter_reduce_(1, index.expand(n, -1), fits[:, there], "amax")
+    top = fits.new_full((len(fits), int(index.max()) + 1 if len(index) else 0), float("-inf"))
+    top.scatter_reduce_(1, index.expand(len(fits), -1), fits[:, there], "amax")
     some = top > float("-inf")
     count = some.sum(1, keepdim=True).clamp(min=1)
     beyond = top - top.where(some, 0).sum(1, keepdim=True) / count
@@ -443,8 +469,8 @@ def together(rank: Tensor, births: Tensor, there: Tensor, orders: Tensor, R: int
     """R slots of a layer: all of the best update, then of the next, of the last one the first; oldest first.
 
     Args:
-        rank: of each update, 0 for the best, [U + 1].
-        births: [S].
+        rank: of each update, 0 for the best.
+        births: the update of each slot, [S].
         there, orders: as in `best`.
     """
     mine = rank[births.clamp(min=0).long()].masked_fill(~there, len(rank))

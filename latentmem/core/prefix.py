@@ -315,10 +315,11 @@ class MemoryCache(Cache):
         for layer in self.layers:
             layer.changed()
 
-    def row_of(self, front: int) -> int:
-        """The first row behind a front."""
+    def rows(self, B: int) -> list[int]:
+        """The front of each of B rows; there may be several of each row that is read, as of hypotheses of beams."""
         layer: Any = self.layers[0]
-        return layer._rows.index(front)
+        own = layer._rows if len(self.fronts) > 1 else [0]
+        return [front for front in own for _ in range(B // len(own))]
 
 
 def memory_cache(fronts: Sequence[Front], decoder: Decoder, *, store: bool, stacked: int | None = None) -> MemoryCache:

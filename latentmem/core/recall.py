@@ -32,6 +32,9 @@ from latentmem.core.write import layers_seen
 SHARE = 10  # one layer of so many is searched by update, from the second on: the first sees words, not what they mean
 
 
+NEAR = 10_000  # likenesses are told apart up to one part in so many
+
+
 class _Enough(Exception):  # noqa: N818 - no error
     """Ends a pass whose later layers are not needed."""
 
@@ -125,7 +128,8 @@ class Recall:
     def likeness(self, i: int, store: LongTerm, hidden: Tensor) -> Tensor:
         """The cosine of what layer i sees of all stored slots and of each of n tokens [n, d], [n, S] float32."""
         asked = normalize(self.normed(i, hidden), dim=-1)
-        return torch.cat([(asked @ self._seen(store, span, i).T).float() for span in store.spans], dim=1).cpu()
+        found = torch.cat([(asked @ self._seen(store, span, i).T).float() for span in store.spans], dim=1).cpu()
+        return (found * NEAR).round() / NEAR  # equal slots fit equally, however the store is cut into blocks
 
     def _seen(self, store: LongTerm, span: Span, i: int) -> Tensor:
         """Slots as layer i sees them, at length 1, [len(span), d]; made once for each place of a block."""
@@ -133,7 +137,8 @@ class Recall:
         made = self._keys.setdefault(block, {})
         done, keys = made.get(i, (0, None))
         if keys is None:
-            keys = torch.empty(block.room, self.decoder.d, dtype=self.decoder.dtype, device=self.decoder.device)
+            with torch.inference_mode(False):  # others will add to it
+                keys = torch.empty(block.room, self.decoder.d, dtype=self.decoder.dtype, device=self.decoder.device)
         if done < span.end:
             fresh = store.slots(span, i, slice(done, span.end), keys)
             keys[done : span.end] = normalize(self.normed(i, fresh), dim=-1)
@@ -182,23 +187,35 @@ class Recall:
         Those that are marked best stand last, nearest to the question, each with all of its slots together, as many as
         have R slots; all others in front of them in the order in which they were written.
         """
-        there, births = store.there, store.column("births")
-        total: Any = 0
+        there = store.there
+        births = torch.cat([store.alive, memory.births], dim=1).long() + 1
+        known = torch.zeros(memory.updates + 2, dtype=torch.bool)
+        known[births.flatten()] = True
+        known[0] = False
+        births = torch.where(births > 0, known.cumsum(0)[births] - 1, -1)  # of most that ever were nothing is left
+        count = int(known.sum())
+        S, total, layers = store.S, torch.zeros(count), torch.zeros(count)
         for i, hidden in zip(self.searched, heard, strict=True):
             asked = hidden[asking]
             own = normalize(self.normed(i, memory.slots[i].to(hidden.device)), dim=-1)
             near = (normalize(self.normed(i, asked), dim=-1) @ own.T).float().cpu()
-            origin = torch.cat([births[i].where(there[i], -1), memory.births[i]])
-            total = total + marks(torch.cat([self.likeness(i, store, asked), near], dim=1), origin, memory.updates)
+            mark = marks(torch.cat([self.likeness(i, store, asked), near], dim=1), births[i])
+            some = mark > float("-inf")
+            total[: len(mark)] += mark.where(some, 0)
+            layers[: len(mark)] += some
+        total = (total / layers).where(layers > 0, float("-inf"))
         best_first = total.argsort(descending=True, stable=True)
-        sizes = origin[origin >= 0].long().bincount(minlength=len(total))[best_first]
+        i = self.searched[0]
+        sizes = births[i][births[i] >= 0].bincount(minlength=len(total))[best_first]
         last = max(1, int((sizes.cumsum(0) <= store.most).sum()))
         rank = best_first.argsort()
         found = Chosen([], [])
         for i in range(self.decoder.L):
-            places = together(rank, births[i], there[i], store.column("orders")[i], store.most)
+            places = together(rank, births[i, :S], there[i], store.column("orders")[i], store.most)
             found.places.append(places)
-            found.order.append(arranged(memory, store, i, places, rank, last))
+            found.order.append(
+                arranged(memory, store, i, places, rank[torch.cat([births[i, places], births[i, S:]])], last)
+            )
         return found
 
     def _heard(self, prefix: Prefix, ids: Tensor) -> list[Tensor]:
@@ -227,9 +244,9 @@ class Recall:
 
     # --- what stands in front of a question ---------------------------------------------------------------------------
 
-    def front(self, memory: Memory, prefix: Prefix, chosen: Chosen) -> Recalled:
-        """[first ; retrieved and slots] in front of a row."""
-        return Recalled.of(self, memory, prefix, chosen)
+    def front(self, memory: Memory, prefix: Prefix, chosen: Chosen, asked: Tensor) -> Recalled:
+        """[first ; retrieved and slots] in front of a row that asks `asked`, [n] ids."""
+        return Recalled.of(self, memory, prefix, chosen, asked)
 
     def slots(self, store: LongTerm, i: int, places: Tensor) -> Tensor:
         """Stored slots of layer i, [R, d], on the model's device."""
@@ -264,7 +281,8 @@ class Recalled(Front):
     Args:
         recall, memory, prefix: what they are made of.
         chosen: what each layer takes.
-        begun: what it took first.
+        begun: what it took first, behind which the prompt was read.
+        asked: the prompt, [n] ids.
         made: keys and values by layer.
     """
 
@@ -273,16 +291,17 @@ class Recalled(Front):
     prefix: Prefix
     chosen: Chosen
     begun: Chosen
+    asked: Tensor
     made: dict[int, KV]
 
     @staticmethod
-    def of(recall: Recall, memory: Memory, prefix: Prefix, chosen: Chosen) -> Recalled:
+    def of(recall: Recall, memory: Memory, prefix: Prefix, chosen: Chosen, asked: Tensor) -> Recalled:
         assert memory.longterm is not None
         made: dict[int, KV] = {}
         now = Chosen(list(chosen.places), list(chosen.order))
         make = [partial(recall.layer, prefix, memory.longterm, now, i) for i in range(len(now.places))]
         layers = [partial(_once, made, i, one) for i, one in enumerate(make)]
-        return Recalled(prefix.P + chosen.R, layers, recall, memory, prefix, now, chosen, made)
+        return Recalled(prefix.P + chosen.R, layers, recall, memory, prefix, now, chosen, asked, made)
 
     @property
     def every(self) -> int:
@@ -291,8 +310,8 @@ class Recalled(Front):
         return self.memory.longterm.every
 
     def stands(self, other: Front) -> bool:
-        """Whether text that was read behind this front reads the same behind another one of the same memory."""
-        return isinstance(other, Recalled) and self.chosen.same(self.begun) and self.chosen.same(other.chosen)
+        """Whether a prompt that was read behind this front reads the same behind another one of the same memory."""
+        return isinstance(other, Recalled) and self.begun.same(other.chosen)
 
     def choose(self, chosen: Chosen) -> bool:
         """Take other slots from now on; False if they are the same."""
@@ -303,20 +322,19 @@ class Recalled(Front):
         return True
 
 
-def arranged(memory: Memory, store: LongTerm, i: int, places: Tensor, rank: Tensor, last: int) -> Tensor:
+def arranged(memory: Memory, store: LongTerm, i: int, places: Tensor, ranks: Tensor, last: int) -> Tensor:
     """How retrieved slots and the memory's own stand in layer i: the `last` best updates behind all others, best last.
 
     Args:
         places: of the retrieved slots, oldest first, [R].
-        rank: of each update, 0 for the best.
+        ranks: of the update of each of [retrieved ; slots], 0 for the best, [R + M].
     """
-    updates = torch.cat([store.column("births")[i][places], memory.births[i]]).long()
     if store.rule == "oldest":
         own = written(memory.births[i], store.places[i])
         order = torch.cat([store.column("orders")[i][places], own]).argsort(stable=True)
     else:  # orders of another kind
-        order = torch.arange(len(updates))
-    lifted = (last - rank[updates]).clamp(min=0)
+        order = torch.arange(len(ranks))
+    lifted = (last - ranks).clamp(min=0)
     return order[lifted[order].argsort(stable=True)]
 
 

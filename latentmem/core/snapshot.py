@@ -89,6 +89,15 @@ def block_to_bytes(block: Block) -> bytes:
     return canonical(_stored(block.some), {"format": BLOCK_FORMAT})
 
 
+def blocks_of(data: Buffer, name: str) -> set[str]:
+    """The names of the blocks that a memory's file leaves out."""
+    says = _checked(name, opened_bytes(data, name)[1])[0].get("longterm") or {}
+    try:
+        return {block for block, *_ in says.get("blocks", ())}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} was altered or damaged: {error}. Restore it from a copy.") from error
+
+
 def block_from_bytes(data: Buffer, name: str) -> Block:
     """Read a block back; its tensors are views of `data`.
 
@@ -220,7 +229,9 @@ def _some(tensors: dict[str, Tensor]) -> Some:
     return some
 
 
-def _longterm(tensors: dict[str, Tensor], says: dict[str, Any], block: Callable[[str], Block] | None) -> LongTerm:
+def _longterm(
+    tensors: dict[str, Tensor], says: dict[str, Any], d: int, updates: int, block: Callable[[str], Block] | None
+) -> LongTerm:
     """The other way of `_longterm_parts`; a ValueError or TypeError if something does not fit."""
     says = dict(says)
     blocks = says.pop("blocks")
@@ -239,13 +250,26 @@ def _longterm(tensors: dict[str, Tensor], says: dict[str, Any], block: Callable[
         rest = Block.of(_some(tensors))
         spans.append(Span(rest, 0, rest.room))
     store = LongTerm(places=places, spans=tuple(spans), frequencies=frequencies, **says)
+    width = longterm.packed(torch.zeros(1, d)).shape[1] if store.int8 else d
+    for span in spans:
+        slots = span.block.slots
+        if slots.shape[2] != width or (slots.dtype == torch.int8) != store.int8:
+            raise ValueError(f"stored slots are {slots.dtype} of width {slots.shape[2]}, and a slot has {width}")
+    births = store.column("births")
+    if births.numel() and not 0 <= int(births.min()) <= int(births.max()) <= updates:
+        raise ValueError("a stored slot was written by no update")
     parts = [span.some for span in spans]
     if len({(part.slots.dtype, part.slots.shape[::2], part.keys is None) for part in parts}) > 1:
         raise ValueError("its stored slots do not fit each other")
     if places.dtype != torch.int32 or (parts and parts[0].slots.shape[0] != len(places)):
         raise ValueError("its stored slots are of another number of layers")
-    if frequencies is not None and (frequencies.ndim != 2 or not frequencies.shape[1] <= store.S):
-        raise ValueError("it has more frequencies than stored slots")
+    if frequencies is not None and (
+        frequencies.ndim != 2
+        or len(frequencies) != len(places)
+        or frequencies.shape[1] > store.S
+        or not frequencies.is_floating_point()
+    ):
+        raise ValueError("its frequencies are not those of its stored slots")
     return store
 
 
@@ -276,13 +300,13 @@ def _memory(
             if list(map(type, asdict(source).values())) != [str, int, int, bool]:
                 raise ValueError(f"a source is {source}")
         says = header.pop("longterm")
-        store = _longterm(stored, says, block) if says else None
+        store = _longterm(stored, says, own["slots"].shape[-1], header["updates"], block) if says else None
         memory = Memory(**own, **header, sources=sources, longterm=store, version=checksum)
         origins = [memory.origins, *((store.column("origins"),) if store is not None else ())]
         least = longterm.GONE if store is not None else -1
         if any(t.numel() and not least <= int(t.min()) <= int(t.max()) < len(sources) for t in origins):
             raise ValueError("a slot has an unknown source")
-    except (KeyError, TypeError, ValueError) as error:  # a checksum is no signature: who writes the file can write both
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # a checksum is no signature
         raise ValueError(f"{path} was altered or damaged: {error}. Restore it from a copy.") from error
     return memory
 

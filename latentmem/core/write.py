@@ -41,7 +41,9 @@ def layers_seen(decoder: Decoder, change: Change | None = None, *, outputs: bool
     me = threading.get_ident()
 
     def before(i: int) -> Callable[..., Any]:
-        def hook(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        def hook(_: torch.nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
+            if kwargs is None:  # another thread has just removed this hook: torch no longer knows what to give it
+                return None
             if threading.get_ident() != me:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]

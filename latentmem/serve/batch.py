@@ -97,7 +97,7 @@ class Batch:
         for row in self.rows:
             every = row.front.every if isinstance(row.front, Recalled) else 0
             if every and len(row.said) % every == 0:
-                changed |= self.llm.search_again(row.front, row.ids, row.said[-every:])
+                changed |= self.llm.search_again(row.front, row.said[-every:])
         if changed:
             self.cache.changed()
 

@@ -397,7 +397,7 @@ class Engine:
 
     def _kind(self, answer: _Answer) -> object:
         """What answers must have in common to be made together: a window is counted in columns, padded or not."""
-        if answer.memory.M and self.llm.decoder.slides:
+        if answer.memory.holds and self.llm.decoder.slides:
             return answer
         return answer.memory.holds
 

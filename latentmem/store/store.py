@@ -581,13 +581,18 @@ class Store:
         try:
             with archive.Reader(Path(path)) as file, self._putting():
                 self._take(file, name)
-        except (ValueError, OSError):
+        except (ValueError, OSError, RuntimeError):
             self.sweep()  # of the objects that were put down before the fault was found
             raise
 
     def _take(self, file: archive.Reader, name: str) -> None:
         if self.journal == "hash" and any(set(CONTENTS) & set(row.payload) for row in file.rows):
             raise ValueError("the file holds texts, and this store was made to keep only hashes.")
+        for row in file.rows:
+            named = set((row.made or {}).get("blocks", ()))
+            data = bytearray(file.read(row.object)) if row.kind == "snapshot" and row.object else None
+            if named != (snapshot.blocks_of(data, f"version {row.seq}") if data else set()):
+                raise ValueError(f"version {row.seq} in the file names other blocks than its snapshot.")
         for hashed in file.objects:
             self._objects.put(file.read(hashed))
         with self._journal.transaction():
@@ -981,7 +986,8 @@ class Store:
         """A version as it is on top of another state of its base."""
         if row.state != "applied":
             return row, before
-        bare = replace(row, kind="none", object=None, bytes=0)
+        made = {what: value for what, value in (row.made or {}).items() if what != "blocks"}
+        bare = replace(row, kind="none", object=None, bytes=0, made=made)
         if row.event == "write":
             llm.check(before)
         try:
