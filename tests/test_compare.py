@@ -9,10 +9,10 @@ from latentmem.evaluate import compare
 from latentmem.evaluate.summary import NAMES
 
 
-def run_of(path, accuracy, *, sha="same", shared=True, steps=(0, 10), N=64):
+def run_of(path, accuracy, *, sha="same", shared=True, steps=(0, 10), N=64, longterm=0, stream=False):
     """A folder as a run leaves it: four texts with one question each; `accuracy` is (step, text) -> number."""
     path.mkdir()
-    config = {"protocol": "retention/1", "data": {"sha256": sha}}
+    config = {"protocol": "retention/1", "data": {"sha256": sha}, "settings": {"longterm": longterm}}
     (path / "config.json").write_text(json.dumps({"config": config, "runs": []}))
     units = []
     for i in range(4):
@@ -21,6 +21,8 @@ def run_of(path, accuracy, *, sha="same", shared=True, steps=(0, 10), N=64):
             {**base, "row": "ours", "N": N, "fill": "full", "step": t, "accuracy": accuracy(t, i), "left": 0.5, "M": N}
             for t in steps
         ]
+        ours = [{**r, "stream": True} for r in ours] if stream else ours
+        ours = [{**r, "found": 0.5} if longterm and r["step"] else r for r in ours]
         units.append((["ours", N, "full", i], ours))
         if shared:
             window = [{**r, "row": "window", "accuracy": 0.25} for r in ours]
@@ -49,6 +51,18 @@ def test_rows_gains_and_what_is_kept_are_those_of_the_records(pair):
     assert found["accuracy", "gain", f"after - {NAMES['window']}"][10].mean == pytest.approx(0.3)
     assert ("accuracy", "gain", "before - before") not in found
     assert found["left", "left", "after"][0].mean == 0.5
+
+
+def test_a_memory_with_a_long_term_part_stands_beside_one_that_shows_as_many_slots(pair, tmp_path):
+    plain = run_of(tmp_path / "plain", lambda t, i: 0.4, stream=True)
+    longterm = run_of(tmp_path / "longterm", lambda t, i: 0.7, N=48, longterm=16, stream=True)
+    lines = compare.compare({"a": plain, "b": longterm}, 64, stream=True)
+    found = {x.name: x.cells for x in lines if x.metric in ("accuracy", "left") and x.kind != "row"}
+    assert found["b - a"][10].mean == found["b - a"][0].mean == pytest.approx(0.3)
+    retrieved = found["b: of its long-term slots retrieved"]
+    assert set(retrieved) == {10} and retrieved[10].mean == 0.5
+    with pytest.raises(ValueError, match="no memory of N = 64 slots"):
+        compare.compare({"a": pair["before"], "b": longterm}, 64, stream=True)
 
 
 def test_only_questions_that_every_run_answered_count(pair):

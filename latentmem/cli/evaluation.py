@@ -132,7 +132,10 @@ def retention(
 def compare(
     runs: Annotated[list[str], typer.Argument(help="name=folder of each run; the first is what others gain over.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for compare.md, compare.json and compare.png.")],
-    capacity: Annotated[int, typer.Option("--capacity", "-N", help="Slots per layer.")] = 2048,
+    capacity: Annotated[
+        int, typer.Option("--capacity", "-N", help="Slots per layer that an answer sees, retrieved ones included.")
+    ] = 2048,
+    stream: Annotated[bool, typer.Option("--stream", help="What was asked in streams.")] = False,
 ) -> None:
     """Retention runs side by side: untrained and trained, other presets, other compressions."""
     from latentmem.evaluate import compare as protocol
@@ -140,7 +143,7 @@ def compare(
     pairs = [run.partition("=") for run in runs]
     if not all(name and folder for name, _, folder in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
         raise ValueError(f"runs are given as name=folder with different names, got {' '.join(runs)}.")
-    found = protocol.write({name: Path(folder) for name, _, folder in pairs}, capacity, out, _command())
+    found = protocol.write({name: Path(folder) for name, _, folder in pairs}, capacity, out, _command(), stream=stream)
     typer.echo(protocol.markdown([line for line in found if line.metric == "accuracy"]))
 
 

@@ -46,12 +46,14 @@ def read(path: Path) -> tuple[dict[str, Any], list[Record]]:
     return config, [record for unit in Folder(path, config).done().values() for record in unit]
 
 
-def compare(runs: Mapping[str, Path], N: int) -> list[Line]:
+def compare(runs: Mapping[str, Path], N: int, *, stream: bool = False) -> list[Line]:
     """The lines of all tables: every run's full memory of N slots, beside floor, oracle, window and BM25.
 
     Args:
         runs: name -> folder; differences are taken against the first. Rows beside the memories come from the first run
             that has them.
+        N: slots that an answer sees: those of a memory, and those that it takes of a long-term part.
+        stream: compare what was asked in streams, not in runs of each sample's own.
 
     Raises:
         ValueError: fewer than two runs, runs about other questions, or none with such a memory.
@@ -63,14 +65,18 @@ def compare(runs: Mapping[str, Path], N: int) -> list[Line]:
     for name, (config, _) in found.items():
         if config["data"]["sha256"] != first["data"]["sha256"]:
             raise ValueError(f"{name} asks other questions than {next(iter(runs))}: draw both with the same options.")
-    memories = {name: _cells(records, "ours", N, "full") for name, (_, records) in found.items()}
+    memories = {
+        name: _cells(records, "ours", N - config["settings"].get("longterm", 0), "full", stream)
+        for name, (config, records) in found.items()
+    }
     for name, cells in memories.items():
         if not cells:
             raise ValueError(f"{runs[name]} holds no memory of N = {N} slots that was full at first.")
     rows: dict[str, Cells] = {}
     for row in SHARED:
         for _, records in found.values():
-            cells = _cells(records, row, N if row not in ("floor", "oracle") else 0, None)
+            apart = row in ("floor", "oracle")
+            cells = _cells(records, row, 0 if apart else N, None, stream and not apart)
             if cells:
                 rows[NAMES[row]] = cells
                 break
@@ -82,6 +88,10 @@ def compare(runs: Mapping[str, Path], N: int) -> list[Line]:
     for name, cells in memories.items():
         left = {t: _mean(cells[t], both[t], "left") for t in steps}
         out.append(Line("left", "left", name, _there(left)))
+        taken = {t: {q for q in some if "found" in cells[t][q]} for t, some in both.items()}
+        if any(taken.values()):
+            share = {t: _mean(cells[t], some, "found") for t, some in taken.items()}
+            out.append(Line("left", "left", f"{name}: of its long-term slots retrieved", _there(share)))
     return out
 
 
@@ -98,18 +108,19 @@ def _lines(
         if metric != "loglik" and 0 in both:
             kept = {t: _ratio(cells[t], cells[0], some & both[0], metric) for t, some in both.items()}
             out.append(Line(metric, "kept", f"{name} / its step 0", _there(kept)))
-        window = rows.get(NAMES["window"], {})
-        for other, theirs in ((base, memories[base]), (NAMES["window"], window)):
+        beside = [(NAMES[row], rows.get(NAMES[row], {})) for row in ("window", "bm25")]
+        for other, theirs in ((base, memories[base]), *beside):
             if name != other and theirs:
                 gain = {t: _gain(cells[t], theirs.get(t, {}), some, metric) for t, some in both.items()}
                 out.append(Line(metric, "gain", f"{name} - {other}", _there(gain)))
     return [line for line in out if line.cells]
 
 
-def _cells(records: Iterable[Record], row: str, N: int, fill: str | None) -> Cells:
+def _cells(records: Iterable[Record], row: str, N: int, fill: str | None, stream: bool) -> Cells:
     found: Cells = {}
     for r in records:
-        if r["row"] == row and r["N"] == N and (fill is None or r["fill"] == fill) and not r.get("stream"):
+        there = r["row"] == row and r["N"] == N and bool(r.get("stream")) == stream
+        if there and (fill is None or r["fill"] == fill):
             found.setdefault(r.get("step", -1), {})[r["question"]] = r
     return found
 
@@ -202,9 +213,9 @@ def draw(found: Sequence[Line], title: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def write(runs: Mapping[str, Path], N: int, out: Path, command: str = "") -> list[Line]:
-    """Compare runs and write table.md, compare.json and compare.png into a folder."""
-    found = compare(runs, N)
+def write(runs: Mapping[str, Path], N: int, out: Path, command: str = "", *, stream: bool = False) -> list[Line]:
+    """Compare runs and write compare.md, compare.json and compare.png into a folder."""
+    found = compare(runs, N, stream=stream)
     out.mkdir(parents=True, exist_ok=True)
     title = f"Retention side by side, N = {N}"
     (out / "compare.json").write_text(json.dumps([asdict(line) for line in found], indent=1) + "\n", encoding="utf-8")
