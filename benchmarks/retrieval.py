@@ -33,9 +33,8 @@ SETS = {"1 to 3": range(1, 4), "0": range(1), "2": range(2, 3), "0 to 5": range(
 def hidden_states(llm: MemoryModel, memory: Memory, ids: Tensor) -> list[Tensor]:
     """What each layer gets of a question behind the first position alone, [n, d] each."""
     prefix = llm._prefix(memory)
-    s = prefix.s
-    first = [lambda k=k, v=v: (k[:, :, :s], v[:, :, :s]) for k, v in zip(prefix.rotated, prefix.values, strict=True)]
-    cache = memory_cache([Front(s, first)], llm.decoder, store=False)
+    first = [lambda kv=kv: kv for kv in prefix.first]
+    cache = memory_cache([Front(prefix.s, first)], llm.decoder, store=False)
     with torch.no_grad(), llm.using(READ), layers_seen(llm.decoder) as seen:
         mask = attention_mask(cache, ids[None])
         llm.decoder.body(input_ids=ids[None], attention_mask=mask, past_key_values=cache, use_cache=False)

@@ -254,6 +254,13 @@ class Prefix:
         positions = torch.arange(self.P, device=self.keys[0].device)[None]
         return [self.decoder.rotate(i, k, positions) for i, k in enumerate(self.keys)]
 
+    @cached_property
+    def first(self) -> list[KV]:
+        """Rotated keys, and values, of the leading positions of each layer."""
+        at = torch.arange(self.s, device=self.keys[0].device)[None]
+        pairs = zip(self.keys, self.values, strict=True)
+        return [(self.decoder.rotate(i, k[:, :, : self.s], at), v[:, :, : self.s]) for i, (k, v) in enumerate(pairs)]
+
     def after(self, kept: Tensor, new: list[KV]) -> Prefix:
         """The prefix of the next memory: slots `kept` [L, m] stay, `new` keys and values come behind; no projection."""
 

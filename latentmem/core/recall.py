@@ -220,7 +220,7 @@ class Recall:
 
     def _heard(self, prefix: Prefix, ids: Tensor) -> list[Tensor]:
         """Hidden states of tokens [n] at the input of the layers that are searched, behind the first position alone."""
-        s, heard = prefix.s, list[Tensor]()
+        heard: list[Tensor] = []
 
         def at(i: int, hidden: Tensor) -> Tensor:
             if i in self.searched:
@@ -229,8 +229,7 @@ class Recall:
                 raise _Enough
             return hidden
 
-        first = [partial(_first, keys, values, s) for keys, values in zip(prefix.rotated, prefix.values, strict=True)]
-        self._pass(Front(s, first), ids, at)
+        self._pass(Front(prefix.s, [partial(_same, kv) for kv in prefix.first]), ids, at)
         return heard
 
     def _pass(self, front: Front, ids: Tensor, at: Callable[[int, Tensor], Tensor]) -> None:
@@ -270,8 +269,9 @@ class Recall:
             for some, old in zip(new, (prefix.keys, prefix.values), strict=True)
         )
         positions = torch.arange(s, s + len(order), device=keys.device)[None]
-        keys = torch.cat([prefix.rotated[i][:, :, :s], self.decoder.rotate(i, keys, positions)], dim=2)
-        return keys, torch.cat([prefix.values[i][:, :, :s], values], dim=2)
+        first_keys, first_values = prefix.first[i]
+        keys = torch.cat([first_keys, self.decoder.rotate(i, keys, positions)], dim=2)
+        return keys, torch.cat([first_values, values], dim=2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -338,8 +338,8 @@ def arranged(memory: Memory, store: LongTerm, i: int, places: Tensor, ranks: Ten
     return order[lifted[order].argsort(stable=True)]
 
 
-def _first(keys: Tensor, values: Tensor, s: int) -> KV:
-    return keys[:, :, :s], values[:, :, :s]
+def _same(kv: KV) -> KV:
+    return kv
 
 
 def _once(made: dict[int, KV], i: int, make: Callable[[], KV]) -> KV:
