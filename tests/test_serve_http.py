@@ -262,6 +262,19 @@ def test_text_of_clients_never_becomes_a_control_token(server):
 # --- memories ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_memory_with_a_long_term_part_over_http(llm, tmp_path):
+    with running(llm, tmp_path, scripted=False) as server:
+        assert server("POST", "/v1/memories", {"id": "m", "N": 32, "K": 16, "longterm": 8})[0] == 201
+        for i, text in enumerate(("the door is blue", "the roof is red, and old", "the key is under the mat")):
+            assert server("POST", "/v1/memories/m/write", {"text": text, "source": f"s{i}"})[0] == 200
+        asked = {"question": "colour?", "max_tokens": 8, "sources": True}
+        answer, memory = server("POST", "/v1/memories/m/ask", asked)[1], server.service.store.open("m")
+        assert memory.R == 8 and answer["answer"] == llm.ask(memory, "colour?", max_new_tokens=8)
+        assert sum(answer["sources"].values()) == pytest.approx(1)
+        kept = server("GET", "/v1/memories/m/stats")[1]["sources"]
+        assert [one["left"] + one["stored"] for one in kept] == pytest.approx([1, 1, 1]) and kept[0]["stored"] > 0
+
+
 def test_a_memory_from_its_beginning_to_its_end(llm, tmp_path):
     with running(llm, tmp_path, scripted=False) as server:
         made = server("POST", "/v1/memories", {"id": "m", "N": 64, "K": 16, "seed": 3, "choice": "last"})
