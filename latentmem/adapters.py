@@ -24,8 +24,6 @@ from torch.nn.functional import linear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from latentmem.core.prefix import Decoder
-    from latentmem.core.recall import Projectors
 
 WRITE, READ = "write", "read"
 RETRIEVER = "retriever."  # what names of a retriever's weights begin with
@@ -207,7 +205,7 @@ def put(model: PreTrainedModel, tensors: dict[str, Tensor], facts: dict[str, Any
     adapters = insert(model, dropout=0.0, **{key: facts[key] for key in ("r", "alpha", "target_modules")})
     own = weights(model)
     theirs = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
-    _check({name: weight.shape for name, weight in own.items()}, theirs)
+    check({name: weight.shape for name, weight in own.items()}, theirs)
     with torch.no_grad():
         for name, weight in own.items():
             weight.copy_(theirs[name])
@@ -216,29 +214,7 @@ def put(model: PreTrainedModel, tensors: dict[str, Tensor], facts: dict[str, Any
     return adapters
 
 
-def retriever(tensors: dict[str, Tensor], facts: dict[str, Any], decoder: Decoder) -> Projectors | None:
-    """The retriever that was trained with adapters, in the model's dtype; None if there is none.
-
-    Raises:
-        ValueError: weights are missing, unknown or of another shape; all are named.
-    """
-    from latentmem.core.recall import Projectors
-
-    theirs = {name: tensor for name, tensor in tensors.items() if name.startswith(RETRIEVER)}
-    sizes, d, each = facts.get("retriever"), decoder.d, range(decoder.L)
-    shapes = {0: (sizes["hidden"], d), 1: (sizes["width"], sizes["hidden"])} if sizes else {}
-    own = {f"{RETRIEVER}{kind}.{i}.{k}": shapes[k] for kind in ("query", "key") for i in each for k in shapes}
-    _check({name: torch.Size(shape) for name, shape in own.items()}, theirs)
-
-    def pairs(kind: str) -> list[tuple[Tensor, Tensor]]:
-        like: Any = {"device": decoder.device, "dtype": decoder.dtype}
-        first, second = ([theirs[f"{RETRIEVER}{kind}.{i}.{k}"].to(**like) for i in each] for k in (0, 1))
-        return list(zip(first, second, strict=True))
-
-    return Projectors(pairs("query"), pairs("key"), (), nn.functional.silu) if sizes else None
-
-
-def _check(own: dict[str, torch.Size], theirs: dict[str, Tensor]) -> None:
+def check(own: dict[str, torch.Size], theirs: dict[str, Tensor]) -> None:
     """Refuse weights of other names or shapes than the model's own."""
     wrong = sorted(own.keys() ^ theirs.keys()) + [n for n in own if n in theirs and own[n] != theirs[n].shape]
     if wrong:

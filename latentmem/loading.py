@@ -21,9 +21,12 @@ import platformdirs
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
+from torch import Tensor
 
 from latentmem.core import linear
 from latentmem.core import memory as memories
+from latentmem.core.prefix import Decoder
+from latentmem.core.recall import Projectors
 from latentmem.model import MemoryModel, Shape, Trained
 from latentmem.prompts import Style
 
@@ -177,7 +180,7 @@ def _with_adapters(llm: MemoryModel, path: Path) -> MemoryModel:
             f"{llm.name} ({llm.identity[:12]}). Load that model, or leave the adapters out."
         )
     llm.adapters = pairs.put(llm.base, tensors, facts)
-    llm.recall.projectors = pairs.retriever(tensors, facts, llm.decoder)
+    llm.recall.projectors = _retriever(tensors, facts, llm.decoder)
     linear.choose(llm.base)
     m = facts["memory"]
     if m["preset"] == "exact":
@@ -402,3 +405,25 @@ def _intact(folder: Path) -> bool:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _retriever(tensors: dict[str, Tensor], facts: dict[str, Any], decoder: Decoder) -> Projectors | None:
+    """The retriever that was trained with adapters, in the model's dtype; None if there is none.
+
+    Raises:
+        ValueError: weights are missing, unknown or of another shape; all are named.
+    """
+    from latentmem import adapters as pairs
+
+    theirs = {name: tensor for name, tensor in tensors.items() if name.startswith(pairs.RETRIEVER)}
+    sizes, d, each = facts.get("retriever"), decoder.d, range(decoder.L)
+    shapes = {0: (sizes["hidden"], d), 1: (sizes["width"], sizes["hidden"])} if sizes else {}
+    own = {f"{pairs.RETRIEVER}{kind}.{i}.{k}": shapes[k] for kind in ("query", "key") for i in each for k in shapes}
+    pairs.check({name: torch.Size(shape) for name, shape in own.items()}, theirs)
+
+    def both(kind: str) -> list[tuple[Tensor, Tensor]]:
+        like: Any = {"device": decoder.device, "dtype": decoder.dtype}
+        first, second = ([theirs[f"{pairs.RETRIEVER}{kind}.{i}.{k}"].to(**like) for i in each] for k in (0, 1))
+        return list(zip(first, second, strict=True))
+
+    return Projectors(both("query"), both("key"), (), torch.nn.functional.silu) if sizes else None

@@ -119,6 +119,9 @@ class StandIn:
         layers = memory.slots[:, :, 0].long().tolist()
         return SimpleNamespace(length=1 + memory.M if memory.M else 0, layers=layers, memory=memory)
 
+    def retrieved(self, context, ids):
+        return context
+
     def plain(self, ids):
         assert not ids or (ids[0] == 1 and 1 not in ids[1:])
         return SimpleNamespace(length=len(ids), layers=[list(ids[1:])], memory=None, room=self.limit - len(ids))

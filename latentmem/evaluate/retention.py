@@ -297,10 +297,10 @@ class Retention:
         s = self.settings
         if self.llm.trained:
             return self.llm.empty(seed=s.seed)
-        more = {"R": s.longterm, "limit": s.longterm_limit, "group": s.group} if s.longterm else None
-        return self.llm.empty(
-            N=N, K=min(N, s.K), compression=s.compression, seed=s.seed, choice=s.choice, longterm=more
-        )
+        more: dict[str, Any] = {}
+        if s.longterm:
+            more["longterm"] = {"R": s.longterm, "limit": s.longterm_limit, "group": s.group}
+        return self.llm.empty(N=N, K=min(N, s.K), compression=s.compression, seed=s.seed, choice=s.choice, **more)
 
     def _fill(self, N: int) -> Memory:
         """A memory full of unrelated texts; a checkpoint's own pool gets as many of them on top."""
