@@ -59,7 +59,8 @@ def with_stored(memory: Memory, S: int, R: int, int8: bool) -> Memory:
         stored = longterm.packed(slots) if int8 else slots
         store = store.with_more(Some(stored, births, torch.zeros_like(births), orders, None))
         start += k
-    return replace(memory, longterm=store)
+    before = -(-S // 150)
+    return replace(memory, longterm=store, births=memory.births + before, updates=memory.updates + before)
 
 
 def search(llm: MemoryModel, memory: Memory, ids: torch.Tensor) -> None:
