@@ -67,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=60)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--only-int8", action="store_true", help="only slots in 8 bits beside those that are not")
     args = parser.parse_args()
     llm = latentmem.load(args.model, dtype="bfloat16")
     prompts = llm.prompts_or_raise()
@@ -75,8 +76,10 @@ def main() -> None:
     print(f"{len(data.texts)} SQuAD paragraphs, {args.questions} questions about them\n")
     asked = [(text.id, question) for text in data.texts for question in text.questions]
     random.Random(0).shuffle(asked)
-    finding(llm, data, asked[: args.questions])
-    placing(llm, data, asked[: args.questions])
+    if not args.only_int8:
+        finding(llm, data, asked[: args.questions])
+        placing(llm, data, asked[: args.questions])
+    in_8_bits(llm, data, args.questions)
 
 
 def finding(llm: MemoryModel, data: Any, asked: list[tuple[str, Any]]) -> None:
@@ -122,13 +125,42 @@ def finding(llm: MemoryModel, data: Any, asked: list[tuple[str, Any]]) -> None:
         print(f"| {way} | {tokens} | {layers} | {' | '.join(f'{share:.2f}' for share in shares)} |")
 
 
-def placing(llm: MemoryModel, data: Any, asked: list[tuple[str, Any]]) -> None:
-    """The first ten texts, behind 24 others, in three orders."""
-    prompts = llm.prompts_or_raise()
-    memory = llm.empty(N=1536, K=512, longterm={"R": 512, "limit": 1 << 40})
+def behind_others(llm: MemoryModel, data: Any, **settings: Any) -> Memory:
+    """A full memory into which ten texts and then 24 others were written."""
+    memory = llm.empty(N=1536, K=512, longterm={"R": 512, "limit": 1 << 40, **settings})
     for text in [*data.unrelated[60:72], *data.texts[:10], *data.unrelated[:24]]:
-        ids = prompts.written(text if isinstance(text, str) else text.text)
+        ids = llm.prompts_or_raise().written(text if isinstance(text, str) else text.text)
         memory = llm.write_ids(memory, ids, source="" if isinstance(text, str) else text.id)
+    return memory
+
+
+def in_8_bits(llm: MemoryModel, data: Any, count: int) -> None:
+    """The same texts in a long-term part of 8 bits."""
+    prompts = llm.prompts_or_raise()
+    print(f"\n| stored in | bytes | token accuracy, {count} questions | slots retrieved that are the same |")
+    print("| --- | --- | --- | --- |")
+    first: list[Tensor] = []
+    for int8 in (False, True):
+        memory = behind_others(llm, data, int8=int8)
+        assert memory.longterm is not None
+        found, same = [], []
+        for i, question in enumerate([q for text in data.texts[:10] for q in text.questions][:count]):
+            ids = llm._ids(prompts.question(question.question, bare=True))
+            chosen = llm._chosen(memory, ids)
+            assert chosen is not None
+            places = torch.stack(chosen.places)
+            first += [] if int8 else [places]
+            same.append(sum(len(set(a) & set(b)) for a, b in zip(places.tolist(), first[i].tolist(), strict=True)))
+            score = llm.score(memory, ids, prompts.answer(question.question, question.answers[0]))
+            found.append(score.hits.double().mean().item())
+        share = sum(same) / len(same) / (memory.L * memory.R)
+        cells = ("8 bits" if int8 else str(llm.decoder.dtype)[6:], f"{memory.longterm.nbytes / 1e6:.0f} MB")
+        print(f"| {cells[0]} | {cells[1]} | {sum(found) / len(found):.3f} | {share:.3f} |", flush=True)
+
+
+def placing(llm: MemoryModel, data: Any, asked: list[tuple[str, Any]]) -> None:
+    """The same slots retrieved, in three orders."""
+    prompts, memory = llm.prompts_or_raise(), behind_others(llm, data)
     store = memory.longterm
     assert store is not None
 
