@@ -419,9 +419,12 @@ def _show_drawn_on(shares: dict[str, float], known: list[SourceStats]) -> None:
         return
     stats = {source.source: source for source in known}
     ahead = [f"+{t}" for t in known[0].forecast] if known else []
-    table = base.table("drew on", "share", "left", *ahead, right=("share", "left", *ahead))
+    more = ["long-term"] if any(source.stored for source in known) else []
+    columns = ("share", "left", *more, *ahead)
+    table = base.table("drew on", *columns, right=columns)
     for name, share in sorted(shares.items(), key=lambda item: -item[1]):
-        left = [stats[name].left, *stats[name].forecast.values()] if name in stats else []
+        one = stats.get(name)
+        left = [one.left, *([one.stored] if more else []), *one.forecast.values()] if one is not None else []
         table.add_row(base.text(name or "(older)"), f"{share:.0%}", *(f"{part:.0%}" for part in left))
     base.show(table)
     typer.echo("(share: of the attention to the memory, over all layers and tokens of the answer;")
