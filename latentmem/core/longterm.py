@@ -62,17 +62,14 @@ class Block:
         return Some(self.slots, self.births, self.origins, self.orders, self.keys)
 
     @staticmethod
-    def like(slots: Tensor, keys: Tensor | None, room: int = BLOCK) -> Block:
+    def like(slots: Tensor, keys: Tensor | None) -> Block:
         """An empty block for such slots, [L, any, d], and such keys, [L, any, width]."""
         L, _, d = slots.shape
         with torch.inference_mode(False):  # others will append to it
-            return Block._like(slots, keys, room, L, d)
-
-    @staticmethod
-    def _like(slots: Tensor, keys: Tensor | None, room: int, L: int, d: int) -> Block:
-        many = [torch.empty(L, room, dtype=kind) for kind in (torch.int32, torch.int32, torch.int64)]
-        wide = None if keys is None else torch.empty(L, room, keys.shape[2], dtype=keys.dtype)
-        return Block(torch.empty(L, room, d, dtype=slots.dtype), many[0], many[1], many[2], wide, 0)
+            births, origins = (torch.empty(L, BLOCK, dtype=torch.int32) for _ in range(2))
+            orders = torch.empty(L, BLOCK, dtype=torch.int64)
+            wide = None if keys is None else torch.empty(L, BLOCK, keys.shape[2], dtype=keys.dtype)
+            return Block(torch.empty(L, BLOCK, d, dtype=slots.dtype), births, origins, orders, wide, 0)
 
     @property
     def room(self) -> int:
@@ -260,17 +257,24 @@ class LongTerm:
     # --- what changes it --------------------------------------------------------------------------------------------
 
     def after(
-        self, slots: Tensor, births: Tensor, origins: Tensor, dropped: Tensor, k: int, keys: Tensor | None = None
+        self,
+        slots: Tensor,
+        births: Tensor,
+        origins: Tensor,
+        dropped: Tensor,
+        stays: Tensor,
+        k: int,
+        keys: Tensor | None = None,
     ) -> LongTerm:
         """The store after an update of the memory.
 
         Args:
             slots, births, origins: of the memory before the update.
             dropped: which of its slots went, [L, count], ascending.
+            stays: the others, [L, M - count], ascending.
             k: slots that came.
             keys: of the dropped slots, where a trained retriever makes them, [L, count, width].
         """
-        stays = _complement(dropped, slots.shape[1])
         places = torch.cat([self.places.gather(1, stays), torch.arange(k, dtype=torch.int32).expand(len(stays), k)], 1)
         clock = self.clock + k
         if self.rule == "frequency":  # in the released code a slot ages from when it is dropped
@@ -307,11 +311,11 @@ class LongTerm:
         while at < count:
             last = spans[-1] if spans else None
             if last is None or last.end == last.block.room:
-                last = Span(Block.like(some.slots, some.keys, BLOCK), 0, 0)
+                last = Span(Block.like(some.slots, some.keys), 0, 0)
                 spans.append(last)
             more = min(count - at, last.block.room - last.end)
             if not last.block.append(last.end, some.part(at, at + more)):  # another memory went on from here
-                own = Block.like(some.slots, some.keys, BLOCK)
+                own = Block.like(some.slots, some.keys)
                 own.append(0, last.some)
                 last = Span(own, 0, len(last))
                 spans[-1] = last
@@ -415,11 +419,6 @@ def unpacked(slots: Tensor, d: int) -> Tensor:
 def written(births: Tensor, places: Tensor) -> Tensor:
     """Numbers that put slots into the order in which they were written, int64."""
     return births.long() << 32 | places.long()
-
-
-def _complement(dropped: Tensor, M: int) -> Tensor:
-    stays = torch.ones(len(dropped), M, dtype=torch.bool).scatter_(1, dropped, False)
-    return torch.arange(M).expand_as(stays)[stays].reshape(len(dropped), M - dropped.shape[1])
 
 
 # --- retrieval --------------------------------------------------------------------------------------------------------

@@ -304,7 +304,7 @@ def update(
     stays = kept(dropped, M)
     longterm = memory.longterm
     if longterm is not None:
-        longterm = longterm.after(memory.slots, memory.births, memory.origins, dropped, k, keys)
+        longterm = longterm.after(memory.slots, memory.births, memory.origins, dropped, stays, k, keys)
     following = replace(
         memory,
         longterm=longterm,

@@ -30,8 +30,6 @@ from latentmem.core.prefix import Decoder, Front, Prefix, attention_mask, memory
 from latentmem.core.write import layers_seen
 
 SHARE = 10  # one layer of so many is searched by update, from the second on: the first sees words, not what they mean
-
-
 NEAR = 10_000  # likenesses are told apart up to one part in so many
 
 
@@ -153,20 +151,18 @@ class Recall:
 
     @torch.no_grad()
     def chosen(self, memory: Memory, prefix: Prefix, ids: Tensor, asking: Tensor) -> Chosen:
-        """What tokens [n] take of a memory's store; to be called under the adapter that reads.
+        """What tokens [n] take of a memory's store that holds something; to be called under the adapter that reads.
 
         Args:
             asking: which of the tokens say what is asked, and are no frame around it, [n] bool; for a trained
                 retriever all count, as it was trained.
         """
         store, L = memory.longterm, self.decoder.L
-        if store is None or not store.most:
-            return Chosen([torch.zeros(0, dtype=torch.long)] * L, [torch.arange(memory.M)] * L)
+        assert store is not None
         if store.group == "update":
             return self._by_update(memory, store, self._heard(prefix, ids), asking)
-        found = Chosen(
-            [], [torch.arange(store.most + memory.M)] * L
-        )  # as in the released code: retrieved ones in front
+        in_front = torch.arange(store.most + memory.M)  # as in the released code
+        found = Chosen([], [in_front] * L)
 
         def at(i: int, hidden: Tensor) -> Tensor:
             found.places.append(self.by_slot(i, store, hidden[0] if self.projectors is not None else hidden[0][asking]))
