@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -105,23 +107,19 @@ def retention(
     drawn: dict[str, Any] = {"questions": questions, "per_text": per_text, "seed": seed}
     chosen = sets.load(data, lambda text: len(prompts.text(text)), **drawn)
     count = workers or (runner.cores() if llm.decoder.device.type == "cpu" else 1)
-    try:
-        with base.progress("units", seconds=3600) as progress:
-            task = progress.add_task(f"retention on {data}", total=None)
-            lines = measure(
-                llm,
-                chosen,
-                settings,
-                out,
-                command=_command(),
-                drawn=drawn,
-                workers=count,
-                loading=loading,
-                progress=lambda done, total: progress.update(task, completed=done, total=total),
-            )
-    except KeyboardInterrupt:
-        base.error(f"stopped; what is finished is in {out}, and the same command goes on from there.")
-        raise typer.Exit(130) from None
+    with _stoppable(out), base.progress("units", seconds=3600) as progress:
+        task = progress.add_task(f"retention on {data}", total=None)
+        lines = measure(
+            llm,
+            chosen,
+            settings,
+            out,
+            command=_command(),
+            drawn=drawn,
+            workers=count,
+            loading=loading,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
     for title, table in terminal(lines):
         typer.echo(f"\n{title}")
         base.show(table)
@@ -165,29 +163,46 @@ def effects(
 ) -> None:
     """What a memory changes beside remembering: the perplexity of other text, and saying "I don't know"."""
     import latentmem
-    from latentmem.evaluate import effects as protocol
+    from latentmem.evaluate import effects as asked
     from latentmem.evaluate import questions as sets
-    from latentmem.evaluate import runner
 
     loading: dict[str, Any] = {"name": model, "dtype": dtype, "device": device, "adapters": base.pair(adapters)}
     llm = latentmem.load(**loading)
     prompts = llm.prompts_or_raise()
     chosen = sets.load("squad", lambda text: len(prompts.text(text)), questions=4 * texts, per_text=4, seed=seed)
     c, way = _slots(llm, compression, choice)
-    settings = protocol.Settings(N=capacity, compression=c, choice=way, texts=texts, seed=seed)
-    with base.progress("units", seconds=600) as progress:
-        task = progress.add_task("effects", total=None)
-        found = protocol.measure(
+    settings = asked.Settings(N=capacity, compression=c, choice=way, texts=texts, seed=seed)
+    _measured("effects", llm, workers, out, asked.measure, chosen, settings, loading=loading)
+
+
+def _measured(
+    name: str, llm: MemoryModel, workers: int | None, out: Path, measure: Any, *args: Any, **more: Any
+) -> None:
+    """Run a protocol's `measure(llm, *args, out, **more)` with a bar of progress, and print its table."""
+    from latentmem.evaluate import protocol, runner
+
+    with _stoppable(out), base.progress("units", seconds=600) as progress:
+        task = progress.add_task(name, total=None)
+        found = measure(
             llm,
-            chosen,
-            settings,
+            *args,
             out,
+            **more,
             command=_command(),
             workers=workers or (runner.cores() if llm.decoder.device.type == "cpu" else 1),
-            loading=loading,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     typer.echo(protocol.markdown(found))
+
+
+@contextmanager
+def _stoppable(out: Path) -> Iterator[None]:
+    """Ctrl-C ends a run with a word about how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        base.error(f"stopped; what is finished is in {out}, and the same command goes on from there.")
+        raise typer.Exit(130) from None
 
 
 def _command() -> str:

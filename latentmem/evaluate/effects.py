@@ -11,16 +11,17 @@ that training taught; the untrained model does not know them and is measured all
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from latentmem.core.memory import Memory
-from latentmem.evaluate import results, runner
+from latentmem.evaluate import protocol, runner
 from latentmem.evaluate.asking import ask, in_context, written
+from latentmem.evaluate.protocol import Line
 from latentmem.evaluate.questions import QuestionSet, heldout, unanswerable
 from latentmem.evaluate.stats import Estimate, mean, ratio
 from latentmem.model import MemoryModel
@@ -34,21 +35,15 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is measured.
+class Settings(protocol.Slots):
+    """What is measured, beside the memory's slots.
 
     Args:
-        N: slots of the memory; a checkpoint has its own.
-        compression: tokens per slot.
-        choice: which token becomes a slot.
         texts: held-out articles for the perplexity, and paragraphs for the abstention.
         tokens: of each article.
         seed: of every drop and drawing.
     """
 
-    N: int = 2048
-    compression: int = 1
-    choice: str = "last"
     texts: int = 100
     tokens: int = 512
     seed: int = 0
@@ -61,7 +56,6 @@ class Effects:
         self.llm, self.data, self.settings = llm, data, settings
         self.articles = heldout(settings.texts, settings.seed)
         self.wrong = unanswerable({text.text for text in data.texts})
-        self._kept: Memory | None = None
 
     def units(self) -> list[Unit]:
         """One unit for each text."""
@@ -100,34 +94,10 @@ class Effects:
                     facts = {"kind": kind, "way": way, "text": text.id, "question": question.id}
                     yield {**facts, "abstains": int(no), "hit": int(answer.hit), "said": answer.said}
 
-    @property
+    @cached_property
     def _full(self) -> Memory:
         """A memory full of unrelated texts."""
-        if self._kept is None:
-            s = self.settings
-            trained = self.llm.trained is not None
-            memory = (
-                self.llm.empty(seed=s.seed)
-                if trained
-                else self.llm.empty(s.N, compression=s.compression, seed=s.seed, choice=s.choice)
-            )
-            written_ = 0
-            for text in self.data.unrelated:
-                if memory.M == memory.N and written_ >= memory.N:
-                    break
-                before = memory.updates
-                memory = self.llm.write_ids(memory, written(self.llm, text), "unrelated")
-                written_ += (memory.updates - before) * memory.K
-            self._kept = memory
-        return self._kept
-
-
-@dataclass(frozen=True)
-class Line:
-    """One number with its interval."""
-
-    name: str
-    estimate: Estimate
+        return protocol.full(self.llm, self.settings, self.data.unrelated, self.settings.seed)
 
 
 def lines(records: Sequence[Record]) -> list[Line]:
@@ -158,15 +128,6 @@ def _exp(e: Estimate | None) -> Estimate | None:
     return None if e is None else replace(e, mean=math.exp(e.mean), low=math.exp(e.low), high=math.exp(e.high))
 
 
-def markdown(found: Sequence[Line]) -> str:
-    """The lines as a Markdown table."""
-    rows = ["| | n (texts) | mean [95% interval] |", "| --- | --- | --- |"]
-    for line in found:
-        e = line.estimate
-        rows.append(f"| {line.name} | {e.n} ({e.texts}) | {e.mean:.3f} [{e.low:.3f}, {e.high:.3f}] |")
-    return "\n".join(rows) + "\n"
-
-
 def measure(
     llm: MemoryModel,
     data: QuestionSet,
@@ -178,34 +139,25 @@ def measure(
     loading: dict[str, Any] | None = None,
     progress: runner.Progress = lambda done, total: None,
 ) -> list[Line]:
-    """Run the protocol, or go on with it, and write table.md and summary.json; arguments as in `retention.measure`.
+    """Run the protocol, or go on with it; arguments as in `protocol.measure`.
 
-    Raises:
-        ValueError: the folder holds another run or is in use.
+    Args:
+        loading: arguments of `latentmem.load` that give the same model again, for other processes.
     """
-    worker = Effects(llm, data, settings)
-    config: dict[str, Any] = {
-        "protocol": PROTOCOL,
-        "data": {"source": data.source, "sha256": data.identity},
-        "settings": asdict(settings),
-        "model": {
-            "name": llm.name,
-            "sha256": llm.identity,
-            "adapters": llm.adapters.identity if llm.adapters else "",
-            "dtype": str(llm.decoder.dtype)[6:],
-        },
-    }
-    folder = runner.Folder(out, config)
-    with folder.working(results.this_run(command)):
-        runner.run(folder, worker, _make, (loading, data, settings), workers, progress)
-        found = lines([record for unit in folder.done().values() for record in unit])
-        everything = {**config, "runs": folder.runs, "lines": [[x.name, asdict(x.estimate)] for x in found]}
-        (out / "summary.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-        date = folder.runs[-1]["started"][:10]
-        head = f"# What a memory changes beside remembering\n\n```\n{command}\n```\n\n{date}. {llm.name}, "
-        head += f"adapters {config['model']['adapters'] or 'none'}, N = {settings.N}. 95%, bootstrap over texts.\n\n"
-        (out / "table.md").write_text(head + markdown(found), encoding="utf-8")
-        return found
+    return protocol.measure(
+        PROTOCOL,
+        llm,
+        Effects(llm, data, settings),
+        {"data": {"source": data.source, "sha256": data.identity}, "settings": asdict(settings)},
+        lines,
+        out,
+        title="What a memory changes beside remembering",
+        command=command,
+        workers=workers,
+        make=_make,
+        args=(loading, data, settings),
+        progress=progress,
+    )
 
 
 def _make(loading: dict[str, Any], data: QuestionSet, settings: Settings) -> Effects:

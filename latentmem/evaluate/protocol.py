@@ -1,0 +1,145 @@
+"""What all protocols but `retention` share: a memory that is full at first, the run, and its table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from latentmem.core.memory import Memory
+from latentmem.evaluate import results, runner
+from latentmem.evaluate.asking import written
+from latentmem.evaluate.stats import Estimate
+from latentmem.model import MemoryModel
+
+Record = runner.Record
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The memory that is measured.
+
+    Args:
+        N: slots of the memory; a checkpoint has its own.
+        compression: tokens per slot.
+        choice: which token becomes a slot.
+    """
+
+    N: int = 2048
+    compression: int = 1
+    choice: str = "last"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One number with its interval."""
+
+    name: str
+    estimate: Estimate
+
+
+def empty(llm: MemoryModel, slots: Slots, seed: int) -> Memory:
+    """An empty memory; of a checkpoint, the one that it holds."""
+    if llm.trained is not None:
+        return llm.empty(seed=seed)
+    return llm.empty(slots.N, compression=slots.compression, seed=seed, choice=slots.choice)
+
+
+def full(llm: MemoryModel, slots: Slots, unrelated: Iterable[str], seed: int) -> Memory:
+    """A memory into which unrelated texts were written until it was full and nothing of its first slots was left over.
+
+    Args:
+        unrelated: texts, in the order in which they are written; as many as it takes.
+    """
+    memory, count = empty(llm, slots, seed), 0
+    for text in unrelated:
+        if memory.M == memory.N and count >= memory.N:
+            break
+        before = memory.updates
+        memory = llm.write_ids(memory, written(llm, text), "unrelated")
+        count += (memory.updates - before) * memory.K
+    return memory
+
+
+def measure(
+    protocol: str,
+    llm: MemoryModel,
+    worker: runner.Worker,
+    asked: dict[str, Any],
+    lines: Callable[[Sequence[Record]], list[Line]],
+    out: Path,
+    *,
+    title: str,
+    command: str = "",
+    workers: int = 1,
+    make: Callable[..., runner.Worker] | None = None,
+    args: Sequence[Any] = (),
+    progress: runner.Progress = lambda done, total: None,
+) -> list[Line]:
+    """Run a protocol, or go on with it, and write table.md and summary.json.
+
+    Args:
+        protocol: its name and version, such as "effects/1".
+        worker: does the work in this process.
+        asked: settings and data, as JSON: what a folder is about.
+        lines: of all records, those of the table.
+        out: gets config.json, records.jsonl, summary.json and table.md.
+        command: what was typed, for the record.
+        workers: processes; more than 1 needs `make`.
+        make, args: how another process makes its own worker.
+        progress: called with (units done, units in all).
+
+    Raises:
+        KeyboardInterrupt: stopped; the table then shows what was finished, and the next run goes on from there.
+        ValueError: the folder holds another run or is in use.
+    """
+    if workers > 1 and make is None:
+        raise ValueError("more than one worker needs `make`, which makes a worker in another process.")
+    config: dict[str, Any] = {"protocol": protocol, **asked, "model": model(llm)}
+    folder = runner.Folder(out, config)
+    with folder.working(results.this_run(command)):
+        try:
+            runner.run(folder, worker, make or _none, args, workers, progress)
+        except KeyboardInterrupt:
+            _write(folder, lines, f"{title}, stopped before its end")
+            raise
+        return _write(folder, lines, title)
+
+
+def model(llm: MemoryModel) -> dict[str, Any]:
+    """What says which model was measured."""
+    return {
+        "name": llm.name,
+        "sha256": llm.identity,
+        "adapters": llm.adapters.identity if llm.adapters else "",
+        "dtype": str(llm.decoder.dtype)[6:],
+    }
+
+
+def _none() -> runner.Worker:
+    raise AssertionError("one worker needs no other process")
+
+
+def _write(folder: runner.Folder, lines: Callable[[Sequence[Record]], list[Line]], title: str) -> list[Line]:
+    found = lines([record for unit in folder.done().values() for record in unit])
+    config, runs = folder.config, folder.runs
+    everything = {"title": title, **config, "runs": runs, "lines": [[x.name, asdict(x.estimate)] for x in found]}
+    (folder.path / "summary.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    commands = "\n".join(dict.fromkeys(run["command"] for run in runs))
+    asked = ", ".join(f"{key} = {value}" for key, value in config.get("settings", {}).items())
+    head = f"# {title}\n\n```\n{commands}\n```\n\n{runs[-1]['started'][:10]}. {config['model']['name']}, "
+    head += f"adapters {config['model']['adapters'] or 'none'}, {config['model']['dtype']}; {asked}. "
+    head += "Intervals: 95%, bootstrap over texts.\n\n"
+    (folder.path / "table.md").write_text(head + markdown(found), encoding="utf-8")
+    return found
+
+
+def markdown(found: Sequence[Line]) -> str:
+    """The lines as a Markdown table."""
+    rows = ["| | n (texts) | mean [95% interval] |", "| --- | --- | --- |"]
+    for line in found:
+        e = line.estimate
+        rows.append(f"| {line.name} | {e.n} ({e.texts}) | {e.mean:.3f} [{e.low:.3f}, {e.high:.3f}] |")
+    return "\n".join(rows) + "\n"
