@@ -3,6 +3,7 @@
 With LATENTMEM_PICTURES set to a folder, the pictures of docs/page.md are taken into it.
 """
 
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,15 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgroun
 PAPER = Path(__file__).parent.parent / "docs" / "paper.md"
 SAFE = "The code of the safe is 4711."
 BOAT = "The boat Meridian left the harbour of Kiel on 3 May with a cargo of amber."
+NOTES = {
+    "log": BOAT,
+    "paper.md": PAPER.read_text(encoding="utf-8")[:3500],
+    "letter": "Dear Ada, the bakery in Lund closes on Mondays. The red house beside it belongs to my aunt Ingrid, who "
+    "keeps eleven hens and a blind dog called Otto. She paid 90,000 crowns for it in 1987. Yours, Bram.",
+    "recipe": "For the plum cake of Mrs. Lindqvist take 300 grams of flour, two eggs, a cup of cream and forty plums. "
+    "It stays in the oven for 55 minutes at 180 degrees.",
+    "diary": SAFE,
+}
 PATIENCE = 120_000  # milliseconds: two busy cores take their time
 
 
@@ -83,7 +93,7 @@ def button(place, name, **options):
 def ask(page, question, *, beside=False):
     """Ask, and return what is answered with the memory, and without."""
     page.get_by_label("answer without memory, too").set_checked(beside)
-    page.get_by_label("Message").fill(question)
+    page.get_by_role("textbox", name="Message").fill(question)
     page.keyboard.press("Enter")
     button(page, "Send").wait_for()
     last = page.locator(".exchange").last
@@ -93,12 +103,6 @@ def ask(page, question, *, beside=False):
 def picture(page):
     """The canvas as bytes, once it is drawn."""
     return page.locator("canvas").screenshot()
-
-
-def shot(page, name):
-    folder = os.environ.get("LATENTMEM_PICTURES")
-    if folder:
-        page.screenshot(path=Path(folder) / f"page-{name}.png")
 
 
 # --- from nothing to an answer ----------------------------------------------------------------------------------------
@@ -126,7 +130,6 @@ def test_from_nothing_to_an_answer_and_its_source(trained, opened, tmp_path):
         shares = page.locator(".shares li")
         shares.first.wait_for()
         assert "secret" in shares.first.inner_text()
-        shot(page, "light")
         before = picture(page)
         shares.first.hover()
         wait(lambda: picture(page) != before)  # the others are dimmed
@@ -136,10 +139,12 @@ def test_from_nothing_to_an_answer_and_its_source(trained, opened, tmp_path):
 
 
 def test_a_conversation_goes_on_and_is_written_if_one_wants(server, memory, opened):
-    page = opened(server, memory)
+    page, bodies = opened(server, memory), []
+    page.on("request", lambda r: bodies.append(r.post_data) if r.url.endswith("/completions") else None)
     (first,) = ask(page, "From which harbour did the Meridian leave?")
     assert "Kiel" in first
     before = server.service.store.version(memory).version
+    page.get_by_label("send earlier messages along").check()
     page.get_by_label("write what is said into the memory").check()
     ask(page, "My dog is called Bram.")
     wait(lambda: server.service.store.version(memory).version == before + 1)
@@ -147,13 +152,20 @@ def test_a_conversation_goes_on_and_is_written_if_one_wants(server, memory, open
     assert [turn["role"] for turn in turns] == ["user", "assistant"] and turns[0]["content"] == "My dog is called Bram."
     page.locator(".source", has_text="chat").wait_for()
     assert page.locator(".exchange").count() == 2
+    sent = [json.loads(body)["messages"] for body in bodies]
+    assert sent[0] == [{"role": "user", "content": "From which harbour did the Meridian leave?"}]
+    assert sent[1] == [
+        *sent[0],
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": turns[0]["content"]},
+    ]
     button(page, "New chat").click()
     page.get_by_text("Write something into the memory, then ask about it.").wait_for()
 
 
 def test_an_answer_is_stopped(server, memory, opened):
     page = opened(server, memory)
-    page.get_by_label("Message").fill("Tell me a long story about the sea, in many words.")
+    page.get_by_role("textbox", name="Message").fill("Tell me a long story about the sea, in many words.")
     button(page, "Send").click()
     button(page, "Stop").click()
     button(page, "Send").wait_for()
@@ -231,7 +243,6 @@ def test_a_source_is_forgotten_in_both_ways(server, memory, opened):
     assert "4711" not in said
     button(page.locator(".source", has_text="boat"), "Forget …").click()
     page.get_by_label("As if it had never been written.").check()
-    shot(page, "forget")
     button(page, "Forget it").click()
     wait(lambda: "boat" not in {line.source for line in store.history(memory)})
     page.locator(".source", has_text="boat").wait_for(state="detached")
@@ -252,7 +263,6 @@ def test_history_is_looked_at_gone_back_to_and_forked(server, memory, opened):
     (said,) = ask(page, "What is the code of the safe?")
     assert "4711" in said
     assert page.get_by_label("write what is said into the memory").is_disabled()
-    shot(page, "history")
     button(page, "Back to the newest").click()
     page.get_by_role("img", name="30 layers with 42 of 2,048 slots each; of these 60% boat, 40% secret.").wait_for()
     button(lines.nth(1), "Go back …").click()
@@ -398,8 +408,6 @@ def test_nothing_keeps_a_screen_reader_out(server, memory, opened, scheme):
     ask(page, "What is the code of the safe?", beside=True)
     button(page, "What it drew on").click()
     page.locator(".shares li").first.wait_for()
-    if scheme == "dark":
-        shot(page, "dark")
     found = axe.run(page)
     assert found.violations_count == 0, found.generate_report()
     button(page.locator(".source").first, "Forget …").click()
@@ -410,13 +418,10 @@ def test_nothing_keeps_a_screen_reader_out(server, memory, opened, scheme):
 def test_on_a_phone(server, memory, opened):
     page = opened(server, memory, viewport={"width": 390, "height": 780}, device_scale_factor=2, has_touch=True)
     ask(page, "What is the code of the safe?", beside=True)
-    shot(page, "phone")
     for place, there in (("Memory", ".pool"), ("History", ".history"), ("Memories", ".memories"), ("Chat", ".chat")):
         button(page.get_by_role("navigation", name="Parts of the page"), place).click()
         page.locator(there).wait_for()
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), place
-        if place == "Memory":
-            shot(page, "phone-memory")
     button(page.get_by_role("navigation", name="Parts of the page"), "Memories").click()
     page.locator(".memory", has_text=memory).click()
     page.locator(".chat").wait_for()
@@ -439,3 +444,32 @@ def test_ten_thousand_slots_each_of_another_update(server, memory, opened):
     box = page.locator("canvas").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.get_by_text(re.compile(r"^Layer 16, slot (4,9|5,0)\d\d: (even|odd), [45],\d{3} updates ago$")).wait_for()
+
+
+def test_pictures_for_the_docs(server, trained, opened):
+    folder = os.environ.get("LATENTMEM_PICTURES")
+    if not folder:
+        pytest.skip("LATENTMEM_PICTURES names no folder for them")
+    store = server.service.store
+    for name in ("team", "notes", "alice"):
+        store.create(name, trained.empty())
+    for source, text in NOTES.items():
+        server.service.write("alice", text, source).done.result()
+    server.service.write("notes", BOAT, "log").done.result()
+    for scheme in ("light", "dark"):
+        page = opened(server, "alice", color_scheme=scheme)
+        ask(page, "From which harbour did the Meridian leave?", beside=True)
+        ask(page, "What is the code of the safe?", beside=True)
+        button(page.locator(".exchange").last, "What it drew on").click()
+        page.locator(".shares li").first.wait_for()
+        page.screenshot(path=Path(folder) / f"page-{scheme}.png")
+    page = opened(server, "alice", viewport={"width": 390, "height": 780}, has_touch=True)
+    page.get_by_role("navigation", name="Parts of the page").get_by_role("button", name="Memory", exact=True).click()
+    page.locator(".source").first.wait_for()
+    page.screenshot(path=Path(folder) / "page-phone.png")
+    page = opened(server, "alice")
+    button(page.locator(".history li", has_text="paper.md"), "Look").click()
+    page.get_by_role("radio", name="age").check()
+    page.get_by_text("You see version 2").wait_for()
+    page.locator(".source").nth(2).wait_for(state="detached")
+    page.screenshot(path=Path(folder) / "page-version.png")

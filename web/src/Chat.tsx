@@ -10,6 +10,7 @@ interface Answer {
   state: "waiting" | "running" | "done" | "stopped" | "failed";
   error?: string;
   version?: number | null;
+  cut?: boolean;
 }
 
 interface Exchange {
@@ -33,6 +34,7 @@ export function Chat(props: {
   const [text, setText] = useState("");
   const [beside, setBeside] = useState(true);
   const [keep, setKeep] = useState(false);
+  const [earlier, setEarlier] = useState(false);
   const [stop, setStop] = useState<AbortController | null>(null);
   const list = useRef<HTMLDivElement>(null);
 
@@ -52,7 +54,7 @@ export function Chat(props: {
       setTalk((now) => now.map((one, i) => (i === place ? { ...one, [which]: how(one[which] ?? WAITING) } : one)));
 
     async function answer(which: "behind" | "plain") {
-      const before = talk.flatMap((one): api.Message[] => {
+      const before = (earlier ? talk : []).flatMap((one): api.Message[] => {
         const said = one[which];
         if (!said?.text || said.state === "failed") return [];
         return [{ role: "user", content: one.question }, { role: "assistant", content: said.text }];
@@ -66,6 +68,7 @@ export function Chat(props: {
             text: now.text + piece.text,
             state: "running",
             ...(piece.memory ? { version: piece.memory.version } : {}),
+            ...(piece.cut ? { cut: true } : {}),
           }));
         change(which, (now) => ({ ...now, state: "done" }));
       } catch (error) {
@@ -141,6 +144,10 @@ export function Chat(props: {
           answer without memory, too
         </label>
         <label>
+          <input type="checkbox" checked={earlier} onChange={(event) => setEarlier(event.currentTarget.checked)} />
+          send earlier messages along
+        </label>
+        <label>
           <input
             type="checkbox"
             checked={keep && version === null}
@@ -189,6 +196,7 @@ function Said(props: {
         {(answer.state === "waiting" || answer.state === "running") && <span class="cursor" aria-label="answering" />}
       </p>
       {answer.state === "stopped" && <p class="quiet">stopped</p>}
+      {answer.cut && <p class="quiet">cut off: an answer is no longer</p>}
       <Problem text={answer.error ?? ""} />
       {can && (
         <button class="small" aria-expanded={open} onClick={() => void toggle()}>

@@ -210,7 +210,13 @@ export async function* events(body: ReadableStream<Uint8Array>): AsyncGenerator<
 
 interface Chunk {
   error?: { message: string };
-  choices?: { delta?: { content?: string } }[];
+  choices?: { delta?: { content?: string }; finish_reason?: string | null }[];
+  memory?: Piece["memory"];
+}
+
+export interface Piece {
+  text: string;
+  cut?: boolean; // the answer was as long as one may be
   memory?: { version: number | null; written: number | null };
 }
 
@@ -220,7 +226,7 @@ export async function* chat(
   messages: Message[],
   memory: { id: string; version: number | null; write: boolean } | null,
   signal: AbortSignal,
-): AsyncGenerator<{ text: string; memory?: NonNullable<Chunk["memory"]> }> {
+): AsyncGenerator<Piece> {
   const body = { model, messages, stream: true, ...(memory ? { memory } : {}) };
   const response = await request("POST", "/v1/chat/completions", body, signal);
   if (!response.body) return;
@@ -228,8 +234,9 @@ export async function* chat(
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data) as Chunk;
     if (chunk.error) throw new Failed(chunk.error.message, 500);
-    const text = chunk.choices?.[0]?.delta?.content ?? "";
-    yield chunk.memory ? { text, memory: chunk.memory } : { text };
+    const first = chunk.choices?.[0];
+    const piece: Piece = { text: first?.delta?.content ?? "", cut: first?.finish_reason === "length" };
+    yield chunk.memory ? { ...piece, memory: chunk.memory } : piece;
   }
   throw new Failed("The connection broke off.", 0);
 }
