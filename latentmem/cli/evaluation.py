@@ -1,7 +1,8 @@
-"""`latentmem eval`: retention, compare, effects."""
+"""`latentmem eval`: retention, compare, effects, integrity."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Iterator
@@ -32,11 +33,15 @@ Choice = Annotated[
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="all cores on a CPU, 1 on a GPU")]
 Model = Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, a .gguf file or a hub id.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the same one goes on with it.")]
+Capacity = Annotated[int, typer.Option("--capacity", "-N", help="Slots per layer; a checkpoint has its own.")]
+Seed = Annotated[int, typer.Option(help="Of what is drawn and of every drop.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float32 or float16.")]
 
 
 @evaluation.command()
 def retention(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the same one goes on with it.")],
+    out: Out,
     data: Annotated[str, typer.Option(help="squad, nq or synthetic.")] = "synthetic",
     questions: Annotated[int, typer.Option(min=1, help="How many questions.")] = 200,
     per_text: Annotated[int | None, typer.Option(min=1, help="Questions of each text [5; nq 1].")] = None,
@@ -147,32 +152,90 @@ def compare(
 
 @evaluation.command()
 def effects(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the same one goes on with it.")],
+    out: Out,
     texts: Annotated[int, typer.Option(min=2, help="Articles to read, and paragraphs to ask about.")] = 100,
-    capacity: Annotated[
-        int, typer.Option("--capacity", "-N", help="Slots per layer; a checkpoint has its own.")
-    ] = 2048,
+    capacity: Capacity = 2048,
     compression: Compression = None,
     choice: Choice = None,
-    seed: Annotated[int, typer.Option(help="Of what is drawn and of every drop.")] = 0,
+    seed: Seed = 0,
     workers: Workers = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    dtype: Dtype = "bfloat16",
     model: Model = PACKAGED,
     device: Device = None,
     adapters: Adapters = "auto",
 ) -> None:
     """What a memory changes beside remembering: the perplexity of other text, and saying "I don't know"."""
-    import latentmem
     from latentmem.evaluate import effects as asked
     from latentmem.evaluate import questions as sets
 
-    loading: dict[str, Any] = {"name": model, "dtype": dtype, "device": device, "adapters": base.pair(adapters)}
-    llm = latentmem.load(**loading)
+    llm, loading = _loaded(model, dtype, device, adapters)
     prompts = llm.prompts_or_raise()
     chosen = sets.load("squad", lambda text: len(prompts.text(text)), questions=4 * texts, per_text=4, seed=seed)
     c, way = _slots(llm, compression, choice)
     settings = asked.Settings(N=capacity, compression=c, choice=way, texts=texts, seed=seed)
     _measured("effects", llm, workers, out, asked.measure, chosen, settings, loading=loading)
+
+
+@evaluation.command()
+def integrity(
+    out: Out,
+    updates: Annotated[int, typer.Option(min=1, help="Facts that are written, a multiple of --stretch.")] = 20_000,
+    ft_updates: Annotated[int, typer.Option(min=1, help="Facts to fine-tune on, a multiple of --stretch.")] = 2_000,
+    rows: Annotated[str, typer.Option(help="What is measured: memory, ft.")] = "memory,ft",
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="After which no stretch is begun.", show_default="no limit")
+    ] = None,
+    every: Annotated[int, typer.Option(min=1, help="Facts of which one is asked.")] = 100,
+    age: Annotated[int, typer.Option(min=1, help="Facts written since, when a fact is asked once more.")] = 50,
+    stretch: Annotated[int, typer.Option(min=1, help="Facts between which memory and weights are kept.")] = 200,
+    checkpoint: Annotated[int, typer.Option(min=1, help="Facts between which other text is read.")] = 2_000,
+    texts: Annotated[int, typer.Option(min=2, help="Articles to read at a checkpoint.")] = 8,
+    pairs: Annotated[int, typer.Option(min=0, help="BLiMP pairs of a checkpoint; 0: none.")] = 134,
+    role: Annotated[str, typer.Option(help="How a fact is written: raw, user, system, style (the model's).")] = "raw",
+    lr: Annotated[float, typer.Option(help="Learning rate of the fine-tuning.")] = 1e-4,
+    steps: Annotated[int, typer.Option(min=1, help="Gradient steps on each fact.")] = 1,
+    capacity: Capacity = 2048,
+    compression: Compression = None,
+    choice: Choice = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    dtype: Dtype = "bfloat16",
+    model: Model = PACKAGED,
+    device: Device = None,
+    adapters: Adapters = "auto",
+) -> None:
+    """What an endless stream of facts does to a memory, and to a model that is fine-tuned on it instead."""
+    from latentmem.evaluate import integrity as asked
+
+    llm, loading = _loaded(model, dtype, device, adapters)
+    c, way = _slots(llm, compression, choice)
+    settings = asked.Settings(
+        N=capacity,
+        compression=c,
+        choice=way,
+        rows=tuple(rows.split(",")),
+        updates=updates,
+        ft_updates=ft_updates,
+        every=every,
+        age=age,
+        stretch=stretch,
+        checkpoint=checkpoint,
+        texts=texts,
+        pairs=pairs,
+        role=None if role == "style" else role,
+        lr=lr,
+        steps=steps,
+        seed=seed,
+    )
+    _measured("integrity", llm, workers, out, asked.measure, settings, loading=loading, minutes=minutes)
+
+
+def _loaded(model: str, dtype: str, device: str | None, adapters: str) -> tuple[MemoryModel, dict[str, Any]]:
+    """The model, and the arguments that give it again in another process."""
+    import latentmem
+
+    loading: dict[str, Any] = {"name": model, "dtype": dtype, "device": device, "adapters": base.pair(adapters)}
+    return latentmem.load(**loading), loading
 
 
 def _measured(
@@ -192,6 +255,8 @@ def _measured(
             workers=workers or (runner.cores() if llm.decoder.device.type == "cpu" else 1),
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
+    for note in json.loads((out / "summary.json").read_text(encoding="utf-8"))["notes"]:
+        typer.echo(note)
     typer.echo(protocol.markdown(found))
 
 

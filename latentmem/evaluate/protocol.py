@@ -32,6 +32,10 @@ class Slots:
     choice: str = "last"
 
 
+class EnoughError(Exception):
+    """What was asked for, such as the time of a run, is used up: what is finished is the result."""
+
+
 @dataclass(frozen=True)
 class Line:
     """One number with its interval."""
@@ -77,6 +81,7 @@ def measure(
     make: Callable[..., runner.Worker] | None = None,
     args: Sequence[Any] = (),
     progress: runner.Progress = lambda done, total: None,
+    after: Callable[[Sequence[Record], Path], list[str]] | None = None,
 ) -> list[Line]:
     """Run a protocol, or go on with it, and write table.md and summary.json.
 
@@ -89,7 +94,8 @@ def measure(
         command: what was typed, for the record.
         workers: processes; more than 1 needs `make`.
         make, args: how another process makes its own worker.
-        progress: called with (units done, units in all).
+        progress: called with (units done, units in all); may raise `EnoughError`.
+        after: given all records and the folder, writes more files and returns sentences to stand over the table.
 
     Raises:
         KeyboardInterrupt: stopped; the table then shows what was finished, and the next run goes on from there.
@@ -102,10 +108,12 @@ def measure(
     with folder.working(results.this_run(command)):
         try:
             runner.run(folder, worker, make or _none, args, workers, progress)
+        except EnoughError:
+            pass
         except KeyboardInterrupt:
-            _write(folder, lines, f"{title}, stopped before its end")
+            _write(folder, lines, f"{title}, stopped before its end", after)
             raise
-        return _write(folder, lines, title)
+        return _write(folder, lines, title, after)
 
 
 def model(llm: MemoryModel) -> dict[str, Any]:
@@ -122,16 +130,23 @@ def _none() -> runner.Worker:
     raise AssertionError("one worker needs no other process")
 
 
-def _write(folder: runner.Folder, lines: Callable[[Sequence[Record]], list[Line]], title: str) -> list[Line]:
-    found = lines([record for unit in folder.done().values() for record in unit])
+def _write(
+    folder: runner.Folder,
+    lines: Callable[[Sequence[Record]], list[Line]],
+    title: str,
+    after: Callable[[Sequence[Record], Path], list[str]] | None,
+) -> list[Line]:
+    records = [record for unit in folder.done().values() for record in unit]
+    found, notes = lines(records), after(records, folder.path) if after else []
     config, runs = folder.config, folder.runs
-    everything = {"title": title, **config, "runs": runs, "lines": [[x.name, asdict(x.estimate)] for x in found]}
+    everything = {"title": title, **config, "runs": runs, "notes": notes}
+    everything["lines"] = [[x.name, asdict(x.estimate)] for x in found]
     (folder.path / "summary.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     commands = "\n".join(dict.fromkeys(run["command"] for run in runs))
     asked = ", ".join(f"{key} = {value}" for key, value in config.get("settings", {}).items())
     head = f"# {title}\n\n```\n{commands}\n```\n\n{runs[-1]['started'][:10]}. {config['model']['name']}, "
     head += f"adapters {config['model']['adapters'] or 'none'}, {config['model']['dtype']}; {asked}. "
-    head += "Intervals: 95%, bootstrap over texts.\n\n"
+    head += "Intervals: 95%, bootstrap over texts.\n\n" + "".join(f"- {note}\n" for note in notes) + "\n" * bool(notes)
     (folder.path / "table.md").write_text(head + markdown(found), encoding="utf-8")
     return found
 
