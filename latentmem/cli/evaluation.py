@@ -1,4 +1,4 @@
-"""`latentmem eval`: retention, compare, effects, integrity."""
+"""`latentmem eval`: retention, compare, effects, integrity, forget."""
 
 from __future__ import annotations
 
@@ -228,6 +228,41 @@ def integrity(
         seed=seed,
     )
     _measured("integrity", llm, workers, out, asked.measure, settings, loading=loading, minutes=minutes)
+
+
+@evaluation.command()
+def forget(
+    out: Out,
+    texts: Annotated[int, typer.Option(min=2, help="Texts that are forgotten, one by one.")] = 50,
+    per_text: Annotated[int, typer.Option(min=1, help="Questions about each.")] = 4,
+    data: Annotated[str, typer.Option(help="squad, nq or synthetic.")] = "squad",
+    behind: Annotated[int, typer.Option(min=1, help="Other texts that are written behind it.")] = 3,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in which an answer has to come [10; synthetic 20].")
+    ] = None,
+    capacity: Capacity = 2048,
+    compression: Compression = None,
+    choice: Choice = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    dtype: Dtype = "bfloat16",
+    model: Model = PACKAGED,
+    device: Device = None,
+    adapters: Adapters = "auto",
+) -> None:
+    """What is still known of a text that was forgotten on request, in both ways, and what it costs the others."""
+    from latentmem.evaluate import forget as asked
+    from latentmem.evaluate import questions as sets
+    from latentmem.evaluate.asking import NEW_TOKENS
+
+    llm, loading = _loaded(model, dtype, device, adapters)
+    prompts = llm.prompts_or_raise()
+    count = per_text * texts
+    chosen = sets.load(data, lambda text: len(prompts.text(text)), questions=count, per_text=per_text, seed=seed)
+    c, way = _slots(llm, compression, choice)
+    new = new_tokens or (20 if data == "synthetic" else NEW_TOKENS)
+    settings = asked.Settings(N=capacity, compression=c, choice=way, behind=behind, new_tokens=new, seed=seed)
+    _measured("forget", llm, workers, out, asked.measure, chosen, settings, loading=loading)
 
 
 def _loaded(model: str, dtype: str, device: str | None, adapters: str) -> tuple[MemoryModel, dict[str, Any]]:
