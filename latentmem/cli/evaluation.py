@@ -1,4 +1,4 @@
-"""`latentmem eval`: retention, compare, effects, integrity, forget."""
+"""`latentmem eval`: retention, compare, effects, integrity, forget, ability."""
 
 from __future__ import annotations
 
@@ -263,6 +263,38 @@ def forget(
     new = new_tokens or (20 if data == "synthetic" else NEW_TOKENS)
     settings = asked.Settings(N=capacity, compression=c, choice=way, behind=behind, new_tokens=new, seed=seed)
     _measured("forget", llm, workers, out, asked.measure, chosen, settings, loading=loading)
+
+
+@evaluation.command()
+def ability(
+    out: Out,
+    texts: Annotated[int, typer.Option(min=0, help="Held-out articles.")] = 50,
+    blimp: Annotated[int, typer.Option(min=0, help="BLiMP pairs.")] = 670,
+    piqa: Annotated[int, typer.Option(min=0, help="PIQA items.")] = 400,
+    mmlu: Annotated[int, typer.Option(min=0, help="MMLU items.")] = 285,
+    capacity: Capacity = 2048,
+    compression: Compression = None,
+    choice: Choice = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    dtype: Dtype = "bfloat16",
+    model: Model = PACKAGED,
+    device: Device = None,
+    adapters: Adapters = "auto",
+) -> None:
+    """What a memory of unrelated texts costs what the model could do before: perplexity, BLiMP, PIQA, MMLU."""
+    from latentmem.evaluate import ability as asked
+    from latentmem.evaluate import choices
+    from latentmem.evaluate import questions as sets
+
+    llm, loading = _loaded(model, dtype, device, adapters)
+    prompts = llm.prompts_or_raise()
+    c, way = _slots(llm, compression, choice)
+    counts = {"blimp": blimp, "piqa": piqa, "mmlu": mmlu}
+    settings = asked.Settings(N=capacity, compression=c, choice=way, texts=texts, seed=seed, **counts)
+    found = [choices.load(name, count, seed) for name, count in counts.items() if count]
+    filler = sets.load("squad", lambda text: len(prompts.text(text)), questions=1, per_text=1, seed=seed).unrelated
+    _measured("ability", llm, workers, out, asked.measure, found, filler, settings, loading=loading)
 
 
 def _loaded(model: str, dtype: str, device: str | None, adapters: str) -> tuple[MemoryModel, dict[str, Any]]:

@@ -51,18 +51,30 @@ def empty(llm: MemoryModel, slots: Slots, seed: int) -> Memory:
     return llm.empty(slots.N, compression=slots.compression, seed=seed, choice=slots.choice)
 
 
-def full(llm: MemoryModel, slots: Slots, unrelated: Iterable[str], seed: int) -> Memory:
+def full(llm: MemoryModel, slots: Slots, unrelated: Iterable[str], seed: int, share: float = 1.0) -> Memory:
     """A memory into which unrelated texts were written until it was full and nothing of its first slots was left over.
 
     Args:
         unrelated: texts, in the order in which they are written; as many as it takes.
+        share: of N, the slots that are filled; the last text of a memory that is not to be full is cut.
+
+    Raises:
+        ValueError: too few unrelated texts.
     """
     memory, count = empty(llm, slots, seed), 0
-    for text in unrelated:
-        if memory.M == memory.N and count >= memory.N:
-            break
-        before = memory.updates
-        memory = llm.write_ids(memory, written(llm, text), "unrelated")
+    wanted = round(share * memory.N)
+    texts = iter(unrelated)
+    while wanted > memory.M or (share == 1 and count < memory.N):
+        text = next(texts, None)
+        if text is None:
+            raise ValueError(
+                f"there are too few unrelated texts to fill {wanted} slots: they filled {memory.M}. Choose a smaller "
+                f"capacity."
+            )
+        ids, before = written(llm, text), memory.updates
+        memory = llm.write_ids(
+            memory, ids if share == 1 else ids[: (wanted - memory.M) * memory.compression], "unrelated"
+        )
         count += (memory.updates - before) * memory.K
     return memory
 
