@@ -1,4 +1,4 @@
-"""`latentmem eval`: retention, compare, effects, integrity, forget, ability."""
+"""`latentmem eval`: retention, compare, effects, integrity, forget, ability, conversations."""
 
 from __future__ import annotations
 
@@ -295,6 +295,44 @@ def ability(
     found = [choices.load(name, count, seed) for name, count in counts.items() if count]
     filler = sets.load("squad", lambda text: len(prompts.text(text)), questions=1, per_text=1, seed=seed).unrelated
     _measured("ability", llm, workers, out, asked.measure, found, filler, settings, loading=loading)
+
+
+@evaluation.command()
+def conversations(
+    out: Out,
+    questions: Annotated[int, typer.Option(min=1, help="Of each dialogue, at most.")] = 100,
+    rows: Annotated[str, typer.Option(help="What is measured.")] = "floor,window,bm25,memory,longterm",
+    longterm: Annotated[int, typer.Option(min=1, help="Of the N slots, the long-term ones of that row.")] = 512,
+    passages: Annotated[int, typer.Option(min=1, help="Turns that BM25 retrieves.")] = 10,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
+    file: Annotated[Path | None, typer.Option(help="LoCoMo's locomo10.json.", show_default="of LATENTMEM_DATA")] = None,
+    capacity: Capacity = 2048,
+    compression: Compression = None,
+    choice: Choice = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    dtype: Dtype = "bfloat16",
+    model: Model = PACKAGED,
+    device: Device = None,
+    adapters: Adapters = "auto",
+) -> None:
+    """Long conversations, written turn by turn and asked about at their end (LoCoMo), by category."""
+    from latentmem.evaluate import conversations as asked
+
+    data = asked.load(questions, seed, file)
+    llm, loading = _loaded(model, dtype, device, adapters)
+    c, way = _slots(llm, compression, choice)
+    settings = asked.Settings(
+        N=capacity,
+        compression=c,
+        choice=way,
+        rows=tuple(rows.split(",")),
+        longterm=longterm,
+        passages=passages,
+        new_tokens=new_tokens,
+        seed=seed,
+    )
+    _measured("conversations", llm, workers, out, asked.measure, data, settings, loading=loading)
 
 
 def _loaded(model: str, dtype: str, device: str | None, adapters: str) -> tuple[MemoryModel, dict[str, Any]]:
