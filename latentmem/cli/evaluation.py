@@ -1,4 +1,4 @@
-"""`latentmem eval`: retention, compare, effects, integrity, forget, ability, conversations."""
+"""`latentmem eval`: retention, compare, effects, integrity, forget, ability, conversations, longbench."""
 
 from __future__ import annotations
 
@@ -333,6 +333,41 @@ def conversations(
         seed=seed,
     )
     _measured("conversations", llm, workers, out, asked.measure, data, settings, loading=loading)
+
+
+@evaluation.command()
+def longbench(
+    out: Out,
+    data: Annotated[
+        str, typer.Option(help="altqa, babi, narrativeqa, qasper, multifieldqa_en, hotpotqa, 2wikimqa, musique.")
+    ] = "altqa,babi",
+    examples: Annotated[int, typer.Option(min=1, help="Of each set, at most.")] = 100,
+    rows: Annotated[str, typer.Option(help="What is measured.")] = "floor,oracle,window,bm25,memory",
+    length: Annotated[
+        int, typer.Option(min=512, help="Tokens of a LongBench text that are kept, from its end.")
+    ] = 16_384,
+    passages: Annotated[int, typer.Option(min=1, help="Passages that BM25 retrieves.")] = 5,
+    capacity: Capacity = 2048,
+    compression: Compression = None,
+    choice: Choice = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    dtype: Dtype = "bfloat16",
+    model: Model = PACKAGED,
+    device: Device = None,
+    adapters: Adapters = "auto",
+) -> None:
+    """Questions about one long text, beside the text in the context, its end, and BM25."""
+    from latentmem.evaluate import longbench as asked
+
+    sets = [asked.load(name, examples, seed) for name in data.split(",")]
+    llm, loading = _loaded(model, dtype, device, adapters)
+    c, way = _slots(llm, compression, choice)
+    chosen = tuple(rows.split(","))
+    settings = asked.Settings(
+        N=capacity, compression=c, choice=way, rows=chosen, length=length, passages=passages, seed=seed
+    )
+    _measured("longbench", llm, workers, out, asked.measure, sets, settings, loading=loading)
 
 
 def _loaded(model: str, dtype: str, device: str | None, adapters: str) -> tuple[MemoryModel, dict[str, Any]]:

@@ -38,6 +38,11 @@ def exact(said: str, golds: Iterable[str]) -> int:
     return int(any(normalised(said) == normalised(gold) for gold in golds))
 
 
+def within(said: str, golds: Iterable[str]) -> int:
+    """1 where the words of a right answer stand next to each other in what was said, after normalisation, else 0."""
+    return int(any(f" {normalised(gold)} " in f" {normalised(said)} " for gold in golds))
+
+
 def abstains(said: str) -> int:
     """1 where the answer is that there is none, else 0: "I don't know" at its beginning, or what else says so."""
     plain = said.lower().replace("\u2019", "'")
