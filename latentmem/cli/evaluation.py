@@ -1,4 +1,4 @@
-"""`latentmem eval`: retention, compare, effects, integrity, forget, ability, conversations, longbench."""
+"""`latentmem eval`: retention, compare, effects, integrity, forget, ability, conversations, longbench, harness."""
 
 from __future__ import annotations
 
@@ -368,6 +368,38 @@ def longbench(
         N=capacity, compression=c, choice=way, rows=chosen, length=length, passages=passages, seed=seed
     )
     _measured("longbench", llm, workers, out, asked.measure, sets, settings, loading=loading)
+
+
+@evaluation.command()
+def harness(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results.json.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, with commas in between.")],
+    memory: Annotated[
+        Path | None,
+        typer.Option(help="Snapshot of a memory that stands in front.", show_default="none: the plain model"),
+    ] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="Write long prompts into a memory, all but their end.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task.")] = None,
+    length: Annotated[int, typer.Option(min=512, help="Tokens of a prompt that are kept, from its end.")] = 16_384,
+    capacity: Annotated[int | None, typer.Option("--capacity", "-N", help="Slots per layer, with --write.")] = None,
+    dtype: Dtype = "bfloat16",
+    model: Model = PACKAGED,
+    device: Device = None,
+    adapters: Adapters = "auto",
+) -> None:
+    """Tasks of lm-evaluation-harness, with its own scorers, behind a memory."""
+    try:
+        from latentmem.evaluate import harness as asked
+    except ImportError as error:
+        raise ValueError(str(error)) from None
+
+    llm, _ = _loaded(model, dtype, device, adapters)
+    lm = asked.HarnessLM(llm, str(memory) if memory else None, write=write, max_length=length, N=capacity)
+    for task, metrics in asked.evaluate(lm, tasks.split(","), out, limit=limit).items():
+        numbers = (f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
+        typer.echo(f"{task}: {', '.join(numbers)}")
 
 
 def _loaded(model: str, dtype: str, device: str | None, adapters: str) -> tuple[MemoryModel, dict[str, Any]]:
