@@ -48,7 +48,7 @@ class Tuned:
         self.masters = {
             name: w.detach().to(torch.float32, copy=True).requires_grad_() for name, w in self._weights.items()
         }
-        self._optimizer = torch.optim.AdamW(list(self.masters.values()), lr=lr, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(list(self.masters.values()), lr=lr, weight_decay=0.0, fused=True)
         self._own: dict[str, Tensor] = {}
 
     def __enter__(self) -> Tuned:
@@ -115,7 +115,6 @@ class Tuned:
         for name, w in self.masters.items():
             with torch.no_grad():
                 w.copy_(tensors[f"weight.{name}"])
-            state = {what: tensors[f"{what}.{name}"] for what in (*KEPT, "step") if f"{what}.{name}" in tensors}
             self._optimizer.state[w] = {
-                what: value if what == "step" else value.to(w.device) for what, value in state.items()
+                what: tensors[f"{what}.{name}"].to(w.device) for what in (*KEPT, "step") if f"{what}.{name}" in tensors
             }
