@@ -76,12 +76,12 @@ class Settings(protocol.Slots):
     every: int = 100
     age: int = 50
     stretch: int = 200
-    checkpoint: int = 2_000
+    checkpoint: int = 1_000
     texts: int = 8
     tokens: int = 256
     pairs: int = 134
     role: str | None = "raw"
-    lr: float = 1e-4
+    lr: float = 2e-5
     steps: int = 1
     seed: int = 0
 
