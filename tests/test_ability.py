@@ -58,6 +58,32 @@ def test_items_are_drawn_by_seed_and_equally_of_each_part(rows):
         choices.load("arc", 1, 0)
 
 
+def test_without_a_folder_the_sets_come_from_the_hub(monkeypatch):
+    asked = []
+
+    class Hub:
+        def __init__(self, name):
+            self.name = name
+
+        def __enter__(self):
+            rows = {"nyu-mll/blimp": BLIMP, "baber/piqa": PIQA, "cais/mmlu": MMLU}[self.name]
+            return lambda *part, split: asked.append((self.name, *part, split)) or rows
+
+        def __exit__(self, *error):
+            return False
+
+    datasets = pytest.importorskip("datasets", reason="the hub is read with `datasets`")
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["one", "two"])
+    monkeypatch.setattr(questions, "_local", lambda *names: None)
+    monkeypatch.setattr(questions, "_hub", Hub)
+    assert [len(choices.load(name, 4, 0).items) for name in choices.NAMES] == [4, 4, 4]
+    assert asked == [
+        *(("nyu-mll/blimp", part, "train") for part in ("one", "two")),
+        ("baber/piqa", "validation"),
+        ("cais/mmlu", "all", "test"),
+    ]
+
+
 def test_the_likelier_option_wins_and_per_character_it_may_be_the_other():
     item = Item("i", "", (" long answer", " short"), 0)
     assert is_right(item, [-11.0, -10.0]) == 0  # summed, the short one is likelier

@@ -289,6 +289,14 @@ def test_when_the_time_is_up_what_was_reached_is_the_result(tmp_path, monkeypatc
     assert said["notes"][0] == "memory: 8 of 400 updates were reached." and "stopped" not in said["title"]
 
 
+def test_what_a_stretch_without_a_record_left_does_not_remove_what_the_next_one_needs(tmp_path):
+    worker = Integrity(tiny(), Settings(**SMALL), tmp_path)
+    for k in range(4):
+        (tmp_path / f"memory-{k}.safetensors").touch()
+    worker.clear([("memory", 0), ("memory", 2), ("ft", 1)])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["memory-2.safetensors", "memory-3.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [

@@ -14,7 +14,7 @@ Source: MemoryLLM figure 6.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -253,12 +253,13 @@ class Integrity:
     def _kept(self, row: str, k: int) -> Path:
         return self.folder / f"{row}-{k}.safetensors"
 
-    def clear(self) -> None:
-        """Keep the newest memory and the newest weights alone, from which a longer run can go on."""
+    def clear(self, finished: Collection[Unit]) -> None:
+        """Keep of each row what the newest finished stretch left, from which a longer run goes on."""
         for row in ROWS:
-            kept = sorted(self.folder.glob(f"{row}-*.safetensors"), key=lambda file: int(file.stem.rpartition("-")[2]))
-            for file in kept[:-1]:
-                file.unlink()
+            newest = max((unit[1] for unit in finished if unit[0] == row), default=0)
+            for file in self.folder.glob(f"{row}-*.safetensors"):
+                if int(file.stem.rpartition("-")[2]) < newest:
+                    file.unlink()
 
 
 def _end(k: int, s: Settings) -> int:
@@ -473,6 +474,7 @@ def measure(
     """
     plots.require()
     worker, started = Integrity(llm, settings, out), time.monotonic()
+    finished: list[Unit] = []
 
     def told(done: int, total: int) -> None:
         progress(done, total)
@@ -480,6 +482,7 @@ def measure(
             raise protocol.EnoughError
 
     def after(records: Sequence[Record], folder: Path) -> list[str]:
+        finished.extend((r["row"], r["at"] // settings.stretch - 1) for r in records if r["kind"] == "speed")
         if records:
             draw(records, folder / "plot.png")
         return notes(records, settings)
@@ -490,7 +493,7 @@ def measure(
         "articles": [named(article) for article in worker.articles],
         "pairs": named(repr(worker.pairs)),
     }
-    lines_found = protocol.measure(
+    found = protocol.measure(
         PROTOCOL,
         llm,
         worker,
@@ -505,8 +508,8 @@ def measure(
         progress=told,
         after=after,
     )
-    worker.clear()
-    return lines_found
+    worker.clear(finished)
+    return found
 
 
 def _make(loading: dict[str, Any], settings: Settings, folder: Path) -> Integrity:
