@@ -22,11 +22,11 @@ from latentmem.evaluate import protocol, runner
 from latentmem.evaluate.asking import ask, in_context, named, read, written
 from latentmem.evaluate.protocol import Line
 from latentmem.evaluate.questions import QuestionSet, heldout, unanswerable
+from latentmem.evaluate.scoring import ABSTAINS
 from latentmem.evaluate.stats import Estimate, exp, mean, ratio
 from latentmem.model import MemoryModel
 
 PROTOCOL = "effects/1"
-ABSTAINS = "i don't know"  # how an answer begins that is none
 KINDS = ("answered", "not answered", "never written")
 STATES = ("plain", "empty", "full")
 Unit = tuple[Any, ...]  # ("perplexity" or "abstention", index)
