@@ -28,6 +28,7 @@ page: web/node_modules  ## build the page of `latentmem serve` from web/
 
 page-check:  ## types and tests of the page; what is committed is what is built; nothing to do without Node
 	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory page-built; \
+	elif [ -n "$$CI" ]; then echo "page-check: there is no npm, and CI needs it"; exit 1; \
 	else echo "page-check: skipped, there is no npm; the committed page is what is served"; fi
 
 page-built: web/node_modules

@@ -33,7 +33,7 @@ from latentmem.core.prefix import (
 )
 from latentmem.core.recall import Chosen, Projectors, Recall, Recalled
 from latentmem.core.write import first_states, write_exact, write_exact_rows, write_paper
-from latentmem.prompts import Prompts, Style
+from latentmem.prompts import Message, Prompts, Style
 
 Ids = Tensor | Sequence[int]
 Streamer = Callable[[list[int], Collection[int]], Any]  # (rows of a pass, end tokens) -> what takes their tokens
@@ -549,8 +549,12 @@ class MemoryModel:
         return mass, chosen
 
     @torch.no_grad()
-    def sources_of(self, memory: Memory, question: str, answer: str) -> dict[str, float]:
+    def sources_of(self, memory: Memory, question: str | list[Message], answer: str) -> dict[str, float]:
         """Which sources an answer drew on: the share of the attention to the memory that went to each.
+
+        Args:
+            question: as `ask` puts it; or the messages of a chat, of which the last was answered.
+            answer: what was said.
 
         Returns:
             Name of each source -> share, the mean over layers; "" is what is older than the memory. They add up to 1,
@@ -562,8 +566,11 @@ class MemoryModel:
         if not memory.holds:
             return {}
         prompts = self.prompts_or_raise()
-        asked = prompts.question(question, bare=True)
-        mass, chosen = self._attended(memory, asked, prompts.answer(question, answer))
+        if isinstance(question, str):
+            asked, said = prompts.question(question, bare=True), prompts.answer(question, answer)
+        else:
+            asked, said = prompts.chat(question, bare=True), prompts.text(answer if prompts.chats else f" {answer}")
+        mass, chosen = self._attended(memory, asked, said)
         mass = mass / mass.sum(1, keepdim=True)
         origins = memory.origins
         if memory.longterm is not None and chosen:

@@ -189,10 +189,29 @@ def test_a_dropped_file_is_written_and_one_sees_how(server, trained, opened):
     page.get_by_text(re.compile(r"^\d[\d,]* of \d[\d,]* tokens written$")).wait_for()
     first = picture(page)
     wait(lambda: picture(page) != first, 60)  # while it is written
-    assert page.locator("progress[max]").count() == 1 or server.service.store.stats("dropped")
     page.get_by_text("Written: paper.md.").wait_for()
     assert [one.source for one in server.service.store.stats("dropped")] == ["paper.md"]
     page.get_by_role("img", name="30 layers with 512 of 512 slots each; of these 100% paper.md.").wait_for()
+
+
+def test_one_goes_on_typing_while_a_text_is_written(server, trained, opened):
+    server.service.store.create("typing", trained.empty(N=512, K=64))
+    page = opened(server, "typing")
+    box = page.get_by_label("Text", exact=True)
+    box.fill(PAPER.read_text(encoding="utf-8")[:2000])
+    button(page, "Write").click()
+    wait(lambda: box.input_value() == "")
+    box.fill(SAFE)
+    page.get_by_label("Files to write").set_input_files(
+        [
+            {"name": name, "mimeType": "text/plain", "buffer": data}
+            for name, data in (("a.txt", b"\xff"), ("b.txt", b"b"))
+        ]
+    )
+    page.get_by_role("alert").filter(has_text="a.txt: The file is empty or no UTF-8 text.").wait_for()
+    page.locator(".source", has_text="b.txt").wait_for()
+    assert [s.source for s in server.service.store.stats("typing")] == ["text", "b.txt"]
+    assert box.input_value() == SAFE
 
 
 def test_what_can_not_be_written_is_said(trained, opened, tmp_path):
@@ -241,11 +260,14 @@ def test_a_source_is_forgotten_in_both_ways(server, memory, opened):
     assert [s.source for s in store.stats(memory)] == ["boat"]
     (said,) = ask(page, "What is the code of the safe?")
     assert "4711" not in said
+    page.locator(".history li", has_text="written: boat").get_by_text("25 tokens").click()
+    page.locator(".history").get_by_text(BOAT).wait_for()
     button(page.locator(".source", has_text="boat"), "Forget …").click()
     page.get_by_label("As if it had never been written.").check()
     button(page, "Forget it").click()
     wait(lambda: "boat" not in {line.source for line in store.history(memory)})
     page.locator(".source", has_text="boat").wait_for(state="detached")
+    page.locator(".history").get_by_text(BOAT).wait_for(state="detached")
 
 
 def test_history_is_looked_at_gone_back_to_and_forked(server, memory, opened):
@@ -256,10 +278,10 @@ def test_history_is_looked_at_gone_back_to_and_forked(server, memory, opened):
     lines.nth(1).get_by_text("17 tokens").click()
     lines.nth(1).get_by_text(SAFE).wait_for()
     button(lines.nth(1), "Look").click()
-    page.get_by_text("You see version 1, and answers come from it.").wait_for()
+    page.get_by_role("status").get_by_text("You see version 1, and answers come from it.").wait_for()
     page.get_by_role("img", name="30 layers with 17 of 2,048 slots each; of these 100% secret.").wait_for()
     page.locator(".source", has_text="boat").wait_for(state="detached")
-    assert page.locator(".write").count() == 0 and button(page, "Pin").count() == 0
+    assert page.locator(".write").is_hidden() and button(page, "Pin").count() == 0
     (said,) = ask(page, "What is the code of the safe?")
     assert "4711" in said
     assert page.get_by_label("write what is said into the memory").is_disabled()
@@ -321,9 +343,16 @@ def test_several_memories_are_apart_and_what_others_write_is_seen(server, memory
     page.get_by_text(re.compile(r"Its long-term memory holds \d+ slots; a question takes back up to 64")).wait_for()
     page.locator(".source", has_text="others").get_by_text("long-term").wait_for()
     assert page.locator(".source", has_text="secret").count() == 0
+    ask(page, "Where?")
+    page.get_by_role("textbox", name="Message").fill("not sent yet")
     page.locator(".memory", has_text=memory).click()
     page.locator(".source", has_text="secret").wait_for()
     assert page.locator(".exchange").count() == 0
+    assert page.get_by_role("textbox", name="Message").input_value() == ""
+    page.locator(".memory", has_text="second").click()
+    page.get_by_role("heading", name="Chat with second").wait_for()
+    assert page.locator(".exchange").count() == 1  # what was said and typed is still there
+    assert page.get_by_role("textbox", name="Message").input_value() == "not sent yet"
 
 
 # --- keys, states, ways to see and to move ----------------------------------------------------------------------------
@@ -347,6 +376,23 @@ def test_a_key_is_asked_for(trained, opened, tmp_path):
         button(page, "Leave").click()
         page.get_by_label("Key").wait_for()
         assert page.evaluate("sessionStorage.length + localStorage.length") == 0
+
+
+def test_a_key_that_may_only_read_is_shown_nothing_that_writes(trained, opened, tmp_path):
+    keys = Keys(tmp_path / "keys.json", required=True)
+    key = keys.add("reader", ["alice"], read_only=True)
+    with running(trained, tmp_path / "store", keys=keys, scripted=False) as server:
+        server.service.store.create("alice", trained.empty())
+        server.service.write("alice", SAFE, "secret").done.result()
+        page = opened(server)
+        page.get_by_label("Key").fill(key)
+        button(page, "Go on").click()
+        page.get_by_text("This key may read only.").wait_for()
+        (said,) = ask(page, "What is the code of the safe?")
+        page.locator(".source", has_text="secret").wait_for()
+        for name in ("New", "Write", "Pin", "Forget …", "Fork …", "Delete …", "Go back …", "Import a file …"):
+            assert button(page, name).count() == 0, name
+        assert "4711" in said and button(page, "Export").count() == 1
 
 
 def test_it_waits_until_the_model_is_loaded(server, memory, opened):
@@ -376,7 +422,7 @@ def test_with_the_keyboard_alone(server, memory, opened):
     assert page.evaluate("document.querySelector('dialog').contains(document.activeElement)")
     page.keyboard.press("Escape")
     page.get_by_role("dialog").wait_for(state="detached")
-    tab_to("30 layers with 42 of 2,048 slots each; of these 60% boat, 40% secret.")
+    tab_to("Slots, one by one with the arrow keys")
     place = page.locator("#pool-place")
     page.keyboard.press("ArrowRight")
     assert place.inner_text() == "Layer 1, slot 42: boat, written by the last update"
@@ -421,6 +467,12 @@ def test_on_a_phone(server, memory, opened):
     for place, there in (("Memory", ".pool"), ("History", ".history"), ("Memories", ".memories"), ("Chat", ".chat")):
         button(page.get_by_role("navigation", name="Parts of the page"), place).click()
         page.locator(there).wait_for()
+        if place == "Memory":
+            page.locator("canvas").tap(position={"x": 1, "y": 1})
+            page.get_by_text(re.compile(r"^Layer 1, slot \d+: secret, 1 update ago$")).wait_for()
+        if place == "History":
+            button(page.locator(".history li").nth(1), "Look").click()
+            button(page, "Back to the newest").locator("visible=true").click()
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), place
     button(page.get_by_role("navigation", name="Parts of the page"), "Memories").click()
     page.locator(".memory", has_text=memory).click()
@@ -470,6 +522,6 @@ def test_pictures_for_the_docs(server, trained, opened):
     page = opened(server, "alice")
     button(page.locator(".history li", has_text="paper.md"), "Look").click()
     page.get_by_role("radio", name="age").check()
-    page.get_by_text("You see version 2").wait_for()
+    page.get_by_role("status").get_by_text("You see version 2").wait_for()
     page.locator(".source").nth(2).wait_for(state="detached")
     page.screenshot(path=Path(folder) / "page-version.png")

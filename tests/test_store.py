@@ -1042,7 +1042,7 @@ def test_versions_are_read_while_they_are_numbered_anew(llm, store):
     def read():
         while not ended.is_set():
             try:
-                assert [line.version for line in store.history("m")][0] == 0
+                assert next(iter(store.history("m"))).version == 0
                 version, memory = store.latest("m")
                 assert version >= 0 and memory.N == 24
             except Exception as error:  # noqa: BLE001 - shown below
@@ -1057,7 +1057,9 @@ def test_versions_are_read_while_they_are_numbered_anew(llm, store):
             store.write(llm, "m", "it is open", "b")
             store.forget("m", "a")
             for source in "ba":
+                store.append("m", "more that waits", "d")
                 store.forget_by_replay(llm, "m", source)
+            store.forget_by_replay(llm, "m", "d")
     finally:
         ended.set()
         for thread in threads:

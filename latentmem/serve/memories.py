@@ -40,6 +40,7 @@ from latentmem.serve.shared import (
 )
 from latentmem.store import HiddenError, Overview, Store, Version
 from latentmem.store.store import Content
+from latentmem.streaming import release_threads
 
 router = APIRouter(prefix="/v1/memories", tags=["memories"])
 Limit = Annotated[int, Query(ge=1, le=100)]
@@ -241,11 +242,8 @@ async def history(
     """The versions of a memory, oldest or newest first, those behind `after`; what was written only with `text`."""
     touch(request, id)
     key = key_of(request)
-    versions = await look(request, id, lambda store: store.history(id))
-    if order == "asc":
-        found = [one for one in versions if after is None or one.version > after]
-    else:
-        found = [one for one in reversed(versions) if after is None or one.version < after]
+    ways: dict[str, Any] = {"after": after, "limit": limit + 1, "newest_first": order == "desc"}
+    found = await look(request, id, lambda store: store.history(id, **ways))
 
     def line(one: Version) -> schema.HistoryLine:
         facts = {what: getattr(one, what) for what in schema.HistoryLine.model_fields if hasattr(one, what)}
@@ -287,6 +285,7 @@ async def slots(
     service = shared(request).service
 
     def found(store: Store) -> schema.Slots:
+        release_threads()
         now = service.underway(id) if version is None else None
         if now is None:
             return _picture(id, *_opened(store, id, version), None)
@@ -318,12 +317,15 @@ def _runs(origins: Tensor, births: Tensor) -> list[int]:
 async def sources(request: Request, id: str, body: schema.Drawn) -> schema.DrawnOn:
     """Which sources an answer drew on: the share of its attention to the memory that went to each."""
     touch(request, id)
-    fits(request, body.question, body.answer)
+    if (body.question is None) == (body.messages is None):
+        raise Refused(400, "give either question or messages.", "invalid_value", "question")
+    asked = body.question or [turn.model_dump() for turn in body.messages or []]
+    fits(request, body.answer, *([asked] if isinstance(asked, str) else [turn["content"] for turn in asked]))
     service = shared(request).service
 
     def found(store: Store) -> schema.DrawnOn:
         version, memory = _opened(store, id, body.version)
-        shares = service.sources_of(memory, body.question, body.answer)
+        shares = service.sources_of(memory, asked, body.answer)
         return schema.DrawnOn(id=id, version=version, sources=shares)
 
     return await look(request, id, found)

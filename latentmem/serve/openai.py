@@ -26,6 +26,7 @@ from latentmem.serve.schema import (
     Model,
     Models,
     OpenAIRequest,
+    Rights,
     Usage,
 )
 from latentmem.serve.service import Missing
@@ -96,6 +97,12 @@ async def complete(request: Request, body: CompletionRequest, x_memory_id: str |
 async def models(request: Request) -> Models:
     """The model that is served."""
     return Models(data=[Model(id=shared(request).model, created=STARTED)])
+
+
+@router.get("/key")
+async def rights(request: Request) -> Rights:
+    """What the key of this request may do."""
+    return Rights(name=key_of(request).name, writes=key_of(request).writes)
 
 
 @router.get("/models/{id}")

@@ -208,6 +208,14 @@ class MemoryList(BaseModel):
     has_more: bool
 
 
+class Rights(BaseModel):
+    """What the key of a request may do; `name` is empty where none is asked for."""
+
+    object: Literal["key"] = "key"
+    name: str
+    writes: bool
+
+
 class Deleted(BaseModel):
     id: str
     object: Literal["memory.deleted"] = "memory.deleted"
@@ -327,7 +335,10 @@ class Slots(BaseModel):
 
 
 class Drawn(Strict):
-    question: Text
+    """A question as `ask` puts it, or the messages of a chat, and what was answered."""
+
+    question: Text | None = None
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=256)] | None = None
     answer: Text
     version: Count | None = None
 

@@ -23,7 +23,7 @@ import torch
 
 from latentmem.core.memory import Memory
 from latentmem.model import MemoryModel, TooLongError
-from latentmem.prompts import Prompts
+from latentmem.prompts import Message, Prompts
 from latentmem.serve.engine import Engine, Reading, Sampling
 from latentmem.store import Store, Version
 from latentmem.store.store import Content
@@ -120,7 +120,8 @@ class Service:
         self._readings: set[Reading] = set()
         self._changes = 0  # that were accepted and are not done
         self._tokens_written = 0
-        self._after: Memory | None = None  # what the last pass of a write has made
+        self._settling = False  # whether others may look on
+        self._after: Memory | None = None  # what the last pass of the write that is seen has made
         self._underway: Underway | None = None
         self._seconds = 1.0  # that an answer takes, a running mean
         self.ready = False
@@ -233,7 +234,7 @@ class Service:
         except Exception as error:  # noqa: BLE001 - told to who asked
             reading.give(error)
 
-    def sources_of(self, memory: Memory, question: str, answer: str) -> dict[str, float]:
+    def sources_of(self, memory: Memory, question: str | list[Message], answer: str) -> dict[str, float]:
         """Which sources of a memory an answer drew on, as `MemoryModel.sources_of`.
 
         Raises:
@@ -313,10 +314,11 @@ class Service:
             if self._after is not None:
                 self._underway = Underway(name, self._after, done, total)
 
+        self._settling = True
         try:
             return self.store.apply(self._writing, name, progress)
         finally:
-            self._after = self._underway = None
+            self._settling, self._after, self._underway = False, None, None
 
     def _apply(self, name: str, key: str) -> Version:
         self._settle(name)
@@ -333,7 +335,8 @@ class Service:
         release_threads()
         after = self._engine.call(lambda: self.llm.write_ids(memory, ids, source, progress))
         self._tokens_written += len(ids)
-        self._after = after
+        if self._settling:
+            self._after = after
         return after
 
     # --- numbers ----------------------------------------------------------------------------------------------------

@@ -24,15 +24,10 @@ POLICY = (  # the page talks to its own server only, loads nothing of others and
 
 @cache
 def files() -> dict[str, tuple[bytes, str]]:
-    """Content and type of the page's files, by their addresses.
-
-    Raises:
-        RuntimeError: the package was put together without them.
-    """
-    found = {f"/{file.name}": (file.read_bytes(), KINDS[file.suffix]) for file in FOLDER.iterdir()}
-    if "/index.html" not in found:
-        raise RuntimeError(f"the page is missing in {FOLDER}; build it: `make page`.")
-    return {"/": found.pop("/index.html"), **found}
+    """Content and type of the page's files, by their addresses; none where it was not built."""
+    there = sorted(FOLDER.iterdir()) if FOLDER.is_dir() else []
+    found = {f"/{f.name}": (f.read_bytes(), KINDS[f.suffix]) for f in there if f.suffix in KINDS and f.is_file()}
+    return {"/": found.pop("/index.html"), **found} if "/index.html" in found else {}
 
 
 async def respond(scope: Scope, receive: Receive, send: Send) -> bool:

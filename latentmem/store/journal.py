@@ -301,6 +301,13 @@ class Journal:
     def version(self, memory: int, seq: int) -> Row | None:
         return next(iter(self._rows("WHERE memory = ? AND seq = ?", memory, seq)), None)
 
+    def history(self, memory: int, after: int | None, limit: int | None, newest_first: bool) -> list[Row]:
+        """Versions by number, from the one end or the other, behind a version."""
+        order, beyond = ("DESC", "<") if newest_first else ("ASC", ">")
+        where = f"AND seq {beyond} ?" if after is not None else ""
+        sql = f"WHERE memory = ? {where} ORDER BY seq {order} LIMIT ?"
+        return self._rows(sql, memory, *([after] if after is not None else []), -1 if limit is None else limit)
+
     def head(self, memory: int) -> Row:
         """The newest version."""
         return self._rows("WHERE memory = ? ORDER BY seq DESC LIMIT 1", memory)[0]

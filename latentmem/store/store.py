@@ -226,10 +226,17 @@ class Store:
                 raise ValueError(f"there is nothing to undo in the memory {name!r}: this is how it began.")
             return self._journal.append(Row(memory, "rollback", row.base, {})).seq
 
-    def history(self, name: str) -> list[Version]:
-        """All versions of a memory, oldest first."""
+    def history(
+        self, name: str, *, after: int | None = None, limit: int | None = None, newest_first: bool = False
+    ) -> list[Version]:
+        """The versions of a memory, by default all of them, oldest first.
+
+        Args:
+            after: only those behind this version, in the order that is asked for.
+            limit: so many at most.
+        """
         with self._journal.one_look():
-            return [self._view(row) for row in self._versions(self._id(name))]
+            return [self._view(row) for row in self._journal.history(self._id(name), after, limit, newest_first)]
 
     def version(self, name: str, version: int | None = None, *, key: str | None = None) -> Version:
         """One version of a memory, by default the newest, or the one that was written with an idempotency key.
@@ -377,12 +384,14 @@ class Store:
             ValueError: as `open`.
         """
         for _ in range(8):
-            version = self.applied(name)
+            with self._journal.one_look():
+                version = self.applied(name)
             try:
                 return version, self.open(name, version)
             except ValueError:
-                if self.applied(name) == version:
-                    raise
+                with self._journal.one_look():
+                    if self.applied(name) == version:
+                        raise
         raise HiddenError(f"the versions of {name!r} are numbered anew; try again later.")
 
     def open(self, name: str, version: int | None = None, *, llm: MemoryModel | None = None) -> Memory:

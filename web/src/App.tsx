@@ -1,38 +1,50 @@
-import { useCallback, useEffect, useState } from "preact/hooks";
+import { useCallback, useEffect, useRef, useState } from "preact/hooks";
 import * as api from "./api";
-import { Chat } from "./Chat";
+import { Chat, type Exchange } from "./Chat";
 import { Dialog, Problem } from "./Dialog";
 import { Fork, History } from "./History";
+import { forgetAll, forgetOf, useKept } from "./kept";
 import { KeyForm, Memories } from "./Memories";
 import { useMemory } from "./memory";
 import { Pool } from "./Pool";
-import { bytes, sleep, useWork, words } from "./util";
+import { bytes, decoded, sleep, useWork, words } from "./util";
 import { Sources } from "./Sources";
 import { Write } from "./Write";
 
 type Place = "memories" | "chat" | "memory" | "history"; // one of them is seen on a narrow screen
 const PLACES: [Place, string][] = [["memories", "Memories"], ["chat", "Chat"], ["memory", "Memory"], ["history", "History"]]; // prettier-ignore
+const LOOK = 10_000; // milliseconds, after which one looks for memories that others have made
+const MANY = 100; // memories of which one does not look so often
 
 export function App() {
   const [state, setState] = useState<"loading" | "key" | "there">("loading");
   const [model, setModel] = useState("");
+  const [writes, setWrites] = useState(false);
   const [all, setAll] = useState<api.MemoryInfo[]>([]);
-  const [chosen, setChosen] = useState(() => decodeURIComponent(location.hash.slice(1)));
+  const [chosen, setChosen] = useState(() => decoded(location.hash.slice(1)));
   const [place, setPlace] = useState<Place>("chat");
   const [error, setError] = useState("");
-
-  const refused = useCallback((failed: unknown) => {
-    if (failed instanceof api.Failed && failed.status === 401) setState("key");
-    else if (failed instanceof api.Failed && failed.status === 503) setState("loading");
-    else if (failed instanceof api.Failed && failed.status === 404) void list();
-    setError(words(failed));
-  }, []);
+  const lists = useRef(0);
 
   const list = useCallback(async () => {
+    const turn = ++lists.current;
     const found = await api.memories();
+    if (turn !== lists.current) return; // a newer one is under way
     setAll(found);
     setChosen((now) => (found.some((one) => one.id === now) ? now : (found[0]?.id ?? "")));
     setError("");
+  }, []);
+
+  const refused = useCallback((failed: unknown) => {
+    setError(words(failed));
+    if (!(failed instanceof api.Failed)) return;
+    if (failed.status === 401) setState("key");
+    if (failed.status === 404) list().catch(() => undefined);
+    if (failed.status === 503)
+      api
+        .ready()
+        .then((ready) => !ready && setState("loading")) // else it was something else, such as a full disk
+        .catch(() => undefined);
   }, []);
 
   useEffect(() => {
@@ -43,14 +55,15 @@ export function App() {
         try {
           if (await api.ready()) {
             setModel(await api.model());
+            setWrites(await api.writes());
             await list();
-            setState("there");
-            return;
+            return setState("there");
           }
+          setError("");
         } catch (failed) {
           if (ended) return;
-          refused(failed);
-          if (failed instanceof api.Failed && failed.status === 401) return;
+          setError(words(failed));
+          if (failed instanceof api.Failed && failed.status === 401) return setState("key");
         }
         await sleep(1000);
       }
@@ -58,14 +71,27 @@ export function App() {
     return () => void (ended = true);
   }, [state]);
 
+  const many = all.length > MANY;
+  useEffect(() => {
+    if (state !== "there" || many) return;
+    const timer = setInterval(() => document.hidden || list().catch(() => undefined), LOOK);
+    return () => clearInterval(timer);
+  }, [state, many]);
   useEffect(() => {
     if (state === "there") history.replaceState(null, "", chosen ? `#${encodeURIComponent(chosen)}` : " ");
     document.title = chosen ? `${chosen} · latentmem` : "latentmem";
   }, [chosen, state]);
   useEffect(() => {
-    const follow = () => setChosen(decodeURIComponent(location.hash.slice(1)));
+    const follow = () => setChosen(decoded(location.hash.slice(1)));
+    const keep = (event: Event) => event.preventDefault(); // a file that misses its place does not take the page away
     addEventListener("hashchange", follow);
-    return () => removeEventListener("hashchange", follow);
+    addEventListener("dragover", keep);
+    addEventListener("drop", keep);
+    return () => {
+      removeEventListener("hashchange", follow);
+      removeEventListener("dragover", keep);
+      removeEventListener("drop", keep);
+    };
   }, []);
 
   if (state === "key") return <KeyForm known={() => setState("loading")} />;
@@ -74,7 +100,7 @@ export function App() {
       <main class="alone">
         <div class="card" role="status">
           <h1>latentmem</h1>
-          <p>The model is being loaded …</p>
+          <p>{error ? "The server can not be used now; this page tries again." : "The model is being loaded …"}</p>
           <Problem text={error} />
         </div>
       </main>
@@ -89,11 +115,13 @@ export function App() {
         <h1>latentmem</h1>
         <span class="quiet">{model}</span>
         <span class="grow" />
+        {!writes && <span class="quiet">This key may read only.</span>}
         {api.key.get() && (
           <button
             class="small"
             onClick={() => {
               api.key.set("");
+              forgetAll();
               setState("loading");
             }}
           >
@@ -108,11 +136,11 @@ export function App() {
           </button>
         ))}
       </nav>
-      <Memories all={all} chosen={chosen} choose={choose} changed={list} />
+      <Memories all={all} chosen={chosen} writes={writes} choose={choose} changed={list} />
       {chosen && all.some((one) => one.id === chosen) ? (
-        <One key={chosen} id={chosen} model={model} refused={refused} list={list} choose={choose} />
+        <One key={chosen} id={chosen} model={model} writes={writes} refused={refused} list={list} choose={choose} />
       ) : (
-        <main class="chat">
+        <main class="middle">
           <p class="quiet empty">A memory holds what you write into it, and the model answers from it.</p>
           <Problem text={error} />
         </main>
@@ -125,14 +153,16 @@ export function App() {
 function One(props: {
   id: string;
   model: string;
+  writes: boolean;
   refused: (error: unknown) => void;
   list: () => Promise<void>;
   choose: (id: string) => void;
 }) {
-  const { id, model, list, choose } = props;
+  const { id, model, writes, list, choose } = props;
   const memory = useMemory(id, props.refused);
   const [only, show] = useState<string | null>(null);
   const [asked, setAsked] = useState<"fork" | "delete" | null>(null);
+  const [, setTalk] = useKept<Exchange[]>(`talk ${id}`, []);
   const { slots, stats, info, version } = memory;
   const work = useWork();
   useEffect(() => void list().catch(() => undefined), [info?.versions, info?.M]);
@@ -140,38 +170,47 @@ function One(props: {
     await list();
     choose(name);
   };
-  const place = slots && only !== null ? slots.sources.indexOf(only) : null;
+  const forgotten = () => {
+    // the versions are numbered anew
+    memory.look(null);
+    setTalk((talk) => talk.map((one) => ({ ...one, behind: { ...one.behind, version: null } })));
+  };
+  const place = slots && only !== null ? slots.sources.indexOf(only) : -1;
+  const past = version !== null && (
+    <p class="past row" role="status">
+      <span class="grow">You see version {version}, and answers come from it.</span>
+      <button class="small" onClick={() => memory.look(null)}>
+        Back to the newest
+      </button>
+    </p>
+  );
   return (
     <>
       <main class="middle">
-        {version !== null && (
-          <p class="past row" role="status">
-            <span class="grow">You see version {version}, and answers come from it.</span>
-            <button class="small" onClick={() => memory.look(null)}>
-              Back to the newest
-            </button>
-          </p>
-        )}
-        <Chat id={id} model={model} version={version} show={show} refresh={memory.refresh} />
+        {past}
+        <Chat id={id} model={model} version={version} writes={writes} show={show} refresh={memory.refresh} />
       </main>
       <aside class="side" aria-label={`The memory ${id}`}>
+        {past && <div class="narrow">{past}</div>}
         <div class="memory-part">
           <div class="row">
             <h2 class="grow">{id}</h2>
             <button class="small" disabled={work.busy} onClick={() => void work.run(() => api.save(id))}>
               Export
             </button>
-            <button class="small" onClick={() => setAsked("fork")}>
+            <button class="small" hidden={!writes} onClick={() => setAsked("fork")}>
               Fork …
             </button>
-            <button class="small danger" onClick={() => setAsked("delete")}>
+            <button class="small danger" hidden={!writes} onClick={() => setAsked("delete")}>
               Delete …
             </button>
           </div>
           {info && <p class="quiet">{info.versions} versions, {bytes(info.bytes)} on disk</p>}
           <Problem text={memory.error || work.error} />
-          {slots && <Pool slots={slots} only={place} />}
-          {version === null && <Write id={id} slots={slots} refresh={memory.refresh} />}
+          {slots && <Pool slots={slots} only={place < 0 ? null : place} />}
+          <div hidden={version !== null || !writes}>
+            <Write id={id} slots={slots} info={info} refresh={memory.refresh} />
+          </div>
           {slots && stats && (
             <Sources
               id={id}
@@ -179,7 +218,8 @@ function One(props: {
               stats={stats}
               only={only}
               show={show}
-              past={version !== null}
+              fixed={version !== null || !writes}
+              forgotten={forgotten}
               refresh={memory.refresh}
             />
           )}
@@ -188,6 +228,7 @@ function One(props: {
           id={id}
           newest={info ? `${info.versions} ${info.pending} ${info.changed}` : ""}
           version={version}
+          writes={writes}
           look={memory.look}
           refresh={memory.refresh}
           forked={forked}
@@ -201,6 +242,7 @@ function One(props: {
           danger
           onAct={async () => {
             await api.remove(id);
+            forgetOf(id);
             await list();
           }}
           onClose={() => setAsked(null)}

@@ -3,17 +3,19 @@ import * as api from "./api";
 import { Problem } from "./Dialog";
 import { named, percent } from "./pool";
 import { Swatch } from "./Pool";
+import { useKept } from "./kept";
 import { words } from "./util";
 
-interface Answer {
+export interface Answer {
   text: string;
   state: "waiting" | "running" | "done" | "stopped" | "failed";
   error?: string;
   version?: number | null;
   cut?: boolean;
+  asked?: api.Message[]; // what it answers
 }
 
-interface Exchange {
+export interface Exchange {
   question: string;
   behind: Answer; // with the memory
   plain: Answer | null; // without it
@@ -26,15 +28,16 @@ export function Chat(props: {
   id: string;
   model: string;
   version: number | null;
+  writes: boolean;
   show: (source: string | null) => void;
   refresh: () => void;
 }) {
   const { id, model, version } = props;
-  const [talk, setTalk] = useState<Exchange[]>([]);
-  const [text, setText] = useState("");
-  const [beside, setBeside] = useState(true);
-  const [keep, setKeep] = useState(false);
-  const [earlier, setEarlier] = useState(false);
+  const [talk, setTalk] = useKept<Exchange[]>(`talk ${id}`, []);
+  const [text, setText] = useKept(`message ${id}`, "");
+  const [beside, setBeside] = useKept("beside", true);
+  const [keep, setKeep] = useKept(`keep ${id}`, false);
+  const [earlier, setEarlier] = useKept("earlier", false);
   const [stop, setStop] = useState<AbortController | null>(null);
   const list = useRef<HTMLDivElement>(null);
 
@@ -47,7 +50,7 @@ export function Chat(props: {
   async function ask(question: string) {
     const abort = new AbortController();
     const place = talk.length;
-    setTalk([...talk, { question, behind: WAITING, plain: beside ? WAITING : null }]);
+    setTalk([...talk, { question, behind: { ...WAITING, version }, plain: beside ? WAITING : null }]);
     setText("");
     setStop(abort);
     const change = (which: "behind" | "plain", how: (before: Answer) => Answer) =>
@@ -59,9 +62,10 @@ export function Chat(props: {
         if (!said?.text || said.state === "failed") return [];
         return [{ role: "user", content: one.question }, { role: "assistant", content: said.text }];
       });
-      const memory = which === "behind" ? { id, version, write: keep && version === null } : null;
+      const memory = which === "behind" ? { id, version, write: keep && props.writes && version === null } : null;
       try {
         const messages: api.Message[] = [...before, { role: "user", content: question }];
+        change(which, (now) => ({ ...now, asked: messages }));
         for await (const piece of api.chat(model, messages, memory, abort.signal))
           change(which, (now) => ({
             ...now,
@@ -98,7 +102,7 @@ export function Chat(props: {
           New chat
         </button>
       </div>
-      <div class="talk" ref={list} role="log" aria-label="Conversation" tabIndex={0}>
+      <div class="talk" ref={list} role="log" aria-label="Conversation" aria-busy={stop !== null} tabIndex={0}>
         {talk.length === 0 && (
           <p class="quiet empty">
             Write something into the memory, then ask about it. The same model answers twice: with the memory, and
@@ -150,8 +154,8 @@ export function Chat(props: {
         <label>
           <input
             type="checkbox"
-            checked={keep && version === null}
-            disabled={version !== null}
+            checked={keep && props.writes && version === null}
+            disabled={version !== null || !props.writes}
             onChange={(event) => setKeep(event.currentTarget.checked)}
           />
           write what is said into the memory
@@ -181,7 +185,8 @@ function Said(props: {
     if (open) props.show(null);
     if (open || shares) return;
     try {
-      const { sources } = await api.drawn(props.id, props.question, answer.text.trim(), answer.version ?? null);
+      const asked = answer.asked ?? [{ role: "user", content: props.question }];
+      const { sources } = await api.drawn(props.id, asked, answer.text.trim(), answer.version ?? null);
       setShares(Object.entries(sources).filter(([, share]) => share >= 0.005).sort((a, b) => b[1] - a[1]));
       setError("");
     } catch (failed) {
@@ -191,7 +196,7 @@ function Said(props: {
   return (
     <div class={`said ${props.traced ? "behind" : ""}`}>
       <h3>{props.title}</h3>
-      <p class="text" onClick={() => can && void toggle()}>
+      <p class="text" onClick={() => can && getSelection()?.isCollapsed && void toggle()}>
         {answer.text.trim() || (answer.state === "waiting" || answer.state === "running" ? "" : "(nothing)")}
         {(answer.state === "waiting" || answer.state === "running") && <span class="cursor" aria-label="answering" />}
       </p>

@@ -1,8 +1,9 @@
 import type { ComponentChildren } from "preact";
 import { useEffect, useRef } from "preact/hooks";
+import { Failed } from "./api";
 import { useWork } from "./util";
 
-/** A question with a form, in front of everything else; Escape leaves it. */
+/** A question with a form, in front of everything else; Escape leaves it, as long as nothing is being done. */
 export function Dialog(props: {
   title: string;
   act: string;
@@ -14,18 +15,31 @@ export function Dialog(props: {
   const dialog = useRef<HTMLDialogElement>(null);
   const work = useWork();
   useEffect(() => dialog.current?.showModal(), []);
+  const act = async () => {
+    try {
+      await props.onAct();
+    } catch (error) {
+      if (!(error instanceof Failed) || error.status !== 504) throw error;
+      throw new Failed("It takes longer than a request may. It goes on, and is shown here when it is done.", 504);
+    }
+  };
   const submit = async (event: Event) => {
     event.preventDefault();
-    if (!work.busy && (await work.run(props.onAct))) props.onClose();
+    if (!work.busy && (await work.run(act))) dialog.current?.close();
   };
   return (
-    <dialog ref={dialog} onClose={props.onClose} aria-labelledby="dialog-title">
+    <dialog
+      ref={dialog}
+      onClose={props.onClose}
+      onCancel={(event) => work.busy && event.preventDefault()}
+      aria-labelledby="dialog-title"
+    >
       <form onSubmit={submit}>
         <h2 id="dialog-title">{props.title}</h2>
         {props.children}
         <Problem text={work.error} />
         <div class="row end">
-          <button type="button" onClick={() => dialog.current?.close()}>
+          <button type="button" disabled={work.busy} onClick={() => dialog.current?.close()}>
             Cancel
           </button>
           <button class={props.danger ? "danger" : "primary"} disabled={work.busy}>

@@ -1,4 +1,4 @@
-import { useEffect, useState } from "preact/hooks";
+import { useEffect, useRef, useState } from "preact/hooks";
 import * as api from "./api";
 import { Dialog, Problem } from "./Dialog";
 import { Name } from "./Memories";
@@ -10,6 +10,7 @@ export function History(props: {
   id: string;
   newest: string; // changes whenever there is something new
   version: number | null;
+  writes: boolean;
   look: (version: number | null) => void;
   refresh: () => void;
   forked: (id: string) => Promise<void>;
@@ -21,11 +22,13 @@ export function History(props: {
   const [forking, setForking] = useState<number | null>(null);
   const [back, setBack] = useState<number | null>(null);
   const work = useWork();
+  const known = useRef(0);
+  known.current = lines.length;
 
   useEffect(() => {
     let ended = false;
     api
-      .history(id, null)
+      .history(id, null, Math.min(100, Math.max(20, known.current)))
       .then((page) => {
         if (ended) return;
         setLines(page.data);
@@ -39,7 +42,8 @@ export function History(props: {
   const older = () =>
     work.run(async () => {
       const page = await api.history(id, lines.at(-1)?.version ?? null);
-      setLines([...lines, ...page.data]);
+      const before = lines.at(-1)?.version;
+      setLines((now) => (now.at(-1)?.version === before ? [...now, ...page.data] : now));
       setMore(page.has_more);
     });
   const top = lines[0]?.version;
@@ -51,7 +55,7 @@ export function History(props: {
         {lines.map((line) => {
           const seen = version === null ? line.version === top : line.version === version;
           return (
-            <li key={line.version} class={seen ? "seen" : ""} aria-current={seen ? "true" : undefined}>
+            <li key={`${line.version} ${line.time}`} class={seen ? "seen" : ""} aria-current={seen ? "true" : undefined}>
               <span class="number">{line.version}</span>
               <div class="grow">
                 <span>{event(line)}</span> <time class="quiet" dateTime={line.time}>{date(line.time)}</time>
@@ -64,12 +68,12 @@ export function History(props: {
                     Look
                   </button>
                 )}
-                {line.version !== top && (
+                {line.version !== top && props.writes && (
                   <button class="small" onClick={() => setBack(line.version)}>
                     Go back …
                   </button>
                 )}
-                <button class="small" onClick={() => setForking(line.version)}>
+                <button class="small" hidden={!props.writes} onClick={() => setForking(line.version)}>
                   Fork …
                 </button>
               </span>

@@ -8,23 +8,32 @@ import { useWork } from "./util";
 export function Memories(props: {
   all: api.MemoryInfo[];
   chosen: string;
+  writes: boolean;
   choose: (id: string) => void;
   changed: () => Promise<void>;
 }) {
   const [making, setMaking] = useState(false);
   const [bringing, setBringing] = useState<File | null>(null);
+  const [wanted, setWanted] = useState("");
   const input = useRef<HTMLInputElement>(null);
+  const shown = props.all.filter((one) => one.id.toLowerCase().includes(wanted.toLowerCase()));
   return (
     <nav class="memories" aria-label="Memories">
       <div class="row">
         <h2>Memories</h2>
-        <button class="primary small" onClick={() => setMaking(true)}>
+        <button class="primary small" hidden={!props.writes} onClick={() => setMaking(true)}>
           New
         </button>
       </div>
       {props.all.length === 0 && <p class="quiet">None yet. Make one, write a text into it, and ask.</p>}
+      {props.all.length > 10 && (
+        <label>
+          <span class="unseen">Find a memory</span>
+          <input placeholder="Find" value={wanted} onInput={(event) => setWanted(event.currentTarget.value)} />
+        </label>
+      )}
       <ul class="plain">
-        {props.all.map((one) => (
+        {shown.map((one) => (
           <li key={one.id}>
             <button
               class="memory"
@@ -42,7 +51,7 @@ export function Memories(props: {
           </li>
         ))}
       </ul>
-      <button class="small" onClick={() => input.current?.click()}>
+      <button class="small" hidden={!props.writes} onClick={() => input.current?.click()}>
         Import a file …
       </button>
       <input
@@ -129,6 +138,7 @@ export function KeyForm({ known }: { known: () => void }) {
   const submit = (event: Event) => {
     event.preventDefault();
     void work.run(async () => {
+      if (!/^[\x21-\x7e]+$/.test(value.trim())) throw new Error("A key looks like lm-..., without other signs.");
       api.key.set(value.trim());
       try {
         await api.model();

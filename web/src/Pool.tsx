@@ -86,20 +86,22 @@ export function Pool({ slots, only }: { slots: Slots; only: number | null }) {
           ))}
         </fieldset>
       </div>
-      <canvas
-        ref={canvas}
-        style={{ height: `${slots.L * ROW}px` }}
-        tabIndex={0}
-        role="img"
-        aria-label={summary}
+      <div
+        class="slots"
+        role="application"
+        aria-label="Slots, one by one with the arrow keys"
         aria-describedby="pool-place"
+        tabIndex={0}
         onPointerMove={under}
-        onPointerLeave={() => setPlace(null)}
+        onPointerDown={under}
+        onPointerLeave={(event) => event.pointerType === "mouse" && setPlace(null)}
         onBlur={() => setPlace(null)}
         onKeyDown={step}
-      />
+      >
+        <canvas ref={canvas} style={{ height: `${slots.L * ROW}px` }} role="img" aria-label={summary} />
+      </div>
       <figcaption>
-        <p id="pool-place" aria-live="polite" class="place">
+        <p id="pool-place" aria-live={place ? "polite" : "off"} class="place">
           {place && there
             ? `Layer ${place[0] + 1}, slot ${count(place[1] + 1)}: ${named(slots.sources[there.source])}, ` +
               `${age(newest - there.update)}`

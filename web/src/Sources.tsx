@@ -12,7 +12,8 @@ export function Sources(props: {
   stats: api.Stats;
   only: string | null;
   show: (source: string | null) => void;
-  past: boolean; // what is shown is an older version: only the newest one can be changed
+  fixed: boolean; // it can not be changed: an older version, or a key that may only read
+  forgotten: () => void; // as if it had never been written
   refresh: () => void;
 }) {
   const { id, slots, stats, refresh } = props;
@@ -29,7 +30,7 @@ export function Sources(props: {
     <section class="sources" aria-labelledby="sources-title">
       <h3 id="sources-title">What is in it</h3>
       <p class="quiet">
-        {stats.half_life !== null
+        {stats.half_life
           ? `Once it is full, half of a text is left after ${count(Math.round(stats.half_life))} updates of ${count(slots.K)} slots.`
           : "One update replaces all of it."}
         {slots.R > 0 && ` Its long-term memory holds ${count(slots.stored)} slots; a question takes back up to ${count(slots.R)} of them.`}
@@ -71,7 +72,7 @@ export function Sources(props: {
               ))}
             </dl>
             {one.expires && <span class="quiet">expires {date(one.expires)}</span>}
-            <span class="row end" hidden={props.past}>
+            <span class="row end" hidden={props.fixed}>
               <button class="small" aria-pressed={one.pinned} disabled={work.busy} onClick={() => void pin(one)}>
                 {one.pinned ? "Pinned" : "Pin"}
               </button>
@@ -91,10 +92,18 @@ export function Sources(props: {
   );
 }
 
-function Forget({ id, source, refresh, onClose }: { id: string; source: string; refresh: () => void; onClose: () => void }) {
+function Forget(props: {
+  id: string;
+  source: string;
+  refresh: () => void;
+  forgotten: () => void;
+  onClose: () => void;
+}) {
+  const { id, source, refresh, onClose } = props;
   const [exact, setExact] = useState(false);
   const act = async () => {
     await api.forget(id, source, exact);
+    if (exact) props.forgotten();
     refresh();
   };
   return (

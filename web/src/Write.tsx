@@ -1,49 +1,105 @@
-import { useRef, useState } from "preact/hooks";
+import { useEffect, useRef, useState } from "preact/hooks";
 import * as api from "./api";
 import { Problem } from "./Dialog";
+import { useKept } from "./kept";
 import { count } from "./pool";
-import { sleep, useWork } from "./util";
+import { useLatest, words } from "./util";
 
-/** Write a text or files into a memory, and see how far it has come. */
-export function Write({ id, slots, refresh }: { id: string; slots: api.Slots | null; refresh: () => void }) {
-  const [text, setText] = useState("");
-  const [source, setSource] = useState("");
+interface Job {
+  key: string; // makes a write happen once, however often it is sent
+  name: string;
+  version: number | null; // once it is accepted
+  state: "sent" | "waiting" | "written" | "failed";
+  error: string;
+}
+
+/** Write texts or files into a memory, and see how far it has come; one can go on typing meanwhile. */
+export function Write(props: { id: string; slots: api.Slots | null; info: api.MemoryInfo | null; refresh: () => void }) {
+  const { id, slots, info, refresh } = props;
+  const [text, setText] = useKept(`text ${id}`, "");
+  const [source, setSource] = useKept(`source ${id}`, "");
+  const [jobs, setJobs] = useKept<Job[]>(`jobs ${id}`, []);
   const [over, setOver] = useState(false);
-  const [done, setDone] = useState("");
-  const work = useWork();
   const input = useRef<HTMLInputElement>(null);
+  const line = useRef<Promise<void>>(Promise.resolve()); // what is sent waits for what was sent before
+  const latest = useLatest({ text });
 
-  const write = (name: string, what: Parameters<typeof api.write>[1]) => async () => {
-    setDone("");
-    const { version } = await api.write(id, what);
-    refresh();
-    await settled(id, version);
-    refresh();
-    setDone(`Written: ${name}.`);
-  };
-  const files = (some: FileList | null | undefined) => {
-    const all = [...(some ?? [])];
-    if (all.length) void work.run(async () => { for (const file of all) await write(file.name, { file })(); }); // prettier-ignore
-  };
-  const submit = async (event: Event) => {
+  const change = (key: string, to: Partial<Job>) =>
+    setJobs((now) => now.map((job) => (job.key === key ? { ...job, ...to } : job)));
+
+  function send(name: string, what: Parameters<typeof api.write>[1], key: string, sent?: () => void) {
+    setJobs((now) => [
+      ...now.filter((job) => job.state === "sent" || job.state === "waiting").filter((job) => job.key !== key),
+      { key, name, version: null, state: "sent", error: "" },
+    ]);
+    line.current = line.current.then(async () => {
+      try {
+        const { version, state } = await api.write(id, what, key);
+        change(key, { version, state: state === "applied" ? "written" : "waiting" });
+        sent?.();
+      } catch (error) {
+        change(key, { state: "failed", error: words(error) });
+      }
+      refresh();
+    });
+  }
+
+  const attempt = useRef({ text: "", source: "", key: "" }); // the same text that is sent again is written once
+  const submit = (event: Event) => {
     event.preventDefault();
     const name = source.trim() || "text";
-    if (await work.run(write(name, { text, source: name }))) setText("");
+    if (attempt.current.text !== text || attempt.current.source !== name)
+      attempt.current = { text, source: name, key: api.newKey() };
+    const sent = text;
+    send(name, { text, source: name }, attempt.current.key, () => {
+      attempt.current.key = "";
+      attempt.current.text = "";
+      if (latest.current.text === sent) setText("");
+    });
   };
+  const files = (some: FileList | null | undefined) => {
+    for (const file of some ?? []) send(file.name, { file, source: source.trim() }, api.newKey());
+  };
+
+  // what was accepted is in the memory when nothing of it waits any more; then one asks what became of it
+  const settled = info !== null && info.pending === 0;
+  const asking = useRef(new Set<string>());
+  useEffect(() => {
+    if (!settled) return;
+    for (const job of jobs) {
+      const { key, version } = job;
+      if (job.state !== "waiting" || version === null || version >= info.versions || asking.current.has(key)) continue;
+      asking.current.add(key);
+      api
+        .history(id, version + 1, 1)
+        .then(({ data: [found] }) => {
+          const bad = found?.version === version && found.state === "failed";
+          change(key, bad ? { state: "failed", error: found.error ?? "it failed" } : { state: "written" });
+        })
+        .catch(() => undefined) // asked again when the memory is looked at again
+        .finally(() => asking.current.delete(key));
+    }
+  }, [info, jobs]);
+
   const now = slots?.writing;
+  const open = jobs.filter((job) => job.state === "sent" || job.state === "waiting");
+  const last = jobs.filter((job) => job.state === "written");
+  const dragged = (event: DragEvent) => event.dataTransfer?.types.includes("Files");
   return (
     <section
       class={`write card ${over ? "over" : ""}`}
       aria-labelledby="write-title"
       onDragOver={(event) => {
+        if (!dragged(event)) return;
         event.preventDefault();
         setOver(true);
       }}
       onDragLeave={() => setOver(false)}
       onDrop={(event) => {
-        event.preventDefault();
         setOver(false);
-        if (!work.busy) files(event.dataTransfer?.files);
+        if (!dragged(event)) return;
+        event.preventDefault();
+        files(event.dataTransfer?.files);
       }}
     >
       <h3 id="write-title">Write into it</h3>
@@ -68,10 +124,10 @@ export function Write({ id, slots, refresh }: { id: string; slots: api.Slots | n
               onInput={(event) => setSource(event.currentTarget.value)}
             />
           </label>
-          <button type="button" disabled={work.busy} onClick={() => input.current?.click()}>
+          <button type="button" onClick={() => input.current?.click()}>
             File …
           </button>
-          <button class="primary" disabled={work.busy || !text.trim()}>
+          <button class="primary" disabled={!text.trim() || jobs.some((job) => job.state === "sent")}>
             Write
           </button>
         </div>
@@ -88,26 +144,22 @@ export function Write({ id, slots, refresh }: { id: string; slots: api.Slots | n
           event.currentTarget.value = "";
         }}
       />
-      <div aria-live="polite">
-        {(work.busy || now) && (
-          <label class="progress">
-            {now ? `${count(now.done)} of ${count(now.total)} tokens written` : "Waiting for its turn …"}
-            <progress {...(now ? { value: now.done, max: now.total } : {})} />
-          </label>
-        )}
-        {!work.busy && !now && done && <p class="quiet">{done}</p>}
-      </div>
-      <Problem text={work.error} />
+      {(now || open.length > 0) && (
+        <label class="progress">
+          {now ? `${count(now.done)} of ${count(now.total)} tokens written` : "Waiting for its turn …"}
+          <progress {...(now ? { value: now.done, max: now.total } : {})} />
+        </label>
+      )}
+      <p class="quiet" aria-live="polite">
+        {open.length > 0
+          ? `Writing: ${open.map((job) => job.name).join(", ")}.`
+          : last.length > 0 && `Written: ${last.map((job) => job.name).join(", ")}.`}
+      </p>
+      {jobs
+        .filter((job) => job.state === "failed")
+        .map((job) => (
+          <Problem key={job.key} text={`${job.name}: ${job.error}`} />
+        ))}
     </section>
   );
-}
-
-/** Wait until a write is in the memory, or say why it never will be. */
-async function settled(id: string, version: number | null): Promise<void> {
-  while (version !== null) {
-    const line = (await api.history(id, version + 1, 1)).data[0];
-    if (line?.version !== version || line.state === "applied") return;
-    if (line.state === "failed") throw new Error(`It could not be written: ${line.error}.`);
-    await sleep(300);
-  }
 }

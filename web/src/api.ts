@@ -90,8 +90,17 @@ export const key = {
   set: (value: string) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
 };
 
-async function request(method: string, path: string, body?: unknown, signal?: AbortSignal): Promise<Response> {
+/** A key that makes a write happen once. */
+export const newKey = () => [...crypto.getRandomValues(new Uint8Array(16))].map((x) => x.toString(16)).join("-");
+
+interface Ways {
+  signal?: AbortSignal;
+  once?: string;
+}
+
+async function request(method: string, path: string, body?: unknown, { signal, once }: Ways = {}): Promise<Response> {
   const headers: Record<string, string> = key.get() ? { Authorization: `Bearer ${key.get()}` } : {};
+  if (once) headers["Idempotency-Key"] = once;
   const form = body instanceof FormData || body instanceof Blob;
   if (body instanceof Blob) headers["Content-Type"] = "application/zip";
   else if (body !== undefined && !form) headers["Content-Type"] = "application/json";
@@ -117,8 +126,8 @@ async function said(response: Response): Promise<string> {
   }
 }
 
-const json = async <T>(method: string, path: string, body?: unknown): Promise<T> =>
-  (await request(method, path, body)).json() as Promise<T>;
+const json = async <T>(method: string, path: string, body?: unknown, ways?: Ways): Promise<T> =>
+  (await request(method, path, body, ways)).json() as Promise<T>;
 
 const at = (id: string, rest = "") => `/v1/memories/${encodeURIComponent(id)}${rest}`;
 
@@ -131,6 +140,9 @@ export async function ready(): Promise<boolean> {
     throw error;
   }
 }
+
+/** Whether the key may write, too. */
+export const writes = async () => (await json<{ writes: boolean }>("GET", "/v1/key")).writes;
 
 export const model = async () => (await json<Page<{ id: string }>>("GET", "/v1/models")).data[0]?.id ?? "";
 
@@ -159,8 +171,8 @@ export const history = (id: string, after: number | null, limit = 20, text = fal
     "GET",
     at(id, `/history?order=desc&limit=${limit}&text=${text}${after === null ? "" : `&after=${after}`}`),
   );
-export const drawn = (id: string, question: string, answer: string, version: number | null) =>
-  json<{ sources: Record<string, number> }>("POST", at(id, "/sources"), { question, answer, version });
+export const drawn = (id: string, messages: Message[], answer: string, version: number | null) =>
+  json<{ sources: Record<string, number> }>("POST", at(id, "/sources"), { messages, answer, version });
 export const rollback = (id: string, version: number) => json<unknown>("POST", at(id, "/rollback"), { version });
 export const fork = (id: string, name: string, version: number | null) =>
   json<MemoryInfo>("POST", at(id, "/fork"), { id: name, version });
@@ -172,12 +184,17 @@ export const expire = (id: string, source: string, after: number | null) =>
   json<unknown>("POST", at(id, "/expire"), { source, after });
 
 /** Accept a text or a file; it is in the memory when `slots` shows the version. */
-export function write(id: string, what: { text: string; source: string } | { file: File }): Promise<Written> {
-  if ("text" in what) return json("POST", at(id, "/write"), { ...what, wait: false });
+export function write(
+  id: string,
+  what: { text: string; source: string } | { file: File; source: string },
+  once: string,
+): Promise<Written> {
+  if ("text" in what) return json("POST", at(id, "/write"), { ...what, wait: false }, { once });
   const form = new FormData();
   form.set("file", what.file);
   form.set("wait", "false");
-  return json("POST", at(id, "/write"), form);
+  if (what.source) form.set("source", what.source);
+  return json("POST", at(id, "/write"), form, { once });
 }
 
 /** The whole memory as a file that the browser saves. */
@@ -228,7 +245,7 @@ export async function* chat(
   signal: AbortSignal,
 ): AsyncGenerator<Piece> {
   const body = { model, messages, stream: true, ...(memory ? { memory } : {}) };
-  const response = await request("POST", "/v1/chat/completions", body, signal);
+  const response = await request("POST", "/v1/chat/completions", body, { signal });
   if (!response.body) return;
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;

@@ -2,8 +2,9 @@ import { useCallback, useEffect, useRef, useState } from "preact/hooks";
 import * as api from "./api";
 import { useLatest, words } from "./util";
 
-const OFTEN = 200; // milliseconds, while something is being written
+const OFTEN = 200; // milliseconds, while slots change
 const SELDOM = 2500; // else: others may write, too
+const PATIENT = 5000; // after which a write that does not go on is looked at seldom
 
 export interface Shown {
   slots: api.Slots | null;
@@ -29,54 +30,81 @@ export function useMemory(id: string, refused: (error: unknown) => void): Shown 
 
   useEffect(() => {
     let ended = false;
-    let known = "";
-    const rest = (ms: number) =>
-      new Promise<void>((done) => {
-        const timer = setTimeout(done, ms);
-        wake.current = () => {
-          clearTimeout(timer);
-          known = "";
-          done();
-        };
-      });
+    let wishes = 0; // how often a new look was wished for
+    let known = ""; // the state that is shown
+    let progress = ""; // of the write that is seen
+    let moved = 0; // when it last went on
+    let asked = 0; // stats, the newest of which counts
+    let woken: () => void = () => undefined;
+    wake.current = () => {
+      wishes++;
+      woken();
+    };
+    setSlots(null);
+    setStats(null);
+
+    const failed = (problem: unknown) => {
+      if (ended) return;
+      latest.current(problem);
+      setError(words(problem));
+    };
 
     async function look(): Promise<number> {
       if (document.hidden) return SELDOM;
+      const wish = wishes;
       const found = await api.info(id);
-      const state = JSON.stringify([found.versions, found.changed, found.M]);
+      if (ended) return 0;
+      setInfo(found);
+      const state = JSON.stringify([wish, found.versions, found.changed, found.M, found.pending]);
       const writing = found.pending > 0;
-      if (writing || state !== known) {
-        const [seen, left] = await Promise.all([api.slots(id, version), writing ? null : api.stats(id, version)]);
+      if (state !== known || (writing && version === null)) {
+        const seen = await api.slots(id, version);
         if (ended) return 0;
         setSlots(seen);
-        if (left) setStats(left);
-        known = writing ? "" : state;
+        const now = JSON.stringify([seen.version, seen.writing]);
+        if (now !== progress) moved = Date.now();
+        progress = now;
+        // what waits is not waited for: those of the version that is there
+        if (state !== known) left(writing ? seen.version : version);
       }
-      if (!ended) {
-        setInfo(found);
-        setError("");
-      }
-      return writing ? OFTEN : SELDOM;
+      known = state;
+      setError("");
+      return writing && version === null && Date.now() - moved < PATIENT ? OFTEN : SELDOM;
+    }
+
+    function left(at: number | null) {
+      const turn = ++asked;
+      api
+        .stats(id, at)
+        .then((one) => !ended && turn === asked && setStats(one))
+        .catch(failed);
     }
 
     void (async () => {
       while (!ended) {
         let wait = SELDOM;
+        const wish = wishes;
         try {
           wait = await look();
-        } catch (failed) {
-          if (ended) return;
-          latest.current(failed);
-          setError(words(failed));
+        } catch (problem) {
+          failed(problem);
         }
-        if (!ended) await rest(wait);
+        if (ended) return;
+        if (wish === wishes)
+          await new Promise<void>((done) => {
+            const timer = setTimeout(done, wait);
+            woken = () => {
+              clearTimeout(timer);
+              done();
+            };
+          });
       }
     })();
     const seen = () => !document.hidden && wake.current();
     document.addEventListener("visibilitychange", seen);
     return () => {
       ended = true;
-      wake.current();
+      woken();
       document.removeEventListener("visibilitychange", seen);
     };
   }, [id, version]);

@@ -32,6 +32,15 @@ export function useLatest<T>(value: T): { current: T } {
   return latest;
 }
 
+/** A part of the address as it was meant; "" if it is none. */
+export function decoded(part: string): string {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return "";
+  }
+}
+
 export const sleep = (ms: number) => new Promise((done) => setTimeout(done, ms));
 
 const DATE = new Intl.DateTimeFormat("en", { dateStyle: "medium", timeStyle: "short" });
