@@ -1,4 +1,4 @@
-"""`latentmem eval`: retention, compare, effects."""
+"""`latentmem eval`: retention, compare, effects, editing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -175,8 +176,54 @@ def effects(
     _measured("effects", llm, workers, out, asked.measure, chosen, settings, loading=loading)
 
 
+@evaluation.command()
+def editing(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the same one goes on with it.")],
+    data: Annotated[str, typer.Option(help="zsre or counterfact.")] = "zsre",
+    edits: Annotated[int, typer.Option(min=2, help="Edits that are made one at a time.")] = 200,
+    rows: Annotated[
+        str, typer.Option(help="What is measured.")
+    ] = "none,context,memory-empty,memory-full,ft,ft-l,lora,ike,rome",
+    sequence: Annotated[
+        str, typer.Option(help="Edits that are made without reset in between, such as 1,10,100,1000.")
+    ] = "1",
+    capacity: Annotated[
+        int, typer.Option("--capacity", "-N", help="Slots per layer; a checkpoint has its own.")
+    ] = 2048,
+    compression: Compression = None,
+    choice: Choice = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn and of every drop.")] = 0,
+    workers: Workers = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    model: Model = PACKAGED,
+    device: Device = None,
+    adapters: Adapters = "auto",
+) -> None:
+    """Facts that are changed: by a memory, and by fine-tuning, LoRA, demonstrations and rank-one edits."""
+    import latentmem
+    from latentmem.evaluate import editing as asked
+    from latentmem.evaluate import edits as sets
+
+    loading: dict[str, Any] = {"name": model, "dtype": dtype, "device": device, "adapters": base.pair(adapters)}
+    settings = asked.Settings(
+        N=capacity, edits=edits, rows=tuple(rows.split(",")), sequence=_numbers("--sequence", sequence), seed=seed
+    )
+    chosen = sets.load(data, seed=seed)
+    llm = latentmem.load(**loading)
+    c, way = _slots(llm, compression, choice)
+    settings = replace(settings, compression=c, choice=way)
+    _measured("editing", llm, workers, out, asked.measure, chosen, settings, loading=loading, table=asked.markdown)
+
+
 def _measured(
-    name: str, llm: MemoryModel, workers: int | None, out: Path, measure: Any, *args: Any, **more: Any
+    name: str,
+    llm: MemoryModel,
+    workers: int | None,
+    out: Path,
+    measure: Any,
+    *args: Any,
+    table: Any = None,
+    **more: Any,
 ) -> None:
     """Run a protocol's `measure(llm, *args, out, **more)` with a bar of progress, and print its table."""
     from latentmem.evaluate import protocol, runner
@@ -192,7 +239,7 @@ def _measured(
             workers=workers or (runner.cores() if llm.decoder.device.type == "cpu" else 1),
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    typer.echo(protocol.markdown(found))
+    typer.echo((table or protocol.markdown)(found))
 
 
 @contextmanager

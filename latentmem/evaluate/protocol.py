@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from latentmem.core.memory import Memory
 from latentmem.evaluate import results, runner
@@ -40,6 +40,9 @@ class Line:
     estimate: Estimate
 
 
+AnyLine = TypeVar("AnyLine", bound=Line)
+
+
 def empty(llm: MemoryModel, slots: Slots, seed: int) -> Memory:
     """An empty memory; of a checkpoint, the one that it holds."""
     if llm.trained is not None:
@@ -68,7 +71,7 @@ def measure(
     llm: MemoryModel,
     worker: runner.Worker,
     asked: dict[str, Any],
-    lines: Callable[[Sequence[Record]], list[Line]],
+    lines: Callable[[Sequence[Record]], list[AnyLine]],
     out: Path,
     *,
     title: str,
@@ -77,7 +80,9 @@ def measure(
     make: Callable[..., runner.Worker] | None = None,
     args: Sequence[Any] = (),
     progress: runner.Progress = lambda done, total: None,
-) -> list[Line]:
+    table: Callable[[Sequence[AnyLine]], str] | None = None,
+    over: str = "texts",
+) -> list[AnyLine]:
     """Run a protocol, or go on with it, and write table.md and summary.json.
 
     Args:
@@ -90,6 +95,8 @@ def measure(
         workers: processes; more than 1 needs `make`.
         make, args: how another process makes its own worker.
         progress: called with (units done, units in all).
+        table: the lines as Markdown; by default `markdown`.
+        over: what is drawn anew for the intervals, in words.
 
     Raises:
         KeyboardInterrupt: stopped; the table then shows what was finished, and the next run goes on from there.
@@ -98,14 +105,14 @@ def measure(
     if workers > 1 and make is None:
         raise ValueError("more than one worker needs `make`, which makes a worker in another process.")
     config: dict[str, Any] = {"protocol": protocol, **asked, "model": model(llm)}
-    folder = runner.Folder(out, config)
+    folder, table = runner.Folder(out, config), table or markdown
     with folder.working(results.this_run(command)):
         try:
             runner.run(folder, worker, make or _none, args, workers, progress)
         except KeyboardInterrupt:
-            _write(folder, lines, f"{title}, stopped before its end")
+            _write(folder, lines, f"{title}, stopped before its end", table, over)
             raise
-        return _write(folder, lines, title)
+        return _write(folder, lines, title, table, over)
 
 
 def model(llm: MemoryModel) -> dict[str, Any]:
@@ -122,7 +129,13 @@ def _none() -> runner.Worker:
     raise AssertionError("one worker needs no other process")
 
 
-def _write(folder: runner.Folder, lines: Callable[[Sequence[Record]], list[Line]], title: str) -> list[Line]:
+def _write(
+    folder: runner.Folder,
+    lines: Callable[[Sequence[Record]], list[AnyLine]],
+    title: str,
+    table: Callable[[Sequence[AnyLine]], str],
+    over: str,
+) -> list[AnyLine]:
     found = lines([record for unit in folder.done().values() for record in unit])
     config, runs = folder.config, folder.runs
     everything = {"title": title, **config, "runs": runs, "lines": [[x.name, asdict(x.estimate)] for x in found]}
@@ -131,8 +144,8 @@ def _write(folder: runner.Folder, lines: Callable[[Sequence[Record]], list[Line]
     asked = ", ".join(f"{key} = {value}" for key, value in config.get("settings", {}).items())
     head = f"# {title}\n\n```\n{commands}\n```\n\n{runs[-1]['started'][:10]}. {config['model']['name']}, "
     head += f"adapters {config['model']['adapters'] or 'none'}, {config['model']['dtype']}; {asked}. "
-    head += "Intervals: 95%, bootstrap over texts.\n\n"
-    (folder.path / "table.md").write_text(head + markdown(found), encoding="utf-8")
+    head += f"Intervals: 95%, bootstrap over {over}.\n\n"
+    (folder.path / "table.md").write_text(head + table(found), encoding="utf-8")
     return found
 
 
