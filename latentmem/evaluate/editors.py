@@ -318,14 +318,14 @@ class Weights:
         ids = prompt_ids(self.llm, prompt, question=self.questions, bare=False)
         return ids, answer_ids(self.llm, prompt, answer, question=self.questions)
 
-    def logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Logits of the plain model, [B, longest row, vocab] in float32; rows are padded at their ends."""
+    def logits(self, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Logits of the plain model at these places of each row, [places, vocab] in float32."""
         device = self.llm.decoder.device
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
-        with self.llm.using(None):
-            found = self.llm.base(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-        logits: Tensor = found.logits.float()
-        return logits
+        with self.llm.using(None):  # rows are padded at their ends, where they do not look
+            found = self.llm.decoder.body(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        hidden = found.last_hidden_state
+        return [self.llm.decoder.logits(row[list(some)]).float() for row, some in zip(hidden, places, strict=True)]
 
 
 class Trained(Weights):
@@ -343,9 +343,10 @@ class Trained(Weights):
         made = {name: tuple(t.clone().requires_grad_() for t in factors) for name, factors in state.items()}
         optimizer = torch.optim.Adam([t for factors in made.values() for t in factors], lr=self.rate)
         prompt, answer = self.ids(edit.rewrite.prompt, edit.rewrite.answer)
+        row, places = [*prompt, *answer[:-1]], range(len(prompt) - 1, len(prompt) + len(answer) - 1)
         for _ in range(self.steps):
             with torch.enable_grad(), added(self.llm, self.factors(made)):
-                logits = self.logits([[*prompt, *answer[:-1]]])[0, len(prompt) - 1 :]
+                logits = self.logits([row], [places])[0]
                 loss = cross_entropy(logits, torch.tensor(answer, device=logits.device))
             if loss.item() < ENOUGH:
                 break
@@ -411,7 +412,7 @@ class LowRank(Trained):
         rank: int = 8,
         alpha: float = 16,
         steps: int = 25,
-        rate: float = 5e-3,
+        rate: float = 5e-4,
     ) -> None:
         super().__init__(llm, questions, steps, rate)
         self.rank, self.scale = rank, alpha / rank
@@ -443,7 +444,7 @@ class RankOne(Weights):
         layer: by default a quarter of the way up.
         tokens: of the articles, for the second moments.
         beginnings: how many, of 8 words each.
-        steps, rate: of Adam; it stops before where the loss is below 0.05.
+        steps, rate: of Adam; it stops before where the answer is below 0.05 nats per token.
         kl: weight of the divergence for "<subject> is a".
         decay: weight of the vector's length, relative to that of what came out before.
         clamp: the longest vector, relative to the same.
@@ -461,9 +462,9 @@ class RankOne(Weights):
         articles: Sequence[str],
         layer: int | None = None,
         tokens: int = 50_000,
-        beginnings: int = 4,
+        beginnings: int = 2,
         steps: int = 20,
-        rate: float = 0.5,
+        rate: float = 1.0,
         kl: float = 0.0625,
         decay: float = 1e-3,
         clamp: float = 4.0,
@@ -502,10 +503,11 @@ class RankOne(Weights):
     def value(self, edit: Edit, prompts: Sequence[str]) -> Tensor:
         """v - W k, [d]: what is added to what comes out of the layer, so that the new answer is likely."""
         _, answer = self.ids(edit.rewrite.prompt, edit.rewrite.answer)
-        rows, places = [], []
+        rows, asked, places = [], [], []
         for prompt in prompts:
             ids, _ = self.ids(prompt, edit.rewrite.answer)
             rows.append([*ids, *answer[:-1]])
+            asked.append(range(len(ids) - 1, len(rows[-1])))
             places.append(last_of(self.llm, ids, prompt, edit.subject))
         about = f"{edit.subject} is a"
         general = prompt_ids(self.llm, about, question=False, bare=False)
@@ -526,15 +528,14 @@ class RankOne(Weights):
         try:
             for _ in range(self.steps):
                 with torch.enable_grad():
-                    logits = self.logits([*rows, general])
-                    says = [row[len(r) - len(answer) : len(r)] for row, r in zip(logits, rows, strict=False)]
-                    wanted = torch.stack([cross_entropy(s, target) for s in says]).mean()
-                    now = logits[-1, len(general) - 1].log_softmax(-1)
+                    *says, said = self.logits([*rows, general], [*asked, [len(general) - 1]])
+                    wanted = torch.stack([cross_entropy(logits, target) for logits in says]).mean()
+                    now = said[0].log_softmax(-1)
                     before = now.detach() if before is None else before
                     length = found[0][:-1].mean(0).norm()
                     held = kl_div(before, now, log_target=True, reduction="sum")
                     loss = wanted + self.kl * held + self.decay * more.norm() / length**2
-                if loss.item() < 5 * ENOUGH:
+                if wanted.item() < 5 * ENOUGH:
                     break
                 optimizer.zero_grad()
                 loss.backward()
@@ -580,7 +581,7 @@ class RankOne(Weights):
         handle = self.down.register_forward_pre_hook(take)
         try:
             with contextlib.suppress(_Taken):
-                self.logits([ids])
+                self.logits([ids], [[0]])
         finally:
             handle.remove()
         return found[0]
