@@ -194,8 +194,9 @@ class Editing:
     # --- metrics ----------------------------------------------------------------------------------------------------
 
     def _measured(self, way: Way, state: Any, edit: Edit) -> Record:
+        before = self._before(edit)  # outside of `reading`, within which the weights work as edited
         with way.reading(state) as context:
-            return {"edit": edit.id, **metrics(edit, self._scores(context, edit), self._before(edit))}
+            return {"edit": edit.id, **metrics(edit, self._scores(context, edit), before)}
 
     def _unedited(self, edit: Edit) -> list[Tensor]:
         """For each unrelated prompt, the tokens that the unedited model finds the most likely ones."""
