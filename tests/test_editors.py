@@ -338,7 +338,7 @@ def test_demonstrations_are_the_nearest_records_in_three_kinds_and_hold_nothing_
     data = EditSet("zsre", "made up", (*edits, twin), (), ())
     text = Demonstrations(llm, data, count=16).text(edits[0])
     *shown, last = text.split("\n\n")
-    assert last == "New Fact: Who taught Person0 in town0? Teacher0\nPrompt:" and len(shown) == 16
+    assert last == "New Fact: Who taught Person0 in town0? Teacher0\n" and len(shown) == 16
     kinds = []
     for part in reversed(shown):
         fact, prompt = part.split("\n")
@@ -346,9 +346,9 @@ def test_demonstrations_are_the_nearest_records_in_three_kinds_and_hold_nothing_
         assert who != "Person0" and "river 0?" not in prompt
         i = who.removeprefix("Person")
         wanted = {
-            "copy": f"Prompt: Who taught Person{i} in town{int(i) % 3}? Teacher{i}",
-            "update": f"Prompt: Whose pupil was Person{i}? Teacher{i}",
-            "retain": f"Prompt: how long is river {i}? {i} miles",
+            "copy": f"Who taught Person{i} in town{int(i) % 3}? Teacher{i}",
+            "update": f"Whose pupil was Person{i}? Teacher{i}",
+            "retain": f"how long is river {i}? {i} miles",
         }
         kinds.append(next(kind for kind, line in wanted.items() if line == prompt))
     assert kinds == ["copy", *["update"] * 3, *["retain"] * 4] * 2

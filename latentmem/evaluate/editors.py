@@ -172,10 +172,10 @@ class Demonstrations(InContext):
             probe = {"copy": other.rewrite, "update": other.rephrased[0], "retain": other.unrelated[0]}[kind]
             if other.id == edit.id or asked & {probe.prompt, other.rewrite.prompt}:
                 continue
-            shown.append(f"New Fact: {other.sentence}\nPrompt: {probe.prompt} {probe.answer}\n\n")
+            shown.append(f"New Fact: {other.sentence}\n{probe.prompt} {probe.answer}\n\n")
             if len(shown) == self.count:
                 break
-        return "".join([*reversed(shown), f"New Fact: {edit.sentence}\nPrompt:"])
+        return "".join([*reversed(shown), f"New Fact: {edit.sentence}\n"])
 
     def _nearest(self, edit: Edit) -> list[int]:
         """Records by how near their sentences are, the nearest first: twice as many as are shown."""
