@@ -1,5 +1,6 @@
 """Ways to edit: each against its definition, undone to the bit, and kept on disk."""
 
+import contextlib
 import copy
 import hashlib
 
@@ -175,6 +176,23 @@ def test_fine_tuning_stops_when_it_has_learned_its_answer(llm, monkeypatch):
     done = len(steps)
     again = way.edit(state, EDIT)  # it is known: not one step
     assert len(steps) == done and all(torch.equal(again[n][0], state[n][0]) for n in state)
+
+
+def test_layers_below_an_edit_are_run_once_and_nothing_else_changes(llm, monkeypatch):
+    def edited(name):
+        way = ways(llm)[name]
+        return way.edit(way.edit(way.start("s"), made(1)), EDIT)
+
+    runs = []
+    for i, layer in enumerate(llm.decoder.layers):
+        layer.self_attn.register_forward_hook(lambda *_, i=i: runs.append(i))
+    mine = {name: edited(name) for name in ("ft", "ft-l", "lora")}
+    assert [runs.count(i) for i in range(3)] == [2 + 2 + 6, 2 + 6 + 6, 6 + 6 + 6]  # two edits of three steps each
+    assert not any("forward" in layer.__dict__ for layer in llm.decoder.layers)
+    monkeypatch.setattr(editors.Weights, "above", lambda self, i, rows: contextlib.nullcontext())
+    for name, change in mine.items():
+        theirs = edited(name)
+        assert all(torch.equal(a, b) for n in change for a, b in zip(change[n], theirs[n], strict=True)), name
 
 
 def test_low_rank_is_what_peft_makes_of_the_same_factors(llm):

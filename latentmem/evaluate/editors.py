@@ -320,12 +320,40 @@ class Weights:
 
     def logits(self, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> list[Tensor]:
         """Logits of the plain model at these places of each row, [places, vocab] in float32."""
+        hidden = self._pass(rows)
+        return [self.llm.decoder.logits(row[list(some)]).float() for row, some in zip(hidden, places, strict=True)]
+
+    def _pass(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """What the decoder's body gives for rows, which are padded at their ends, where they do not look."""
         device = self.llm.decoder.device
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
-        with self.llm.using(None):  # rows are padded at their ends, where they do not look
+        with self.llm.using(None):
             found = self.llm.decoder.body(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-        hidden = found.last_hidden_state
-        return [self.llm.decoder.logits(row[list(some)]).float() for row, some in zip(hidden, places, strict=True)]
+        hidden: Tensor = found.last_hidden_state
+        return hidden
+
+    @contextlib.contextmanager
+    def above(self, i: int, rows: Sequence[Sequence[int]]) -> Iterator[None]:
+        """While it lasts passes of these rows begin at layer i: the layers below, which nothing changes, are run once.
+
+        What a pass gives is the same to the bit.
+        """
+        below, taken = self.llm.decoder.layers[:i], []
+
+        def take(module: nn.Module, inputs: Any, output: Any) -> None:
+            taken.append(output)
+            raise _Taken
+
+        if i:
+            with torch.no_grad(), below[-1].register_forward_hook(take), contextlib.suppress(_Taken):
+                self._pass(rows)
+        try:
+            for layer in below:
+                layer.forward = lambda *_, **__: taken[0]
+            yield
+        finally:
+            for layer in below:
+                layer.__dict__.pop("forward", None)
 
 
 class Trained(Weights):
@@ -344,16 +372,17 @@ class Trained(Weights):
         optimizer = torch.optim.Adam([t for factors in made.values() for t in factors], lr=self.rate)
         prompt, answer = self.ids(edit.rewrite.prompt, edit.rewrite.answer)
         row, places = [*prompt, *answer[:-1]], range(len(prompt) - 1, len(prompt) + len(answer) - 1)
-        for _ in range(self.steps):
-            with torch.enable_grad(), added(self.llm, self.factors(made)):
-                logits = self.logits([row], [places])[0]
-                loss = cross_entropy(logits, torch.tensor(answer, device=logits.device))
-            if loss.item() < ENOUGH:
-                break
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            self.bounded(state, made)
+        with self.above(min(int(name.partition(".")[0]) for name in made), [row]):
+            for _ in range(self.steps):
+                with torch.enable_grad(), added(self.llm, self.factors(made)):
+                    logits = self.logits([row], [places])[0]
+                    loss = cross_entropy(logits, torch.tensor(answer, device=logits.device))
+                if loss.item() < ENOUGH:
+                    break
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                self.bounded(state, made)
         return {name: tuple(t.detach() for t in factors) for name, factors in made.items()}
 
     def bounded(self, before: Change, after: Change) -> None:
@@ -524,11 +553,13 @@ class RankOne(Weights):
             mask[each, places] = 1
             return (output.float() + mask[..., None] * more).to(output.dtype)
 
-        optimizer, before, handle = torch.optim.Adam([more], lr=self.rate), None, self.down.register_forward_hook(hook)
-        try:
+        optimizer, before = torch.optim.Adam([more], lr=self.rate), None
+        rows.append(general)
+        asked.append(range(len(general) - 1, len(general)))
+        with self.down.register_forward_hook(hook), self.above(self.layer, rows):
             for _ in range(self.steps):
                 with torch.enable_grad():
-                    *says, said = self.logits([*rows, general], [*asked, [len(general) - 1]])
+                    *says, said = self.logits(rows, asked)
                     wanted = torch.stack([cross_entropy(logits, target) for logits in says]).mean()
                     now = said[0].log_softmax(-1)
                     before = now.detach() if before is None else before
@@ -542,8 +573,6 @@ class RankOne(Weights):
                 optimizer.step()
                 with torch.no_grad():
                     more.mul_(torch.clamp(self.clamp * length / more.norm(), max=1.0))
-        finally:
-            handle.remove()
         return more.detach()
 
     @cached_property
@@ -578,12 +607,8 @@ class RankOne(Weights):
             found.append(inputs[0][0].float())
             raise _Taken
 
-        handle = self.down.register_forward_pre_hook(take)
-        try:
-            with contextlib.suppress(_Taken):
-                self.logits([ids], [[0]])
-        finally:
-            handle.remove()
+        with self.down.register_forward_pre_hook(take), contextlib.suppress(_Taken):
+            self._pass([ids])
         return found[0]
 
 
