@@ -208,6 +208,11 @@ def test_sequences_of_a_memory_forget_and_single_edits_do_not_see_each_other(llm
     assert worker.ways["memory-empty"].start("e0").M == 0
     memory = way.edit(way.start("e0"), worker.data.edits[0])
     assert [source.name for source in memory.sources] == ["unrelated", "e0"]
+    unedited = Editing(llm, made(), Settings(N=32, edits=2, rows=("memory-unedited",)), tmp_path).ways[
+        "memory-unedited"
+    ]
+    begun = unedited.start("e0")
+    assert torch.equal(unedited.edit(begun, worker.data.edits[0]).slots, way.start("e0").slots)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------

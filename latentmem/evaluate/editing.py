@@ -25,6 +25,7 @@ from latentmem.evaluate.editors import (
     LowRank,
     Plain,
     RankOne,
+    Unwritten,
     Way,
     Written,
     answer_ids,
@@ -35,7 +36,7 @@ from latentmem.evaluate.stats import Means, harmonic, mean, of_means
 from latentmem.model import Context, MemoryModel, Score
 
 PROTOCOL = "editing/1"
-ROWS = ("none", "context", "memory-empty", "memory-full", "ft", "ft-l", "lora", "ike", "rome")
+ROWS = ("none", "context", "memory-unedited", "memory-empty", "memory-full", "ft", "ft-l", "lora", "ike", "rome")
 SEQUENTIAL = ("none", "memory-full", "ft", "ft-l", "lora", "rome")  # rows that can take one edit after another
 TUNED = ("ft", "ft-l", "lora")  # rows of fine-tuning: the best of them is what the memory is compared with
 OURS = "memory-full"
@@ -173,6 +174,7 @@ class Editing:
             "none": lambda: Plain(llm),
             "context": lambda: InContext(llm),
             "ike": lambda: Demonstrations(llm, data),
+            "memory-unedited": lambda: Unwritten(llm, lambda: self._full, self.settings.seed),
             "memory-empty": lambda: Written(llm, lambda: self._empty, self.settings.seed),
             "memory-full": lambda: Written(llm, lambda: self._full, self.settings.seed),
             "ft": lambda: FineTuned(llm, questions),

@@ -231,6 +231,13 @@ class Written:
         return Memory.load(path)
 
 
+class Unwritten(Written):
+    """The memory as it is before all edits: what the memory and its adapters change without the fact."""
+
+    def edit(self, state: Memory, edit: Edit) -> Memory:
+        return state
+
+
 # --- changes of weights ----------------------------------------------------------------------------------------------
 
 
