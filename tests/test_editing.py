@@ -89,12 +89,13 @@ def test_questions_are_measured_by_the_share_of_right_tokens():
         edit.unrelated[0]: (token_score([0, 0, 1], [4, 5, 6]),),
         edit.portability[0]: (token_score([1, 1]),),
     }
-    found = metrics(edit, scores, [torch.tensor([4, 9, 6])])
+    found = metrics(edit, scores, [torch.tensor([4, 9, 6])], [torch.tensor([1, 2, 3])])
     assert found == {
         "efficacy": 0.75,
         "generalization": 0.5,
         "specificity": pytest.approx(1 / 3, abs=1e-6),
         "locality": pytest.approx(2 / 3, abs=1e-6),  # of three tokens two are said as before, right or wrong
+        "as plain": 0.0,
         "portability": 1.0,
     }
 
@@ -110,12 +111,15 @@ def test_sentences_are_measured_by_which_answer_is_likelier_per_token():
         edit.unrelated[1]: (true, new),
         edit.unrelated[2]: (new, true),
     }
-    found = metrics(edit, scores, [torch.tensor([7]), torch.tensor([8]), torch.tensor([7, 7, 8])])
+    found = metrics(
+        edit, scores, [torch.tensor([7]), torch.tensor([8]), torch.tensor([7, 7, 8])], [torch.tensor([7])] * 3
+    )
     assert found == {
         "efficacy": 1.0,
         "generalization": 0.5,
         "specificity": pytest.approx(1 / 3, abs=1e-6),
         "locality": pytest.approx((1 + 0 + 2 / 3) / 3, abs=1e-6),
+        "as plain": 1.0,
     }
 
 
@@ -208,18 +212,20 @@ def test_sequences_of_a_memory_forget_and_single_edits_do_not_see_each_other(llm
     assert worker.ways["memory-empty"].start("e0").M == 0
     memory = way.edit(way.start("e0"), worker.data.edits[0])
     assert [source.name for source in memory.sources] == ["unrelated", "e0"]
-    unedited = Editing(llm, made(), Settings(N=32, edits=2, rows=("memory-unedited",)), tmp_path).ways[
-        "memory-unedited"
-    ]
+    other = Editing(llm, made(), Settings(N=32, edits=2, rows=("memory-unedited",)), tmp_path)
+    unedited = other.ways["memory-unedited"]
     begun = unedited.start("e0")
     assert torch.equal(unedited.edit(begun, worker.data.edits[0]).slots, way.start("e0").slots)
+    records = [r for i in range(6) for r in other.run(("single", "memory-unedited", i))]
+    assert all(r["locality"] == 1.0 for r in records)  # before the edit the memory was full as well
+    assert any(r["as plain"] < 1.0 for r in records)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
 def record(row, edit, efficacy, generalization, specificity, T=1, **more):
-    values = {"efficacy": efficacy, "generalization": generalization, "specificity": specificity, "locality": 1.0}
+    values = {"efficacy": efficacy, "generalization": generalization, "specificity": specificity}
     return {"row": row, "T": T, "sequence": 0, "age": 0, "edit": edit, **values, **more}
 
 

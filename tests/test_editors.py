@@ -319,7 +319,7 @@ def test_the_value_makes_the_answer_likelier_when_it_comes_out_at_the_subject(ll
 def test_a_rank_one_edit_says_what_it_can_not_do(llm):
     way = RankOne(llm, True, ARTICLES[:1], tokens=10)
     with pytest.raises(ValueError, match=r"second moments of keys of 48 numbers need .* the articles have 1\d"):
-        way.edit(way.start("e0"), EDIT)
+        way.start("e0")
     with pytest.raises(ValueError, match="'Bea' is not in 'Who taught Aud Ling"):
         editors.last_of(llm, ids(llm, EDIT)[0], EDIT.rewrite.prompt, "Bea")
     with pytest.raises(ValueError, match="does not give 'Who taught Aud Ling"):

@@ -41,7 +41,8 @@ SEQUENTIAL = ("none", "memory-full", "ft", "ft-l", "lora", "rome")  # rows that 
 TUNED = ("ft", "ft-l", "lora")  # rows of fine-tuning: the best of them is what the memory is compared with
 OURS = "memory-full"
 MAIN = ("efficacy", "generalization", "specificity")  # the paper's three, of which the score is the harmonic mean
-METRICS = ("score", *MAIN, "locality", "portability")
+METRICS = ("score", *MAIN, "locality", "as plain", "portability")
+FULL = ("memory-unedited", "memory-full")  # rows that begin with the full memory; all others with the plain model
 SCORED = 100  # edits that are measured for each T, as far as there are so many
 SEGMENT = 50  # edits of a sequence between two points from which a run goes on
 CHOSEN = ("edits", "rows", "sequence")  # settings by which a folder may grow
@@ -132,11 +133,12 @@ class Editing:
         if unit[0] == "sequence":
             return list(self._sequence(*unit[1:]))
         _, row, i = unit
-        way, edit, begun = self.ways[row], self.data.edits[i], time.perf_counter()
-        state = way.edit(way.start(edit.id), edit)
+        way, edit = self.ways[row], self.data.edits[i]
+        start, begun = way.start(edit.id), time.perf_counter()
+        state = way.edit(start, edit)
         seconds = time.perf_counter() - begun
         facts = {"row": row, "T": 1, "sequence": i, "age": 0, "seconds": round(seconds, 3)}
-        return [{**facts, **self._measured(way, state, edit)}]
+        return [{**facts, **self._measured(row, state, edit)}]
 
     def _sequence(self, row: str, T: int, s: int, segment: int) -> Iterator[Record]:
         """One segment of edits; behind the last one, the records of the whole sequence."""
@@ -156,7 +158,7 @@ class Editing:
             return
         for i in spread(T):
             facts = {"row": row, "T": T, "sequence": s, "age": T - 1 - i}
-            yield {**facts, **self._measured(way, state, edits[i])}
+            yield {**facts, **self._measured(row, state, edits[i])}
 
     def _kept(self, row: str, T: int, s: int, segment: int) -> Path:
         return self.folder / f"sequence-{row}-{T}-{s}-{segment}.safetensors"
@@ -195,14 +197,16 @@ class Editing:
 
     # --- metrics ----------------------------------------------------------------------------------------------------
 
-    def _measured(self, way: Way, state: Any, edit: Edit) -> Record:
-        before = self._before(edit)  # outside of `reading`, within which the weights work as edited
+    def _measured(self, row: str, state: Any, edit: Edit) -> Record:
+        way = self.ways[row]
+        # both outside of `reading`, within which the weights work as edited
+        plain, before = self._before(edit, False), self._before(edit, row in FULL)
         with way.reading(state) as context:
-            return {"edit": edit.id, **metrics(edit, self._scores(context, edit), before)}
+            return {"edit": edit.id, **metrics(edit, self._scores(context, edit), before, plain)}
 
-    def _unedited(self, edit: Edit) -> list[Tensor]:
-        """For each unrelated prompt, the tokens that the unedited model finds the most likely ones."""
-        found = self._scores(self.llm.plain([]), edit)
+    def _unedited(self, edit: Edit, full: bool) -> list[Tensor]:
+        """For each unrelated prompt, the tokens that are the most likely ones behind the full memory, or without."""
+        found = self._scores(self.llm.behind(self._full) if full else self.llm.plain([]), edit)
         return [found[probe][0].likeliest for probe in edit.unrelated]
 
     def _scores(self, context: Context, edit: Edit) -> dict[Probe, tuple[Score, ...]]:
@@ -218,18 +222,22 @@ class Editing:
         return found
 
 
-def metrics(edit: Edit, scores: dict[Probe, tuple[Score, ...]], before: Sequence[Tensor]) -> dict[str, float]:
+def metrics(
+    edit: Edit, scores: dict[Probe, tuple[Score, ...]], before: Sequence[Tensor], plain: Sequence[Tensor]
+) -> dict[str, float]:
     """What is measured of one edit.
 
     Args:
         scores: of each probe its answer, and the other one where there is one.
-        before: for each unrelated prompt the most likely tokens of the unedited model, [n] each.
+        before: for each unrelated prompt the most likely tokens before the edit, [n] each.
+        plain: the same of the plain model.
 
     Returns:
         efficacy, generalization, specificity: of the rewrite prompt, the rephrased ones and the unrelated ones (mean).
         Where a probe has one answer, the share of its tokens that are the most likely ones; where it has two, whether
         it is likelier per token than the other one. locality: of the unrelated prompts' answers, the share of tokens
-        at which the most likely one is the same as before (EasyEdit). portability, where there is any.
+        at which the most likely one is the same as before (EasyEdit). as plain: the same, compared with the plain
+        model. portability, where there is any.
 
     Source: MemoryLLM section 4.2 and table 1.
     """
@@ -241,8 +249,9 @@ def metrics(edit: Edit, scores: dict[Probe, tuple[Score, ...]], before: Sequence
     }
     found = {kind: _mean([_right(scores[probe]) for probe in probes]) for kind, probes in kinds.items() if probes}
     now = [scores[probe][0].likeliest for probe in edit.unrelated]
-    same = [(a == b).double().mean().item() for a, b in zip(now, before, strict=True)]
-    return {**found, "locality": _mean(same)}
+    for kind, then in (("locality", before), ("as plain", plain)):
+        found[kind] = _mean([(a == b).double().mean().item() for a, b in zip(now, then, strict=True)])
+    return found
 
 
 def _right(scores: tuple[Score, ...]) -> float:

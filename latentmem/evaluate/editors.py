@@ -519,6 +519,7 @@ class RankOne(Weights):
         self.steps, self.rate, self.kl, self.decay, self.clamp = steps, rate, kl, decay, clamp
 
     def start(self, name: str) -> Change:
+        _ = self.moments  # made once, before the first edit
         return {self.name: (self.zeros(self.down),)}
 
     def edit(self, state: Change, edit: Edit) -> Change:
