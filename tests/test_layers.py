@@ -22,7 +22,7 @@ ROOMS = {  # room -> rooms of latentmem that it may import
     "doctor": {"core", "model"},
     "files": {"core", "store"},
     "store": {"core", "model", "prompts", "store", ""},
-    "evaluate": {"core", "model", "loading", "evaluate"},
+    "evaluate": {"core", "model", "loading", "evaluate", "store"},
     "train": {"core", "adapters", "prompts", "model", "loading", "train"},
     "serve": {"core", "model", "prompts", "store", "streaming", "files", "serve", ""},
     "cli": {"serve", "cli", "core", "model", "chat", "doctor", "files", "store", "evaluate", "train", ""},

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import io
 import json
+import re
 import socket
 import threading
 import zipfile
@@ -18,6 +19,7 @@ from schemathesis.engine.events import FatalError, NonFatalError, ScenarioFinish
 from serving import WORDS, running, wait
 
 import latentmem
+from latentmem.serve import run
 from latentmem.serve.keys import Keys
 from latentmem.serve.shared import Limits
 from latentmem.testing import byte_tokenizer, tiny_model
@@ -275,6 +277,107 @@ def test_a_memory_with_a_long_term_part_over_http(llm, tmp_path):
         assert [one["left"] + one["stored"] for one in kept] == pytest.approx([1, 1, 1]) and kept[0]["stored"] > 0
 
 
+def test_where_the_slots_came_from(llm, tmp_path):
+    with running(llm, tmp_path, scripted=False) as server:
+        server("POST", "/v1/memories", {"id": "m", "N": 32, "K": 16, "longterm": 8})
+        empty = server("GET", "/v1/memories/m/slots")[1]
+        assert (empty["M"], empty["N"], empty["sources"], empty["layers"]) == (0, 32, [], [[]] * empty["L"])
+        for i, text in enumerate(("the door is blue", "the roof is red, and old", "the key is under the mat")):
+            server("POST", "/v1/memories/m/write", {"text": text, "source": f"s{i}"})
+        found = server("GET", "/v1/memories/m/slots")[1]
+        memory = server.service.store.open("m")
+        assert {what: found[what] for what in "LMNKR"} == {what: getattr(memory, what) for what in "LMNKR"}
+        assert (found["version"], found["updates"], found["writing"]) == (3, memory.updates, None)
+        assert found["stored"] == memory.longterm.there.sum(1).max() > 0 and found["sources"] == ["s0", "s1", "s2"]
+        for layer, runs in enumerate(found["layers"]):
+            rows = [(runs[i], runs[i + 1]) for i in range(0, len(runs), 3) for _ in range(runs[i + 2])]
+            both = zip(memory.origins[layer].tolist(), memory.births[layer].tolist(), strict=True)
+            assert rows == list(both) and len(runs) < 3 * memory.M
+        first = server("GET", "/v1/memories/m/slots?version=1")[1]
+        assert (first["version"], first["M"], first["sources"], first["layers"][0]) == (1, 16, ["s0"], [0, 1, 16])
+        refused(server("GET", "/v1/memories/m/slots?version=9"), 404)
+        refused(server("GET", "/v1/memories/none/slots"), 404)
+
+
+def test_the_sources_of_an_answer_that_was_given_before(llm, tmp_path):
+    with running(llm, tmp_path, scripted=False, memories=["m"]) as server:
+        server("POST", "/v1/memories/m/write", {"text": "the roof is red", "source": "roof"})
+        store, said = server.service.store, {"question": "colour?", "answer": "blue"}
+        found = server("POST", "/v1/memories/m/sources", said)[1]
+        assert (found["id"], found["version"]) == ("m", 2)
+        assert found["sources"] == pytest.approx(llm.sources_of(store.open("m"), "colour?", "blue"), rel=1e-4)
+        old = server("POST", "/v1/memories/m/sources", said | {"version": 1})[1]
+        assert old == {"id": "m", "version": 1, "sources": {"notes": pytest.approx(1)}}
+        assert server("POST", "/v1/memories/m/sources", said | {"version": 0})[1]["sources"] == {}
+        refused(server("POST", "/v1/memories/m/sources", said | {"version": 9}), 404)
+        refused(server("POST", "/v1/memories/m/sources", {"question": "colour?", "answer": ""}), 400)
+
+
+def test_a_write_is_seen_while_it_is_made(llm, tmp_path):
+    with running(llm, tmp_path, scripted=False) as server:
+        server("POST", "/v1/memories", {"id": "m", "N": 32, "K": 8})
+        server("POST", "/v1/memories", {"id": "other", "N": 32, "K": 8})
+        service, went, goes_on = server.service, threading.Event(), threading.Event()
+        usual, count = service.llm.write_ids, 0
+
+        def slowly(*args):
+            nonlocal count
+            count += 1
+            if count == 3:
+                went.set()
+                assert goes_on.wait(30)
+            return usual(*args)
+
+        service.llm.write_ids = slowly
+        sent = server("POST", "/v1/memories/m/write", {"text": "x" * 40, "wait": False})
+        assert sent[0] == 202 and went.wait(30)
+        seen = server("GET", "/v1/memories/m/slots")[1]
+        assert (seen["version"], seen["M"], seen["updates"]) == (0, 16, 2)
+        assert seen["writing"] == {"done": 16, "total": 40} and seen["layers"][0] == [0, 1, 8, 0, 2, 8]
+        before = server("GET", "/v1/memories/m/slots?version=0")[1]
+        assert (before["M"], before["writing"]) == (0, None)
+        assert server("GET", "/v1/memories/other/slots")[1]["writing"] is None
+        goes_on.set()
+        wait(lambda: server("GET", "/v1/memories/m")[1]["pending"] == 0)
+        after = server("GET", "/v1/memories/m/slots")[1]
+        assert (after["version"], after["M"], after["writing"]) == (1, 32, None)
+
+
+def test_the_page_is_there_for_everybody_and_tells_nothing(llm, tmp_path):
+    keys = Keys(tmp_path / "keys.json", required=True)
+    keys.add("alice", ["alice"])
+    with running(llm, tmp_path / "store", keys=keys, memories=["alice"]) as server:
+        page = server.http.get("/")
+        assert page.status_code == 200 and page.headers["content-type"] == "text/html; charset=utf-8"
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        assert page.headers["x-content-type-options"] == "nosniff"
+        parts = re.findall(r'(?:src|href)="\./([^"]+)"', page.text)
+        assert sorted(parts) == ["page.css", "page.js"]
+        for part in parts:
+            file = server.http.get(f"/{part}")
+            assert file.status_code == 200 and "http://" not in file.text.replace("http://www.w3.org/", "")
+            again = server.http.get(f"/{part}", headers={"if-none-match": file.headers["etag"]})
+            assert (again.status_code, again.content) == (304, b"")
+        assert server.http.head("/").status_code == 200 and server.http.post("/").status_code == 401
+        assert server.http.get("/page.js.map").status_code == 401
+        assert server.http.get("/..%2fkeys.json").status_code == 401
+        assert server.http.get("/v1/memories").status_code == 401
+
+
+def test_the_page_is_there_while_the_model_is_loaded():
+    async def asked(path):
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": path, "headers": []}
+        await run._Door()(scope, None, send)
+        return sent[0]["status"]
+
+    assert [asyncio.run(asked(path)) for path in ("/", "/health", "/v1/models")] == [200, 200, 503]
+
+
 def test_a_memory_from_its_beginning_to_its_end(llm, tmp_path):
     with running(llm, tmp_path, scripted=False) as server:
         made = server("POST", "/v1/memories", {"id": "m", "N": 64, "K": 16, "seed": 3, "choice": "last"})
@@ -302,6 +405,10 @@ def test_a_memory_from_its_beginning_to_its_end(llm, tmp_path):
         lines = [line for page in pages for line in page["data"]]
         assert [line["version"] for line in lines] == [0, 1, 2, 3] and [p["has_more"] for p in pages] == [True, False]
         assert all(line["text"] is None for line in lines)
+        down = {"limit": 2, "order": "desc"}
+        pages = [server("GET", "/v1/memories/m/history", params=down | more)[1] for more in ({}, {"after": 2})]
+        lines = [line for page in pages for line in page["data"]]
+        assert [line["version"] for line in lines] == [3, 2, 1, 0] and [p["has_more"] for p in pages] == [True, False]
         told = server("GET", "/v1/memories/m/history", params={"text": "true"})[1]["data"]
         assert [line["text"] for line in told] == [None, "the door is blue", "it is open", turns]
         assert server("POST", "/v1/memories/m/undo")[1] == {"id": "m", "version": 4}

@@ -1035,6 +1035,36 @@ def test_the_second_waits_or_is_told_whom_it_waits_for(llm, store):
     assert not lock.is_locked
 
 
+def test_versions_are_read_while_they_are_numbered_anew(llm, store):
+    store.create("m", start(llm))
+    failed, ended = [], threading.Event()
+
+    def read():
+        while not ended.is_set():
+            try:
+                assert [line.version for line in store.history("m")][0] == 0
+                version, memory = store.latest("m")
+                assert version >= 0 and memory.N == 24
+            except Exception as error:  # noqa: BLE001 - shown below
+                failed.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(12):
+            store.write(llm, "m", "the door is blue", "a")
+            store.write(llm, "m", "it is open", "b")
+            store.forget("m", "a")
+            for source in "ba":
+                store.forget_by_replay(llm, "m", source)
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+    assert not failed and len(store.history("m")) == 1
+
+
 def test_threads_share_a_store(llm, store):
     for name in "xyz":
         store.create(name, start(llm))

@@ -1,7 +1,8 @@
-"""`latentmem eval`: retention, compare, effects, editing."""
+"""`latentmem eval`: a command for each protocol, and lm-evaluation-harness."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Iterator
@@ -33,11 +34,15 @@ Choice = Annotated[
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="all cores on a CPU, 1 on a GPU")]
 Model = Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, a .gguf file or a hub id.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the same one goes on with it.")]
+Capacity = Annotated[int, typer.Option("--capacity", "-N", help="Slots per layer; a checkpoint has its own.")]
+Seed = Annotated[int, typer.Option(help="Of what is drawn and of every drop.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float32 or float16.")]
 
 
 @evaluation.command()
 def retention(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the same one goes on with it.")],
+    out: Out,
     data: Annotated[str, typer.Option(help="squad, nq or synthetic.")] = "synthetic",
     questions: Annotated[int, typer.Option(min=1, help="How many questions.")] = 200,
     per_text: Annotated[int | None, typer.Option(min=1, help="Questions of each text [5; nq 1].")] = None,
@@ -148,27 +153,23 @@ def compare(
 
 @evaluation.command()
 def effects(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the same one goes on with it.")],
+    out: Out,
     texts: Annotated[int, typer.Option(min=2, help="Articles to read, and paragraphs to ask about.")] = 100,
-    capacity: Annotated[
-        int, typer.Option("--capacity", "-N", help="Slots per layer; a checkpoint has its own.")
-    ] = 2048,
+    capacity: Capacity = 2048,
     compression: Compression = None,
     choice: Choice = None,
-    seed: Annotated[int, typer.Option(help="Of what is drawn and of every drop.")] = 0,
+    seed: Seed = 0,
     workers: Workers = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    dtype: Dtype = "bfloat16",
     model: Model = PACKAGED,
     device: Device = None,
     adapters: Adapters = "auto",
 ) -> None:
     """What a memory changes beside remembering: the perplexity of other text, and saying "I don't know"."""
-    import latentmem
     from latentmem.evaluate import effects as asked
     from latentmem.evaluate import questions as sets
 
-    loading: dict[str, Any] = {"name": model, "dtype": dtype, "device": device, "adapters": base.pair(adapters)}
-    llm = latentmem.load(**loading)
+    llm, loading = _loaded(model, dtype, device, adapters)
     prompts = llm.prompts_or_raise()
     chosen = sets.load("squad", lambda text: len(prompts.text(text)), questions=4 * texts, per_text=4, seed=seed)
     c, way = _slots(llm, compression, choice)
@@ -178,7 +179,7 @@ def effects(
 
 @evaluation.command()
 def editing(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the same one goes on with it.")],
+    out: Out,
     data: Annotated[str, typer.Option(help="zsre or counterfact.")] = "zsre",
     edits: Annotated[int, typer.Option(min=2, help="Edits that are made one at a time.")] = 200,
     rows: Annotated[
@@ -187,32 +188,262 @@ def editing(
     sequence: Annotated[
         str, typer.Option(help="Edits that are made without reset in between, such as 1,10,100,1000.")
     ] = "1",
-    capacity: Annotated[
-        int, typer.Option("--capacity", "-N", help="Slots per layer; a checkpoint has its own.")
-    ] = 2048,
+    capacity: Capacity = 2048,
     compression: Compression = None,
     choice: Choice = None,
-    seed: Annotated[int, typer.Option(help="Of what is drawn and of every drop.")] = 0,
+    seed: Seed = 0,
     workers: Workers = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    dtype: Dtype = "bfloat16",
     model: Model = PACKAGED,
     device: Device = None,
     adapters: Adapters = "auto",
 ) -> None:
     """Facts that are changed: by a memory, and by fine-tuning, LoRA, demonstrations and rank-one edits."""
-    import latentmem
     from latentmem.evaluate import editing as asked
     from latentmem.evaluate import edits as sets
 
-    loading: dict[str, Any] = {"name": model, "dtype": dtype, "device": device, "adapters": base.pair(adapters)}
     settings = asked.Settings(
         N=capacity, edits=edits, rows=tuple(rows.split(",")), sequence=_numbers("--sequence", sequence), seed=seed
     )
     chosen = sets.load(data, seed=seed)
-    llm = latentmem.load(**loading)
+    llm, loading = _loaded(model, dtype, device, adapters)
     c, way = _slots(llm, compression, choice)
     settings = replace(settings, compression=c, choice=way)
     _measured("editing", llm, workers, out, asked.measure, chosen, settings, loading=loading, table=asked.markdown)
+
+
+@evaluation.command()
+def integrity(
+    out: Out,
+    updates: Annotated[int, typer.Option(min=1, help="Facts that are written, a multiple of --stretch.")] = 20_000,
+    ft_updates: Annotated[int, typer.Option(min=1, help="Facts to fine-tune on, a multiple of --stretch.")] = 2_000,
+    rows: Annotated[str, typer.Option(help="What is measured: memory, ft.")] = "memory,ft",
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="After which no stretch is begun.", show_default="no limit")
+    ] = None,
+    every: Annotated[int, typer.Option(min=1, help="Facts of which one is asked.")] = 100,
+    age: Annotated[int, typer.Option(min=1, help="Facts written since, when a fact is asked once more.")] = 50,
+    stretch: Annotated[int, typer.Option(min=1, help="Facts between which memory and weights are kept.")] = 200,
+    checkpoint: Annotated[int, typer.Option(min=1, help="Facts between which other text is read.")] = 1_000,
+    texts: Annotated[int, typer.Option(min=2, help="Articles to read at a checkpoint.")] = 8,
+    pairs: Annotated[int, typer.Option(min=0, help="BLiMP pairs of a checkpoint; 0: none.")] = 134,
+    role: Annotated[str, typer.Option(help="How a fact is written: raw, user, system, style (the model's).")] = "raw",
+    lr: Annotated[float, typer.Option(help="Learning rate of the fine-tuning.")] = 2e-5,
+    steps: Annotated[int, typer.Option(min=1, help="Gradient steps on each fact.")] = 1,
+    capacity: Capacity = 2048,
+    compression: Compression = None,
+    choice: Choice = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    dtype: Dtype = "bfloat16",
+    model: Model = PACKAGED,
+    device: Device = None,
+    adapters: Adapters = "auto",
+) -> None:
+    """What an endless stream of facts does to a memory, and to a model that is fine-tuned on it instead."""
+    from latentmem.evaluate import integrity as asked
+
+    llm, loading = _loaded(model, dtype, device, adapters)
+    c, way = _slots(llm, compression, choice)
+    settings = asked.Settings(
+        N=capacity,
+        compression=c,
+        choice=way,
+        rows=tuple(rows.split(",")),
+        updates=updates,
+        ft_updates=ft_updates,
+        every=every,
+        age=age,
+        stretch=stretch,
+        checkpoint=checkpoint,
+        texts=texts,
+        pairs=pairs,
+        role=None if role == "style" else role,
+        lr=lr,
+        steps=steps,
+        seed=seed,
+    )
+    _measured("integrity", llm, workers, out, asked.measure, settings, loading=loading, minutes=minutes)
+
+
+@evaluation.command()
+def forget(
+    out: Out,
+    texts: Annotated[int, typer.Option(min=2, help="Texts that are forgotten, one by one.")] = 50,
+    per_text: Annotated[int, typer.Option(min=1, help="Questions about each.")] = 4,
+    data: Annotated[str, typer.Option(help="squad, nq or synthetic.")] = "squad",
+    behind: Annotated[int, typer.Option(min=1, help="Other texts that are written behind it.")] = 3,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in which an answer has to come [10; synthetic 20].")
+    ] = None,
+    capacity: Capacity = 2048,
+    compression: Compression = None,
+    choice: Choice = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    dtype: Dtype = "bfloat16",
+    model: Model = PACKAGED,
+    device: Device = None,
+    adapters: Adapters = "auto",
+) -> None:
+    """What is still known of a text that was forgotten on request, in both ways, and what it costs the others."""
+    from latentmem.evaluate import forget as asked
+    from latentmem.evaluate import questions as sets
+    from latentmem.evaluate.asking import NEW_TOKENS
+
+    llm, loading = _loaded(model, dtype, device, adapters)
+    prompts = llm.prompts_or_raise()
+    count = per_text * texts
+    chosen = sets.load(data, lambda text: len(prompts.text(text)), questions=count, per_text=per_text, seed=seed)
+    c, way = _slots(llm, compression, choice)
+    new = new_tokens or (20 if data == "synthetic" else NEW_TOKENS)
+    settings = asked.Settings(N=capacity, compression=c, choice=way, behind=behind, new_tokens=new, seed=seed)
+    _measured("forget", llm, workers, out, asked.measure, chosen, settings, loading=loading)
+
+
+@evaluation.command()
+def ability(
+    out: Out,
+    texts: Annotated[int, typer.Option(min=0, help="Held-out articles.")] = 50,
+    blimp: Annotated[int, typer.Option(min=0, help="BLiMP pairs.")] = 670,
+    piqa: Annotated[int, typer.Option(min=0, help="PIQA items.")] = 400,
+    mmlu: Annotated[int, typer.Option(min=0, help="MMLU items.")] = 285,
+    capacity: Capacity = 2048,
+    compression: Compression = None,
+    choice: Choice = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    dtype: Dtype = "bfloat16",
+    model: Model = PACKAGED,
+    device: Device = None,
+    adapters: Adapters = "auto",
+) -> None:
+    """What a memory of unrelated texts costs what the model could do before: perplexity, BLiMP, PIQA, MMLU."""
+    from latentmem.evaluate import ability as asked
+    from latentmem.evaluate import choices
+    from latentmem.evaluate import questions as sets
+
+    llm, loading = _loaded(model, dtype, device, adapters)
+    prompts = llm.prompts_or_raise()
+    c, way = _slots(llm, compression, choice)
+    counts = {"blimp": blimp, "piqa": piqa, "mmlu": mmlu}
+    settings = asked.Settings(N=capacity, compression=c, choice=way, texts=texts, seed=seed, **counts)
+    found = [choices.load(name, count, seed) for name, count in counts.items() if count]
+    filler = sets.load("squad", lambda text: len(prompts.text(text)), questions=1, per_text=1, seed=seed).unrelated
+    _measured("ability", llm, workers, out, asked.measure, found, filler, settings, loading=loading)
+
+
+@evaluation.command()
+def conversations(
+    out: Out,
+    questions: Annotated[int, typer.Option(min=1, help="Of each dialogue, at most.")] = 100,
+    rows: Annotated[str, typer.Option(help="What is measured.")] = "floor,window,bm25,memory,longterm",
+    longterm: Annotated[int, typer.Option(min=1, help="Of the N slots, the long-term ones of that row.")] = 512,
+    passages: Annotated[int, typer.Option(min=1, help="Turns that BM25 retrieves.")] = 10,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
+    file: Annotated[Path | None, typer.Option(help="LoCoMo's locomo10.json.", show_default="of LATENTMEM_DATA")] = None,
+    capacity: Capacity = 2048,
+    compression: Compression = None,
+    choice: Choice = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    dtype: Dtype = "bfloat16",
+    model: Model = PACKAGED,
+    device: Device = None,
+    adapters: Adapters = "auto",
+) -> None:
+    """Long conversations, written turn by turn and asked about at their end (LoCoMo), by category."""
+    from latentmem.evaluate import conversations as asked
+
+    data = asked.load(questions, seed, file)
+    llm, loading = _loaded(model, dtype, device, adapters)
+    c, way = _slots(llm, compression, choice)
+    settings = asked.Settings(
+        N=capacity,
+        compression=c,
+        choice=way,
+        rows=tuple(rows.split(",")),
+        longterm=longterm,
+        passages=passages,
+        new_tokens=new_tokens,
+        seed=seed,
+    )
+    _measured("conversations", llm, workers, out, asked.measure, data, settings, loading=loading)
+
+
+@evaluation.command()
+def longbench(
+    out: Out,
+    data: Annotated[
+        str, typer.Option(help="altqa, babi, narrativeqa, qasper, multifieldqa_en, hotpotqa, 2wikimqa, musique.")
+    ] = "altqa,babi",
+    examples: Annotated[int, typer.Option(min=1, help="Of each set, at most.")] = 100,
+    rows: Annotated[str, typer.Option(help="What is measured.")] = "floor,oracle,window,bm25,memory",
+    length: Annotated[
+        int, typer.Option(min=512, help="Tokens of a LongBench text that are kept, from its end.")
+    ] = 16_384,
+    passages: Annotated[int, typer.Option(min=1, help="Passages that BM25 retrieves.")] = 5,
+    capacity: Capacity = 2048,
+    compression: Compression = None,
+    choice: Choice = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    dtype: Dtype = "bfloat16",
+    model: Model = PACKAGED,
+    device: Device = None,
+    adapters: Adapters = "auto",
+) -> None:
+    """Questions about one long text, beside the text in the context, its end, and BM25."""
+    from latentmem.evaluate import longbench as asked
+
+    sets = [asked.load(name, examples, seed) for name in data.split(",")]
+    llm, loading = _loaded(model, dtype, device, adapters)
+    c, way = _slots(llm, compression, choice)
+    chosen = tuple(rows.split(","))
+    settings = asked.Settings(
+        N=capacity, compression=c, choice=way, rows=chosen, length=length, passages=passages, seed=seed
+    )
+    _measured("longbench", llm, workers, out, asked.measure, sets, settings, loading=loading)
+
+
+@evaluation.command()
+def harness(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results.json.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, with commas in between.")],
+    memory: Annotated[
+        Path | None,
+        typer.Option(help="Snapshot of a memory that stands in front.", show_default="none: the plain model"),
+    ] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="Write long prompts into a memory, all but their end.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task.")] = None,
+    length: Annotated[int, typer.Option(min=512, help="Tokens of a prompt that are kept, from its end.")] = 16_384,
+    capacity: Annotated[int | None, typer.Option("--capacity", "-N", help="Slots per layer, with --write.")] = None,
+    dtype: Dtype = "bfloat16",
+    model: Model = PACKAGED,
+    device: Device = None,
+    adapters: Adapters = "auto",
+) -> None:
+    """Tasks of lm-evaluation-harness, with its own scorers, behind a memory."""
+    try:
+        from latentmem.evaluate import harness as asked
+    except ImportError as error:
+        raise ValueError(str(error)) from None
+
+    llm, _ = _loaded(model, dtype, device, adapters)
+    lm = asked.HarnessLM(llm, str(memory) if memory else None, write=write, max_length=length, N=capacity)
+    for task, metrics in asked.evaluate(lm, tasks.split(","), out, limit=limit).items():
+        numbers = (f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
+        typer.echo(f"{task}: {', '.join(numbers)}")
+
+
+def _loaded(model: str, dtype: str, device: str | None, adapters: str) -> tuple[MemoryModel, dict[str, Any]]:
+    """The model, and the arguments that give it again in another process."""
+    import latentmem
+
+    loading: dict[str, Any] = {"name": model, "dtype": dtype, "device": device, "adapters": base.pair(adapters)}
+    return latentmem.load(**loading), loading
 
 
 def _measured(
@@ -239,6 +470,8 @@ def _measured(
             workers=workers or (runner.cores() if llm.decoder.device.type == "cpu" else 1),
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
+    for note in json.loads((out / "summary.json").read_text(encoding="utf-8"))["notes"]:
+        typer.echo(note)
     typer.echo((table or protocol.markdown)(found))
 
 

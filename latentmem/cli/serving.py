@@ -83,7 +83,7 @@ def serve(
     def told(made: FastAPI) -> None:
         served = made.state.shared.model
         needs = " -H 'Authorization: Bearer lm-...'" if known.required else ""
-        base.error(f"{served} answers at {url}; for example:")
+        base.error(f"{served} answers at {url}; open it in a browser, or ask it, for example:")
         said = f'{{"model": "{served}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
         typer.echo(f"curl {url}/v1/chat/completions{needs} -H 'Content-Type: application/json' -d '{said}'", err=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,3 +63,20 @@ def written(llm: MemoryModel, text: str) -> list[int]:
     """Ids of a text as it is written; models without a chat template get the paper's "Context: "."""
     prompts = llm.prompts_or_raise()
     return prompts.written(text if prompts.chats else f"Context: {text}")
+
+
+def read(llm: MemoryModel, context: Context, text: str, tokens: int) -> tuple[float, int]:
+    """How unlikely the first tokens of a text are behind a context: (nats, tokens they belong to).
+
+    Args:
+        tokens: at most so many are read; the first of them is given.
+    """
+    prompts = llm.prompts_or_raise()
+    ids = [*prompts.opening, *prompts.text(text)][:tokens]
+    score = llm.score_rows(context, [ids[:1]], [ids[1:]])[0]
+    return -score.logprobs.double().sum().item(), len(ids) - 1
+
+
+def named(text: str) -> str:
+    """The id of a text that has none: the beginning of its hash."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -11,7 +11,6 @@ that training taught; the untrained model does not know them and is measured all
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -20,14 +19,14 @@ from typing import Any
 
 from latentmem.core.memory import Memory
 from latentmem.evaluate import protocol, runner
-from latentmem.evaluate.asking import ask, in_context, written
+from latentmem.evaluate.asking import ask, in_context, named, read, written
 from latentmem.evaluate.protocol import Line
 from latentmem.evaluate.questions import QuestionSet, heldout, unanswerable
-from latentmem.evaluate.stats import Estimate, mean, ratio
+from latentmem.evaluate.scoring import ABSTAINS
+from latentmem.evaluate.stats import Estimate, exp, mean, ratio
 from latentmem.model import MemoryModel
 
 PROTOCOL = "effects/1"
-ABSTAINS = "i don't know"  # how an answer begins that is none
 KINDS = ("answered", "not answered", "never written")
 STATES = ("plain", "empty", "full")
 Unit = tuple[Any, ...]  # ("perplexity" or "abstention", index)
@@ -73,13 +72,11 @@ class Effects:
         return list(self._perplexity(unit[1]) if unit[0] == "perplexity" else self._abstention(unit[1]))
 
     def _perplexity(self, i: int) -> Iterator[Record]:
-        llm, prompts = self.llm, self.llm.prompts_or_raise()
-        ids = [*prompts.opening, *prompts.text(self.articles[i])][: self.settings.tokens]
+        llm, text = self.llm, self.articles[i]
         contexts = {"plain": llm.plain([]), "empty": llm.behind(llm.blank()), "full": llm.behind(self._full)}
         for state, context in contexts.items():
-            score = llm.score_rows(context, [ids[:1]], [ids[1:]])[0]
-            name = hashlib.sha256(self.articles[i].encode()).hexdigest()[:12]
-            yield {"kind": state, "text": name, "nll": -score.logprobs.double().sum().item(), "tokens": len(ids) - 1}
+            nll, tokens = read(llm, context, text, self.settings.tokens)
+            yield {"kind": state, "text": named(text), "nll": nll, "tokens": tokens}
 
     def _abstention(self, i: int) -> Iterator[Record]:
         text, other = self.data.texts[i], self.data.texts[(i + 1) % len(self.data.texts)]
@@ -107,13 +104,11 @@ def lines(records: Sequence[Record]) -> list[Line]:
     for state, some in by.items():
         texts = list(some)
         each = ratio([some[t]["nll"] for t in texts], [some[t]["tokens"] for t in texts], texts)
-        found.append((f"perplexity, {state}", _exp(each)))
+        found.append((f"perplexity, {state}", exp(each)))
     for state in STATES[1:]:
         texts = [t for t in by[state] if t in by["plain"]]
         more = [by[state][t]["nll"] - by["plain"][t]["nll"] for t in texts]
-        found.append(
-            (f"perplexity, {state} / plain", _exp(ratio(more, [by[state][t]["tokens"] for t in texts], texts)))
-        )
+        found.append((f"perplexity, {state} / plain", exp(ratio(more, [by[state][t]["tokens"] for t in texts], texts))))
     for way in ("memory", "floor"):
         for kind in KINDS:
             asked = [r for r in records if r["kind"] == kind and r["way"] == way]
@@ -122,10 +117,6 @@ def lines(records: Sequence[Record]) -> list[Line]:
             if kind == "answered":
                 found.append((f"hits, {kind}, {way}", mean([r["hit"] for r in asked], groups)))
     return [Line(name, estimate) for name, estimate in found if estimate is not None]
-
-
-def _exp(e: Estimate | None) -> Estimate | None:
-    return None if e is None else replace(e, mean=math.exp(e.mean), low=math.exp(e.low), high=math.exp(e.high))
 
 
 def measure(

@@ -1,8 +1,8 @@
-"""What is remembered over steps, as one picture: a column per capacity, a row per metric."""
+"""Pictures: what is remembered over steps, a column per capacity and a row per metric; and a stream's curves."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ COLOURS = {  # of Okabe and Ito, told apart by all eyes
     "bm25": "#e69f00",
     "ours": "#0072b2",
 }
+
+Points = list[tuple[float, Estimate | float | None]]  # (x, value); None where there is none
+Curves = dict[str, Points]  # by name
+ORDER = tuple(COLOURS[row] for row in ("ours", "bm25", "window", "dead", "oracle", "floor"))
 
 
 def require() -> Any:
@@ -84,3 +88,35 @@ def _curves(axis: Any, some: Sequence[Line]) -> None:
             x, y = [places[t] for t, _ in points], [cell.mean for _, cell in points]
             axis.plot(x, y, ":", color=COLOURS[OURS], label="if knowing went with the slots")
     axis.set_xticks(range(len(steps)), [str(t) for t in steps])
+
+
+def panels(some: Mapping[str, Curves], x: str, title: str, path: Path) -> None:
+    """Draw panels over each other with one common axis into a PNG.
+
+    Args:
+        some: what each panel shows -> its curves; estimates are drawn with their intervals.
+        x: name of the common axis.
+    """
+    pyplot = require()
+    figure, axes = pyplot.subplots(
+        len(some), 1, figsize=(8, 1 + 2.6 * len(some)), squeeze=False, sharex=True, layout="constrained"
+    )
+    for axis, (name, curves) in zip(axes[:, 0], some.items(), strict=True):
+        for colour, (curve, points) in zip(ORDER, curves.items(), strict=False):
+            there = [(at, value) for at, value in points if value is not None]
+            at = [place for place, _ in there]
+            axis.plot(at, [_middle(value) for _, value in there], color=colour, label=curve, marker=".")
+            drawn = [(place, value) for place, value in there if isinstance(value, Estimate)]
+            places, low, high = [p for p, _ in drawn], [e.low for _, e in drawn], [e.high for _, e in drawn]
+            axis.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False)
+    axes[-1, 0].set_xlabel(x)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _middle(value: Estimate | float) -> float:
+    return value.mean if isinstance(value, Estimate) else value

@@ -32,6 +32,10 @@ class Slots:
     choice: str = "last"
 
 
+class EnoughError(Exception):
+    """What was asked for, such as the time of a run, is used up: what is finished is the result."""
+
+
 @dataclass(frozen=True)
 class Line:
     """One number with its interval."""
@@ -50,18 +54,30 @@ def empty(llm: MemoryModel, slots: Slots, seed: int) -> Memory:
     return llm.empty(slots.N, compression=slots.compression, seed=seed, choice=slots.choice)
 
 
-def full(llm: MemoryModel, slots: Slots, unrelated: Iterable[str], seed: int) -> Memory:
+def full(llm: MemoryModel, slots: Slots, unrelated: Iterable[str], seed: int, share: float = 1.0) -> Memory:
     """A memory into which unrelated texts were written until it was full and nothing of its first slots was left over.
 
     Args:
         unrelated: texts, in the order in which they are written; as many as it takes.
+        share: of N, the slots that are filled; the last text of a memory that is not to be full is cut.
+
+    Raises:
+        ValueError: too few unrelated texts.
     """
     memory, count = empty(llm, slots, seed), 0
-    for text in unrelated:
-        if memory.M == memory.N and count >= memory.N:
-            break
-        before = memory.updates
-        memory = llm.write_ids(memory, written(llm, text), "unrelated")
+    wanted = round(share * memory.N)
+    texts = iter(unrelated)
+    while wanted > memory.M or (share == 1 and count < memory.N):
+        text = next(texts, None)
+        if text is None:
+            raise ValueError(
+                f"there are too few unrelated texts to fill {wanted} slots: they filled {memory.M}. Choose a smaller "
+                f"capacity."
+            )
+        ids, before = written(llm, text), memory.updates
+        memory = llm.write_ids(
+            memory, ids if share == 1 else ids[: (wanted - memory.M) * memory.compression], "unrelated"
+        )
         count += (memory.updates - before) * memory.K
     return memory
 
@@ -80,6 +96,7 @@ def measure(
     make: Callable[..., runner.Worker] | None = None,
     args: Sequence[Any] = (),
     progress: runner.Progress = lambda done, total: None,
+    after: Callable[[Sequence[Record], Path], list[str]] | None = None,
     table: Callable[[Sequence[AnyLine]], str] | None = None,
     over: str = "texts",
 ) -> list[AnyLine]:
@@ -94,7 +111,8 @@ def measure(
         command: what was typed, for the record.
         workers: processes; more than 1 needs `make`.
         make, args: how another process makes its own worker.
-        progress: called with (units done, units in all).
+        progress: called with (units done, units in all); may raise `EnoughError`.
+        after: given all records and the folder, writes more files and returns sentences to stand over the table.
         table: the lines as Markdown; by default `markdown`.
         over: what is drawn anew for the intervals, in words.
 
@@ -109,10 +127,12 @@ def measure(
     with folder.working(results.this_run(command)):
         try:
             runner.run(folder, worker, make or _none, args, workers, progress)
+        except EnoughError:
+            pass
         except KeyboardInterrupt:
-            _write(folder, lines, f"{title}, stopped before its end", table, over)
+            _write(folder, lines, f"{title}, stopped before its end", after, table, over)
             raise
-        return _write(folder, lines, title, table, over)
+        return _write(folder, lines, title, after, table, over)
 
 
 def model(llm: MemoryModel) -> dict[str, Any]:
@@ -133,18 +153,22 @@ def _write(
     folder: runner.Folder,
     lines: Callable[[Sequence[Record]], list[AnyLine]],
     title: str,
+    after: Callable[[Sequence[Record], Path], list[str]] | None,
     table: Callable[[Sequence[AnyLine]], str],
     over: str,
 ) -> list[AnyLine]:
-    found = lines([record for unit in folder.done().values() for record in unit])
+    records = [record for unit in folder.done().values() for record in unit]
+    found, notes = lines(records), after(records, folder.path) if after else []
     config, runs = folder.config, folder.runs
-    everything = {"title": title, **config, "runs": runs, "lines": [[x.name, asdict(x.estimate)] for x in found]}
+    everything = {"title": title, **config, "runs": runs, "notes": notes}
+    everything["lines"] = [[x.name, asdict(x.estimate)] for x in found]
     (folder.path / "summary.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     commands = "\n".join(dict.fromkeys(run["command"] for run in runs))
     asked = ", ".join(f"{key} = {value}" for key, value in config.get("settings", {}).items())
     head = f"# {title}\n\n```\n{commands}\n```\n\n{runs[-1]['started'][:10]}. {config['model']['name']}, "
     head += f"adapters {config['model']['adapters'] or 'none'}, {config['model']['dtype']}; {asked}. "
     head += f"Intervals: 95%, bootstrap over {over}.\n\n"
+    head += "".join(f"- {note}\n" for note in notes) + "\n" * bool(notes)
     (folder.path / "table.md").write_text(head + table(found), encoding="utf-8")
     return found
 

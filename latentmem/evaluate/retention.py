@@ -30,6 +30,7 @@ from latentmem.core.memory import Memory
 from latentmem.core.recall import Recalled
 from latentmem.evaluate import plots, results, runner
 from latentmem.evaluate.asking import NEW_TOKENS, Answer, ask, in_context, written
+from latentmem.evaluate.passages import ranked
 from latentmem.evaluate.questions import LONGEST, Question, QuestionSet, Text
 from latentmem.evaluate.summary import Line
 from latentmem.model import Context, MemoryModel
@@ -448,17 +449,7 @@ def _make(loading: dict[str, Any], data: QuestionSet, settings: Settings, folder
 
 def _find(library: Sequence[str], questions: Sequence[str]) -> list[str]:
     """The passage that BM25 ranks first for each question; "" where no passage shares a word with it."""
-    try:
-        import bm25s
-    except ImportError:
-        raise ValueError(
-            "the row 'bm25' needs bm25s: run `pip install 'latentmem[eval]'`, or leave the row out."
-        ) from None
-    index = bm25s.BM25()
-    index.index(bm25s.tokenize(list(library), stopwords="en", show_progress=False), show_progress=False)
-    asked = bm25s.tokenize(list(questions), stopwords="en", show_progress=False)
-    best = index.retrieve(asked, k=1, show_progress=False)
-    return [library[int(i)] if score > 0 else "" for (i,), (score,) in zip(best.documents, best.scores, strict=True)]
+    return [library[places[0]] if places else "" for places in ranked(library, questions, 1)]
 
 
 def _records(questions: Sequence[Question], answers: Sequence[Answer], **facts: Any) -> Iterator[Record]:

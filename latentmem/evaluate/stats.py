@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -101,3 +102,42 @@ def _sums(values: Sequence[float], groups: Sequence[Hashable]) -> np.ndarray[Any
     for value, group in zip(values, groups, strict=True):
         sums[group] = sums.get(group, 0.0) + value
     return np.array([sums[group] for group in sorted(sums, key=str)])  # the same draws in whatever order they came
+
+
+def slope(x: Sequence[float], y: Sequence[float], groups: Sequence[Hashable]) -> Estimate | None:
+    """How much y grows with one unit of x, by least squares, with the interval over groups.
+
+    Args:
+        x, y: one value per point.
+        groups: of each point, such as the window of a stream; points of one group stand together.
+
+    Returns:
+        None for fewer than two groups, or where x does not vary.
+    """
+    middle = float(np.mean(x)) if len(x) else 0.0
+    near = [value - middle for value in x]
+    columns = ([1.0] * len(x), near, y, [a * b for a, b in zip(near, y, strict=True)], [a * a for a in near])
+    sums = np.stack([_sums(column, groups) for column in columns], axis=-1)
+    if len(sums) < 2:
+        return None
+
+    def steep(total: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        n, sum_x, sum_y, sum_xy, sum_xx = np.moveaxis(total, -1, 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found: np.ndarray[Any, np.dtype[np.float64]] = (n * sum_xy - sum_x * sum_y) / (n * sum_xx - sum_x**2)
+        return found
+
+    drawn = np.random.default_rng(0).integers(0, len(sums), (RESAMPLES, len(sums)))
+    slopes, best = steep(sums[drawn].sum(1)), float(steep(sums.sum(0)))
+    if not np.isfinite(best):
+        return None
+    low, high = np.percentile(slopes[np.isfinite(slopes)], LEVEL)
+    return Estimate(best, float(low), float(high), len(x), len(sums))
+
+
+def exp(estimate: Estimate | None) -> Estimate | None:
+    """An estimate of a logarithm as one of the number itself."""
+    if estimate is None:
+        return None
+    mean, low, high = (math.exp(x) for x in (estimate.mean, estimate.low, estimate.high))
+    return replace(estimate, mean=mean, low=low, high=high)

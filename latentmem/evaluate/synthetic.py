@@ -5,6 +5,8 @@ the town of the workshop, the year in which it opened, the number of the locker,
 of the boat. Names are built of syllables; the person's name counts through a permutation of three syllables, then of
 four and so on, so no two texts of a seed share one. Every question names the person, so it has one answer however many
 texts are read. The years lie between 1100 and 1990 and the numbers between 100 and 999.
+
+Fact i of a seed is one such sentence about person i with its question, for streams in which nobody comes twice.
 """
 
 from __future__ import annotations
@@ -70,6 +72,22 @@ def text(seed: int, index: int) -> Text:
     draw.shuffle(sentences)
     opening = f"{who} is a {draw.choice(TRADES)}."
     return Text(f"synthetic-{seed}-{index}", " ".join([opening, *sentences]), tuple(questions))
+
+
+def fact(seed: int, index: int) -> Text:
+    """Fact `index` of a seed: one sentence about a person of its own, with its question; a pure function of both.
+
+    Args:
+        seed: as in `text`.
+        index: 0 or more.
+    """
+    draw = Random(f"latentmem/synthetic/fact/{seed}/{index}")
+    who, number = _person(seed, index), draw.randrange(len(FACTS))
+    question, *ways = FACTS[number]
+    answer = str((_word(draw), draw.randint(1100, 1990), draw.randint(100, 999), _word(draw), _word(draw))[number])
+    name = f"fact-{seed}-{index}"
+    asked = Question(name, question.format(who=who), (answer,))
+    return Text(name, draw.choice(ways).format(who=who, a=answer), (asked,))
 
 
 def _word(draw: Random) -> str:

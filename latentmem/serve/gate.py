@@ -10,6 +10,7 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from latentmem.serve import static
 from latentmem.serve.keys import EVERYONE, Key, Keys
 from latentmem.serve.logs import Log, Metrics
 from latentmem.serve.shared import Record, Refused, Shared, loading, refusal
@@ -40,6 +41,8 @@ class Gate:
             return await send({"type": "websocket.close", "code": 1000})
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if await static.respond(scope, receive, send):
+            return None
         headers, start, status = Headers(scope=scope), time.monotonic(), 0
         given = headers.get("x-request-id", "")
         record = Record(given if ID.fullmatch(given) else uuid.uuid4().hex)

@@ -8,15 +8,18 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, Literal
 
+import torch
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
+from torch import Tensor
 
+from latentmem.core.memory import Memory
 from latentmem.model import MemoryModel
 from latentmem.serve import schema
 from latentmem.serve.openai import collected, usage
@@ -165,8 +168,11 @@ async def ask(request: Request, id: str, body: schema.Ask) -> schema.Asked:
         answer, version = text.strip(), reading.version
         facts: dict[str, Any] = {}
         if body.sources:
-            drawn = (id, version, body.question, answer)
-            facts["sources"] = await run_in_threadpool(service.sources_of, *drawn) if answer else {}
+
+            def drawn(store: Store) -> dict[str, float]:
+                return service.sources_of(store.open(id, version), body.question, answer)
+
+            facts["sources"] = await look(request, id, drawn) if answer else {}
         return schema.Asked(id=id, answer=answer, version=version, finish_reason=finish, usage=usage(reading), **facts)
 
     return await patient(request, answered())
@@ -229,13 +235,17 @@ async def history(
     id: str,
     limit: Limit = 20,
     after: Annotated[int | None, Query(ge=-1, le=1 << 31)] = None,
+    order: Literal["asc", "desc"] = "asc",
     text: bool = False,
 ) -> schema.History:
-    """The versions of a memory, oldest first, those behind `after`; what was written only with `text`."""
+    """The versions of a memory, oldest or newest first, those behind `after`; what was written only with `text`."""
     touch(request, id)
     key = key_of(request)
     versions = await look(request, id, lambda store: store.history(id))
-    found = [one for one in versions if after is None or one.version > after]
+    if order == "asc":
+        found = [one for one in versions if after is None or one.version > after]
+    else:
+        found = [one for one in reversed(versions) if after is None or one.version < after]
 
     def line(one: Version) -> schema.HistoryLine:
         facts = {what: getattr(one, what) for what in schema.HistoryLine.model_fields if hasattr(one, what)}
@@ -249,19 +259,72 @@ async def history(
 
 
 @router.get("/{id}/stats")
-async def stats(request: Request, id: str) -> schema.Stats:
+async def stats(
+    request: Request, id: str, version: Annotated[int | None, Query(ge=0, le=1 << 31)] = None
+) -> schema.Stats:
     """How much of each source is left, and will be after 1, 10 and 100 more updates."""
     touch(request, id)
-    if await look(request, id, lambda store: store.unsettled(id)):
+    if version is None and await look(request, id, lambda store: store.unsettled(id)):
         await change(request, id, lambda store, llm: None)
 
     def found(store: Store) -> schema.Stats:
-        version = store.applied(id)
-        memory, sources = store.open(id, version), store.stats(id, version=version)
+        at, memory = _opened(store, id, version)
+        sources = store.stats(id, version=at)
         half_life = memory.half_life if memory.half_life < float("inf") else None
         left = [schema.SourceLeft(**asdict(source)) for source in sources]
         facts = {"M": memory.M, "N": memory.N, "K": memory.K}
-        return schema.Stats(id=id, version=version, half_life=half_life, sources=left, **facts)
+        return schema.Stats(id=id, version=at, half_life=half_life, sources=left, **facts)
+
+    return await look(request, id, found)
+
+
+@router.get("/{id}/slots")
+async def slots(
+    request: Request, id: str, version: Annotated[int | None, Query(ge=0, le=1 << 31)] = None
+) -> schema.Slots:
+    """Where the slots of each layer came from; of a memory that is being written, as far as that has come."""
+    touch(request, id)
+    service = shared(request).service
+
+    def found(store: Store) -> schema.Slots:
+        now = service.underway(id) if version is None else None
+        if now is None:
+            return _picture(id, *_opened(store, id, version), None)
+        writing = schema.Underway(done=now.done, total=now.total)
+        return _picture(id, store.applied(id), now.memory, writing)
+
+    return await look(request, id, found)
+
+
+def _picture(name: str, version: int, memory: Memory, writing: schema.Underway | None) -> schema.Slots:
+    return schema.Slots(
+        id=name,
+        version=version,
+        **{what: getattr(memory, what) for what in ("L", "M", "N", "K", "R", "updates")},
+        stored=int(memory.longterm.there.sum(1).max()) if memory.longterm is not None else 0,
+        sources=[source.name for source in memory.sources],
+        layers=[_runs(*rows) for rows in zip(memory.origins, memory.births, strict=True)],
+        writing=writing,
+    )
+
+
+def _runs(origins: Tensor, births: Tensor) -> list[int]:
+    """Source, update and length of each run of slots of a layer, one after the other."""
+    both, lengths = torch.unique_consecutive(torch.stack([origins, births], 1), dim=0, return_counts=True)
+    return torch.cat([both.long(), lengths[:, None]], 1).flatten().tolist()
+
+
+@router.post("/{id}/sources")
+async def sources(request: Request, id: str, body: schema.Drawn) -> schema.DrawnOn:
+    """Which sources an answer drew on: the share of its attention to the memory that went to each."""
+    touch(request, id)
+    fits(request, body.question, body.answer)
+    service = shared(request).service
+
+    def found(store: Store) -> schema.DrawnOn:
+        version, memory = _opened(store, id, body.version)
+        shares = service.sources_of(memory, body.question, body.answer)
+        return schema.DrawnOn(id=id, version=version, sources=shares)
 
     return await look(request, id, found)
 
@@ -341,6 +404,14 @@ async def expire(request: Request, id: str, body: schema.Expire) -> schema.Expir
         return schema.Expiring(id=id, source=body.source, expires=left.expires if left is not None else None)
 
     return await change(request, id, act)
+
+
+def _opened(store: Store, name: str, version: int | None) -> tuple[int, Memory]:
+    """A version that is there, by default the newest one, and its memory."""
+    if version is None:
+        return store.latest(name)
+    _has(store, name, version)
+    return version, store.open(name, version)
 
 
 def _has(store: Store, name: str, version: int | None) -> None:

@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
+from latentmem.serve import static
 from latentmem.serve.service import Service
 from latentmem.serve.shared import Json, loading
 
@@ -42,7 +43,7 @@ def serve(
 
     Args:
         make: loads the model, and makes the app and the service that it answers with.
-        at: where it listens: `/health` answers from the beginning, all else when the service has started.
+        at: where it listens: `/health` and the page answer from the beginning, all else when the service has started.
         grace: seconds for requests that run at the end.
         told: called when the service is ready.
     """
@@ -83,7 +84,7 @@ def serve(
 
 
 class _Door:
-    """Says that the app is not there yet, until it is."""
+    """Shows the page, and says that the app is not there yet, until it is."""
 
     def __init__(self) -> None:
         self.app: FastAPI | None = None
@@ -91,7 +92,7 @@ class _Door:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.app is not None:
             await self.app(scope, receive, send)
-        elif scope["type"] == "http":
+        elif not await static.respond(scope, receive, send) and scope["type"] == "http":
             response = Json({"status": "ok"}) if scope["path"] == "/health" else loading().response
             await response(scope, receive, send)
 

@@ -298,6 +298,46 @@ class Stats(BaseModel):
     sources: list[SourceLeft]
 
 
+class Underway(BaseModel):
+    """Tokens of what is being written, and of what waits behind it."""
+
+    done: int
+    total: int
+
+
+class Slots(BaseModel):
+    """Where the slots of a memory came from, without what is in them.
+
+    `layers` has for each layer its slots, oldest first, as runs of three numbers: the place of the source in `sources`,
+    or -1 for what is older than the memory; the number of the update that wrote it; how many slots.
+    """
+
+    id: str
+    version: int
+    L: int
+    M: int
+    N: int
+    K: int
+    R: int
+    updates: int
+    stored: int
+    sources: list[str]
+    layers: list[list[int]]
+    writing: Underway | None = None
+
+
+class Drawn(Strict):
+    question: Text
+    answer: Text
+    version: Count | None = None
+
+
+class DrawnOn(BaseModel):
+    id: str
+    version: int
+    sources: dict[str, float]
+
+
 class Rollback(Strict):
     version: Count
 

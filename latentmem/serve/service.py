@@ -70,6 +70,22 @@ class Writing:
     done: Future[Version]
 
 
+@dataclass(frozen=True)
+class Underway:
+    """A memory into which something is being written at this moment.
+
+    Args:
+        name: of the memory.
+        memory: with what was written so far; no version of the store holds it.
+        done, total: tokens of all that waits for this memory.
+    """
+
+    name: str
+    memory: Memory
+    done: int
+    total: int
+
+
 class Service:
     """One model and one store, for many clients at once; every method can be called from any thread.
 
@@ -104,6 +120,8 @@ class Service:
         self._readings: set[Reading] = set()
         self._changes = 0  # that were accepted and are not done
         self._tokens_written = 0
+        self._after: Memory | None = None  # what the last pass of a write has made
+        self._underway: Underway | None = None
         self._seconds = 1.0  # that an answer takes, a running mean
         self.ready = False
 
@@ -188,7 +206,7 @@ class Service:
                 self._there(name)
                 later = version is None or version > self.store.applied(name)
                 if later and not settled and self.store.unsettled(name):
-                    waits = self._writer.submit(self.store.apply, self._writing, name)
+                    waits = self._writer.submit(self._settle, name)
 
                     def go_on(waits: Future[int]) -> None:
                         error = waits.exception()
@@ -201,8 +219,10 @@ class Service:
                     return None
                 if version is not None and not 0 <= version <= (newest := self.store.version(name).version):
                     raise Missing(f"{name!r} has no version {version}; it has 0 to {newest}.")
-                reading.version = self.store.applied(name) if version is None else version
-                memory = self.store.open(name, reading.version)
+                if version is None:
+                    reading.version, memory = self.store.latest(name)
+                else:
+                    reading.version, memory = version, self.store.open(name, version)
                 self.llm.check(memory)
             ids = prompt(self.llm.prompts_or_raise(), memory.holds)
             release_threads()
@@ -213,7 +233,7 @@ class Service:
         except Exception as error:  # noqa: BLE001 - told to who asked
             reading.give(error)
 
-    def sources_of(self, name: str, version: int | None, question: str, answer: str) -> dict[str, float]:
+    def sources_of(self, memory: Memory, question: str, answer: str) -> dict[str, float]:
         """Which sources of a memory an answer drew on, as `MemoryModel.sources_of`.
 
         Raises:
@@ -221,7 +241,6 @@ class Service:
         """
         self._accept()
         try:
-            memory = self.store.open(name, self.store.applied(name) if version is None else version)
             release_threads()
             return self._engine.call(lambda: self.llm.sources_of(memory, question, answer))
         finally:
@@ -282,8 +301,25 @@ class Service:
         done.add_done_callback(self._changed)
         return done
 
+    def underway(self, name: str) -> Underway | None:
+        """What is being written into a memory now; None before its first update is made, and afterwards."""
+        now = self._underway
+        return now if now is not None and now.name == name else None
+
+    def _settle(self, name: str) -> int:
+        """Apply what waits for a memory, and let others look on."""
+
+        def progress(done: int, total: int) -> None:
+            if self._after is not None:
+                self._underway = Underway(name, self._after, done, total)
+
+        try:
+            return self.store.apply(self._writing, name, progress)
+        finally:
+            self._after = self._underway = None
+
     def _apply(self, name: str, key: str) -> Version:
-        self.store.apply(self._writing, name)
+        self._settle(name)
         version = self.store.version(name, key=key)
         if version.state == "failed":
             raise ValueError(version.error)
@@ -297,6 +333,7 @@ class Service:
         release_threads()
         after = self._engine.call(lambda: self.llm.write_ids(memory, ids, source, progress))
         self._tokens_written += len(ids)
+        self._after = after
         return after
 
     # --- numbers ----------------------------------------------------------------------------------------------------

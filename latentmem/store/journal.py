@@ -138,9 +138,20 @@ class Journal:
             OSError: the disk is full or not writable; nothing has changed.
             ValueError: another process keeps the database busy, or it is damaged.
         """
+        with self._within("BEGIN IMMEDIATE"):
+            yield
+
+    @contextlib.contextmanager
+    def one_look(self) -> Iterator[None]:
+        """What is read inside belongs together, whatever others change meanwhile; nothing is to be written in it."""
+        with self._within("BEGIN"):
+            yield
+
+    @contextlib.contextmanager
+    def _within(self, begin: str) -> Iterator[None]:
         with self._lock, self._sentences():
             if self._depth == 0:
-                self._connection.execute("BEGIN IMMEDIATE")
+                self._connection.execute(begin)
             self._depth += 1
             try:
                 yield

@@ -228,7 +228,8 @@ class Store:
 
     def history(self, name: str) -> list[Version]:
         """All versions of a memory, oldest first."""
-        return [self._view(row) for row in self._versions(self._id(name))]
+        with self._journal.one_look():
+            return [self._view(row) for row in self._versions(self._id(name))]
 
     def version(self, name: str, version: int | None = None, *, key: str | None = None) -> Version:
         """One version of a memory, by default the newest, or the one that was written with an idempotency key.
@@ -236,11 +237,12 @@ class Store:
         Raises:
             ValueError: no such memory, version or key.
         """
-        memory = self._id(name)
-        row = self._row(name, memory, version) if key is None else self._journal.keyed(memory, key)
-        if row is None:
-            raise ValueError(f"{name!r} has no version with the key {key!r}.")
-        return self._view(row)
+        with self._journal.one_look():
+            memory = self._id(name)
+            row = self._row(name, memory, version) if key is None else self._journal.keyed(memory, key)
+            if row is None:
+                raise ValueError(f"{name!r} has no version with the key {key!r}.")
+            return self._view(row)
 
     def _view(self, row: Row) -> Version:
         base = None
@@ -367,6 +369,21 @@ class Store:
         return row.seq
 
     # --- reading ----------------------------------------------------------------------------------------------------
+
+    def latest(self, name: str) -> tuple[int, Memory]:
+        """The version of `applied` and its memory, also while `forget_by_replay` numbers the versions anew.
+
+        Raises:
+            ValueError: as `open`.
+        """
+        for _ in range(8):
+            version = self.applied(name)
+            try:
+                return version, self.open(name, version)
+            except ValueError:
+                if self.applied(name) == version:
+                    raise
+        raise HiddenError(f"the versions of {name!r} are numbered anew; try again later.")
 
     def open(self, name: str, version: int | None = None, *, llm: MemoryModel | None = None) -> Memory:
         """A version of a memory, by default the newest; sources whose time is over are forgotten before.

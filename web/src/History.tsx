@@ -1,0 +1,157 @@
+import { useEffect, useState } from "preact/hooks";
+import * as api from "./api";
+import { Dialog, Problem } from "./Dialog";
+import { Name } from "./Memories";
+import { count, named } from "./pool";
+import { date, useWork, words } from "./util";
+
+/** The versions of a memory, newest first: look at them, go back to them, go on from them elsewhere. */
+export function History(props: {
+  id: string;
+  newest: string; // changes whenever there is something new
+  version: number | null;
+  look: (version: number | null) => void;
+  refresh: () => void;
+  forked: (id: string) => Promise<void>;
+}) {
+  const { id, newest, version, look } = props;
+  const [lines, setLines] = useState<api.HistoryLine[]>([]);
+  const [more, setMore] = useState(false);
+  const [error, setError] = useState("");
+  const [forking, setForking] = useState<number | null>(null);
+  const [back, setBack] = useState<number | null>(null);
+  const work = useWork();
+
+  useEffect(() => {
+    let ended = false;
+    api
+      .history(id, null)
+      .then((page) => {
+        if (ended) return;
+        setLines(page.data);
+        setMore(page.has_more);
+        setError("");
+      })
+      .catch((failed) => !ended && setError(words(failed)));
+    return () => void (ended = true);
+  }, [id, newest]);
+
+  const older = () =>
+    work.run(async () => {
+      const page = await api.history(id, lines.at(-1)?.version ?? null);
+      setLines([...lines, ...page.data]);
+      setMore(page.has_more);
+    });
+  const top = lines[0]?.version;
+  return (
+    <section class="history" aria-labelledby="history-title">
+      <h3 id="history-title">History</h3>
+      <Problem text={error || work.error} />
+      <ol class="plain" reversed>
+        {lines.map((line) => {
+          const seen = version === null ? line.version === top : line.version === version;
+          return (
+            <li key={line.version} class={seen ? "seen" : ""} aria-current={seen ? "true" : undefined}>
+              <span class="number">{line.version}</span>
+              <div class="grow">
+                <span>{event(line)}</span> <time class="quiet" dateTime={line.time}>{date(line.time)}</time>
+                {line.state !== "applied" && <span class="state"> {line.state}{line.error && `: ${line.error}`}</span>}
+                {line.tokens > 0 && <What id={id} line={line} />}
+              </div>
+              <span class="row end">
+                {!seen && (
+                  <button class="small" onClick={() => look(line.version === top ? null : line.version)}>
+                    Look
+                  </button>
+                )}
+                {line.version !== top && (
+                  <button class="small" onClick={() => setBack(line.version)}>
+                    Go back …
+                  </button>
+                )}
+                <button class="small" onClick={() => setForking(line.version)}>
+                  Fork …
+                </button>
+              </span>
+            </li>
+          );
+        })}
+      </ol>
+      {more && (
+        <button class="small" disabled={work.busy} onClick={() => void older()}>
+          Older ones
+        </button>
+      )}
+      {back !== null && (
+        <Dialog
+          title={`Go back to version ${back}?`}
+          act="Go back"
+          onAct={async () => {
+            await api.rollback(id, back);
+            look(null);
+            props.refresh();
+          }}
+          onClose={() => setBack(null)}
+        >
+          <p>That is a new version, so nothing is lost: you can go back to today's, too.</p>
+        </Dialog>
+      )}
+      {forking !== null && <Fork {...props} version={forking} onClose={() => setForking(null)} />}
+    </section>
+  );
+}
+
+export function Fork({ id, version, forked, onClose }: { id: string; version: number | null; forked: (id: string) => Promise<void>; onClose: () => void }) {
+  const [name, setName] = useState(`${id}-2`);
+  const act = async () => {
+    await api.fork(id, name, version);
+    await forked(name);
+  };
+  return (
+    <Dialog title={version === null ? `Fork ${id}` : `Fork ${id} at version ${version}`} act="Fork" onAct={act} onClose={onClose}>
+      <p>A memory of its own that goes on from here.</p>
+      <Name value={name} set={setName} />
+    </Dialog>
+  );
+}
+
+/** What was written, read from the server when somebody wants to see it. */
+function What({ id, line }: { id: string; line: api.HistoryLine }) {
+  const [text, setText] = useState<string | null>(null);
+  const [error, setError] = useState("");
+  const open = async (event: Event) => {
+    if (!(event.currentTarget as HTMLDetailsElement).open || text !== null) return;
+    try {
+      const found = (await api.history(id, line.version + 1, 1, true)).data[0]?.text ?? null;
+      if (found === null) setText("This store keeps no texts.");
+      else if (typeof found === "string") setText(found);
+      else setText(found.map((one) => (typeof one === "number" ? String(one) : `${one.role}: ${one.content}`)).join("\n"));
+    } catch (failed) {
+      setError(words(failed));
+    }
+  };
+  return (
+    <details onToggle={open}>
+      <summary>{count(line.tokens)} tokens</summary>
+      <Problem text={error} />
+      {text !== null && <pre>{text}</pre>}
+    </details>
+  );
+}
+
+function event(line: api.HistoryLine): string {
+  const of = line.source !== null ? ` ${named(line.source)}` : "";
+  const from = line.base ? ` ${line.base.version}` : "";
+  const said: Record<string, string> = {
+    create: "made",
+    write: `written:${of}`,
+    forget: `forgotten:${of}`,
+    expire: `expired:${of}`,
+    pin: `pinned:${of}`,
+    unpin: `pin taken off:${of}`,
+    rollback: `back to version${from}`,
+    fork: line.base ? `forked from ${line.base.id} at version${from}` : "forked",
+    import: "imported",
+  };
+  return said[line.event] ?? `${line.event}${of}`;
+}
