@@ -7,7 +7,7 @@ import copy
 import hashlib
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, overload
 
 import torch
@@ -86,10 +86,12 @@ class Score:
     Args:
         logprobs: natural log of the probability of each token given all before it, [n].
         hits: whether the token was the most likely one, [n] bool.
+        likeliest: the token that was the most likely one, [n].
     """
 
     logprobs: Tensor
     hits: Tensor
+    likeliest: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
 
 @dataclass(frozen=True)
@@ -658,7 +660,8 @@ class MemoryModel:
             start = len(prompt) - 1 - (tokens.shape[1] - keep)
             found = row[start : start + len(target)].float()
             logprobs = found.log_softmax(-1).gather(1, target[:, None])[:, 0]
-            scores.append(Score(logprobs, found.argmax(-1) == target))
+            likeliest = found.argmax(-1)
+            scores.append(Score(logprobs, likeliest == target, likeliest))
         return scores
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from latentmem.evaluate import summary
-from latentmem.evaluate.stats import Estimate, mean, ratio
+from latentmem.evaluate.stats import Estimate, harmonic, mean, of_means, ratio
 
 # --- intervals ------------------------------------------------------------------------------------------------------
 
@@ -32,6 +32,26 @@ def test_a_ratio_is_sum_over_sum_and_its_interval_is_finite():
     assert found.mean == 2 / 3 and np.isfinite([found.low, found.high]).all() and found.low <= 2 / 3 <= found.high
     found = ratio([1.0, 0.0, 0.0], [2.0, 0.0, 0.0], "abc")  # most resamples have nothing below
     assert (found.mean, found.low, found.high) == (0.5, 0.5, 0.5)
+
+
+def test_a_harmonic_mean_is_of_the_means_and_not_a_mean_of_harmonic_means():
+    assert harmonic(np.array([1.0, 0.5, 0.25])) == pytest.approx(3 / 7) and harmonic(np.array([1.0, 0.0])) == 0
+    assert list(harmonic(np.array([[1.0, 1.0], [0.5, 1.0]]))) == [1.0, pytest.approx(2 / 3)]
+    found = of_means(harmonic, [[1.0, 0.0], [0.0, 1.0]], "ab")
+    assert found.mean == 0.5 and (found.low, found.high) == (0.0, 0.5)  # where one text is drawn twice one mean is 0
+    assert (found.n, found.texts) == (2, 2)
+
+
+def test_numbers_made_of_means_are_drawn_with_all_columns_together():
+    values = [0.1, 0.4, 0.9, 0.3, 0.6, 0.2]
+    double = of_means(lambda m: m[..., 0] / m[..., 1], [values, [v / 2 for v in values]], "abcdef")
+    assert (double.mean, double.low, double.high) == (pytest.approx(2), pytest.approx(2), pytest.approx(2))
+    assert of_means(lambda m: m[..., 0], [values], "aabbcc") == mean(values, "aabbcc")
+    assert of_means(harmonic, [[1.0]], "a") is None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        assert of_means(lambda m: m[..., 0] / m[..., 1], [[1.0, 1.0], [0.0, 0.0]], "ab") is None
+    with pytest.raises(ValueError, match="got 2, 1 values and 2 groups"):
+        of_means(harmonic, [[1.0, 1.0], [1.0]], "ab")
 
 
 def test_a_mean_counts_questions_and_not_texts():

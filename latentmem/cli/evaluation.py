@@ -1,4 +1,4 @@
-"""`latentmem eval`: retention, compare, effects, integrity, forget, ability, conversations, longbench, harness."""
+"""`latentmem eval`: a command for each protocol, and lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -174,6 +175,41 @@ def effects(
     c, way = _slots(llm, compression, choice)
     settings = asked.Settings(N=capacity, compression=c, choice=way, texts=texts, seed=seed)
     _measured("effects", llm, workers, out, asked.measure, chosen, settings, loading=loading)
+
+
+@evaluation.command()
+def editing(
+    out: Out,
+    data: Annotated[str, typer.Option(help="zsre or counterfact.")] = "zsre",
+    edits: Annotated[int, typer.Option(min=2, help="Edits that are made one at a time.")] = 200,
+    rows: Annotated[
+        str, typer.Option(help="What is measured.")
+    ] = "none,context,memory-unedited,memory-empty,memory-full,ft,ft-l,lora,ike,rome",
+    sequence: Annotated[
+        str, typer.Option(help="Edits that are made without reset in between, such as 1,10,100,1000.")
+    ] = "1",
+    capacity: Capacity = 2048,
+    compression: Compression = None,
+    choice: Choice = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    dtype: Dtype = "bfloat16",
+    model: Model = PACKAGED,
+    device: Device = None,
+    adapters: Adapters = "auto",
+) -> None:
+    """Facts that are changed: by a memory, and by fine-tuning, LoRA, demonstrations and rank-one edits."""
+    from latentmem.evaluate import editing as asked
+    from latentmem.evaluate import edits as sets
+
+    settings = asked.Settings(
+        N=capacity, edits=edits, rows=tuple(rows.split(",")), sequence=_numbers("--sequence", sequence), seed=seed
+    )
+    chosen = sets.load(data, seed=seed)
+    llm, loading = _loaded(model, dtype, device, adapters)
+    c, way = _slots(llm, compression, choice)
+    settings = replace(settings, compression=c, choice=way)
+    _measured("editing", llm, workers, out, asked.measure, chosen, settings, loading=loading, table=asked.markdown)
 
 
 @evaluation.command()
@@ -411,7 +447,14 @@ def _loaded(model: str, dtype: str, device: str | None, adapters: str) -> tuple[
 
 
 def _measured(
-    name: str, llm: MemoryModel, workers: int | None, out: Path, measure: Any, *args: Any, **more: Any
+    name: str,
+    llm: MemoryModel,
+    workers: int | None,
+    out: Path,
+    measure: Any,
+    *args: Any,
+    table: Any = None,
+    **more: Any,
 ) -> None:
     """Run a protocol's `measure(llm, *args, out, **more)` with a bar of progress, and print its table."""
     from latentmem.evaluate import protocol, runner
@@ -429,7 +472,7 @@ def _measured(
         )
     for note in json.loads((out / "summary.json").read_text(encoding="utf-8"))["notes"]:
         typer.echo(note)
-    typer.echo(protocol.markdown(found))
+    typer.echo((table or protocol.markdown)(found))
 
 
 @contextmanager

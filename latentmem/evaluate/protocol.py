@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from latentmem.core.memory import Memory
 from latentmem.evaluate import results, runner
@@ -42,6 +42,9 @@ class Line:
 
     name: str
     estimate: Estimate
+
+
+AnyLine = TypeVar("AnyLine", bound=Line)
 
 
 def empty(llm: MemoryModel, slots: Slots, seed: int) -> Memory:
@@ -84,7 +87,7 @@ def measure(
     llm: MemoryModel,
     worker: runner.Worker,
     asked: dict[str, Any],
-    lines: Callable[[Sequence[Record]], list[Line]],
+    lines: Callable[[Sequence[Record]], list[AnyLine]],
     out: Path,
     *,
     title: str,
@@ -94,7 +97,9 @@ def measure(
     args: Sequence[Any] = (),
     progress: runner.Progress = lambda done, total: None,
     after: Callable[[Sequence[Record], Path], list[str]] | None = None,
-) -> list[Line]:
+    table: Callable[[Sequence[AnyLine]], str] | None = None,
+    over: str = "texts",
+) -> list[AnyLine]:
     """Run a protocol, or go on with it, and write table.md and summary.json.
 
     Args:
@@ -108,6 +113,8 @@ def measure(
         make, args: how another process makes its own worker.
         progress: called with (units done, units in all); may raise `EnoughError`.
         after: given all records and the folder, writes more files and returns sentences to stand over the table.
+        table: the lines as Markdown; by default `markdown`.
+        over: what is drawn anew for the intervals, in words.
 
     Raises:
         KeyboardInterrupt: stopped; the table then shows what was finished, and the next run goes on from there.
@@ -116,16 +123,16 @@ def measure(
     if workers > 1 and make is None:
         raise ValueError("more than one worker needs `make`, which makes a worker in another process.")
     config: dict[str, Any] = {"protocol": protocol, **asked, "model": model(llm)}
-    folder = runner.Folder(out, config)
+    folder, table = runner.Folder(out, config), table or markdown
     with folder.working(results.this_run(command)):
         try:
             runner.run(folder, worker, make or _none, args, workers, progress)
         except EnoughError:
             pass
         except KeyboardInterrupt:
-            _write(folder, lines, f"{title}, stopped before its end", after)
+            _write(folder, lines, f"{title}, stopped before its end", after, table, over)
             raise
-        return _write(folder, lines, title, after)
+        return _write(folder, lines, title, after, table, over)
 
 
 def model(llm: MemoryModel) -> dict[str, Any]:
@@ -144,10 +151,12 @@ def _none() -> runner.Worker:
 
 def _write(
     folder: runner.Folder,
-    lines: Callable[[Sequence[Record]], list[Line]],
+    lines: Callable[[Sequence[Record]], list[AnyLine]],
     title: str,
     after: Callable[[Sequence[Record], Path], list[str]] | None,
-) -> list[Line]:
+    table: Callable[[Sequence[AnyLine]], str],
+    over: str,
+) -> list[AnyLine]:
     records = [record for unit in folder.done().values() for record in unit]
     found, notes = lines(records), after(records, folder.path) if after else []
     config, runs = folder.config, folder.runs
@@ -158,8 +167,9 @@ def _write(
     asked = ", ".join(f"{key} = {value}" for key, value in config.get("settings", {}).items())
     head = f"# {title}\n\n```\n{commands}\n```\n\n{runs[-1]['started'][:10]}. {config['model']['name']}, "
     head += f"adapters {config['model']['adapters'] or 'none'}, {config['model']['dtype']}; {asked}. "
-    head += "Intervals: 95%, bootstrap over texts.\n\n" + "".join(f"- {note}\n" for note in notes) + "\n" * bool(notes)
-    (folder.path / "table.md").write_text(head + markdown(found), encoding="utf-8")
+    head += f"Intervals: 95%, bootstrap over {over}.\n\n"
+    head += "".join(f"- {note}\n" for note in notes) + "\n" * bool(notes)
+    (folder.path / "table.md").write_text(head + table(found), encoding="utf-8")
     return found
 
 

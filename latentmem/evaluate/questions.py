@@ -185,6 +185,11 @@ def heldout(count: int, seed: int) -> list[str]:
 Rows = tuple[str, list[dict[str, Any]], list[str]]  # (source, rows, unrelated texts)
 
 
+def unrelated_texts() -> list[str]:
+    """Contexts of SQuAD articles that no question set asks about."""
+    return list(dict.fromkeys(_squad()[2]))
+
+
 def _squad() -> Rows:
     local = _local("squad/eval_titles.jsonl.gz", "squad/train_13_titles.jsonl.gz")
     if local:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,6 +53,48 @@ def ratio(above: Sequence[float], below: Sequence[float], groups: Sequence[Hasha
     means = means[np.isfinite(means)]
     low, high = np.percentile(means, LEVEL)
     return Estimate(float(top.sum() / bottom.sum()), float(low), float(high), len(above), len(top))
+
+
+Means = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def of_means(
+    statistic: Callable[[Means], Means], columns: Sequence[Sequence[float]], groups: Sequence[Hashable]
+) -> Estimate | None:
+    """A number that is made of several means, with the interval over groups: all columns are drawn anew together.
+
+    Args:
+        statistic: from means [..., columns] to numbers [...].
+        columns: of each, one value per question.
+        groups: the text of each question.
+
+    Returns:
+        None for fewer than two groups, or where the number is not finite.
+
+    Raises:
+        ValueError: columns of different lengths.
+    """
+    if any(len(column) != len(groups) for column in columns):
+        lengths = ", ".join(str(len(column)) for column in columns)
+        raise ValueError(f"every column has one value per question: got {lengths} values and {len(groups)} groups.")
+    tops = np.stack([_sums(column, groups) for column in columns], axis=-1)
+    counts = _sums([1.0] * len(groups), groups)
+    if len(counts) < 2:
+        return None
+    drawn = np.random.default_rng(0).integers(0, len(counts), (RESAMPLES, len(counts)))
+    found = statistic(tops[drawn].sum(1) / counts[drawn].sum(1)[:, None])
+    best = float(statistic(tops.sum(0) / counts.sum()))
+    if not np.isfinite(best):
+        return None
+    low, high = np.percentile(found[np.isfinite(found)], LEVEL)
+    return Estimate(best, float(low), float(high), len(groups), len(counts))
+
+
+def harmonic(means: Means) -> Means:
+    """The harmonic mean over the last axis, [..., k] -> [...]; 0 where one of them is 0."""
+    with np.errstate(divide="ignore"):
+        found: Means = means.shape[-1] / (1 / means).sum(-1)
+    return found
 
 
 def _sums(values: Sequence[float], groups: Sequence[Hashable]) -> np.ndarray[Any, np.dtype[np.float64]]:
