@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -436,6 +437,51 @@ def harness(
     for task, metrics in asked.evaluate(lm, tasks.split(","), out, limit=limit).items():
         numbers = (f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
         typer.echo(f"{task}: {', '.join(numbers)}")
+
+
+@evaluation.command(name="all")
+def everything(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of all runs; the same one goes on with them.")],
+    only: Annotated[
+        str, typer.Option(help="Some of them.")
+    ] = "retention,effects,zsre,counterfact,integrity,forget,ability,conversations,longbench",
+    workers: Workers = None,
+    model: Model = PACKAGED,
+    device: Device = None,
+    adapters: Adapters = "auto",
+) -> None:
+    """Every protocol with its own defaults, one after the other, and one page of all tables: hours on two cores."""
+    ways: dict[str, Any] = {"workers": workers, "model": model, "device": device, "adapters": adapters}
+    runs: dict[str, Callable[..., None]] = {
+        "retention": partial(retention, data="squad"),
+        "effects": effects,
+        "zsre": partial(editing, data="zsre"),
+        "counterfact": partial(editing, data="counterfact"),
+        "integrity": integrity,
+        "forget": forget,
+        "ability": ability,
+        "conversations": conversations,
+        "longbench": longbench,
+    }
+    chosen = only.split(",")
+    unknown = [name for name in chosen if name not in runs]
+    if unknown:
+        raise ValueError(f"--only takes some of {', '.join(runs)}; got {', '.join(unknown)}.")
+    failed: dict[str, str] = {}
+    for name in chosen:
+        base.error(f"{name}: into {out / name}")
+        try:
+            runs[name](out=out / name, **ways)
+        except ValueError as error:  # of this one, such as a data set that is not there; the others do not need it
+            failed[name] = str(error)
+            base.error(f"{name}: {error}")
+    tables = {name: (out / name / "table.md") for name in chosen if (out / name / "table.md").exists()}
+    parts = [f"<!-- {name} -->\n\n{table.read_text(encoding='utf-8')}" for name, table in tables.items()]
+    if parts:
+        (out / "results.md").write_text("\n".join(parts), encoding="utf-8")
+        typer.echo(f"All tables: {out / 'results.md'}")
+    if failed:
+        raise ValueError(f"not everything was measured: {', '.join(failed)}; the reasons are above.")
 
 
 def _loaded(model: str, dtype: str, device: str | None, adapters: str) -> tuple[MemoryModel, dict[str, Any]]:
