@@ -25,6 +25,7 @@ from torch import Tensor
 
 from latentmem.core import linear
 from latentmem.core import memory as memories
+from latentmem.core.memory import Memory
 from latentmem.core.prefix import Decoder
 from latentmem.core.recall import Projectors
 from latentmem.model import MemoryModel, Shape, Trained
@@ -195,12 +196,24 @@ def _with_adapters(llm: MemoryModel, path: Path) -> MemoryModel:
         tokenizer=llm.tokenizer_identity,
         model_name=llm.name,
     )
-    born = llm.with_trained(Trained(bos, mark, pool))
-    while pool.M < pool.N:  # full from birth, as the released checkpoints
-        pool = born.write_ids(pool, born.prompts_or_raise().written(facts["birth"]), "birth")
-    old = torch.zeros_like(pool.births)
-    pool = replace(pool, births=old, origins=old - 1, sources=(), updates=0, tokens=0)
+    pool = born(llm.with_trained(Trained(bos, mark, pool)), pool, facts["birth"])
     return llm.with_trained(Trained(bos, mark, pool))
+
+
+def born(llm: MemoryModel, pool: Memory, text: str) -> Memory:
+    """A pool of the preset "paper" that is full from birth, as those of the released checkpoints are.
+
+    Args:
+        pool: empty.
+        text: is written until the pool is full, and repeated to twice the slots of an update: of a shorter text the
+            slots of the update before go through the layers again, and grow with each of these writes.
+    """
+    ids = llm.prompts_or_raise().written(text)
+    ids = (ids * -(-2 * pool.K // len(ids)))[: pool.piece]
+    while pool.M < pool.N:
+        pool = llm.write_ids(pool, ids, "birth")
+    old = torch.zeros_like(pool.births)
+    return replace(pool, births=old, origins=old - 1, sources=(), updates=0, tokens=0)
 
 
 def check_supported(config: Any) -> None:

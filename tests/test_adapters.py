@@ -14,8 +14,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from latentmem.adapters import READ, WRITE, Adapters, insert
 from latentmem.core.memory import Memory, draw, kept, update
 from latentmem.core.prefix import read
+from latentmem.loading import born
 from latentmem.model import MemoryModel, Trained, fingerprint
-from latentmem.testing import tiny_model
+from latentmem.prompts import Prompts
+from latentmem.testing import byte_tokenizer, tiny_model
 
 N, K, R, ALPHA = 12, 4, 3, 6.0
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -194,6 +196,20 @@ def test_in_paper_a_write_runs_as_a_whole_under_the_write_adapter_and_a_read_und
             assert gap(llm.new_slots(memory, ids), theirs) < 1e-5
         theirs = reference.read(merged(llm, READ), extra.bos, memory.slots, Q)
         assert gap(llm.logits(memory, Q), theirs) < 1e-5
+
+
+def test_a_pool_is_born_of_the_text_alone_however_short_it_is():
+    llm = adapted("paper")
+    llm.prompts = Prompts(byte_tokenizer())
+    empty = replace(llm.empty(), **{name: getattr(llm.empty(), name)[:, :0] for name in ("slots", "births", "origins")})
+    text = "ab"
+    pool = born(llm, empty, text)
+    assert pool.M == N and pool.updates == 0 and (pool.births == 0).all() and (pool.origins == -1).all()
+    ids = llm.prompts.written(text) * K  # two tokens: as many as give K slots, and K more
+    longer = empty
+    while longer.M < N:
+        longer = llm.write_ids(longer, ids)
+    assert len(ids) == 2 * K and torch.equal(pool.slots, longer.slots)
 
 
 def test_keys_and_values_kept_through_writes_are_those_of_the_read_adapter_to_the_bit():

@@ -289,7 +289,7 @@ def test_history_is_looked_at_gone_back_to_and_forked(server, memory, opened):
     page.get_by_role("img", name="30 layers with 42 of 2,048 slots each; of these 60% boat, 40% secret.").wait_for()
     button(lines.nth(1), "Go back …").click()
     button(page, "Go back").click()
-    page.get_by_text("back to version 1").wait_for()
+    page.locator(".history li", has_text="back to version 1").wait_for()
     assert store.version(memory).version == 3 and [s.source for s in store.stats(memory)] == ["secret"]
     button(page.locator(".history li", has_text="written: boat"), "Fork …").click()
     page.get_by_role("dialog").get_by_label("Name").fill("elsewhere")

@@ -32,6 +32,13 @@ from latentmem.model import MemoryModel, Trained
 from latentmem.train.episodes import Episode, Row
 from latentmem.train.retriever import Retriever, Search, Seen
 
+# What a pool of the preset "paper" holds before anything is written into it.
+BIRTH = (
+    "This is the memory of a language model. It is a pool of vectors of fixed size in every layer. Whatever is read "
+    "from now on is written into it, and makes room for itself among what was there before. Nothing has been read yet: "
+    "no names, no places, no dates, no numbers. What is asked later is answered from what will have been written here."
+)
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -51,7 +51,7 @@ from latentmem.train import plots
 from latentmem.train.config import OBJECTIVES, Config, MemoryShape, RetrieverShape
 from latentmem.train.data import Apart, Documents
 from latentmem.train.episodes import Episode, Episodes
-from latentmem.train.learner import Learner, Outcome, remember
+from latentmem.train.learner import BIRTH, Learner, Outcome, remember
 from latentmem.train.log import Log
 from latentmem.train.probe import Probe
 from latentmem.train.retriever import Retriever
@@ -61,12 +61,6 @@ RESULT = "adapters.safetensors"
 SMALL = 0.1  # nats per token: no smaller loss is what a spike is measured by
 # Older versions of transformers run a layer's hooks inside what is recomputed, when those of a write are gone.
 HOOKS_STAY = "__call__" not in vars(GradientCheckpointingLayer)
-# What a pool of the preset "paper" holds before anything is written into it.
-BIRTH = (
-    "This is the memory of a language model. It is a pool of vectors of fixed size in every layer. Whatever is read "
-    "from now on is written into it, and makes room for itself among what was there before. Nothing has been read yet: "
-    "no names, no places, no dates, no numbers. What is asked later is answered from what will have been written here."
-)
 
 
 class Run:

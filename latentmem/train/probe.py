@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from latentmem.loading import born
 from latentmem.model import MemoryModel
 from latentmem.train.config import Config
 from latentmem.train.data import Documents
-from latentmem.train.learner import Learner
+from latentmem.train.learner import BIRTH, Learner
 
 
 class Probe:
@@ -51,9 +52,12 @@ class Probe:
 
     def _curve(self, llm: MemoryModel) -> list[dict[str, Any]]:
         prompts, m, ages = llm.prompts_or_raise(), self.config.memory, self.config.watch.ages
-        memory = llm.empty() if llm.trained else llm.empty(m.N, m.K, m.preset, m.compression, choice=m.choice)
+        if llm.trained is not None:
+            memory = born(llm, llm.empty(), BIRTH)
+        else:
+            memory = llm.empty(m.N, m.K, m.preset, m.compression, choice=m.choice)
         others = itertools.cycle(self.others)
-        while memory.M < memory.N:
+        while memory.M < memory.N or (llm.trained is not None and memory.updates * memory.K < memory.N):
             memory = llm.write_ids(memory, prompts.written(next(others).text))
         found: dict[int, list[float]] = {age: [] for age in ages}
         for step in range(len(self.asked) + max(ages)):
