@@ -209,7 +209,7 @@ class MemoryList(BaseModel):
 
 
 class Rights(BaseModel):
-    """What the key of a request may do; `name` is empty where none is asked for."""
+    """What the key of a request may do; `name` is "none" where no key is asked for."""
 
     object: Literal["key"] = "key"
     name: str
