@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from latentmem.core.memory import Memory
-from latentmem.evaluate import choices, protocol, runner
+from latentmem.evaluate import choices, protocol
 from latentmem.evaluate.asking import named, read
 from latentmem.evaluate.choices import Choices
 from latentmem.evaluate.protocol import Line
@@ -150,17 +150,9 @@ def measure(
     unrelated: Sequence[str],
     settings: Settings,
     out: Path,
-    *,
-    command: str = "",
-    workers: int = 1,
-    loading: dict[str, Any] | None = None,
-    progress: runner.Progress = lambda done, total: None,
+    **how: Unpack[protocol.How],
 ) -> list[Line]:
-    """Run the protocol, or go on with it; arguments as in `Ability` and `protocol.measure`.
-
-    Args:
-        loading: arguments of `latentmem.load` that give the same model again, for other processes.
-    """
+    """Run the protocol, or go on with it; arguments as in `Ability` and `protocol.measure`."""
     worker = Ability(llm, sets, unrelated, settings)
     data = {one.name: {"source": one.source, "sha256": one.identity} for one in sets}
     named_texts = {"articles": named(repr(worker.articles)), "unrelated": named(repr(list(unrelated)))}
@@ -172,15 +164,6 @@ def measure(
         lines,
         out,
         title="What a memory costs what the model could do before",
-        command=command,
-        workers=workers,
-        make=_make,
-        args=(loading, sets, unrelated, settings),
-        progress=progress,
+        args=(sets, unrelated, settings),
+        **how,
     )
-
-
-def _make(loading: dict[str, Any], sets: Sequence[Choices], unrelated: Sequence[str], settings: Settings) -> Ability:
-    from latentmem.loading import load
-
-    return Ability(load(**loading), sets, unrelated, settings)

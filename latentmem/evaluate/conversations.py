@@ -24,12 +24,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from latentmem.core.memory import Memory
-from latentmem.evaluate import protocol, questions, runner, scoring
+from latentmem.evaluate import protocol, questions, scoring
 from latentmem.evaluate.asking import AT_ONCE, in_context, written
 from latentmem.evaluate.passages import ranked
 from latentmem.evaluate.protocol import Line
@@ -335,18 +335,11 @@ def measure(
     data: Sequence[Dialogue],
     settings: Settings,
     out: Path,
-    *,
-    command: str = "",
-    workers: int = 1,
-    loading: dict[str, Any] | None = None,
-    progress: runner.Progress = lambda done, total: None,
+    **how: Unpack[protocol.How],
 ) -> list[Line]:
     """Run the protocol, or go on with it; further arguments as in `protocol.measure`.
 
     A later run may add rows in the same folder.
-
-    Args:
-        loading: arguments of `latentmem.load` that give the same model again, for other processes.
     """
     about = {"source": "LoCoMo", "sha256": identity(data), "dialogues": [one.id for one in data]}
     asked = {name: value for name, value in asdict(settings).items() if name not in CHOSEN}
@@ -358,15 +351,6 @@ def measure(
         lines,
         out,
         title="Long conversations",
-        command=command,
-        workers=workers,
-        make=_make,
-        args=(loading, data, settings),
-        progress=progress,
+        args=(data, settings),
+        **how,
     )
-
-
-def _make(loading: dict[str, Any], data: Sequence[Dialogue], settings: Settings) -> Conversations:
-    from latentmem.loading import load
-
-    return Conversations(load(**loading), data, settings)

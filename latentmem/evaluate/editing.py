@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from torch import Tensor
 
 from latentmem.core.memory import Memory
-from latentmem.evaluate import protocol, runner
+from latentmem.evaluate import protocol
 from latentmem.evaluate.editors import (
     Demonstrations,
     FineTuned,
@@ -350,18 +350,11 @@ def measure(
     data: EditSet,
     settings: Settings,
     out: Path,
-    *,
-    command: str = "",
-    workers: int = 1,
-    loading: dict[str, Any] | None = None,
-    progress: runner.Progress = lambda done, total: None,
+    **how: Unpack[protocol.How],
 ) -> list[Cell]:
     """Run the protocol, or go on with it; arguments as in `protocol.measure`.
 
     A folder is about one set and one model; more edits, rows and sequences are added to it.
-
-    Args:
-        loading: arguments of `latentmem.load` that give the same model again, for other processes.
 
     Raises:
         ValueError: more edits than there are, a row that this model can not have, or as in `protocol.measure`.
@@ -376,19 +369,10 @@ def measure(
         lines,
         out,
         title=f"Model editing, {data.source}",
-        command=command,
-        workers=workers,
-        make=_make,
-        args=(loading, data, settings, out),
-        progress=progress,
+        args=(data, settings, out),
+        **how,
         table=markdown,
         over="edits",
     )
     worker.clear()
     return cells
-
-
-def _make(loading: dict[str, Any], data: EditSet, settings: Settings, folder: Path) -> Editing:
-    from latentmem.loading import load
-
-    return Editing(load(**loading), data, settings, folder)

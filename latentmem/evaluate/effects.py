@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from latentmem.core.memory import Memory
-from latentmem.evaluate import protocol, runner
+from latentmem.evaluate import protocol
 from latentmem.evaluate.asking import ask, in_context, named, read, written
 from latentmem.evaluate.protocol import Line
 from latentmem.evaluate.questions import QuestionSet, heldout, unanswerable
@@ -124,17 +124,9 @@ def measure(
     data: QuestionSet,
     settings: Settings,
     out: Path,
-    *,
-    command: str = "",
-    workers: int = 1,
-    loading: dict[str, Any] | None = None,
-    progress: runner.Progress = lambda done, total: None,
+    **how: Unpack[protocol.How],
 ) -> list[Line]:
-    """Run the protocol, or go on with it; arguments as in `protocol.measure`.
-
-    Args:
-        loading: arguments of `latentmem.load` that give the same model again, for other processes.
-    """
+    """Run the protocol, or go on with it; arguments as in `protocol.measure`."""
     return protocol.measure(
         PROTOCOL,
         llm,
@@ -143,15 +135,6 @@ def measure(
         lines,
         out,
         title="What a memory changes beside remembering",
-        command=command,
-        workers=workers,
-        make=_make,
-        args=(loading, data, settings),
-        progress=progress,
+        args=(data, settings),
+        **how,
     )
-
-
-def _make(loading: dict[str, Any], data: QuestionSet, settings: Settings) -> Effects:
-    from latentmem.loading import load
-
-    return Effects(load(**loading), data, settings)

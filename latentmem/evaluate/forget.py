@@ -19,12 +19,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from latentmem.core.memory import Memory
-from latentmem.evaluate import protocol, runner
+from latentmem.evaluate import protocol
 from latentmem.evaluate.asking import NEW_TOKENS, ask, in_context, written
 from latentmem.evaluate.protocol import Line
 from latentmem.evaluate.questions import QuestionSet, Text
@@ -199,17 +199,9 @@ def measure(
     data: QuestionSet,
     settings: Settings,
     out: Path,
-    *,
-    command: str = "",
-    workers: int = 1,
-    loading: dict[str, Any] | None = None,
-    progress: runner.Progress = lambda done, total: None,
+    **how: Unpack[protocol.How],
 ) -> list[Line]:
-    """Run the protocol, or go on with it; arguments as in `protocol.measure`.
-
-    Args:
-        loading: arguments of `latentmem.load` that give the same model again, for other processes.
-    """
+    """Run the protocol, or go on with it; arguments as in `protocol.measure`."""
     return protocol.measure(
         PROTOCOL,
         llm,
@@ -218,15 +210,6 @@ def measure(
         lines,
         out,
         title="Forgetting a text on request",
-        command=command,
-        workers=workers,
-        make=_make,
-        args=(loading, data, settings),
-        progress=progress,
+        args=(data, settings),
+        **how,
     )
-
-
-def _make(loading: dict[str, Any], data: QuestionSet, settings: Settings) -> Forget:
-    from latentmem.loading import load
-
-    return Forget(load(**loading), data, settings)

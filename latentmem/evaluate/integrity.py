@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from latentmem.core.memory import Memory
-from latentmem.evaluate import choices, plots, protocol, runner
+from latentmem.evaluate import choices, plots, protocol
 from latentmem.evaluate.asking import ask, named, read
 from latentmem.evaluate.protocol import Line
 from latentmem.evaluate.questions import Text, heldout
@@ -458,10 +458,7 @@ def measure(
     out: Path,
     *,
     minutes: float | None = None,
-    command: str = "",
-    workers: int = 1,
-    loading: dict[str, Any] | None = None,
-    progress: runner.Progress = lambda done, total: None,
+    **how: Unpack[protocol.How],
 ) -> list[Line]:
     """Run the protocol, or go on with it; further arguments as in `protocol.measure`.
 
@@ -470,14 +467,15 @@ def measure(
     Args:
         out: also gets plot.png, and memory-K.safetensors with the memory at the end of stretch K.
         minutes: after which no stretch is begun; the table then shows what was reached.
-        loading: arguments of `latentmem.load` that give the same model again, for other processes.
     """
     plots.require()
     worker, started = Integrity(llm, settings, out), time.monotonic()
     finished: list[Unit] = []
 
+    shown = how.pop("progress", lambda done, total: None)
+
     def told(done: int, total: int) -> None:
-        progress(done, total)
+        shown(done, total)
         if minutes is not None and done < total and time.monotonic() - started > 60 * minutes:
             raise protocol.EnoughError
 
@@ -501,18 +499,9 @@ def measure(
         lines,
         out,
         title="Integrity: an endless stream of facts",
-        command=command,
-        workers=workers,
-        make=_make,
-        args=(loading, settings, out),
-        progress=told,
+        args=(settings, out),
         after=after,
+        **how | {"progress": told},
     )
     worker.clear(finished)
     return found
-
-
-def _make(loading: dict[str, Any], settings: Settings, folder: Path) -> Integrity:
-    from latentmem.loading import load
-
-    return Integrity(load(**loading), settings, folder)

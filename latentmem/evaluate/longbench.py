@@ -20,12 +20,12 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from latentmem.core.memory import PAPER_PIECE
-from latentmem.evaluate import protocol, questions, runner, scoring
+from latentmem.evaluate import protocol, questions, scoring
 from latentmem.evaluate.asking import in_context, written
 from latentmem.evaluate.passages import ranked
 from latentmem.evaluate.protocol import Line
@@ -309,11 +309,7 @@ def measure(
     sets: Sequence[Examples],
     settings: Settings,
     out: Path,
-    *,
-    command: str = "",
-    workers: int = 1,
-    loading: dict[str, Any] | None = None,
-    progress: runner.Progress = lambda done, total: None,
+    **how: Unpack[protocol.How],
 ) -> list[Line]:
     """Run the protocol, or go on with it; further arguments as in `protocol.measure`.
 
@@ -321,7 +317,6 @@ def measure(
 
     Args:
         sets: as `load` gives them.
-        loading: arguments of `latentmem.load` that give the same model again, for other processes.
     """
     asked = {name: value for name, value in asdict(settings).items() if name not in CHOSEN}
     data = {one.name: {"source": one.source, "sha256": one.identity, "n": len(one.examples)} for one in sets}
@@ -333,16 +328,7 @@ def measure(
         lines,
         out,
         title="Questions about one long text",
-        command=command,
-        workers=workers,
-        make=_make,
-        args=(loading, sets, settings),
-        progress=progress,
+        args=(sets, settings),
+        **how,
         after=notes,
     )
-
-
-def _make(loading: dict[str, Any], sets: Sequence[Examples], settings: Settings) -> LongBench:
-    from latentmem.loading import load
-
-    return LongBench(load(**loading), sets, settings)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from latentmem.core.memory import Memory
 from latentmem.evaluate import results, runner
@@ -34,6 +34,15 @@ class Slots:
 
 class EnoughError(Exception):
     """What was asked for, such as the time of a run, is used up: what is finished is the result."""
+
+
+class How(TypedDict, total=False):
+    """How a protocol is run, whichever it is; see `measure`."""
+
+    command: str
+    workers: int
+    loading: dict[str, Any] | None
+    progress: runner.Progress
 
 
 @dataclass(frozen=True)
@@ -91,10 +100,10 @@ def measure(
     out: Path,
     *,
     title: str,
+    args: Sequence[Any] = (),
     command: str = "",
     workers: int = 1,
-    make: Callable[..., runner.Worker] | None = None,
-    args: Sequence[Any] = (),
+    loading: dict[str, Any] | None = None,
     progress: runner.Progress = lambda done, total: None,
     after: Callable[[Sequence[Record], Path], list[str]] | None = None,
     table: Callable[[Sequence[AnyLine]], str] | None = None,
@@ -108,9 +117,10 @@ def measure(
         asked: settings and data, as JSON: what a folder is about.
         lines: of all records, those of the table.
         out: gets config.json, records.jsonl, summary.json and table.md.
+        args: what another process makes its own worker of, behind the model.
         command: what was typed, for the record.
-        workers: processes; more than 1 needs `make`.
-        make, args: how another process makes its own worker.
+        workers: processes; more than 1 needs `loading`.
+        loading: arguments of `latentmem.load` that give the same model again, for other processes.
         progress: called with (units done, units in all); may raise `EnoughError`.
         after: given all records and the folder, writes more files and returns sentences to stand over the table.
         table: the lines as Markdown; by default `markdown`.
@@ -120,13 +130,13 @@ def measure(
         KeyboardInterrupt: stopped; the table then shows what was finished, and the next run goes on from there.
         ValueError: the folder holds another run or is in use.
     """
-    if workers > 1 and make is None:
-        raise ValueError("more than one worker needs `make`, which makes a worker in another process.")
+    if workers > 1 and loading is None:
+        raise ValueError("more than one worker needs `loading`, the arguments with which they load the model.")
     config: dict[str, Any] = {"protocol": protocol, **asked, "model": model(llm)}
     folder, table = runner.Folder(out, config), table or markdown
     with folder.working(results.this_run(command)):
         try:
-            runner.run(folder, worker, make or _none, args, workers, progress)
+            runner.run(folder, worker, _made, (type(worker), loading, args), workers, progress)
         except EnoughError:
             pass
         except KeyboardInterrupt:
@@ -145,8 +155,11 @@ def model(llm: MemoryModel) -> dict[str, Any]:
     }
 
 
-def _none() -> runner.Worker:
-    raise AssertionError("one worker needs no other process")
+def _made(kind: Callable[..., runner.Worker], loading: dict[str, Any], args: Sequence[Any]) -> runner.Worker:
+    """The worker of another process."""
+    from latentmem.loading import load
+
+    return kind(load(**loading), *args)
 
 
 def _write(
