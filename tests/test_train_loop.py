@@ -1,5 +1,6 @@
 """A training run: kills, full disks and bad data cost nothing but time, and many processes do what one does."""
 
+import faulthandler
 import gzip
 import json
 import multiprocessing
@@ -8,6 +9,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -246,7 +248,10 @@ PROCESSES = multiprocessing.get_context("forkserver")  # imports once, and forks
 PROCESSES.set_forkserver_preload(["latentmem.train.loop", "latentmem.testing"])
 
 
-def _do(out, job, *args):
+def _do(out, seconds, job, *args):
+    stacks = out.with_suffix(".stacks").open("w")  # open until the process ends: of a crash, and of a hang
+    faulthandler.enable(stacks)
+    faulthandler.dump_traceback_later(seconds, file=stacks)
     try:
         job(*args)
     except BaseException:  # noqa: BLE001 - told by the process that waits
@@ -257,19 +262,24 @@ def _do(out, job, *args):
 def together(jobs, seconds=120):
     """Do functions with arguments in a process each; their exit codes, 0 for all that are done."""
     with tempfile.TemporaryDirectory() as folder:
-        errors = [Path(folder) / str(i) for i in range(len(jobs))]
-        processes = [PROCESSES.Process(target=_do, args=(out, *job)) for out, job in zip(errors, jobs, strict=True)]
+        outs = [Path(folder) / str(i) for i in range(len(jobs))]
+        processes = [
+            PROCESSES.Process(target=_do, args=(out, 0.9 * seconds, *job)) for out, job in zip(outs, jobs, strict=True)
+        ]
         for process in processes:
             process.start()
+        end = time.monotonic() + seconds
         try:
             for process in processes:
-                process.join(seconds)
+                process.join(max(0.0, end - time.monotonic()))
+            ended = [process.exitcode for process in processes]
         finally:
             for process in processes:
                 process.kill()
                 process.join()
-        assert not any(out.exists() for out in errors), "".join(out.read_text() for out in errors if out.exists())
-        return [process.exitcode for process in processes]
+        said = [path.read_text() for path in sorted(Path(folder).iterdir())]
+        assert not any(said), f"exit codes {ended}, None: still at work after {seconds} s\n" + "\n".join(said)
+        return ended
 
 
 def apart(rank, world, port, *job):
