@@ -122,7 +122,7 @@ class Decoder:
     def _rotate(self, i: int, keys: Tensor, positions: Tensor, r: int) -> Tensor:
         cos, sin = self._cos_sin(i, keys, positions)
         apply = sys.modules[type(self.layers[i].self_attn).__module__].apply_rotary_pos_emb
-        turned = apply(keys[..., :r], keys[..., :r], cos, sin)[1]
+        turned = apply(keys[:, :0, :, :r], keys[..., :r], cos, sin)[1]  # of no queries
         return turned if r == keys.shape[-1] else torch.cat([turned, keys[..., r:]], dim=-1)
 
     def project(self, i: int, hidden: Tensor) -> KV:
