@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,6 +40,75 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the s
 Capacity = Annotated[int, typer.Option("--capacity", "-N", help="Slots per layer; a checkpoint has its own.")]
 Seed = Annotated[int, typer.Option(help="Of what is drawn and of every drop.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float32 or float16.")]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The options of every protocol that measures one kind of memory, and what follows from them; see `measures`."""
+
+    out: Out
+    capacity: Capacity = 2048
+    compression: Compression = None
+    choice: Choice = None
+    seed: Seed = 0
+    workers: Workers = None
+    dtype: Dtype = "bfloat16"
+    model: Model = PACKAGED
+    device: Device = None
+    adapters: Adapters = "auto"
+
+    @cached_property
+    def loaded(self) -> tuple[MemoryModel, dict[str, Any]]:
+        """The model, and the arguments that give it again in another process."""
+        return _loaded(self.model, self.dtype, self.device, self.adapters)
+
+    @property
+    def slots(self) -> dict[str, Any]:
+        """What `protocol.Slots` takes, and the seed."""
+        c, choice = _slots(self.loaded[0], self.compression, self.choice)
+        return {"N": self.capacity, "compression": c, "choice": choice, "seed": self.seed}
+
+    def tokens(self, text: str) -> int:
+        """How many tokens a text has."""
+        return len(self.loaded[0].prompts_or_raise().text(text))
+
+    def measured(self, name: str, measure: Callable[..., Any], *args: Any, table: Any = None, **more: Any) -> None:
+        """Run a protocol's `measure(llm, *args, out, **more)` with a bar of progress, and print its table."""
+        from latentmem.evaluate import protocol, runner
+
+        llm, loading = self.loaded
+        with _stoppable(self.out), base.progress("units", seconds=600) as progress:
+            task = progress.add_task(name, total=None)
+            found = measure(
+                llm,
+                *args,
+                self.out,
+                **more,
+                command=_command(),
+                workers=self.workers or (runner.cores() if llm.decoder.device.type == "cpu" else 1),
+                loading=loading,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        for note in json.loads((self.out / "summary.json").read_text(encoding="utf-8"))["notes"]:
+            typer.echo(note)
+        typer.echo((table or protocol.markdown)(found))
+
+
+def measures(command: Callable[..., None]) -> Callable[..., None]:
+    """Give the command line of a protocol the fields of `Shared` in the place of its first parameter."""
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+    out, *others = inspect.signature(Shared, eval_str=True).parameters.values()
+    options = inspect.Signature([out, *own, *others], return_annotation=None)
+
+    @wraps(command)
+    def called(**given: Any) -> None:
+        bound = options.bind(**given)
+        bound.apply_defaults()
+        shared = Shared(**{option.name: bound.arguments.pop(option.name) for option in (out, *others)})
+        command(shared, **bound.arguments)
+
+    called.__signature__ = options  # type: ignore[attr-defined]
+    return called
 
 
 @evaluation.command()
@@ -153,34 +223,24 @@ def compare(
 
 
 @evaluation.command()
+@measures
 def effects(
-    out: Out,
+    shared: Shared,
     texts: Annotated[int, typer.Option(min=2, help="Articles to read, and paragraphs to ask about.")] = 100,
-    capacity: Capacity = 2048,
-    compression: Compression = None,
-    choice: Choice = None,
-    seed: Seed = 0,
-    workers: Workers = None,
-    dtype: Dtype = "bfloat16",
-    model: Model = PACKAGED,
-    device: Device = None,
-    adapters: Adapters = "auto",
 ) -> None:
     """What a memory changes beside remembering: the perplexity of other text, and saying "I don't know"."""
     from latentmem.evaluate import effects as asked
     from latentmem.evaluate import questions as sets
 
-    llm, loading = _loaded(model, dtype, device, adapters)
-    prompts = llm.prompts_or_raise()
-    chosen = sets.load("squad", lambda text: len(prompts.text(text)), questions=4 * texts, per_text=4, seed=seed)
-    c, way = _slots(llm, compression, choice)
-    settings = asked.Settings(N=capacity, compression=c, choice=way, texts=texts, seed=seed)
-    _measured("effects", llm, workers, out, asked.measure, chosen, settings, loading=loading)
+    chosen = sets.load("squad", shared.tokens, questions=4 * texts, per_text=4, seed=shared.seed)
+    settings = asked.Settings(**shared.slots, texts=texts)
+    shared.measured("effects", asked.measure, chosen, settings)
 
 
 @evaluation.command()
+@measures
 def editing(
-    out: Out,
+    shared: Shared,
     data: Annotated[str, typer.Option(help="zsre or counterfact.")] = "zsre",
     edits: Annotated[int, typer.Option(min=2, help="Edits that are made one at a time.")] = 200,
     rows: Annotated[
@@ -189,33 +249,20 @@ def editing(
     sequence: Annotated[
         str, typer.Option(help="Edits that are made without reset in between, such as 1,10,100,1000.")
     ] = "1",
-    capacity: Capacity = 2048,
-    compression: Compression = None,
-    choice: Choice = None,
-    seed: Seed = 0,
-    workers: Workers = None,
-    dtype: Dtype = "bfloat16",
-    model: Model = PACKAGED,
-    device: Device = None,
-    adapters: Adapters = "auto",
 ) -> None:
     """Facts that are changed: by a memory, and by fine-tuning, LoRA, demonstrations and rank-one edits."""
     from latentmem.evaluate import editing as asked
     from latentmem.evaluate import edits as sets
 
-    settings = asked.Settings(
-        N=capacity, edits=edits, rows=tuple(rows.split(",")), sequence=_numbers("--sequence", sequence), seed=seed
-    )
-    chosen = sets.load(data, seed=seed)
-    llm, loading = _loaded(model, dtype, device, adapters)
-    c, way = _slots(llm, compression, choice)
-    settings = replace(settings, compression=c, choice=way)
-    _measured("editing", llm, workers, out, asked.measure, chosen, settings, loading=loading, table=asked.markdown)
+    settings = asked.Settings(edits=edits, rows=tuple(rows.split(",")), sequence=_numbers("--sequence", sequence))
+    chosen = sets.load(data, seed=shared.seed)
+    shared.measured("editing", asked.measure, chosen, replace(settings, **shared.slots), table=asked.markdown)
 
 
 @evaluation.command()
+@measures
 def integrity(
-    out: Out,
+    shared: Shared,
     updates: Annotated[int, typer.Option(min=1, help="Facts that are written, a multiple of --stretch.")] = 20_000,
     ft_updates: Annotated[int, typer.Option(min=1, help="Facts to fine-tune on, a multiple of --stretch.")] = 2_000,
     rows: Annotated[str, typer.Option(help="What is measured: memory, ft.")] = "memory,ft",
@@ -231,25 +278,12 @@ def integrity(
     role: Annotated[str, typer.Option(help="How a fact is written: raw, user, system, style (the model's).")] = "raw",
     lr: Annotated[float, typer.Option(help="Learning rate of the fine-tuning.")] = 2e-5,
     steps: Annotated[int, typer.Option(min=1, help="Gradient steps on each fact.")] = 1,
-    capacity: Capacity = 2048,
-    compression: Compression = None,
-    choice: Choice = None,
-    seed: Seed = 0,
-    workers: Workers = None,
-    dtype: Dtype = "bfloat16",
-    model: Model = PACKAGED,
-    device: Device = None,
-    adapters: Adapters = "auto",
 ) -> None:
     """What an endless stream of facts does to a memory, and to a model that is fine-tuned on it instead."""
     from latentmem.evaluate import integrity as asked
 
-    llm, loading = _loaded(model, dtype, device, adapters)
-    c, way = _slots(llm, compression, choice)
     settings = asked.Settings(
-        N=capacity,
-        compression=c,
-        choice=way,
+        **shared.slots,
         rows=tuple(rows.split(",")),
         updates=updates,
         ft_updates=ft_updates,
@@ -262,14 +296,14 @@ def integrity(
         role=None if role == "style" else role,
         lr=lr,
         steps=steps,
-        seed=seed,
     )
-    _measured("integrity", llm, workers, out, asked.measure, settings, loading=loading, minutes=minutes)
+    shared.measured("integrity", asked.measure, settings, minutes=minutes)
 
 
 @evaluation.command()
+@measures
 def forget(
-    out: Out,
+    shared: Shared,
     texts: Annotated[int, typer.Option(min=2, help="Texts that are forgotten, one by one.")] = 50,
     per_text: Annotated[int, typer.Option(min=1, help="Questions about each.")] = 4,
     data: Annotated[str, typer.Option(help="squad, nq or synthetic.")] = "squad",
@@ -277,104 +311,64 @@ def forget(
     new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens in which an answer has to come [10; synthetic 20].")
     ] = None,
-    capacity: Capacity = 2048,
-    compression: Compression = None,
-    choice: Choice = None,
-    seed: Seed = 0,
-    workers: Workers = None,
-    dtype: Dtype = "bfloat16",
-    model: Model = PACKAGED,
-    device: Device = None,
-    adapters: Adapters = "auto",
 ) -> None:
     """What is still known of a text that was forgotten on request, in both ways, and what it costs the others."""
     from latentmem.evaluate import forget as asked
     from latentmem.evaluate import questions as sets
     from latentmem.evaluate.asking import NEW_TOKENS
 
-    llm, loading = _loaded(model, dtype, device, adapters)
-    prompts = llm.prompts_or_raise()
     count = per_text * texts
-    chosen = sets.load(data, lambda text: len(prompts.text(text)), questions=count, per_text=per_text, seed=seed)
-    c, way = _slots(llm, compression, choice)
+    chosen = sets.load(data, shared.tokens, questions=count, per_text=per_text, seed=shared.seed)
     new = new_tokens or (20 if data == "synthetic" else NEW_TOKENS)
-    settings = asked.Settings(N=capacity, compression=c, choice=way, behind=behind, new_tokens=new, seed=seed)
-    _measured("forget", llm, workers, out, asked.measure, chosen, settings, loading=loading)
+    settings = asked.Settings(**shared.slots, behind=behind, new_tokens=new)
+    shared.measured("forget", asked.measure, chosen, settings)
 
 
 @evaluation.command()
+@measures
 def ability(
-    out: Out,
+    shared: Shared,
     texts: Annotated[int, typer.Option(min=0, help="Held-out articles.")] = 50,
     blimp: Annotated[int, typer.Option(min=0, help="BLiMP pairs.")] = 670,
     piqa: Annotated[int, typer.Option(min=0, help="PIQA items.")] = 400,
     mmlu: Annotated[int, typer.Option(min=0, help="MMLU items.")] = 285,
-    capacity: Capacity = 2048,
-    compression: Compression = None,
-    choice: Choice = None,
-    seed: Seed = 0,
-    workers: Workers = None,
-    dtype: Dtype = "bfloat16",
-    model: Model = PACKAGED,
-    device: Device = None,
-    adapters: Adapters = "auto",
 ) -> None:
     """What a memory of unrelated texts costs what the model could do before: perplexity, BLiMP, PIQA, MMLU."""
     from latentmem.evaluate import ability as asked
     from latentmem.evaluate import choices
     from latentmem.evaluate import questions as sets
 
-    llm, loading = _loaded(model, dtype, device, adapters)
-    prompts = llm.prompts_or_raise()
-    c, way = _slots(llm, compression, choice)
     counts = {"blimp": blimp, "piqa": piqa, "mmlu": mmlu}
-    settings = asked.Settings(N=capacity, compression=c, choice=way, texts=texts, seed=seed, **counts)
-    found = [choices.load(name, count, seed) for name, count in counts.items() if count]
-    filler = sets.load("squad", lambda text: len(prompts.text(text)), questions=1, per_text=1, seed=seed).unrelated
-    _measured("ability", llm, workers, out, asked.measure, found, filler, settings, loading=loading)
+    settings = asked.Settings(**shared.slots, texts=texts, blimp=blimp, piqa=piqa, mmlu=mmlu)
+    found = [choices.load(name, count, shared.seed) for name, count in counts.items() if count]
+    filler = sets.load("squad", shared.tokens, questions=1, per_text=1, seed=shared.seed).unrelated
+    shared.measured("ability", asked.measure, found, filler, settings)
 
 
 @evaluation.command()
+@measures
 def conversations(
-    out: Out,
+    shared: Shared,
     questions: Annotated[int, typer.Option(min=1, help="Of each dialogue, at most.")] = 100,
     rows: Annotated[str, typer.Option(help="What is measured.")] = "floor,window,bm25,memory,longterm",
     longterm: Annotated[int, typer.Option(min=1, help="Of the N slots, the long-term ones of that row.")] = 512,
     passages: Annotated[int, typer.Option(min=1, help="Turns that BM25 retrieves.")] = 10,
     new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
     file: Annotated[Path | None, typer.Option(help="LoCoMo's locomo10.json.", show_default="of LATENTMEM_DATA")] = None,
-    capacity: Capacity = 2048,
-    compression: Compression = None,
-    choice: Choice = None,
-    seed: Seed = 0,
-    workers: Workers = None,
-    dtype: Dtype = "bfloat16",
-    model: Model = PACKAGED,
-    device: Device = None,
-    adapters: Adapters = "auto",
 ) -> None:
     """Long conversations, written turn by turn and asked about at their end (LoCoMo), by category."""
     from latentmem.evaluate import conversations as asked
 
-    data = asked.load(questions, seed, file)
-    llm, loading = _loaded(model, dtype, device, adapters)
-    c, way = _slots(llm, compression, choice)
-    settings = asked.Settings(
-        N=capacity,
-        compression=c,
-        choice=way,
-        rows=tuple(rows.split(",")),
-        longterm=longterm,
-        passages=passages,
-        new_tokens=new_tokens,
-        seed=seed,
-    )
-    _measured("conversations", llm, workers, out, asked.measure, data, settings, loading=loading)
+    data = asked.load(questions, shared.seed, file)
+    chosen = tuple(rows.split(","))
+    settings = asked.Settings(**shared.slots, rows=chosen, longterm=longterm, passages=passages, new_tokens=new_tokens)
+    shared.measured("conversations", asked.measure, data, settings)
 
 
 @evaluation.command()
+@measures
 def longbench(
-    out: Out,
+    shared: Shared,
     data: Annotated[
         str, typer.Option(help="altqa, babi, narrativeqa, qasper, multifieldqa_en, hotpotqa, 2wikimqa, musique.")
     ] = "altqa,babi",
@@ -384,27 +378,14 @@ def longbench(
         int, typer.Option(min=512, help="Tokens of a LongBench text that are kept, from its end.")
     ] = 16_384,
     passages: Annotated[int, typer.Option(min=1, help="Passages that BM25 retrieves.")] = 5,
-    capacity: Capacity = 2048,
-    compression: Compression = None,
-    choice: Choice = None,
-    seed: Seed = 0,
-    workers: Workers = None,
-    dtype: Dtype = "bfloat16",
-    model: Model = PACKAGED,
-    device: Device = None,
-    adapters: Adapters = "auto",
 ) -> None:
     """Questions about one long text, beside the text in the context, its end, and BM25."""
     from latentmem.evaluate import longbench as asked
 
-    sets = [asked.load(name, examples, seed) for name in data.split(",")]
-    llm, loading = _loaded(model, dtype, device, adapters)
-    c, way = _slots(llm, compression, choice)
+    sets = [asked.load(name, examples, shared.seed) for name in data.split(",")]
     chosen = tuple(rows.split(","))
-    settings = asked.Settings(
-        N=capacity, compression=c, choice=way, rows=chosen, length=length, passages=passages, seed=seed
-    )
-    _measured("longbench", llm, workers, out, asked.measure, sets, settings, loading=loading)
+    settings = asked.Settings(**shared.slots, rows=chosen, length=length, passages=passages)
+    shared.measured("longbench", asked.measure, sets, settings)
 
 
 @evaluation.command()
@@ -490,35 +471,6 @@ def _loaded(model: str, dtype: str, device: str | None, adapters: str) -> tuple[
 
     loading: dict[str, Any] = {"name": model, "dtype": dtype, "device": device, "adapters": base.pair(adapters)}
     return latentmem.load(**loading), loading
-
-
-def _measured(
-    name: str,
-    llm: MemoryModel,
-    workers: int | None,
-    out: Path,
-    measure: Any,
-    *args: Any,
-    table: Any = None,
-    **more: Any,
-) -> None:
-    """Run a protocol's `measure(llm, *args, out, **more)` with a bar of progress, and print its table."""
-    from latentmem.evaluate import protocol, runner
-
-    with _stoppable(out), base.progress("units", seconds=600) as progress:
-        task = progress.add_task(name, total=None)
-        found = measure(
-            llm,
-            *args,
-            out,
-            **more,
-            command=_command(),
-            workers=workers or (runner.cores() if llm.decoder.device.type == "cpu" else 1),
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
-    for note in json.loads((out / "summary.json").read_text(encoding="utf-8"))["notes"]:
-        typer.echo(note)
-    typer.echo((table or protocol.markdown)(found))
 
 
 @contextmanager
