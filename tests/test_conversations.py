@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from latentmem import cli
-from latentmem.evaluate import conversations, passages, scoring
+from latentmem.evaluate import asking, conversations, passages, scoring
 from latentmem.evaluate.conversations import Conversations, Session, Settings, dialogue, lines, load, measure, pieces
 from latentmem.model import MemoryModel
 from latentmem.testing import byte_tokenizer, tiny_model
@@ -76,6 +76,8 @@ def test_sessions_are_in_order_and_a_photo_is_its_caption():
     assert [session.date for session in one.sessions] == ["1 May", "2 May", "10 May"]
     assert one.sessions[0].turns == ("Ada: I bought a red boat.", "Bo: Look! (shares a photo: a green hat)")
     assert [q.answer for q in one.questions if q.category in (2, 5)] == ["red boat 0", "red boat 1", "2022", ""]
+    told = {"question": "where?", "answer": "National park; she likes the outdoors", "category": 3}
+    assert dialogue({**talk(), "qa": [told]}).questions[0].answer == "National park"
     with pytest.raises(ValueError, match="has the category 7"):
         dialogue({**talk(), "qa": [{"question": "?", "answer": "a", "category": 7}]})
 
@@ -122,6 +124,10 @@ def test_every_row_sees_what_it_should(llm, monkeypatch):
     monkeypatch.setattr(
         worker, "_say", lambda context, prompts: seen.update(context=context, prompts=prompts) or ["red boat"] * 10
     )
+    contexts = []
+    monkeypatch.setattr(
+        conversations, "in_context", lambda llm, ids: contexts.append(ids) or asking.in_context(llm, ids)
+    )
     whole = [i for _, text in worker._texts(worker.data[0]) for i in llm.prompts.written(text)]
     for row in conversations.ROWS:
         records = worker.run((row, 0))
@@ -130,7 +136,7 @@ def test_every_row_sees_what_it_should(llm, monkeypatch):
         if row == "floor":
             assert length == 0 and all("boat" not in text for text in texts)
         elif row == "window":
-            assert length == min(len(whole), 128) + len(llm.prompts.opening)
+            assert length == min(len(whole), 128) + len(llm.prompts.opening) and contexts[-1] == whole[-128:]
         elif row == "bm25":
             assert length == 0 and "May\nBo: Look! (shares a photo: a green hat)" in texts[-1]
         else:

@@ -257,6 +257,17 @@ def test_sequences_have_a_table_of_their_own():
     assert "| ft | 2 | 0.600 [0.600, 0.600] | 1.000" in single and "| ft, 10 | 2 | 0.600" in sequences
 
 
+def test_a_row_that_lost_everything_is_said_and_an_interval_may_have_no_end(tmp_path):
+    ours = [record("memory-full", e, 1.0, 1.0, x) for e, x in zip("abcdefghij", (1, 1, 0.3) * 4, strict=False)]
+    once = [record("ft", e, 1.0, 1.0, 0.5 if e == "a" else 0.0) for e in "abcdefghij"]
+    never = [record("lora", e, 1.0, 1.0, 0.0) for e in "abcdefghij"]
+    cells = lines([*ours, *once, *never])
+    gain = next(cell.estimate for cell in cells if cell.metric == "gain")
+    assert gain.mean < gain.high == float("inf") and gain.low > 0  # a draw without "a" leaves ft nothing
+    table = markdown(cells)
+    assert "| lora | 1 | 10 | its score is 0 |" in table and ", inf] |" in table
+
+
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
@@ -306,12 +317,12 @@ KNOWEDIT = {
     "id": 3,
     "subject": "Aud Ling",
     "prompt": "Who taught Aud Ling?",
-    "target_new": "Bo",
+    "target_new": " Bo",
     "ground_truth": ["Cy"],
     "rephrase": "Aud Ling's teacher?",
     "locality": [{"prompt": "The town of Aud Ling is", "ground_truth": ["Zorum"]}],
     "locality_nq": {"question": "how long is the river", "answers": ["9 miles", "nine"]},
-    "portability": {"Reasoning": [{"prompt": "Who is the teacher of Bo's pupil?", "ground_truth": "Bo"}]},
+    "portability": {"Reasoning": [{"prompt": "Who is the teacher of Bo's pupil?", "ground_truth": "Bo "}]},
 }
 MEND = {
     "subject": "Aud Ling",
@@ -341,7 +352,8 @@ def test_records_of_three_formats_become_edits():
     unrelated = (Probe("how long is the river?", "9 miles"),)
     portable = (Probe("Who is the teacher of Bo's pupil?", "Bo"),)
     assert edits.knowedit(KNOWEDIT) == Edit("3", "Aud Ling", rewrite, rephrased, unrelated, portable)
-    assert edits.mend(5, MEND) == Edit("5", "Aud Ling", rewrite, rephrased, unrelated)
+    true = (Probe("Who taught Aud Ling?", "Cy"), (Probe("Aud Ling's teacher?", "Cy"),))  # the paper writes what is true
+    assert edits.mend(5, MEND) == Edit("5", "Aud Ling", *true, unrelated)
     found = edits.counterfact(COUNTERFACT)
     assert found.rewrite == Probe("Aud Ling was taught by", "Bo", "Cy") and found.id == "7"
     assert [p.answer for p in found.rephrased] == ["Bo", "Bo"]

@@ -136,7 +136,7 @@ def test_fine_tuning_is_adam_on_the_weights_of_the_last_mlps(llm, layers, bound)
     change = way.edit(way.start("e0"), EDIT)
     plain, (prompt, answer) = copy.deepcopy(tiny_model()), ids(llm, EDIT)
     parts = [plain.model.layers[i].mlp for i in range(3)[-layers:]]
-    weights = [p for part in parts for p in part.parameters()]
+    weights = [part.down_proj.weight for part in parts]
     first = [w.detach().clone() for w in weights]
     optimizer = torch.optim.Adam(weights, lr=2e-3)
     for _ in range(5):
@@ -149,7 +149,7 @@ def test_fine_tuning_is_adam_on_the_weights_of_the_last_mlps(llm, layers, bound)
             with torch.no_grad():
                 for w, w0 in zip(weights, first, strict=True):
                     w.copy_(w0 + (w - w0).clamp(-bound, bound))
-    names = [f"{i}.mlp.{n}_proj" for i in range(3)[-layers:] for n in ("gate", "up", "down")]
+    names = [f"{i}.mlp.down_proj" for i in range(3)[-layers:]]
     assert list(change) == names
     for name, w, w0 in zip(names, weights, first, strict=True):
         torch.testing.assert_close(change[name][0], w.detach() - w0, atol=2e-5, rtol=0)
@@ -355,8 +355,9 @@ def test_demonstrations_are_the_nearest_records_in_three_kinds_and_hold_nothing_
     twin = Edit("twin", "x", edits[0].rewrite, edits[0].rephrased, edits[0].unrelated)  # asks the same as e0
     data = EditSet("zsre", "made up", (*edits, twin), (), ())
     text = Demonstrations(llm, data, count=16).text(edits[0])
-    *shown, last = text.split("\n\n")
-    assert last == "New Fact: Who taught Person0 in town0? Teacher0\n" and len(shown) == 16
+    *shown, own, last = text.split("\n\n")
+    fact = "Who taught Person0 in town0? Teacher0"
+    assert (own, last) == (f"New Fact: {fact}\n{fact}", f"New Fact: {fact}\n") and len(shown) == 16
     kinds = []
     for part in reversed(shown):
         fact, prompt = part.split("\n")

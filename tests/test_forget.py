@@ -36,7 +36,7 @@ def records(llm):
 
 
 def asked(state, text, question, accuracy, about="target"):
-    facts = {"kind": "asked", "state": state, "about": about, "text": text, "question": question}
+    facts = {"kind": "asked", "state": state, "about": about, "sample": text, "text": text, "question": question}
     return {**facts, "hit": int(accuracy == 1), "accuracy": accuracy, "loglik": -2.0 + accuracy}
 
 
@@ -61,6 +61,18 @@ def test_what_the_others_lose_is_paired_with_before():
     assert not any("residue" in name for name in found)
 
 
+def test_a_text_that_stays_in_several_samples_counts_once_for_the_interval():
+    some = [
+        {**asked(s, sample, f"o{t}", v, "other"), "text": t}
+        for s, v in (("before", 0.9), ("dropped", 0.7))
+        for sample in "abcd"
+        for t in "xyz"
+    ]
+    found = {line.name: line.estimate for line in lines(some)}
+    for name in ("the others, before: token accuracy", "the others, dropped - before: token accuracy"):
+        assert (found[name].n, found[name].texts) == (12, 3)
+
+
 def test_a_replayed_memory_is_the_one_that_never_held_the_text(records):
     memories = {r["state"]: r for r in records if r["kind"] == "memory"}
     assert (memories["replayed"]["same"], memories["dropped"]["same"]) == (1, 0)
@@ -78,6 +90,7 @@ def test_all_states_are_asked_the_same_and_the_others_are_others(records):
     targets = {s: [r["question"] for r in records if forget._is(r, "target", s)] for s in forget.STATES}
     assert set(map(tuple, targets.values())) == {("q10", "q11")}
     others = {s: [r["question"] for r in records if forget._is(r, "other", s)] for s in forget.STATES}
+    assert all(r["sample"] == "t1" and r["text"] == f"t{r['question'][1]}" for r in records if r["kind"] == "asked")
     assert others.pop("floor") == []
     assert set(map(tuple, others.values())) == {tuple(f"q{i}{j}" for i in (2, 3, 4, 0) for j in range(2))}
 

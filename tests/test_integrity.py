@@ -142,20 +142,22 @@ def test_a_stream_that_is_too_short_says_so():
 
 
 def test_the_exponential_mean_weighs_an_update_by_0_9999_for_each_that_followed():
-    records = [asked(100, 1.0), asked(10_100, 0.0), asked(20_100, 1.0)]
+    records = [asked(100, 1.0), asked(10_100, 0.0), {**asked(20_100, 1.0), "hit": 0}]
     found = {line.name: line.estimate for line in lines(records)}
     weights = [0.9999**20_000, 0.9999**10_000, 1.0]
     expected = (weights[0] + weights[2]) / sum(weights)
     assert found["memory, asked at once: token accuracy, exponential mean"].mean == pytest.approx(expected)
     assert found["memory, asked at once: token accuracy"].mean == pytest.approx(2 / 3)
+    assert found["memory, asked at once: hits, exponential mean"].mean == pytest.approx(weights[0] / sum(weights))
 
 
 def test_each_window_has_the_questions_of_its_part():
-    records = [asked(at, float(at > 500)) for at in range(10, 1001, 10)]
+    records = [{**asked(at, float(at > 500)), "hit": int(at <= 500)} for at in range(10, 1001, 10)]
     found = {line.name: line.estimate for line in lines(records)}
     name = "memory, asked at once: token accuracy, updates"
     assert (found[f"{name} 401 to 500"].mean, found[f"{name} 501 to 600"].mean) == (0.0, 1.0)
     assert found[f"{name} 401 to 500"].n == 10
+    assert found["memory, asked at once: hits, updates 401 to 500"].mean == 1.0
 
 
 def test_checkpoints_are_compared_with_the_plain_model_text_by_text():

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from latentmem import cli
-from latentmem.evaluate import longbench, questions, scoring
+from latentmem.evaluate import asking, longbench, questions, scoring
 from latentmem.evaluate.longbench import Example, Examples, LongBench, Settings, cut, lines, load, measure
 from latentmem.model import MemoryModel
 from latentmem.testing import byte_tokenizer, tiny_model
@@ -43,11 +43,23 @@ def test_babi_asks_behind_all_sentences_of_the_story_so_far():
 
 def test_rows_of_longbench_and_altqa_become_examples():
     (one,) = longbench.longbench("qasper", [{"input": "why?", "context": "text", "answers": ["a", "b"], "length": 3}])
-    assert one == Example("qasper-0", "qasper-0", "text", "why?", ("a", "b"))
+    assert one == Example("qasper-0", asking.named("text"), "text", "why?", ("a", "b"))
     (other,) = longbench.longbench("qasper", [{"question": "why?", "context": "text", "answers": ["a", "b"]}])
     assert other == one
     (alt,) = longbench.altqa([{"id": 7, "context": "text", "question": "when was it made ", "answer": 1964}])
     assert (alt.id, alt.question, alt.answers) == ("altqa-7", "when was it made?", ("1964",))
+
+
+def test_what_comes_twice_is_asked_once_and_questions_about_one_text_stand_together():
+    rows = [
+        {"id": i, "context": c, "question": q, "answer": 4}
+        for i, (c, q) in enumerate([("x", "a"), ("x", "a?"), ("x", "b"), ("y", "a")])
+    ]
+    found = longbench.altqa(rows)
+    assert [e.id for e in found] == ["altqa-0", "altqa-2", "altqa-3"]
+    assert found[0].group == found[1].group != found[2].group
+    two = longbench.longbench("qasper", [{"input": q, "context": "x", "answers": ["a"]} for q in ("why?", "when?")])
+    assert two[0].group == two[1].group and two[0].id != two[1].id
 
 
 def test_sets_are_drawn_by_seed_and_babi_of_all_tasks(tmp_path, monkeypatch):
@@ -91,19 +103,23 @@ def test_pieces_are_cut_from_the_end():
     assert list(cut([], 3)) == []
 
 
-def test_a_memory_holds_all_of_a_short_text_and_all_but_the_end_of_a_long_one(llm):
-    worker = LongBench(llm, [], Settings(N=512, length=700))
+def test_a_memory_holds_all_of_a_short_text_and_all_but_the_end_of_a_long_one(llm, monkeypatch):
+    worker, wrote = LongBench(llm, [], Settings(N=512, length=700)), []
+    write = llm.write_ids
+    monkeypatch.setattr(llm, "write_ids", lambda memory, ids, source: wrote.extend(ids) or write(memory, ids, source))
     short = example(0)
     context, prompt = worker._memory("altqa", short)
     asked = llm.prompts.question(short.question, bare=True)
     assert prompt == asked and context.length == 1 + len(llm.prompts.written(short.text))
-    long = example(1, "".join(chr(97 + i % 26) for i in range(900)))
+    assert wrote == llm.prompts.written(short.text)
+    wrote.clear()
+    long = example(1, "".join(f"{i:3d}" for i in range(300)))
     context, prompt = worker._memory("musique", long)
     asked, ids = llm.prompts.question(long.question, bare=True), llm.prompts.text(long.text)
     tail = 512 - 32 - len(asked)
     assert prompt == [*ids[-tail:], *asked]
     kept = 700 - 32 - len(asked)
-    assert context.length == 1 + kept - tail
+    assert context.length == 1 + kept - tail and wrote == ids[-kept:-tail]
 
 
 def test_a_text_that_fits_into_the_prompt_leaves_the_memory_empty(llm):
@@ -117,16 +133,35 @@ def test_a_text_that_fits_into_the_prompt_leaves_the_memory_empty(llm):
     ]
 
 
-def test_every_other_row_sees_what_it_should(llm):
+def test_every_other_row_sees_what_it_should(llm, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(longbench, "in_context", lambda llm, ids: seen.update(ids=ids) or asking.in_context(llm, ids))
     text = " ".join(["ships"] * 3 + [f"w{i}" for i in range(97)] + [f"v{i}" for i in range(150)])
     worker = LongBench(llm, [], Settings(N=64, passages=1))
     opening, whole = len(llm.prompts.opening), llm.prompts.written(text)
-    lengths = {row: worker._plain(row, "altqa", example(0, text))[0].length for row in longbench.ROWS[:-1]}
     first = llm.prompts.written(" ".join(text.split()[:100]))
-    assert lengths == {"floor": 0, "window": 64 + opening, "oracle": len(whole) + opening, "bm25": len(first) + opening}
+    for row, ids in {"floor": [], "window": whole[-64:], "oracle": whole, "bm25": first}.items():
+        context = worker._plain(row, "altqa", example(0, text))[0]
+        assert seen["ids"] == ids and context.length == len(ids) + opening * bool(ids), row
     tight = MemoryModel(tiny_model(max_position_embeddings=512), byte_tokenizer(), name="tiny")
     context, prompt = LongBench(tight, [], Settings(N=64))._plain("oracle", "altqa", example(0, text))
-    assert context.length + len(prompt) + longbench.ANSWER["altqa"] == 512  # its end, as far as there is room
+    assert context.length + len(prompt) + longbench.ANSWER["altqa"] == 512
+    assert seen["ids"] == whole[-len(seen["ids"]) :]  # its end, as far as there is room
+
+
+def test_no_row_knows_more_of_a_long_text_than_the_memory(llm, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(longbench, "in_context", lambda llm, ids: seen.update(ids=ids) or asking.in_context(llm, ids))
+    long = example(1, " ".join(f"w{i}" for i in range(300)))
+    worker = LongBench(llm, [], Settings(N=64, length=600, passages=1))
+    asked, ids = llm.prompts.question(long.question, bare=True), llm.prompts.text(long.text)
+    kept = llm.tokenizer.decode(ids[-(600 - 32 - len(asked)) :])
+    worker._plain("oracle", "musique", long)
+    assert seen["ids"] == llm.prompts.written(kept)
+    worker._plain("window", "musique", long)
+    assert seen["ids"] == llm.prompts.written(kept)[-(64 + 512 - 32 - len(asked)) :]  # as many as slots and prompt
+    worker._plain("bm25", "musique", Example("e", "e", long.text, "Where is w3?", ("x",)))
+    assert not seen["ids"]  # it is cut away
 
 
 def test_an_answer_is_scored_against_the_best_of_the_right_ones(llm, monkeypatch):

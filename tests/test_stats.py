@@ -54,6 +54,12 @@ def test_numbers_made_of_means_are_drawn_with_all_columns_together():
         of_means(harmonic, [[1.0, 1.0], [1.0]], "ab")
 
 
+def test_an_interval_goes_to_infinity_where_what_stands_below_may_be_nothing():
+    with np.errstate(divide="ignore"):
+        found = of_means(lambda m: 1 / m[..., 0], [[1.0, 0.0, 0.0, 0.0]], "abcd")
+    assert (found.mean, found.high) == (4.0, float("inf")) and 1 <= found.low < 4  # a third of the draws has no "a"
+
+
 def test_a_mean_counts_questions_and_not_texts():
     found = mean([1.0, 0.0, 0.0, 0.0], "abbb")
     assert found.mean == 0.25 and (found.n, found.texts) == (4, 2)

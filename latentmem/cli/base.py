@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,14 @@ Quantize = Annotated[
 ]
 Adapters = Annotated[
     str, typer.Option("--adapters", help="auto: the model's own; none: untrained; or what `latentmem train` made.")
+]
+OwnAdapters = Annotated[
+    str | None,
+    typer.Option(
+        "--adapters",
+        help="none: untrained; or what `latentmem train` made, which can also stand in LATENTMEM_ADAPTERS.",
+        show_default="the model's own",
+    ),
 ]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
 Version = Annotated[
@@ -70,32 +79,48 @@ def finish(store: Store, name: str, llm: MemoryModel) -> None:
 
 
 def read(
-    store: Store, name: str, model: str | None, device: str | None, version: int | None = None
+    store: Store,
+    name: str,
+    model: str | None,
+    device: str | None,
+    version: int | None = None,
+    adapters: str | None = None,
 ) -> tuple[Memory, MemoryModel]:
     """A version of a memory and the model that reads it."""
     known = store.open(name, store.applied(name) if version is None else version)
-    llm = load(known, model, device)
+    llm = load(known, model, device, adapters=adapters)
     if version is not None:
         return known, llm
     finish(store, name, llm)
     return store.open(name), llm
 
 
-def load(memory: Memory | None, model: str | None, device: str | None, quantize: str | None = None) -> MemoryModel:
-    """The model that is asked for, or the one that wrote the memory, in the memory's dtype and quantized as it was."""
+def load(
+    memory: Memory | None,
+    model: str | None,
+    device: str | None,
+    quantize: str | None = None,
+    adapters: str | None = None,
+) -> MemoryModel:
+    """The model that is asked for, or the one that wrote the memory, in the memory's dtype and quantized as it was.
+
+    Without `adapters` and `LATENTMEM_ADAPTERS` it gets its own, or none where the memory is of the untrained model.
+    """
     import latentmem
 
     name = model or (memory.model_name if memory is not None else "") or PACKAGED
+    chosen = adapters or os.environ.get("LATENTMEM_ADAPTERS") or "auto"
     if memory is None:
-        return latentmem.load(name, device=device, quantize=quantize)
-    adapters = "auto" if memory.adapters else None  # a memory of the untrained model is read as it was written
+        return latentmem.load(name, device=device, quantize=quantize, adapters=pair(chosen))
+    if chosen == "auto" and not memory.adapters:
+        chosen = "none"
     made = memory.model.rpartition("-")[0] or None
     if quantize not in (None, made):
         raise ValueError(
             f"the memory was written by a model with {f'--quantize {made}' if made else 'exact weights'}, "
             f"not --quantize {quantize}. Leave it out, or choose a new name."
         )
-    return latentmem.load(name, device=device, dtype=memory.slots.dtype, quantize=made, adapters=adapters)
+    return latentmem.load(name, device=device, dtype=memory.slots.dtype, quantize=made, adapters=pair(chosen))
 
 
 def pair(adapters: str) -> str | None:

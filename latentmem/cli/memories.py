@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentmem.cli import base
-from latentmem.cli.base import Device, Json, ModelName, Name, NewTokens, Quantize, Version, app
+from latentmem.cli.base import Device, Json, ModelName, Name, NewTokens, OwnAdapters, Quantize, Version, app
 
 if TYPE_CHECKING:
     from latentmem.core.memory import Memory
@@ -51,6 +51,7 @@ def write(
     ] = None,
     quantize: Quantize = None,
     model: ModelName = None,
+    adapters: OwnAdapters = None,
     device: Device = None,
 ) -> None:
     """Write texts into a memory; it is made if it does not exist."""
@@ -67,7 +68,7 @@ def write(
             raise ValueError(
                 f"the memory {memory!r} was made with {what}={now}, not {value}. Leave it out, or choose a new name."
             )
-    llm = base.load(before, model, device, quantize)
+    llm = base.load(before, model, device, quantize, adapters)
     start = before if before is not None else llm.empty(**given)
     llm.check(start)
     prompts = llm.prompts_or_raise()
@@ -98,11 +99,12 @@ def ask(
     compare: Annotated[bool, typer.Option("--compare", help="Answer without the memory as well.")] = False,
     max_new_tokens: NewTokens = 128,
     model: ModelName = None,
+    adapters: OwnAdapters = None,
     device: Device = None,
 ) -> None:
     """Ask a memory; the answer comes as it is made."""
     store = base.opened(memory)
-    now, llm = base.read(store, memory, model, device, version)
+    now, llm = base.read(store, memory, model, device, version, adapters)
     if compare:
         typer.echo("with memory:    ", nl=False)
     answer = _speak(llm.stream(now, question, max_new_tokens=max_new_tokens))
@@ -119,6 +121,7 @@ def chat(
     max_new_tokens: NewTokens = 256,
     quantize: Quantize = None,
     model: ModelName = None,
+    adapters: OwnAdapters = None,
     device: Device = None,
 ) -> None:
     """Talk with a memory; what leaves the conversation is written into it, the rest at the end (Ctrl-D or /exit)."""
@@ -128,7 +131,7 @@ def chat(
 
     store, lines = base.opened(memory), _lines()
     before = store.open(memory, store.applied(memory)) if memory in store.names() else None
-    llm = base.load(before, model, device, quantize)
+    llm = base.load(before, model, device, quantize, adapters)
     if before is None:  # it is made when there is something to remember
         first = next(lines, None)
         if first is None:

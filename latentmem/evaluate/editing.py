@@ -35,7 +35,7 @@ from latentmem.evaluate.edits import Edit, EditSet, Probe
 from latentmem.evaluate.stats import Means, harmonic, mean, of_means
 from latentmem.model import Context, MemoryModel, Score
 
-PROTOCOL = "editing/1"
+PROTOCOL = "editing/2"
 ROWS = ("none", "context", "memory-unedited", "memory-empty", "memory-full", "ft", "ft-l", "lora", "ike", "rome")
 SEQUENTIAL = ("none", "memory-full", "ft", "ft-l", "lora", "rome")  # rows that can take one edit after another
 TUNED = ("ft", "ft-l", "lora")  # rows of fine-tuning: the best of them is what the memory is compared with
@@ -325,12 +325,15 @@ def markdown(cells: Sequence[Cell]) -> str:
             name = row if T == 1 else f"{row}, {T}"
             rows.append(f"| {name} | {n} | {' | '.join(_shown(found.get((T, row, m))) for m in shown)} |")
         parts.append("\n".join([f"## {title}\n", *rows]))
-    gains = [cell for cell in cells if cell.metric == "gain"]
-    if gains:
+    scores = [cell for cell in cells if cell.metric == "score" and (cell.T, OURS, "score") in found]
+    beside = [cell for cell in scores if cell.row != OURS]
+    if beside:
         rows = ["| row | T | n | score of memory-full over that of the row, minus 1 |", "| --- | --- | --- | --- |"]
-        for cell in gains:
+        for cell in beside:
             best = " (the best fine-tuning)" if cell.row == best_tuned(cells, cell.T) else ""
-            rows.append(f"| {cell.row}{best} | {cell.T} | {cell.estimate.n} | {_shown(cell.estimate)} |")
+            gain = found.get((cell.T, cell.row, "gain"))
+            said = _shown(gain) if gain or cell.estimate.mean else "its score is 0"
+            rows.append(f"| {cell.row}{best} | {cell.T} | {gain.n if gain else cell.estimate.n} | {said} |")
         parts.append("\n".join(["## The full memory beside the other rows, paired by edit\n", *rows]))
     return "\n\n".join(parts) + "\n"
 

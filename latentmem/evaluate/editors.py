@@ -82,12 +82,16 @@ def last_of(llm: MemoryModel, ids: Sequence[int], prompt: str, subject: str) -> 
         ValueError: the prompt does not hold the subject, or its ids do not decode to it.
     """
     if subject not in prompt:
-        raise ValueError(f"a rank-one edit needs the subject in the prompt: {subject!r} is not in {prompt!r}.")
+        raise ValueError(
+            f"a rank-one edit needs the subject in the prompt: {subject!r} is not in {prompt!r}; leave out rome."
+        )
     until = prompt[: prompt.index(subject) + len(subject)]
     for i in range(len(ids)):
         if until in llm.tokenizer.decode(ids[: i + 1], clean_up_tokenization_spaces=False):
             return i
-    raise ValueError(f"the tokenizer of this model does not give {prompt!r} back, so its subject can not be found.")
+    raise ValueError(
+        f"the tokenizer of this model does not give {prompt!r} back, so its subject can not be found; leave out rome."
+    )
 
 
 # --- the plain model, and text in its context ------------------------------------------------------------------------
@@ -146,7 +150,8 @@ class Demonstrations(InContext):
 
     The demonstrations are made of those other records whose sentences BM25 finds nearest, the nearest last. Of eight of
     them one shows that the new fact's own prompt gets the new answer, three that another prompt for it does, and four
-    that a prompt about something else keeps its answer. None holds a prompt that the edit is measured with.
+    that a prompt about something else keeps its answer. None holds a prompt that the edit is measured with. Behind them
+    the new fact is shown once with its own prompt, and then said again, as in the released code.
 
     Args:
         data: the records.
@@ -175,7 +180,8 @@ class Demonstrations(InContext):
             shown.append(f"New Fact: {other.sentence}\n{probe.prompt} {probe.answer}\n\n")
             if len(shown) == self.count:
                 break
-        return "".join([*reversed(shown), f"New Fact: {edit.sentence}\n"])
+        fact = f"New Fact: {edit.sentence}\n"
+        return "".join([*reversed(shown), f"{fact}{edit.sentence}\n\n", fact])
 
     def _nearest(self, edit: Edit) -> list[int]:
         """Records by how near their sentences are, the nearest first: twice as many as are shown."""
@@ -255,6 +261,21 @@ def linears(llm: MemoryModel, part: str) -> dict[str, nn.Linear]:
             f"the rows ft, ft-l, lora and rome."
         )
     return found
+
+
+def ending(llm: MemoryModel, layer: int) -> tuple[str, nn.Linear]:
+    """The linear layer that ends a layer's MLP, and its name.
+
+    Raises:
+        ValueError: there is none, or several could be it.
+    """
+    found = {n: m for n, m in linears(llm, f"{layer}.mlp").items() if m.out_features == llm.decoder.d}
+    if len(found) != 1:
+        raise ValueError(
+            f"one linear layer was expected to end the MLP of layer {layer}, and {len(found)} give {llm.decoder.d} "
+            f"numbers; leave out the rows ft, ft-l and rome."
+        )
+    return next(iter(found.items()))
 
 
 @contextlib.contextmanager
@@ -398,13 +419,14 @@ class Trained(Weights):
 
 
 class FineTuned(Trained):
-    """Fine-tuning of the MLP weights of the last layers, free (FT) or within a bound (FT-L).
+    """Fine-tuning of the last weight of the last layers' MLPs, free (FT) or within a bound (FT-L).
 
     Args:
         layers: how many, from the last one on.
         bound: by which no weight may differ from what it was before the edit; None: there is no bound.
 
-    Source: MemoryLLM table 1; Zhu et al. 2020 for the bound.
+    Source: MemoryLLM table 1 and its settings, `down_proj` of the last layer or the last two; Zhu et al. 2020 for the
+    bound.
     """
 
     def __init__(
@@ -421,7 +443,7 @@ class FineTuned(Trained):
 
     def start(self, name: str) -> Change:
         last = range(self.llm.decoder.L)[-self.layers :]
-        return {n: (self.zeros(m),) for i in last for n, m in linears(self.llm, f"{i}.mlp").items()}
+        return {name: (self.zeros(m),) for name, m in (ending(self.llm, i) for i in last)}
 
     @torch.no_grad()
     def bounded(self, before: Change, after: Change) -> None:
@@ -489,7 +511,7 @@ class RankOne(Weights):
     Raises:
         ValueError: no linear layer, or several, that end an MLP; fewer tokens than a key has numbers.
 
-    Source: Meng et al. 2022 (ROME), section 3.1; rate, kl and clamp as in its released code.
+    Source: Meng et al. 2022 (ROME), section 3.1; kl and clamp as in its released code, rate and decay are ours.
     """
 
     def __init__(
@@ -508,13 +530,7 @@ class RankOne(Weights):
     ) -> None:
         super().__init__(llm, questions)
         self.layer = llm.decoder.L // 4 if layer is None else layer
-        ending = {n: m for n, m in linears(llm, f"{self.layer}.mlp").items() if m.out_features == llm.decoder.d}
-        if len(ending) != 1:
-            raise ValueError(
-                f"a rank-one edit changes the linear layer that ends the MLP, and layer {self.layer} has {len(ending)} "
-                f"that give {llm.decoder.d} numbers; leave out the row rome."
-            )
-        self.name, self.down = next(iter(ending.items()))
+        self.name, self.down = ending(llm, self.layer)
         self.articles, self.tokens, self.beginnings = articles, tokens, beginnings
         self.steps, self.rate, self.kl, self.decay, self.clamp = steps, rate, kl, decay, clamp
 

@@ -125,25 +125,29 @@ def load(name: str, *, seed: int) -> EditSet:
 
 
 def knowedit(row: Row) -> Edit:
-    """A record of KnowEdit's zsRE; the unrelated question is the one of Natural Questions."""
+    """A record of KnowEdit's zsRE; its new answer is false, the unrelated question is the one of Natural Questions."""
     loc, portable = row["locality_nq"], [p for kind in sorted(row["portability"]) for p in row["portability"][kind]]
     return Edit(
         str(row["id"]),
         row["subject"],
-        Probe(row["prompt"], row["target_new"]),
-        (Probe(row["rephrase"], row["target_new"]),),
+        Probe(row["prompt"], row["target_new"].strip()),
+        (Probe(row["rephrase"], row["target_new"].strip()),),
         (Probe(_question(loc["question"]), loc["answers"][0]),),
-        tuple(Probe(p["prompt"], p["ground_truth"]) for p in portable),
+        tuple(Probe(p["prompt"], p["ground_truth"].strip()) for p in portable),
     )
 
 
 def mend(i: int, row: Row) -> Edit:
-    """Record i of zsre_mend_eval, {subject, src, alt, rephrase, loc, loc_ans}."""
+    """Record i of zsre_mend_eval, {subject, src, answers, rephrase, loc, loc_ans}; the new answer is the true one.
+
+    Source: the paper's code, which takes `answers[0]` and not `alt`, as ROME's does.
+    """
+    true = row["answers"][0]
     return Edit(
         str(i),
         row["subject"],
-        Probe(row["src"], row["alt"]),
-        (Probe(row["rephrase"], row["alt"]),),
+        Probe(row["src"], true),
+        (Probe(row["rephrase"], true),),
         (Probe(_question(row["loc"].removeprefix(NQ)), row["loc_ans"]),),
     )
 

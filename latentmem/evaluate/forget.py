@@ -32,7 +32,7 @@ from latentmem.evaluate.stats import Estimate, mean, ratio
 from latentmem.model import Context, MemoryModel
 from latentmem.store import Store
 
-PROTOCOL = "forget/1"
+PROTOCOL = "forget/2"
 STATES = ("before", "dropped", "replayed", "control", "floor")
 WAYS = ("dropped", "replayed")
 METRICS = {"hit": "hits", "accuracy": "token accuracy", "loglik": "log-likelihood per token"}
@@ -126,16 +126,17 @@ class Forget:
         yield from self._asked("floor", in_context(self.llm, ()), target, ())
 
     def _asked(self, state: str, context: Context, target: Text, others: Sequence[Text]) -> Iterator[Record]:
-        """Ask about the text and the others; a record is filed under the text that is forgotten."""
-        some = [("target", question) for question in target.questions]
-        some += [("other", question) for text in others for question in text.questions[: self.settings.per_other]]
-        answers = ask(self.llm, context, [question for _, question in some], new_tokens=self.settings.new_tokens)
-        for (about, question), answer in zip(some, answers, strict=True):
+        """Ask about the text and the others; the sample is named by the text that is forgotten."""
+        some = [("target", target, question) for question in target.questions]
+        some += [("other", text, question) for text in others for question in text.questions[: self.settings.per_other]]
+        answers = ask(self.llm, context, [question for *_, question in some], new_tokens=self.settings.new_tokens)
+        for (about, text, question), answer in zip(some, answers, strict=True):
             yield {
                 "kind": "asked",
                 "state": state,
                 "about": about,
-                "text": target.id,
+                "sample": target.id,
+                "text": text.id,
                 "question": question.id,
                 "hit": int(answer.hit),
                 "accuracy": round(answer.accuracy, 6),
@@ -152,7 +153,7 @@ def lines(records: Sequence[Record]) -> list[Line]:
     """What is known in each state, the residue of both ways, what the others lose, and what the ways cost."""
     found: list[tuple[str, Estimate | None]] = []
     by = {
-        (about, state): {(r["text"], r["question"]): r for r in records if _is(r, about, state)}
+        (about, state): {(r["sample"], r["question"]): r for r in records if _is(r, about, state)}
         for about in ("target", "other")
         for state in STATES
     }
@@ -189,9 +190,9 @@ def _is(r: Record, about: str, state: str) -> bool:
 def _difference(
     one: dict[tuple[str, str], Record], other: dict[tuple[str, str], Record], metric: str
 ) -> tuple[list[float], list[str]]:
-    """Question by question, with the text that each belongs to."""
+    """Question by question, with the text that each is about: several samples ask about the same others."""
     both = [key for key in one if key in other]
-    return [one[key][metric] - other[key][metric] for key in both], [text for text, _ in both]
+    return [one[key][metric] - other[key][metric] for key in both], [one[key]["text"] for key in both]
 
 
 def measure(

@@ -41,7 +41,8 @@ DECAY = 0.9999  # of the paper's exponential mean, per update
 TURNS = 10  # N/K updates, of which a stream has this many behind it where the test for drift begins
 WINDOWS = 10  # equal parts of a stream in the table
 FEWEST = 4  # windows that a drift is computed from
-METRICS = {"hit": "hits", "accuracy": "token accuracy", "loglik": "log-likelihood per token"}
+SHARES = {"hit": "hits", "accuracy": "token accuracy"}
+METRICS = {**SHARES, "loglik": "log-likelihood per token"}
 CHOSEN = ("rows", "updates", "ft_updates")  # settings that choose units and change none: a later run may add to them
 SCALE = 10_000  # updates, of which a slope says the change
 Unit = tuple[Any, ...]  # ("plain", 0), ("ft", stretch) or ("memory", stretch)
@@ -298,10 +299,11 @@ def lines(records: Sequence[Record]) -> list[Line]:
             name = f"{row}, asked {'at once' if age == 0 else f'{age} facts later'}"
             found += [(f"{name}: {title}", _mean(some, metric)) for metric, title in METRICS.items()]
             weights = [DECAY ** (some[-1]["at"] - r["at"]) for r in some]
-            values = [w * r["accuracy"] for w, r in zip(weights, some, strict=True)]
-            found.append((f"{name}: token accuracy, exponential mean", ratio(values, weights, _ids(some))))
-            for start, end, part in _windows(some):
-                found.append((f"{name}: token accuracy, updates {start} to {end}", _mean(part, "accuracy")))
+            for metric, title in SHARES.items():
+                values = [w * r[metric] for w, r in zip(weights, some, strict=True)]
+                found.append((f"{name}: {title}, exponential mean", ratio(values, weights, _ids(some))))
+                for start, end, part in _windows(some):
+                    found.append((f"{name}: {title}, updates {start} to {end}", _mean(part, metric)))
             if row == "memory":
                 found.append((f"{name}: share of its slots that is left", _mean(some, "left")))
         found += _checkpoints(records, row)

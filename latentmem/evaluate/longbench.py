@@ -26,13 +26,13 @@ import numpy as np
 
 from latentmem.core.memory import PAPER_PIECE
 from latentmem.evaluate import protocol, questions, scoring
-from latentmem.evaluate.asking import in_context, written
+from latentmem.evaluate.asking import in_context, named, written
 from latentmem.evaluate.passages import ranked
 from latentmem.evaluate.protocol import Line
 from latentmem.evaluate.stats import Estimate, mean
 from latentmem.model import Context, MemoryModel
 
-PROTOCOL = "longbench/1"
+PROTOCOL = "longbench/2"
 HUB = "Xnhyacinth/LongBench"  # the sets as files, for versions of `datasets` that run no scripts
 LOCAL = {"altqa": "long/altqa_4k.jsonl.gz", "babi": "long/babi_en_test.jsonl.gz"}
 ANSWER = {  # tokens of an answer at most; LongBench's own
@@ -138,22 +138,17 @@ def longbench(name: str, rows: Iterable[Record]) -> list[Example]:
     found = []
     for i, row in enumerate(rows):
         asked = row["input"] if "input" in row else row["question"]
-        found.append(Example(f"{name}-{i}", f"{name}-{i}", row["context"], asked, tuple(row["answers"])))
+        found.append(Example(f"{name}-{i}", named(row["context"]), row["context"], asked, tuple(row["answers"])))
     return found
 
 
 def altqa(rows: Iterable[Record]) -> list[Example]:
-    """Rows {id, context, question, answer} of AltQA, whose questions have no question mark."""
-    return [
-        Example(
-            f"altqa-{row['id']}",
-            f"altqa-{row['id']}",
-            row["context"],
-            f"{row['question'].strip().rstrip('?').strip()}?",
-            (str(row["answer"]),),
-        )
-        for row in rows
-    ]
+    """Rows {id, context, question, answer} of AltQA, each once; its questions have no question mark."""
+    found: dict[tuple[str, ...], Example] = {}
+    for row in rows:
+        text, asked, answer = row["context"], f"{row['question'].strip().rstrip('?').strip()}?", str(row["answer"])
+        found.setdefault((text, asked, answer), Example(f"altqa-{row['id']}", named(text), text, asked, (answer,)))
+    return list(found.values())
 
 
 def babi(rows: Iterable[Record]) -> list[Example]:
@@ -169,7 +164,7 @@ def babi(rows: Iterable[Record]) -> list[Example]:
             if not number:
                 continue
             if not number.isdigit():
-                raise ValueError(f"a line of bAbI's {row['task']} begins with no number: {line[:40]!r}.")
+                raise ValueError(f"a line of bAbI's {row['task']} begins with no number: {line[:40]!r}. Take it out.")
             if number == "1":
                 story, sentences = story + 1, []
             if "\t" not in rest:
@@ -230,9 +225,8 @@ class LongBench:
         if name in LOCAL:
             ids, end = written(self.llm, example.text), list[int]()
         else:
-            ids = self.llm.prompts_or_raise().text(example.text)
-            ids = ids[-max(1, self.settings.length - ANSWER[name] - len(asked)) :]
-            tail = min(max(0, PAPER_PIECE - ANSWER[name] - len(asked)), len(ids))
+            ids = self._kept(name, example)
+            tail = min(self._tail(name, example), len(ids))
             ids, end = ids[: len(ids) - tail], ids[len(ids) - tail :]
         for piece in cut(ids, memory.piece):
             memory = self.llm.write_ids(memory, piece, "text")
@@ -244,16 +238,27 @@ class LongBench:
         asked = self._question(example, bare=True)
         room = self.llm.plain([]).room - len(self.llm.prompts_or_raise().opening) - len(asked) - ANSWER[name]
         ids: list[int] = []
+        text = example.text if name in LOCAL else self.llm.tokenizer.decode(self._kept(name, example))
         if row == "bm25":
-            words = example.text.split()
+            words = text.split()
             library = [" ".join(words[i : i + PASSAGE]) for i in range(0, len(words), PASSAGE)]
             (places,) = ranked(library, [example.question], self.settings.passages)
             if places:
                 ids = written(self.llm, " ".join(library[i] for i in sorted(places)))[-room:]
         elif row != "floor":
-            most = room if row == "oracle" else min(room, self._empty.N)
-            ids = written(self.llm, example.text)[-most:]
+            most = room if row == "oracle" else min(room, self._empty.N + self._tail(name, example))
+            ids = written(self.llm, text)[-most:]
         return in_context(self.llm, ids), self._question(example, bare=bool(ids))
+
+    def _kept(self, name: str, example: Example) -> list[int]:
+        """The end of a LongBench text, of which all rows know no more."""
+        ids = self.llm.prompts_or_raise().text(example.text)
+        return ids[-max(1, self.settings.length - ANSWER[name] - len(self._question(example, bare=True))) :]
+
+    def _tail(self, name: str, example: Example) -> int:
+        """Tokens of a LongBench text that stand in the prompt behind the memory: with question and answer, 512."""
+        asked = len(self._question(example, bare=True))
+        return 0 if name in LOCAL else max(0, PAPER_PIECE - ANSWER[name] - asked)
 
     def _question(self, example: Example, *, bare: bool) -> list[int]:
         return self.llm.prompts_or_raise().question(example.question, bare=bare)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -174,8 +175,9 @@ def _write(
     found, notes = lines(records), after(records, folder.path) if after else []
     config, runs = folder.config, folder.runs
     everything = {"title": title, **config, "runs": runs, "notes": notes}
-    everything["lines"] = [[x.name, asdict(x.estimate)] for x in found]
-    (folder.path / "summary.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    everything["lines"] = [[x.name, _finite(asdict(x.estimate))] for x in found]
+    summary = json.dumps(everything, indent=1, allow_nan=False)
+    (folder.path / "summary.json").write_text(f"{summary}\n", encoding="utf-8")
     commands = "\n".join(dict.fromkeys(run["command"] for run in runs))
     asked = ", ".join(f"{key} = {value}" for key, value in config.get("settings", {}).items())
     head = f"# {title}\n\n```\n{commands}\n```\n\n{runs[-1]['started'][:10]}. {config['model']['name']}, "
@@ -184,6 +186,11 @@ def _write(
     head += "".join(f"- {note}\n" for note in notes) + "\n" * bool(notes)
     (folder.path / "table.md").write_text(head + table(found), encoding="utf-8")
     return found
+
+
+def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no infinity: an interval that has no end has None there."""
+    return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
 
 
 def markdown(found: Sequence[Line]) -> str:

@@ -69,7 +69,7 @@ def of_means(
         groups: the text of each question.
 
     Returns:
-        None for fewer than two groups, or where the number is not finite.
+        None for fewer than two groups, or where the number is not finite; an end of the interval may be infinite.
 
     Raises:
         ValueError: columns of different lengths.
@@ -86,7 +86,9 @@ def of_means(
     best = float(statistic(tops.sum(0) / counts.sum()))
     if not np.isfinite(best):
         return None
-    low, high = np.percentile(found[np.isfinite(found)], LEVEL)
+    found = found[~np.isnan(found)]
+    # nothing lies between a number and infinity
+    low, high = np.percentile(found, LEVEL, method="linear" if np.isfinite(found).all() else "closest_observation")
     return Estimate(best, float(low), float(high), len(groups), len(counts))
 
 
