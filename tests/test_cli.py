@@ -321,6 +321,32 @@ def test_a_memory_is_exported_imported_and_rebuilt(run, home, tmp_path, tmp_path
     assert run("ask", "why?", "-m", "other", "--max-new-tokens", 2)[0] == 0
 
 
+def test_a_memory_of_other_adapters_is_read_and_written_with_them(run, home, tiny_folder, tmp_path, monkeypatch):
+    from latentmem import adapters
+
+    plain = latentmem.load(str(tiny_folder), device="cpu").base
+    lora = {"r": 2, "alpha": 4.0, "target_modules": ["q_proj"]}
+    shape = {"preset": "exact", "N": 64, "K": 16, "compression": 1, "choice": "last"}
+    adapters.insert(plain, **lora, dropout=0.0)
+    torch.manual_seed(0)
+    weights = {name: torch.randn_like(weight) for name, weight in adapters.weights(plain).items()}
+    file = tmp_path / "adapters.safetensors"
+    adapters.save(
+        file, weights, {**lora, "model": latentmem.load(str(tiny_folder), device="cpu").identity, "memory": shape}
+    )
+    run("write", "the door is blue", "-m", "work", "-N", 64, "-K", 16)
+    assert run("rebuild", "other", "-m", "work", "--adapters", file)[0] == 0 and stored("other").adapters
+    code, _, err = run("ask", "why?", "-m", "other", "--max-new-tokens", 2)
+    assert code == 2 and "written with another adapter" in err
+    for verb in (["ask", "why?", "--max-new-tokens", 2], ["write", "the cat is Pip"]):
+        assert run(*verb, "-m", "other", "--adapters", file)[0] == 0
+        assert run(*verb, "-m", "work", "--adapters", "none")[0] == 0
+    monkeypatch.setenv("LATENTMEM_ADAPTERS", str(file))
+    assert run("chat", "-m", "other", "--max-new-tokens", 2, stdin="hello\n")[0] == 0
+    assert run("forget", "text", "--exact", "--yes", "-m", "other")[0] == 0
+    assert stored("other").adapters and not stored("work").adapters
+
+
 # --- files of before there was a store ------------------------------------------------------------------------------
 
 SAID = [{"role": role, "content": text} for role, text in (("user", "my cat is Pip"), ("assistant", "noted"))]
