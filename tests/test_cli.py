@@ -616,6 +616,10 @@ VERBS = (
 )
 
 
+def test_the_version_is_said(run):
+    assert run("--version")[:2] == (0, f"latentmem {latentmem.__version__}\n")
+
+
 def test_help_and_unknown_commands(run):
     code, out, _ = run("--help")
     assert code == 0 and all(f" {verb} " in out for verb in VERBS)

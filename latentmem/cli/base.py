@@ -20,6 +20,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        from latentmem import __version__
+
+        typer.echo(f"latentmem {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Say which.")] = False,
+) -> None:
+    pass
+
+
 PACKAGED = "smollm2-135m"
 Name = Annotated[str, typer.Option("--memory", "-m", help="Name of the memory.")]
 ModelName = Annotated[
@@ -29,6 +45,10 @@ ModelName = Annotated[
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps; by default the fastest.")]
 Quantize = Annotated[
     str | None, typer.Option("--quantize", help="New memory: int8 for a model of 8-bit linear layers, on a CPU.")
+]
+ServedQuantize = Annotated[
+    str | None,
+    typer.Option("--quantize", help="int8: a model of 8-bit linear layers, on a CPU; only it reads its memories."),
 ]
 Adapters = Annotated[
     str, typer.Option("--adapters", help="auto: the model's own; none: untrained; or what `latentmem train` made.")

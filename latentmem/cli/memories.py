@@ -237,7 +237,9 @@ def rm(memory: Annotated[str, typer.Option("--memory", "-m", help="Name of the m
 def doctor(
     memory: Annotated[str | None, typer.Option("--memory", "-m", help="Look at this memory too.")] = None,
     question: Annotated[str | None, typer.Option(help="With --memory: what to ask it.")] = None,
-    model: ModelName = None,
+    model: Annotated[
+        str | None, typer.Option(help="As for `ask`; without --memory smollm2-135m.", show_default="what wrote it")
+    ] = None,
     device: Device = None,
 ) -> None:
     """Is memory alive? Answers with the real memory, a zeroed one and another's, side by side; exit code 1 if not."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentmem.cli import base
-from latentmem.cli.base import Adapters, Device, Quantize, app
+from latentmem.cli.base import Adapters, Device, ServedQuantize, app
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -54,7 +54,7 @@ def serve(
     max_n: Annotated[int, typer.Option("--max-n", min=1, help="Answers to one request.")] = 8,
     seconds: Annotated[float, typer.Option(min=1, help="Until a request is given up.")] = 300,
     grace: Annotated[int, typer.Option(min=0, help="Seconds for requests that run when the server ends.")] = 30,
-    quantize: Quantize = None,
+    quantize: ServedQuantize = None,
     adapters: Adapters = "auto",
     device: Device = None,
 ) -> None:
@@ -95,7 +95,7 @@ def mcp(
     model: Model = base.PACKAGED,
     store: StorePath = None,
     cache_bytes: CacheBytes = None,
-    quantize: Quantize = None,
+    quantize: ServedQuantize = None,
     adapters: Adapters = "auto",
     device: Device = None,
 ) -> None:

@@ -260,7 +260,7 @@ def _hub(name: str) -> Iterator[Callable[..., Any]]:
     except ImportError:
         raise ValueError(
             "this set is loaded from the hub with `datasets`: run `pip install 'latentmem[eval]'`, set LATENTMEM_DATA "
-            "to a folder that holds it, or take the set 'synthetic', which needs neither."
+            "to a folder that holds it, or where there is --data take 'synthetic', which needs neither."
         ) from None
     try:
         yield partial(load_dataset, name)
@@ -268,5 +268,5 @@ def _hub(name: str) -> Iterator[Callable[..., Any]]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{name} could not be loaded from the hub ({reason}). Set LATENTMEM_DATA to a folder that holds the set, "
-            f"or take 'synthetic'."
+            f"or where there is --data take 'synthetic'."
         ) from error

@@ -336,7 +336,7 @@ async def sources(request: Request, id: str, body: schema.Drawn) -> schema.Drawn
 
 @router.post("/{id}/rollback")
 async def rollback(request: Request, id: str, body: schema.Rollback) -> schema.VersionOf:
-    """Go back to an older version; that is a new version."""
+    """Go to any version, older or newer; that is a new version."""
     touch(request, id, write=True)
 
     def act(store: Store, llm: MemoryModel) -> int:

@@ -197,7 +197,7 @@ class Store:
         return sorted(self._journal.name(memory) for memory in self._journal.family(self._id(name)))
 
     def rollback(self, name: str, version: int) -> int:
-        """Go back to an older version. This is a version too, so it can be undone.
+        """Go to any version, older or newer. This is a version too, so it can be undone.
 
         Returns:
             The new version.
