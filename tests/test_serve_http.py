@@ -9,6 +9,7 @@ import re
 import socket
 import threading
 import zipfile
+from dataclasses import replace
 
 import httpx
 import openai
@@ -908,6 +909,16 @@ def test_a_full_disk_is_told(server, monkeypatch):
     monkeypatch.setattr(server.service.store, "append", append)
     answer = server("POST", "/v1/memories/house/write", {"text": "x"})
     assert "path" not in refused(answer, 503, "disk_full")["message"]
+
+
+def test_a_memory_that_is_damaged_on_disk_is_the_servers_error(server):
+    store = server.service.store
+    assert server("POST", "/v1/memories", {"id": "broken"})[0] == 201
+    row = store._journal.version(store._id("broken"), 0)
+    store._journal.change(replace(row, object="0" * 64))
+    store._cache.clear()
+    found = refused(server("POST", "/v1/memories/broken/ask", {"question": "?"}), 500, "damaged", "restore the store")
+    assert found["type"] == "server_error" and "000" not in found["message"]
 
 
 def test_sampling_as_the_engine_does_it(llm, tmp_path):

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from latentmem.model import MemoryModel, OtherModelError, TooLongError
 from latentmem.serve.keys import EVERYONE, Key
 from latentmem.serve.service import Busy, Missing, Service, Taken
-from latentmem.store import HiddenError, Store, check_name
+from latentmem.store import DamagedError, HiddenError, Store, check_name
 
 Result = TypeVar("Result")
 SOURCE = 256  # characters of the name of a source
@@ -191,6 +191,8 @@ def refusal(error: BaseException) -> Refused:
         case HiddenError():
             what = "the memory is in use by another process, or memories that were forked from it need it; try later."
             return Refused(409, what, "in_use")
+        case DamagedError():
+            return Refused(500, "what this memory is kept in is damaged; restore the store from a copy.", "damaged")
         case RequestValidationError():
             return _invalid(error)
         case HTTPException():

@@ -18,6 +18,10 @@ HASH = re.compile(r"[0-9a-f]{64}")
 SUFFIX = ".safetensors"
 
 
+class DamagedError(ValueError):
+    """What the store keeps is missing, or is not what was kept: nobody's input is wrong."""
+
+
 class Disk:
     """The file operations of this machine that a crash may come between; tests put a forgetful one in its place."""
 
@@ -69,14 +73,14 @@ class Objects(ABC):
             Its bytes; on a disk they are mapped, not copied, so that copying what is needed is left to the caller.
 
         Raises:
-            ValueError: it is missing or damaged.
+            DamagedError: it is missing or damaged.
         """
         try:
             data = self._read(name)
         except FileNotFoundError:
-            raise ValueError(f"the object {name} of the store is missing. Restore it from a copy.") from None
+            raise DamagedError(f"the object {name} of the store is missing. Restore it from a copy.") from None
         if hashlib.sha256(data).hexdigest() != name:
-            raise ValueError(f"the object {name} of the store is damaged. Restore it from a copy.")
+            raise DamagedError(f"the object {name} of the store is damaged. Restore it from a copy.")
         return data
 
     @abstractmethod
