@@ -919,6 +919,7 @@ def test_a_memory_that_is_damaged_on_disk_is_the_servers_error(server):
     store._cache.clear()
     found = refused(server("POST", "/v1/memories/broken/ask", {"question": "?"}), 500, "damaged", "restore the store")
     assert found["type"] == "server_error" and "000" not in found["message"]
+    assert server("DELETE", "/v1/memories/broken")[0] == 200
 
 
 def test_sampling_as_the_engine_does_it(llm, tmp_path):
