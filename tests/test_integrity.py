@@ -117,6 +117,18 @@ def test_drift_is_looked_for_after_ten_times_n_over_k_and_is_the_slope_of_what_f
     assert norm.low > 0
 
 
+def test_how_hard_a_fact_is_by_itself_is_taken_off_the_drift():
+    hard = [asked(at, 1.0 - at / 1000) for at in range(110, 401, 10)]  # later facts are harder, the memory is not worse
+    alone = [{**asked(at, 1.0 - at / 1000 - 0.25), "kind": "alone"} for at in range(110, 401, 10)]
+    some = [slots(at, [1.0]) for at in range(20, 401, 20)]
+    found = dict(drift([*hard, *alone, *some], "memory"))
+    assert found["drift of the token accuracy asked at once, per 10000 updates"].mean == pytest.approx(-10)
+    name = "asked at once, less the same fact alone in an empty memory"
+    assert found[f"drift of the token accuracy {name}, per 10000 updates"].mean == pytest.approx(0)
+    table = {line.name: line.estimate for line in lines([*hard, *alone, *some])}
+    assert table[f"memory, {name}: token accuracy"].mean == pytest.approx(0.25)
+
+
 def test_drift_of_too_few_windows_is_none():
     some = [slots(at, [1.0]) for at in range(20, 161, 20)]
     assert all(estimate is None for _, estimate in drift([asked(120, 1.0), *some], "memory"))
@@ -216,6 +228,13 @@ def test_a_stream_asks_at_once_and_at_the_age(tmp_path):
     memory = Memory.load(tmp_path / "memory-1.safetensors")
     assert (memory.updates, memory.sources[0].name) == (8, "facts")
     assert [r["at"] for r in records if r["kind"] == "read"] == [4, 4, 8, 8]
+
+
+def test_each_fact_is_asked_alone_too(tmp_path):
+    records = Integrity(tiny(), Settings(**{**SMALL, "every": 1, "updates": 4}), tmp_path).run(("memory", 0))
+    alone = {r["at"]: r["loglik"] for r in records if r["kind"] == "alone"}
+    among = {r["at"]: r["loglik"] for r in records if r["kind"] == "asked" and r["age"] == 0}
+    assert alone[1] == among[1] and all(alone[at] != among[at] for at in (2, 3, 4)) and len(alone) == 4
 
 
 def test_what_is_left_of_a_fact_is_counted_in_its_own_slots(tmp_path):

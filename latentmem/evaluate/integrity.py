@@ -25,7 +25,7 @@ import torch
 
 from latentmem.core.memory import Memory
 from latentmem.evaluate import choices, plots, protocol
-from latentmem.evaluate.asking import ask, named, read
+from latentmem.evaluate.asking import Answer, ask, named, read
 from latentmem.evaluate.protocol import Line
 from latentmem.evaluate.questions import Text, heldout
 from latentmem.evaluate.stats import Estimate, exp, mean, ratio, slope
@@ -33,7 +33,7 @@ from latentmem.evaluate.synthetic import fact
 from latentmem.evaluate.tuned import Tuned
 from latentmem.model import MemoryModel
 
-PROTOCOL = "integrity/1"
+PROTOCOL = "integrity/2"
 ROWS = ("memory", "ft")
 FACT = 32  # tokens of a fact at most
 NEW_TOKENS = 20  # of an answer, as for all invented texts
@@ -41,6 +41,7 @@ DECAY = 0.9999  # of the paper's exponential mean, per update
 TURNS = 10  # N/K updates, of which a stream has this many behind it where the test for drift begins
 WINDOWS = 10  # equal parts of a stream in the table
 FEWEST = 4  # windows that a drift is computed from
+LESS_ALONE = "asked at once, less the same fact alone in an empty memory"
 SHARES = {"hit": "hits", "accuracy": "token accuracy"}
 METRICS = {**SHARES, "loglik": "log-likelihood per token"}
 CHOSEN = ("rows", "updates", "ft_updates")  # settings that choose units and change none: a later run may add to them
@@ -215,15 +216,18 @@ class Integrity:
                 facts: Record = {"kind": "asked", "row": row, "at": at, "age": age, "question": question.id}
                 if memory is not None:
                     facts["left"] = self._left(memory, i - age, memory.updates - age)
-                yield {
-                    **facts,
-                    "hit": int(answer.hit),
-                    "accuracy": round(answer.accuracy, 6),
-                    "loglik": round(answer.loglik, 6),
-                    "said": answer.said,
-                }
+                yield {**facts, **_answered(answer)}
+            if memory is not None:
+                yield self._alone(i)
         if at % s.checkpoint == 0:
             yield from self._checkpoint(row, at, memory)
+
+    def _alone(self, i: int) -> Record:
+        """Fact i asked of a memory that holds nothing else: how hard it is by itself."""
+        memory = self.llm.write_ids(protocol.empty(self.llm, self.settings, self.settings.seed), self._ids(i), "facts")
+        question = self._fact(i).questions[0]
+        (answer,) = ask(self.llm, self.llm.behind(memory), [question], new_tokens=NEW_TOKENS)
+        return {"kind": "alone", "row": "memory", "at": i + 1, "question": question.id, **_answered(answer)}
 
     def _checkpoint(self, row: str, at: int, memory: Memory | None) -> Iterator[Record]:
         """Held-out text and BLiMP pairs, read behind the memory, or by the model as its weights are."""
@@ -261,6 +265,15 @@ class Integrity:
             for file in self.folder.glob(f"{row}-*.safetensors"):
                 if int(file.stem.rpartition("-")[2]) < newest:
                     file.unlink()
+
+
+def _answered(answer: Answer) -> Record:
+    return {
+        "hit": int(answer.hit),
+        "accuracy": round(answer.accuracy, 6),
+        "loglik": round(answer.loglik, 6),
+        "said": answer.said,
+    }
 
 
 def _end(k: int, s: Settings) -> int:
@@ -306,6 +319,8 @@ def lines(records: Sequence[Record]) -> list[Line]:
                     found.append((f"{name}: {title}, updates {start} to {end}", _mean(part, metric)))
             if row == "memory":
                 found.append((f"{name}: share of its slots that is left", _mean(some, "left")))
+        more = _less_alone(asked, records)
+        found.append((f"{row}, {LESS_ALONE}: token accuracy", mean([y for _, y in more], [at for at, _ in more])))
         found += _checkpoints(records, row)
         found += [(f"{row}: {name}", estimate) for name, estimate in drift(records, row)]
         speeds = [r for r in records if r["kind"] == "speed" and r["row"] == row]
@@ -392,10 +407,20 @@ def drift(records: Sequence[Record], row: str) -> list[tuple[str, Estimate | Non
         name = f"token accuracy asked {'at once' if age == 0 else f'{age} facts later'}"
         points = [(r["at"], float(r["accuracy"])) for r in asked if r["age"] == age]
         out.append((f"drift of the {name}, per {SCALE} updates", found(points)))
+    more = _less_alone(asked, records)
+    if more:
+        out.append((f"drift of the token accuracy {LESS_ALONE}, per {SCALE} updates", found(more)))
     slots = [r for r in records if r["kind"] == "slots" and r["row"] == row and r["at"] > start]
     if slots:
         out.append((f"drift of the mean slot norm (1: no change of norm), per {SCALE} updates", found(_norms(slots))))
     return out
+
+
+def _less_alone(asked: Sequence[Record], records: Sequence[Record]) -> list[tuple[int, float]]:
+    """At each update the token accuracy of the newest fact less that of the same fact alone in an empty memory."""
+    alone = {(r["row"], r["at"]): r["accuracy"] for r in records if r["kind"] == "alone"}
+    some = [r for r in asked if r["age"] == 0 and (r["row"], r["at"]) in alone]
+    return [(r["at"], r["accuracy"] - alone[r["row"], r["at"]]) for r in some]
 
 
 def _norms(slots: Sequence[Record]) -> list[tuple[int, float]]:
