@@ -37,6 +37,9 @@ def test_babi_asks_behind_all_sentences_of_the_story_so_far():
     )
     assert two.text.endswith("kitchen. Bill took the milk.") and two.answers == ("milk, apple",)
     assert (three.group, three.text) == ("qa1-1", "Ann left.")
+    assert longbench.babi([{"task": "qa1", "text": STORY.replace("\t", "|")}]) == [one, two, three]
+    with pytest.raises(ValueError, match="qa2 holds no question"):
+        longbench.babi([{"task": "qa1", "text": STORY}, {"task": "qa2", "text": "1 Mary is in the school."}])
     with pytest.raises(ValueError, match="begins with no number"):
         longbench.babi([{"task": "qa1", "text": "Mary is in the school."}])
 

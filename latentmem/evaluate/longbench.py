@@ -155,10 +155,14 @@ def babi(rows: Iterable[Record]) -> list[Example]:
     """The questions of bAbI's tasks, each behind all sentences of its story before it: rows {task, text}.
 
     A line is "number sentence" or "number question<tab>answer<tab>supporting numbers"; number 1 begins a story.
+    Some copies of the first task have | for the tabs.
+
+    Raises:
+        ValueError: a line without a number, or a task without a question.
     """
     found: list[Example] = []
     for row in rows:
-        story, sentences = -1, list[str]()
+        story, sentences, before = -1, list[str](), len(found)
         for line in row["text"].splitlines():
             number, _, rest = line.strip().partition(" ")
             if not number:
@@ -167,6 +171,7 @@ def babi(rows: Iterable[Record]) -> list[Example]:
                 raise ValueError(f"a line of bAbI's {row['task']} begins with no number: {line[:40]!r}. Take it out.")
             if number == "1":
                 story, sentences = story + 1, []
+            rest = rest.replace("|", "\t")
             if "\t" not in rest:
                 sentences.append(rest.strip())
                 continue
@@ -174,6 +179,10 @@ def babi(rows: Iterable[Record]) -> list[Example]:
             group = f"{row['task']}-{story}"
             text = " ".join(sentences)
             found.append(Example(f"{group}-{number}", group, text, asked.strip(), (answer.strip().replace(",", ", "),)))
+        if len(found) == before:
+            raise ValueError(
+                f"bAbI's {row['task']} holds no question: lines with tabs were expected. Take another copy."
+            )
     return found
 
 
