@@ -344,6 +344,7 @@ def test_a_memory_of_other_adapters_is_read_and_written_with_them(run, home, tin
     monkeypatch.setenv("LATENTMEM_ADAPTERS", str(file))
     assert run("chat", "-m", "other", "--max-new-tokens", 2, stdin="hello\n")[0] == 0
     assert run("forget", "text", "--exact", "--yes", "-m", "other")[0] == 0
+    assert run("ask", "why?", "-m", "work", "--max-new-tokens", 2)[0] == 0  # of the untrained model, as it was written
     assert stored("other").adapters and not stored("work").adapters
 
 

@@ -132,7 +132,7 @@ def load(
     chosen = adapters or os.environ.get("LATENTMEM_ADAPTERS") or "auto"
     if memory is None:
         return latentmem.load(name, device=device, quantize=quantize, adapters=pair(chosen))
-    if chosen == "auto" and not memory.adapters:
+    if adapters is None and not memory.adapters:
         chosen = "none"
     made = memory.model.rpartition("-")[0] or None
     if quantize not in (None, made):
