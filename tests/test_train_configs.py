@@ -171,6 +171,7 @@ def test_whole_numbers_are_taken_for_numbers_and_written_powers_too(small):
         ("memory.K=65", r"memory\.K must lie between 1 and memory\.N=64, got 65"),
         ("memory.preset=other", r"memory\.preset must be one of exact, paper"),
         ("memory.birth=half", r"memory\.birth must be empty or full"),
+        ("memory.restarts=[1, -1]", r"memory\.restarts must not be negative, got \[1, -1\]"),
         ("memory.compressions=[2, 0]", r"memory\.compressions must be at least 1, got \[2, 0\]"),
         ("memory.compressions=2", r"memory\.compressions: a list was expected, got 2"),
         ("adapters=7", r"adapters: text was expected, got 7"),
@@ -209,6 +210,16 @@ def test_the_smallest_compression_says_how_long_a_text_may_be(small):
     assert load(small, [*several, "texts.longest=32"]).texts.longest == 32
     with pytest.raises(ValueError, match=r"texts\.longest=33 is more than one update reads, 32 tokens"):
         load(small, [*several, "texts.longest=33"])
+
+
+def test_a_pool_is_begun_anew_in_equal_parts_each_with_its_number(small):
+    began = load(small, ["memory.restarts=[1, 2, 0, 3]", "steps.total=18"]).began
+    parts = ([0, 1, 2, 3, 4], [5, 5, 7, 7], [9, 9, 9, 9, 9], [14, 14, 14, 17])
+    assert [began(step) for step in range(18)] == [first for part in parts for first in part]
+    assert (began(18), began(30)) == (17, 29)  # beyond the end, where a rehearsal looks, the last part goes on
+    assert {load(small, ["steps.total=18"]).began(step) for step in range(18)} == {0}
+    with pytest.raises(ValueError, match=r"memory\.restarts has 3 numbers, and the run 2 steps"):
+        load(small, ["memory.restarts=[1, 2, 0]", "steps.total=2"])
 
 
 def test_trained_adapters_are_gone_on_from_without_dropout(small):

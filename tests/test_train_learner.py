@@ -856,6 +856,23 @@ def test_recall_asks_for_what_the_same_process_wrote_before(data, each, world):
         assert 0.2 < ages.count(0) / len(ages) < 0.6 and 8 < max(ages) < 40
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_recall_asks_for_nothing_that_a_new_pool_never_held(data, every):
+    episodes, documents = episodes_of(data, "recall", ("questions",), at_once=2, rows=4, recent=0.3)
+    memory = replace(episodes.config.memory, restarts=(every, 0))
+    episodes.config = replace(episodes.config, steps=Steps(total=24, episodes=2), memory=memory)
+    of = {question: d.id for d in documents.values() for question, _ in d.questions}
+    spans = set()
+    for number in range(48):
+        step = number // 2
+        first = step // every * every if step < 12 else 12
+        held = [name for earlier in range(2 * first, number + 1) for name in episodes[earlier].names]
+        asked = {of[words(row.prompt).split("\n")[1]] for row in episodes[number].rows}
+        assert asked and asked <= set(held)
+        spans.add(len(held))
+    assert max(spans) == 48
+
+
 def test_recall_passes_over_the_texts_of_other_objectives(data):
     episodes, documents = episodes_of(data, "recall", ("questions", "text"), at_once=2, rows=4)
     episodes.config = replace(episodes.config, objectives={"recall": 0.5, "new_knowledge": 0.5})

@@ -143,6 +143,10 @@ FORMS = {
         "memory": MemoryShape("paper", N=48, K=16, birth="full"),
         "steps": Steps(total=TOTAL, lr=1e-2, warmup=2, episodes=2),
     },
+    "paper, begun anew, with dropout": {
+        "memory": MemoryShape("paper", N=48, K=16, birth="full", restarts=(2,)),
+        "lora": Lora(r=2, alpha=4.0, dropout=0.2, target_modules=("q_proj", "v_proj")),
+    },
     "with the live curve": {
         "watch": Watch(checkpoint=2, probe=2, titles=KEPT, texts=2, ages=(0, 1), tensorboard=False),
     },
@@ -160,6 +164,19 @@ def test_a_run_that_stops_after_every_step_is_the_run_that_never_stops(form, con
     log = straight(config)[1][2]
     assert [row["step"] for row in log if "loss" in row] == list(range(1, TOTAL + 1))
     assert [row["step"] for row in log if "curve" in row] == ([0, 2, 3] if "curve" in form else [])
+
+
+@pytest.mark.parametrize(("birth", "updates"), [("empty", 2), ("full", 2 + 4)])
+def test_a_pool_is_begun_anew(birth, updates, config, tmp_path):
+    """Two texts are written per step, and four fill a pool of 48 slots, 16 an update, two by two."""
+    memory = MemoryShape("paper", N=48, K=16, birth=birth, restarts=(1, 2))
+    config = replace(config, memory=memory, objectives={"questions": 1.0}, steps=Steps(total=4, lr=1e-2, warmup=2))
+    run = Run(config, tmp_path / "run")
+    seen = []
+    for step in range(1, 5):
+        run.train(stop=step)
+        seen.append(run.pool.updates)
+    assert seen == [updates, updates, updates, updates + 2]
 
 
 def killed_in_a_step(kill):

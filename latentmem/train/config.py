@@ -42,6 +42,10 @@ class MemoryShape:
             memories get by default and the live curve is for. A number that stands here twice is drawn twice as often.
         choice: which token of c becomes a slot: "last" of each group, or "surprise": those that were expected least.
         birth: "empty", or "full": the pool is filled with texts of the data before the first step.
+        restarts: steps after which the pool is begun anew: the run has as many equal parts as there are numbers here,
+            each begins with a new pool and has a number of its own; 0 = not again in that part, empty = never at all.
+            An untrained write of "paper" makes slots that the next write can not make anything of; with [1, 2, 4, 0]
+            writes that follow one another become many only while they are learned.
     """
 
     preset: str = "exact"
@@ -51,6 +55,7 @@ class MemoryShape:
     compressions: tuple[int, ...] = ()
     choice: str = "last"
     birth: str = "empty"
+    restarts: tuple[int, ...] = ()
 
     @property
     def drawn(self) -> tuple[int, ...]:
@@ -253,6 +258,11 @@ class Config:
             (m.preset in PRESETS, f"memory.preset must be one of {', '.join(PRESETS)}, got {m.preset!r}."),
             (m.choice in CHOICES, f"memory.choice must be one of {', '.join(CHOICES)}, got {m.choice!r}."),
             (m.birth in ("empty", "full"), f"memory.birth must be empty or full, got {m.birth!r}."),
+            (min((0, *m.restarts)) >= 0, f"memory.restarts must not be negative, got {list(m.restarts)}."),
+            (
+                len(m.restarts) <= s.total,
+                f"memory.restarts has {len(m.restarts)} numbers, and the run {s.total} steps: at most one a step.",
+            ),
             (1 <= m.K <= m.N, f"memory.K must lie between 1 and memory.N={m.N}, got {m.K}."),
             (m.compression >= 1, f"memory.compression must be at least 1, got {m.compression}."),
             (min(m.drawn) >= 1, f"memory.compressions must be at least 1, got {list(m.drawn)}."),
@@ -305,6 +315,15 @@ class Config:
         for right, message in rules:
             if not right:
                 raise ValueError(message)
+
+    def began(self, step: int) -> int:
+        """The step before which the pool of a step was begun."""
+        parts, total = self.memory.restarts, self.steps.total
+        if not parts:
+            return 0
+        part = min(step, total - 1) * len(parts) // total
+        first, every = -(-part * total // len(parts)), parts[part]
+        return first + (step - first) // every * every if every else first
 
 
 def load(path: str | Path, changes: Sequence[str] = ()) -> Config:

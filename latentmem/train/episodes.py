@@ -335,8 +335,9 @@ class Episodes:
         Of the oldest one where none is as old.
         """
         found: tuple[tuple[Row, ...], int] = ((), 0)
-        since = 0
-        while number >= 0:
+        since, each = 0, self.config.steps.episodes * self.world
+        first = self.config.began(number // each) * each
+        while number >= first:
             told = self._told(number)
             for i, (_, _, rows) in enumerate(reversed(told)):
                 found = rows, since + i

@@ -154,12 +154,12 @@ class Run:
             _claim(self.out, self.config)
         self.accelerator.wait_for_everyone()
         self._resume()
-        if self.config.memory.birth == "full" and not self.pool.M:
-            self._fill()
         with Log(self.out, self.step, self.config.watch.tensorboard) if self.rank == 0 else nullcontext() as log:
             if self.step == 0 and self.probe and log:
                 log.add({"step": 0, "curve": self.probe.run()})
             while self.step < last:
+                if self.config.began(self.step) == self.step:
+                    self._begin()
                 row = self._one_step()
                 if log:
                     log.add(row)
@@ -270,12 +270,14 @@ class Run:
             steps, mean = self.means.get(name, (0, value))
             self.means[name] = [steps + 1, 0.95 * mean + 0.05 * value]
 
-    def _fill(self) -> None:
-        """Write texts of the data into the pool until it is full, without gradient."""
+    def _begin(self) -> None:
+        """A new pool; if it is to be full from birth, texts of the data are written into it, without gradient."""
+        self.pool = _empty_pool(self.config, self.llm)
         number = -1
-        while self._everywhere(self.pool.M < self.pool.N)[0] > 0:  # all processes go on until the last is full
+        while self.config.memory.birth == "full" and self._everywhere(self.pool.M < self.pool.N)[0] > 0:
             number += 1
             episode = self.episodes[number * self.world + self.rank]
+            torch.manual_seed(episode.seed)  # of dropout
             with torch.no_grad():
                 self._remember(self.model(dataclasses.replace(episode, fill=1.0), self.pool, self._passes(episode)))
 
