@@ -1,6 +1,7 @@
 """Editing: metrics of known answers, edits of both sets, sequences, tables, and the command on a tiny model."""
 
 import gzip
+import inspect
 import json
 import os
 import sys
@@ -11,10 +12,13 @@ import pytest
 import torch
 
 from latentmem import cli
+from latentmem.cli.evaluation import editing as command
+from latentmem.core.memory import Memory
 from latentmem.evaluate import editing, edits
 from latentmem.evaluate.editing import ROWS, Editing, Settings, lines, markdown, measure, metrics, spread
+from latentmem.evaluate.editors import Unwritten
 from latentmem.evaluate.edits import Edit, EditSet, Probe
-from latentmem.model import MemoryModel, Score
+from latentmem.model import MemoryModel, Score, Trained
 from latentmem.testing import byte_tokenizer, tiny_model
 
 ARTICLES = tuple(f"Article {i} tells of harbour number {i}, of its {i} ships and of all who sail." for i in range(6))
@@ -51,6 +55,17 @@ def made(n=6, name="zsre"):
 @pytest.fixture
 def llm():
     return MemoryModel(tiny_model(), byte_tokenizer(), name="tiny")
+
+
+@pytest.fixture
+def released():
+    """A model with random bos, mark and a pool of 12 slots, as a released checkpoint has them."""
+    llm, generator = MemoryModel(tiny_model(), byte_tokenizer(), name="tiny"), torch.Generator().manual_seed(0)
+    L, d = llm.decoder.L, llm.decoder.d
+    slots, bos, mark = (torch.randn(shape, generator=generator) for shape in ((L, 12, d), (L, 1, d), (d,)))
+    old = torch.zeros(L, 12, dtype=torch.int32)
+    pool = Memory(slots, old, old - 1, 12, 4, "paper", model=llm.identity, tokenizer=llm.tokenizer_identity)
+    return llm.with_trained(Trained(bos, mark, pool))
 
 
 @pytest.fixture
@@ -221,6 +236,32 @@ def test_sequences_of_a_memory_forget_and_single_edits_do_not_see_each_other(llm
     assert any(r["as plain"] < 1.0 for r in records)
 
 
+def test_a_checkpoint_edits_its_own_pool_as_it_comes_and_other_models_have_none(llm, released, tmp_path):
+    settings = Settings(N=32, edits=2)
+    assert settings.rows == tuple(inspect.signature(command).parameters["rows"].default.split(","))
+    there, here = (Editing(model, made(), settings, tmp_path) for model in (released, llm))
+    assert there.rows == [row for row in settings.rows if row != "memory-empty"] and "memory-own" in there.rows
+    assert here.rows == [row for row in settings.rows if row != "memory-own"] and "memory-empty" in here.rows
+    own, full, pool = there.ways["memory-own"], there.ways["memory-full"], released.trained.pool
+    assert torch.equal(own.start("e0").slots, pool.slots) and own.start("e0").seed != own.start("e1").seed
+    assert full.start("e0").sources[0].name == "unrelated" and not own.start("e0").sources
+    after = own.edit(own.start("e0"), there.data.edits[0])
+    assert (after.slots[:, :, None] == pool.slots[:, None]).all(3).sum() == 3 * (12 - 4)  # one update into each layer
+    assert [source.name for source in after.sources] == ["e0"]
+    for model, row in ((llm, "memory-own"), (released, "memory-empty")):
+        with pytest.raises(ValueError, match=f"only a checkpoint has memory-own; got {row} for tiny"):
+            Editing(model, made(), replace(settings, rows=(row,)), tmp_path)
+
+
+def test_locality_of_an_own_pool_is_what_was_said_behind_it_before(released, tmp_path):
+    worker = Editing(released, made(), Settings(edits=2, rows=("memory-own",)), tmp_path)
+    written = [worker.run(("single", "memory-own", i))[0] for i in range(6)]
+    worker.ways["memory-own"] = Unwritten(released, lambda: released.trained.pool)
+    kept = [worker.run(("single", "memory-own", i))[0] for i in range(6)]
+    assert all(r["locality"] == 1.0 for r in kept) and any(r["as plain"] < 1.0 for r in kept)
+    assert any(r["locality"] < 1.0 for r in written)
+
+
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
@@ -276,7 +317,8 @@ def test_a_run_of_all_rows_has_an_interval_in_every_cell_and_grows(llm, name, tm
     settings = Settings(N=32, edits=2, rows=ROWS, sequence=(1, 3))
     cells = measure(llm, made(name=name), settings, tmp_path / "run")
     found = {(c.T, c.row, c.metric): c.estimate for c in cells}
-    for row in ROWS:
+    assert not any(row == "memory-own" for _, row, _ in found)
+    for row in (row for row in ROWS if row != "memory-own"):
         assert found[1, row, "score"].n == 2
         assert ((3, row, "score") in found) == (row in editing.SEQUENTIAL)
         if row in editing.SEQUENTIAL:
@@ -309,6 +351,14 @@ def test_a_run_of_all_rows_has_an_interval_in_every_cell_and_grows(llm, name, tm
 def test_what_can_not_be_measured_is_said_before_it_begins(llm, tmp_path, settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         Editing(llm, made(), Settings(**settings), tmp_path)
+
+
+def test_a_run_of_a_checkpoint_has_its_own_pool_in_all_tables(released, tmp_path):
+    settings = Settings(edits=2, rows=("none", "memory-empty", "memory-own"), sequence=(1, 3))
+    cells = measure(released, made(), settings, tmp_path / "run")
+    assert {(c.row, c.T) for c in cells} == {(row, T) for row in ("none", "memory-own") for T in (1, 3)}
+    table = (tmp_path / "run" / "table.md").read_text()
+    assert "| memory-own | 2 |" in table and "| memory-own, 3 | 6 |" in table
 
 
 # --- the sets -------------------------------------------------------------------------------------------------------

@@ -245,7 +245,7 @@ def editing(
     edits: Annotated[int, typer.Option(min=2, help="Edits that are made one at a time.")] = 200,
     rows: Annotated[
         str, typer.Option(help="What is measured.")
-    ] = "none,context,memory-unedited,memory-empty,memory-full,ft,ft-l,lora,ike,rome",
+    ] = "none,context,memory-unedited,memory-empty,memory-own,memory-full,ft,ft-l,lora,ike,rome",
     sequence: Annotated[
         str, typer.Option(help="Edits that are made without reset in between, such as 1,10,100,1000.")
     ] = "1",
