@@ -4,6 +4,7 @@ import gzip
 import inspect
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -476,6 +477,41 @@ def test_the_hubs_files_are_mapped_and_cut_as_in_the_paper(monkeypatch):
     assert data.source == "CounterFact, 5 records" and set(data.unrelated) == set(UNRELATED)
 
 
+@pytest.mark.parametrize(("name", "row"), [("zsre", MEND), ("counterfact", COUNTERFACT)])
+def test_the_papers_own_file_comes_before_all_others_and_is_cut_as_there(folder, tmp_path, monkeypatch, name, row):
+    monkeypatch.setitem(edits.FIRST, name, 4)
+    rows = [{**row, "case_id": i} for i in range(6)]
+    original = edits.FILES[name][1]
+    (tmp_path / original).write_text(json.dumps(rows, indent=1))
+    (tmp_path / "lines.json.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    data = edits.load(name, seed=0, file=tmp_path / original)
+    wanted = edits.mend(0, MEND) if name == "zsre" else edits.counterfact(rows[0])
+    assert sorted(edit.id for edit in data.edits) == ["0", "1", "2", "3"]
+    assert {replace(edit, id="0") for edit in data.edits} == {wanted}
+    assert data.source == f"{'zsRE' if name == 'zsre' else 'CounterFact'}, {original}, 4 records"
+    again = edits.load(name, seed=0, file=tmp_path / "lines.json.gz")
+    assert again.edits == data.edits and again.unrelated == data.unrelated and "lines.json.gz" in again.source
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("zsre", "no json", "x.json holds no records of zsre_mend_eval.json (Expecting value"),
+        ("zsre", "[]", "objects with subject (str), src (str), answers (list), rephrase (str), loc (str), loc_ans"),
+        ("zsre", json.dumps([MEND, KNOWEDIT]), "were expected, and one is {'id': 3, 'subject': 'Aud Ling'"),
+        ("zsre", json.dumps([{**MEND, "answers": "Cy"}]), "answers (list)"),
+        ("zsre", json.dumps([MEND, {**MEND, "answers": []}]), "record 1 of"),
+        ("zsre", json.dumps([COUNTERFACT]), "holds no records of zsre_mend_eval.json"),
+        ("counterfact", json.dumps([MEND]), "holds no records of counterfact.json: objects with case_id (int)"),
+        ("counterfact", json.dumps([{**COUNTERFACT, "requested_rewrite": {}}]), "not as in counterfact.json (KeyError"),
+    ],
+)
+def test_a_file_of_another_form_is_refused(folder, tmp_path, name, text, sentence):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        edits.load(name, seed=0, file=tmp_path / "x.json")
+
+
 def test_every_local_record_can_be_asked_edited_and_found():
     if "LATENTMEM_DATA" not in os.environ:
         pytest.skip("LATENTMEM_DATA is not set: the records of KnowEdit and CounterFact are not here")
@@ -525,6 +561,15 @@ def test_one_process_and_two_give_the_same_records(run, tmp_path):
     assert "zsRE as in KnowEdit's test split, 3 records" in (tmp_path / "one" / "table.md").read_text()
 
 
+def test_the_command_reads_the_papers_file(run, tmp_path):
+    (tmp_path / "mend.json").write_text(json.dumps([{**MEND, "answers": [f"Cy{i}"]} for i in range(3)]))
+    assert run(tmp_path / "run", file=tmp_path / "mend.json", rows="none")[0] == 0
+    assert "# Model editing, zsRE, mend.json, 3 records" in (tmp_path / "run" / "table.md").read_text()
+    assert len(finished(tmp_path / "run")) == 2
+    code, _, err = run(tmp_path / "run", rows="none")  # the folder's own set is another one
+    assert code == 2 and 'data.source is "zsRE, mend.json, 3 records" there' in " ".join(err.split())
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -532,6 +577,7 @@ def test_one_process_and_two_give_the_same_records(run, tmp_path):
         ({"rows": "none,grace"}, "got grace"),
         ({"sequence": "1,x"}, "--sequence takes numbers with commas in between"),
         ({"edits": 4}, "3 records: 4 edits were asked for"),
+        ({"file": "missing.json"}, "missing.json holds no records of zsre_mend_eval.json"),
     ],
 )
 def test_a_command_that_can_not_work_says_why(run, tmp_path, options, sentence):

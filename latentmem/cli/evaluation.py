@@ -249,13 +249,19 @@ def editing(
     sequence: Annotated[
         str, typer.Option(help="Edits that are made without reset in between, such as 1,10,100,1000.")
     ] = "1",
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help="The paper's zsre_mend_eval.json or counterfact.json.", show_default="of LATENTMEM_DATA, or the hub"
+        ),
+    ] = None,
 ) -> None:
     """Facts that are changed: by a memory, and by fine-tuning, LoRA, demonstrations and rank-one edits."""
     from latentmem.evaluate import editing as asked
     from latentmem.evaluate import edits as sets
 
     settings = asked.Settings(edits=edits, rows=tuple(rows.split(",")), sequence=_numbers("--sequence", sequence))
-    chosen = sets.load(data, seed=shared.seed)
+    chosen = sets.load(data, seed=shared.seed, file=file)
     shared.measured("editing", asked.measure, chosen, replace(settings, **shared.slots), table=asked.markdown)
 
 
