@@ -493,6 +493,18 @@ def test_the_papers_own_file_comes_before_all_others_and_is_cut_as_there(folder,
     assert again.edits == data.edits and again.unrelated == data.unrelated and "lines.json.gz" in again.source
 
 
+def test_records_that_not_every_row_can_take_are_left_out_and_counted(folder, tmp_path, llm):
+    bad = [{**MEND, "subject": "Eva"}, {**MEND, "answers": [" "]}, {**MEND, "rephrase": ""}, {**MEND, "loc_ans": ""}]
+    (tmp_path / "x.json").write_text(json.dumps([MEND, bad[0], MEND, *bad[1:], MEND]))
+    data = edits.load("zsre", seed=0, file=tmp_path / "x.json")
+    assert sorted(edit.id for edit in data.edits) == ["0", "2", "6"]  # of the file, as before
+    assert data.source == "zsRE, x.json, 3 records (4 left out: no subject in the prompt, or nothing to ask)"
+    assert data.edits != edits.load("zsre", seed=1, file=tmp_path / "x.json").edits
+    worker = Editing(llm, data, Settings(N=32, edits=3, rows=("rome",)), tmp_path)
+    worker.ways["rome"].steps = 1
+    assert [worker.run(("single", "rome", i))[0]["edit"] for i in range(3)] == [edit.id for edit in data.edits]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
@@ -520,6 +532,8 @@ def test_every_local_record_can_be_asked_edited_and_found():
         assert len(data.edits) == n and len({edit.id for edit in data.edits}) == n
         for edit in data.edits:
             assert edit.subject in edit.rewrite.prompt and edit.rewrite.answer and edit.rephrased and edit.unrelated
+            assert edit.whole
+        assert data.source.endswith(f", {n} records")  # none was left out
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -232,8 +232,7 @@ class Editing:
 
     def _scores(self, context: Context, edit: Edit) -> dict[Probe, tuple[Score, ...]]:
         """The answer of each probe, and the other one where there is one, all in as few passes as possible."""
-        probes = (edit.rewrite, *edit.rephrased, *edit.unrelated, *edit.portability)
-        asked = [(p, a) for p in dict.fromkeys(probes) for a in ([p.answer, p.other] if p.other else [p.answer])]
+        asked = [(p, a) for p in dict.fromkeys(edit.probes) for a in ([p.answer, p.other] if p.other else [p.answer])]
         kind = {"question": self.data.questions}
         ids = [prompt_ids(self.llm, p.prompt, bare=context.length > 0, **kind) for p, _ in asked]
         scores = self.llm.score_rows(context, ids, [answer_ids(self.llm, p.prompt, a, **kind) for p, a in asked])

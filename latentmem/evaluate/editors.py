@@ -170,7 +170,7 @@ class Demonstrations(InContext):
         self.data, self.count, self.bm25s = data, count, _bm25s()
 
     def text(self, edit: Edit) -> str:
-        asked = {probe.prompt for probe in (edit.rewrite, *edit.rephrased, *edit.unrelated, *edit.portability)}
+        asked = {probe.prompt for probe in edit.probes}
         shown: list[str] = []
         for i in self._nearest(edit):
             other, kind = self.data.edits[i], self.KINDS[len(shown) % len(self.KINDS)]

@@ -74,6 +74,17 @@ class Edit:
         """What is written, or stands in the context: the prompt with its new answer."""
         return f"{self.rewrite.prompt} {self.rewrite.answer}"
 
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        """All that is asked."""
+        return (self.rewrite, *self.rephrased, *self.unrelated, *self.portability)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every row can take it: its subject stands in its prompt, and no prompt and no answer is empty."""
+        said = [text for probe in self.probes for text in (probe.prompt, probe.answer)]
+        return self.subject in self.rewrite.prompt and all(text.strip() for text in said)
+
 
 @dataclass(frozen=True)
 class EditSet:
@@ -105,7 +116,7 @@ class EditSet:
 
 
 def load(name: str, *, seed: int, file: Path | None = None) -> EditSet:
-    """A set by name, in an order that is drawn by seed.
+    """A set by name, in an order that is drawn by seed, without the records that not every row can take.
 
     Args:
         name: "zsre": questions; "counterfact": beginnings of sentences.
@@ -119,12 +130,16 @@ def load(name: str, *, seed: int, file: Path | None = None) -> EditSet:
     """
     if name not in NAMES:
         raise ValueError(f"the set of edits must be one of {', '.join(NAMES)}, got {name!r}.")
-    source, edits = _file(name, file) if file else _found(name)
+    source, records = _file(name, file) if file else _found(name)
+    edits = [edit for edit in records if edit.whole]
+    left = len(records) - len(edits)
+    source += f", {len(edits)} records"
+    source += f" ({left} left out: no subject in the prompt, or nothing to ask)" if left else ""
     order, asked = np.random.default_rng(seed), {edit.rewrite.prompt for edit in edits}
     drawn = tuple(edits[i] for i in order.permutation(len(edits)))
     free = [text for text in unrelated_texts() if text not in asked]
     texts = tuple(free[i] for i in order.permutation(len(free))[:UNRELATED])
-    return EditSet(name, f"{source}, {len(edits)} records", drawn, texts, tuple(heldout(ARTICLES, seed)))
+    return EditSet(name, source, drawn, texts, tuple(heldout(ARTICLES, seed)))
 
 
 def _found(name: str) -> tuple[str, list[Edit]]:
