@@ -19,6 +19,7 @@ from latentmem.evaluate import editing, edits
 from latentmem.evaluate.editing import ROWS, Editing, Settings, lines, markdown, measure, metrics, spread
 from latentmem.evaluate.editors import Unwritten
 from latentmem.evaluate.edits import Edit, EditSet, Probe
+from latentmem.evaluate.passages import indexed, nearest
 from latentmem.model import MemoryModel, Score, Trained
 from latentmem.testing import byte_tokenizer, tiny_model
 
@@ -201,7 +202,7 @@ def test_what_is_measured_of_a_long_sequence_lies_evenly_over_it():
 
 
 def test_a_sequence_goes_on_from_its_last_segment_and_gives_the_same_as_in_one(llm, tmp_path, monkeypatch, quick):
-    settings = Settings(N=32, edits=2, rows=("memory-full", "ft", "lora", "rome"), sequence=(5,))
+    settings = Settings(N=32, edits=2, rows=("bm25", "memory-full", "ft", "lora", "rome"), sequence=(5,))
     whole = Editing(llm, made(), settings, tmp_path)
     expected = {row: whole.run(("sequence", row, 5, 0, 0)) for row in settings.rows}
     assert [r["edit"] for r in expected["ft"]] == [f"e{i}" for i in range(5)]
@@ -212,10 +213,51 @@ def test_a_sequence_goes_on_from_its_last_segment_and_gives_the_same_as_in_one(l
         for unit in chain[:-1]:
             assert Editing(llm, made(), settings, tmp_path).run(unit) == []  # another process each time
         assert Editing(llm, made(), settings, tmp_path).run(chain[-1]) == expected[row]
-    assert len(list(tmp_path.iterdir())) == 2 * 4
+    assert len(list(tmp_path.iterdir())) == 2 * 5
     for file in tmp_path.iterdir():
         file.unlink()
     assert Editing(llm, made(), settings, tmp_path).run(("sequence", "ft", 5, 0, 2)) == expected["ft"]  # all anew
+
+
+@pytest.mark.parametrize("name", ["zsre", "counterfact"])
+def test_one_edit_that_bm25_finds_is_the_edit_in_the_context(llm, name, tmp_path):
+    worker = Editing(llm, made(name=name), Settings(N=32, edits=2, rows=("context", "bm25")), tmp_path)
+    for i in range(6):
+        (context,), (found,) = (worker.run(("single", row, i)) for row in ("context", "bm25"))
+        assert {**found, "row": "context", "seconds": context["seconds"]} == context
+    assert any(worker.run(("single", "bm25", i))[0]["as plain"] < 1.0 for i in range(6))
+
+
+def test_of_many_edits_each_prompt_sees_the_one_that_bm25_finds(llm, tmp_path):
+    worker = Editing(llm, made(), Settings(N=32, edits=2, rows=("context", "bm25"), sequence=(4,)), tmp_path)
+    way, context, edits = worker.ways["bm25"], worker.ways["context"], worker.data.edits
+    state = way.start("s")
+    for edit in edits[:4]:
+        state = way.edit(state, edit)
+    rewrite, rephrased, unrelated, portable = edits[1].probes
+    assert way.parts(state, edits[1].probes) == [
+        ((edits[1].sentence,), [rewrite, rephrased, portable]),  # aud1, bo1
+        ((edits[3].sentence,), [unrelated]),  # no word in common: the newest
+    ]
+    doubled = way.edit(state, Edit("later", "Aud1", rewrite, (rephrased,), ()))
+    assert nearest(indexed(doubled), [rewrite.prompt]) == [4]  # the same sentence once more
+    (record,) = (r for r in worker.run(("sequence", "bm25", 4, 0, 0)) if r["edit"] == "e1")
+    right = {}
+    for i in (1, 3):
+        with context.reading(context.edit((), edits[i])) as front:
+            right[i] = {p: s[0].hits.double().mean().item() for p, s in worker._scores(front, edits[1].probes).items()}
+    assert record["efficacy"] == pytest.approx(right[1][rewrite], abs=1e-6)
+    assert record["generalization"] == pytest.approx(right[1][rephrased], abs=1e-6)
+    assert record["specificity"] == pytest.approx(right[3][unrelated], abs=1e-6)
+    assert record["portability"] == pytest.approx(right[1][portable], abs=1e-6)
+    assert right[1] != right[3]
+
+
+def test_bm25_that_is_not_installed_is_said_before_it_begins(llm, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(ValueError, match="the row 'bm25' needs bm25s"):
+        Editing(llm, made(), Settings(N=32, edits=2, rows=("bm25",)), tmp_path)
+    Editing(llm, made(), Settings(N=32, edits=2, rows=("context",)), tmp_path)
 
 
 def test_sequences_of_a_memory_forget_and_single_edits_do_not_see_each_other(llm, tmp_path):
@@ -239,6 +281,7 @@ def test_sequences_of_a_memory_forget_and_single_edits_do_not_see_each_other(llm
 
 def test_a_checkpoint_edits_its_own_pool_as_it_comes_and_other_models_have_none(llm, released, tmp_path):
     settings = Settings(N=32, edits=2)
+    assert settings.rows == tuple(row for row in ROWS if row != "bm25")
     assert settings.rows == tuple(inspect.signature(command).parameters["rows"].default.split(","))
     there, here = (Editing(model, made(), settings, tmp_path) for model in (released, llm))
     assert there.rows == [row for row in settings.rows if row != "memory-empty"] and "memory-own" in there.rows
@@ -564,6 +607,15 @@ def finished(out):
         unit = json.loads(line)
         found[tuple(unit["unit"])] = [{**record, "seconds": 0} for record in unit["records"]]
     return found
+
+
+def test_the_row_bm25_is_added_to_a_run_that_was_made_without_it(run, tmp_path):
+    assert run(tmp_path / "run", rows="none,context", sequence="1,3")[0] == 0
+    before = (tmp_path / "run" / "records.jsonl").read_text()
+    code, out, _ = run(tmp_path / "run", rows="none,context,bm25", sequence="1,3")
+    assert code == 0 and "| bm25, 3 | 3 |" in out and "| context, 3 |" not in out
+    after = (tmp_path / "run" / "records.jsonl").read_text()
+    assert after.startswith(before) and len(after.splitlines()) == len(before.splitlines()) + 2 + 1
 
 
 def test_one_process_and_two_give_the_same_records(run, tmp_path):

@@ -25,6 +25,7 @@ from latentmem.evaluate.editors import (
     LowRank,
     Plain,
     RankOne,
+    Retrieved,
     Unwritten,
     Way,
     Written,
@@ -39,6 +40,7 @@ PROTOCOL = "editing/2"
 ROWS = (
     "none",
     "context",
+    "bm25",
     "memory-unedited",
     "memory-empty",
     "memory-own",
@@ -49,7 +51,8 @@ ROWS = (
     "ike",
     "rome",
 )
-SEQUENTIAL = ("none", "memory-own", "memory-full", "ft", "ft-l", "lora", "rome")  # can take one edit after another
+DEFAULT = tuple(row for row in ROWS if row != "bm25")  # which is the same as context, one edit at a time
+SEQUENTIAL = ("none", "bm25", "memory-own", "memory-full", "ft", "ft-l", "lora", "rome")  # take edit after edit
 TUNED = ("ft", "ft-l", "lora")  # rows of fine-tuning: the best of them is what the memory is compared with
 OURS = "memory-full"
 MAIN = ("efficacy", "generalization", "specificity")  # the paper's three, of which the score is the harmonic mean
@@ -74,7 +77,7 @@ class Settings(protocol.Slots):
     """
 
     edits: int = 200
-    rows: tuple[str, ...] = ROWS
+    rows: tuple[str, ...] = DEFAULT
     sequence: tuple[int, ...] = (1,)
     seed: int = 0
 
@@ -193,6 +196,7 @@ class Editing:
         made: dict[str, Any] = {
             "none": lambda: Plain(llm),
             "context": lambda: InContext(llm),
+            "bm25": lambda: Retrieved(llm),
             "ike": lambda: Demonstrations(llm, data),
             "memory-unedited": lambda: Unwritten(llm, lambda: self._full, self.settings.seed),
             "memory-empty": lambda: Written(llm, lambda: self._empty, self.settings.seed),
@@ -221,18 +225,22 @@ class Editing:
         way = self.ways[row]
         # both outside of `reading`, within which the weights work as edited
         plain, before = self._before(edit, "plain"), self._before(edit, BEGIN.get(row, "plain"))
-        with way.reading(state) as context:
-            return {"edit": edit.id, **metrics(edit, self._scores(context, edit), before, plain)}
+        parts = way.parts(state, edit.probes) if isinstance(way, Retrieved) else [(state, edit.probes)]
+        scores: dict[Probe, tuple[Score, ...]] = {}
+        for part, probes in parts:
+            with way.reading(part) as context:
+                scores |= self._scores(context, probes)
+        return {"edit": edit.id, **metrics(edit, scores, before, plain)}
 
     def _unedited(self, edit: Edit, begin: str) -> list[Tensor]:
         """For each unrelated prompt the most likely tokens behind the "full" memory, the "own" pool, or "plain"."""
         memory = {"full": lambda: self._full, "own": lambda: self._empty}.get(begin)
-        found = self._scores(self.llm.behind(memory()) if memory else self.llm.plain([]), edit)
+        found = self._scores(self.llm.behind(memory()) if memory else self.llm.plain([]), edit.probes)
         return [found[probe][0].likeliest for probe in edit.unrelated]
 
-    def _scores(self, context: Context, edit: Edit) -> dict[Probe, tuple[Score, ...]]:
+    def _scores(self, context: Context, probes: Sequence[Probe]) -> dict[Probe, tuple[Score, ...]]:
         """The answer of each probe, and the other one where there is one, all in as few passes as possible."""
-        asked = [(p, a) for p in dict.fromkeys(edit.probes) for a in ([p.answer, p.other] if p.other else [p.answer])]
+        asked = [(p, a) for p in dict.fromkeys(probes) for a in ([p.answer, p.other] if p.other else [p.answer])]
         kind = {"question": self.data.questions}
         ids = [prompt_ids(self.llm, p.prompt, bare=context.length > 0, **kind) for p, _ in asked]
         scores = self.llm.score_rows(context, ids, [answer_ids(self.llm, p.prompt, a, **kind) for p, a in asked])
