@@ -1,8 +1,10 @@
 """Editing: metrics of known answers, edits of both sets, sequences, tables, and the command on a tiny model."""
 
 import gzip
+import inspect
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -11,10 +13,14 @@ import pytest
 import torch
 
 from latentmem import cli
+from latentmem.cli.evaluation import editing as command
+from latentmem.core.memory import Memory
 from latentmem.evaluate import editing, edits
 from latentmem.evaluate.editing import ROWS, Editing, Settings, lines, markdown, measure, metrics, spread
+from latentmem.evaluate.editors import Unwritten
 from latentmem.evaluate.edits import Edit, EditSet, Probe
-from latentmem.model import MemoryModel, Score
+from latentmem.evaluate.passages import indexed, nearest
+from latentmem.model import MemoryModel, Score, Trained
 from latentmem.testing import byte_tokenizer, tiny_model
 
 ARTICLES = tuple(f"Article {i} tells of harbour number {i}, of its {i} ships and of all who sail." for i in range(6))
@@ -51,6 +57,17 @@ def made(n=6, name="zsre"):
 @pytest.fixture
 def llm():
     return MemoryModel(tiny_model(), byte_tokenizer(), name="tiny")
+
+
+@pytest.fixture
+def released():
+    """A model with random bos, mark and a pool of 12 slots, as a released checkpoint has them."""
+    llm, generator = MemoryModel(tiny_model(), byte_tokenizer(), name="tiny"), torch.Generator().manual_seed(0)
+    L, d = llm.decoder.L, llm.decoder.d
+    slots, bos, mark = (torch.randn(shape, generator=generator) for shape in ((L, 12, d), (L, 1, d), (d,)))
+    old = torch.zeros(L, 12, dtype=torch.int32)
+    pool = Memory(slots, old, old - 1, 12, 4, "paper", model=llm.identity, tokenizer=llm.tokenizer_identity)
+    return llm.with_trained(Trained(bos, mark, pool))
 
 
 @pytest.fixture
@@ -185,7 +202,7 @@ def test_what_is_measured_of_a_long_sequence_lies_evenly_over_it():
 
 
 def test_a_sequence_goes_on_from_its_last_segment_and_gives_the_same_as_in_one(llm, tmp_path, monkeypatch, quick):
-    settings = Settings(N=32, edits=2, rows=("memory-full", "ft", "lora", "rome"), sequence=(5,))
+    settings = Settings(N=32, edits=2, rows=("bm25", "memory-full", "ft", "lora", "rome"), sequence=(5,))
     whole = Editing(llm, made(), settings, tmp_path)
     expected = {row: whole.run(("sequence", row, 5, 0, 0)) for row in settings.rows}
     assert [r["edit"] for r in expected["ft"]] == [f"e{i}" for i in range(5)]
@@ -196,10 +213,51 @@ def test_a_sequence_goes_on_from_its_last_segment_and_gives_the_same_as_in_one(l
         for unit in chain[:-1]:
             assert Editing(llm, made(), settings, tmp_path).run(unit) == []  # another process each time
         assert Editing(llm, made(), settings, tmp_path).run(chain[-1]) == expected[row]
-    assert len(list(tmp_path.iterdir())) == 2 * 4
+    assert len(list(tmp_path.iterdir())) == 2 * 5
     for file in tmp_path.iterdir():
         file.unlink()
     assert Editing(llm, made(), settings, tmp_path).run(("sequence", "ft", 5, 0, 2)) == expected["ft"]  # all anew
+
+
+@pytest.mark.parametrize("name", ["zsre", "counterfact"])
+def test_one_edit_that_bm25_finds_is_the_edit_in_the_context(llm, name, tmp_path):
+    worker = Editing(llm, made(name=name), Settings(N=32, edits=2, rows=("context", "bm25")), tmp_path)
+    for i in range(6):
+        (context,), (found,) = (worker.run(("single", row, i)) for row in ("context", "bm25"))
+        assert {**found, "row": "context", "seconds": context["seconds"]} == context
+    assert any(worker.run(("single", "bm25", i))[0]["as plain"] < 1.0 for i in range(6))
+
+
+def test_of_many_edits_each_prompt_sees_the_one_that_bm25_finds(llm, tmp_path):
+    worker = Editing(llm, made(), Settings(N=32, edits=2, rows=("context", "bm25"), sequence=(4,)), tmp_path)
+    way, context, edits = worker.ways["bm25"], worker.ways["context"], worker.data.edits
+    state = way.start("s")
+    for edit in edits[:4]:
+        state = way.edit(state, edit)
+    rewrite, rephrased, unrelated, portable = edits[1].probes
+    assert way.parts(state, edits[1].probes) == [
+        ((edits[1].sentence,), [rewrite, rephrased, portable]),  # aud1, bo1
+        ((edits[3].sentence,), [unrelated]),  # no word in common: the newest
+    ]
+    doubled = way.edit(state, Edit("later", "Aud1", rewrite, (rephrased,), ()))
+    assert nearest(indexed(doubled), [rewrite.prompt]) == [4]  # the same sentence once more
+    (record,) = (r for r in worker.run(("sequence", "bm25", 4, 0, 0)) if r["edit"] == "e1")
+    right = {}
+    for i in (1, 3):
+        with context.reading(context.edit((), edits[i])) as front:
+            right[i] = {p: s[0].hits.double().mean().item() for p, s in worker._scores(front, edits[1].probes).items()}
+    assert record["efficacy"] == pytest.approx(right[1][rewrite], abs=1e-6)
+    assert record["generalization"] == pytest.approx(right[1][rephrased], abs=1e-6)
+    assert record["specificity"] == pytest.approx(right[3][unrelated], abs=1e-6)
+    assert record["portability"] == pytest.approx(right[1][portable], abs=1e-6)
+    assert right[1] != right[3]
+
+
+def test_bm25_that_is_not_installed_is_said_before_it_begins(llm, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(ValueError, match="the row 'bm25' needs bm25s"):
+        Editing(llm, made(), Settings(N=32, edits=2, rows=("bm25",)), tmp_path)
+    Editing(llm, made(), Settings(N=32, edits=2, rows=("context",)), tmp_path)
 
 
 def test_sequences_of_a_memory_forget_and_single_edits_do_not_see_each_other(llm, tmp_path):
@@ -219,6 +277,33 @@ def test_sequences_of_a_memory_forget_and_single_edits_do_not_see_each_other(llm
     records = [r for i in range(6) for r in other.run(("single", "memory-unedited", i))]
     assert all(r["locality"] == 1.0 for r in records)  # before the edit the memory was full as well
     assert any(r["as plain"] < 1.0 for r in records)
+
+
+def test_a_checkpoint_edits_its_own_pool_as_it_comes_and_other_models_have_none(llm, released, tmp_path):
+    settings = Settings(N=32, edits=2)
+    assert settings.rows == tuple(row for row in ROWS if row != "bm25")
+    assert settings.rows == tuple(inspect.signature(command).parameters["rows"].default.split(","))
+    there, here = (Editing(model, made(), settings, tmp_path) for model in (released, llm))
+    assert there.rows == [row for row in settings.rows if row != "memory-empty"] and "memory-own" in there.rows
+    assert here.rows == [row for row in settings.rows if row != "memory-own"] and "memory-empty" in here.rows
+    own, full, pool = there.ways["memory-own"], there.ways["memory-full"], released.trained.pool
+    assert torch.equal(own.start("e0").slots, pool.slots) and own.start("e0").seed != own.start("e1").seed
+    assert full.start("e0").sources[0].name == "unrelated" and not own.start("e0").sources
+    after = own.edit(own.start("e0"), there.data.edits[0])
+    assert (after.slots[:, :, None] == pool.slots[:, None]).all(3).sum() == 3 * (12 - 4)  # one update into each layer
+    assert [source.name for source in after.sources] == ["e0"]
+    for model, row in ((llm, "memory-own"), (released, "memory-empty")):
+        with pytest.raises(ValueError, match=f"only a checkpoint has memory-own; got {row} for tiny"):
+            Editing(model, made(), replace(settings, rows=(row,)), tmp_path)
+
+
+def test_locality_of_an_own_pool_is_what_was_said_behind_it_before(released, tmp_path):
+    worker = Editing(released, made(), Settings(edits=2, rows=("memory-own",)), tmp_path)
+    written = [worker.run(("single", "memory-own", i))[0] for i in range(6)]
+    worker.ways["memory-own"] = Unwritten(released, lambda: released.trained.pool)
+    kept = [worker.run(("single", "memory-own", i))[0] for i in range(6)]
+    assert all(r["locality"] == 1.0 for r in kept) and any(r["as plain"] < 1.0 for r in kept)
+    assert any(r["locality"] < 1.0 for r in written)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -276,7 +361,8 @@ def test_a_run_of_all_rows_has_an_interval_in_every_cell_and_grows(llm, name, tm
     settings = Settings(N=32, edits=2, rows=ROWS, sequence=(1, 3))
     cells = measure(llm, made(name=name), settings, tmp_path / "run")
     found = {(c.T, c.row, c.metric): c.estimate for c in cells}
-    for row in ROWS:
+    assert not any(row == "memory-own" for _, row, _ in found)
+    for row in (row for row in ROWS if row != "memory-own"):
         assert found[1, row, "score"].n == 2
         assert ((3, row, "score") in found) == (row in editing.SEQUENTIAL)
         if row in editing.SEQUENTIAL:
@@ -309,6 +395,14 @@ def test_a_run_of_all_rows_has_an_interval_in_every_cell_and_grows(llm, name, tm
 def test_what_can_not_be_measured_is_said_before_it_begins(llm, tmp_path, settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         Editing(llm, made(), Settings(**settings), tmp_path)
+
+
+def test_a_run_of_a_checkpoint_has_its_own_pool_in_all_tables(released, tmp_path):
+    settings = Settings(edits=2, rows=("none", "memory-empty", "memory-own"), sequence=(1, 3))
+    cells = measure(released, made(), settings, tmp_path / "run")
+    assert {(c.row, c.T) for c in cells} == {(row, T) for row in ("none", "memory-own") for T in (1, 3)}
+    table = (tmp_path / "run" / "table.md").read_text()
+    assert "| memory-own | 2 |" in table and "| memory-own, 3 | 6 |" in table
 
 
 # --- the sets -------------------------------------------------------------------------------------------------------
@@ -426,6 +520,53 @@ def test_the_hubs_files_are_mapped_and_cut_as_in_the_paper(monkeypatch):
     assert data.source == "CounterFact, 5 records" and set(data.unrelated) == set(UNRELATED)
 
 
+@pytest.mark.parametrize(("name", "row"), [("zsre", MEND), ("counterfact", COUNTERFACT)])
+def test_the_papers_own_file_comes_before_all_others_and_is_cut_as_there(folder, tmp_path, monkeypatch, name, row):
+    monkeypatch.setitem(edits.FIRST, name, 4)
+    rows = [{**row, "case_id": i} for i in range(6)]
+    original = edits.FILES[name][1]
+    (tmp_path / original).write_text(json.dumps(rows, indent=1))
+    (tmp_path / "lines.json.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    data = edits.load(name, seed=0, file=tmp_path / original)
+    wanted = edits.mend(0, MEND) if name == "zsre" else edits.counterfact(rows[0])
+    assert sorted(edit.id for edit in data.edits) == ["0", "1", "2", "3"]
+    assert {replace(edit, id="0") for edit in data.edits} == {wanted}
+    assert data.source == f"{'zsRE' if name == 'zsre' else 'CounterFact'}, {original}, 4 records"
+    again = edits.load(name, seed=0, file=tmp_path / "lines.json.gz")
+    assert again.edits == data.edits and again.unrelated == data.unrelated and "lines.json.gz" in again.source
+
+
+def test_records_that_not_every_row_can_take_are_left_out_and_counted(folder, tmp_path, llm):
+    bad = [{**MEND, "subject": "Eva"}, {**MEND, "answers": [" "]}, {**MEND, "rephrase": ""}, {**MEND, "loc_ans": ""}]
+    (tmp_path / "x.json").write_text(json.dumps([MEND, bad[0], MEND, *bad[1:], MEND]))
+    data = edits.load("zsre", seed=0, file=tmp_path / "x.json")
+    assert sorted(edit.id for edit in data.edits) == ["0", "2", "6"]  # of the file, as before
+    assert data.source == "zsRE, x.json, 3 records (4 left out: no subject in the prompt, or nothing to ask)"
+    assert data.edits != edits.load("zsre", seed=1, file=tmp_path / "x.json").edits
+    worker = Editing(llm, data, Settings(N=32, edits=3, rows=("rome",)), tmp_path)
+    worker.ways["rome"].steps = 1
+    assert [worker.run(("single", "rome", i))[0]["edit"] for i in range(3)] == [edit.id for edit in data.edits]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("zsre", "no json", "x.json holds no records of zsre_mend_eval.json (Expecting value"),
+        ("zsre", "[]", "objects with subject (str), src (str), answers (list), rephrase (str), loc (str), loc_ans"),
+        ("zsre", json.dumps([MEND, KNOWEDIT]), "were expected, and one is {'id': 3, 'subject': 'Aud Ling'"),
+        ("zsre", json.dumps([{**MEND, "answers": "Cy"}]), "answers (list)"),
+        ("zsre", json.dumps([MEND, {**MEND, "answers": []}]), "record 1 of"),
+        ("zsre", json.dumps([COUNTERFACT]), "holds no records of zsre_mend_eval.json"),
+        ("counterfact", json.dumps([MEND]), "holds no records of counterfact.json: objects with case_id (int)"),
+        ("counterfact", json.dumps([{**COUNTERFACT, "requested_rewrite": {}}]), "not as in counterfact.json (KeyError"),
+    ],
+)
+def test_a_file_of_another_form_is_refused(folder, tmp_path, name, text, sentence):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        edits.load(name, seed=0, file=tmp_path / "x.json")
+
+
 def test_every_local_record_can_be_asked_edited_and_found():
     if "LATENTMEM_DATA" not in os.environ:
         pytest.skip("LATENTMEM_DATA is not set: the records of KnowEdit and CounterFact are not here")
@@ -434,6 +575,8 @@ def test_every_local_record_can_be_asked_edited_and_found():
         assert len(data.edits) == n and len({edit.id for edit in data.edits}) == n
         for edit in data.edits:
             assert edit.subject in edit.rewrite.prompt and edit.rewrite.answer and edit.rephrased and edit.unrelated
+            assert edit.whole
+        assert data.source.endswith(f", {n} records")  # none was left out
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -466,6 +609,15 @@ def finished(out):
     return found
 
 
+def test_the_row_bm25_is_added_to_a_run_that_was_made_without_it(run, tmp_path):
+    assert run(tmp_path / "run", rows="none,context", sequence="1,3")[0] == 0
+    before = (tmp_path / "run" / "records.jsonl").read_text()
+    code, out, _ = run(tmp_path / "run", rows="none,context,bm25", sequence="1,3")
+    assert code == 0 and "| bm25, 3 | 3 |" in out and "| context, 3 |" not in out
+    after = (tmp_path / "run" / "records.jsonl").read_text()
+    assert after.startswith(before) and len(after.splitlines()) == len(before.splitlines()) + 2 + 1
+
+
 def test_one_process_and_two_give_the_same_records(run, tmp_path):
     code, out, _ = run(tmp_path / "one", sequence="1,3")
     assert code == 0 and "## One edit at a time" in out and "| memory-full, 3 | 3 |" in out
@@ -475,6 +627,15 @@ def test_one_process_and_two_give_the_same_records(run, tmp_path):
     assert "zsRE as in KnowEdit's test split, 3 records" in (tmp_path / "one" / "table.md").read_text()
 
 
+def test_the_command_reads_the_papers_file(run, tmp_path):
+    (tmp_path / "mend.json").write_text(json.dumps([{**MEND, "answers": [f"Cy{i}"]} for i in range(3)]))
+    assert run(tmp_path / "run", file=tmp_path / "mend.json", rows="none")[0] == 0
+    assert "# Model editing, zsRE, mend.json, 3 records" in (tmp_path / "run" / "table.md").read_text()
+    assert len(finished(tmp_path / "run")) == 2
+    code, _, err = run(tmp_path / "run", rows="none")  # the folder's own set is another one
+    assert code == 2 and 'data.source is "zsRE, mend.json, 3 records" there' in " ".join(err.split())
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -482,6 +643,7 @@ def test_one_process_and_two_give_the_same_records(run, tmp_path):
         ({"rows": "none,grace"}, "got grace"),
         ({"sequence": "1,x"}, "--sequence takes numbers with commas in between"),
         ({"edits": 4}, "3 records: 4 edits were asked for"),
+        ({"file": "missing.json"}, "missing.json holds no records of zsre_mend_eval.json"),
     ],
 )
 def test_a_command_that_can_not_work_says_why(run, tmp_path, options, sentence):

@@ -9,7 +9,17 @@ import torch
 
 from latentmem import adapters
 from latentmem.evaluate import editors
-from latentmem.evaluate.editors import Demonstrations, FineTuned, InContext, LowRank, Plain, RankOne, Written, rank_one
+from latentmem.evaluate.editors import (
+    Demonstrations,
+    FineTuned,
+    InContext,
+    LowRank,
+    Plain,
+    RankOne,
+    Retrieved,
+    Written,
+    rank_one,
+)
 from latentmem.evaluate.edits import Edit, EditSet, Probe
 from latentmem.model import MemoryModel
 from latentmem.testing import byte_tokenizer, tiny_model
@@ -57,6 +67,7 @@ def ways(llm):
     return {
         "none": Plain(llm),
         "context": InContext(llm),
+        "bm25": Retrieved(llm),
         "ike": Demonstrations(llm, data, count=3),
         "memory": Written(llm, lambda: llm.empty(64)),
         "ft": FineTuned(llm, True, steps=3, rate=0.01),
@@ -96,7 +107,7 @@ def test_an_edit_is_undone_when_it_is_broken_off(llm):
     assert torch.equal(scored(llm, Plain(llm), None), plain)
 
 
-@pytest.mark.parametrize("name", ["none", "context", "memory", "ft", "ft-l", "lora", "rome"])
+@pytest.mark.parametrize("name", ["none", "context", "bm25", "memory", "ft", "ft-l", "lora", "rome"])
 def test_a_state_comes_back_from_disk_and_goes_on_as_if_it_had_stayed(llm, name, tmp_path):
     way = ways(llm)[name]
     state = way.edit(way.start("s"), EDIT)
@@ -109,7 +120,7 @@ def test_a_state_comes_back_from_disk_and_goes_on_as_if_it_had_stayed(llm, name,
 
 def test_what_is_not_edited_yet_is_the_plain_model(llm):
     plain = scored(llm, Plain(llm), None)
-    for name in ("context", "memory", "ft", "ft-l", "lora", "rome"):
+    for name in ("context", "bm25", "memory", "ft", "ft-l", "lora", "rome"):
         way = ways(llm)[name]
         assert torch.equal(scored(llm, way, way.start("e0")), plain), name
 

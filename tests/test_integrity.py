@@ -1,9 +1,11 @@
 """Integrity: facts, drift and tables with answers that are known; streams that are broken off; fine-tuning."""
 
+import gzip
 import json
 import math
 import sys
 from itertools import count
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -115,6 +117,40 @@ def test_drift_is_looked_for_after_ten_times_n_over_k_and_is_the_slope_of_what_f
     middle = sum(range(120, 401, 20)) / 15  # the first layer grows by 1 / middle per update, the second does not
     assert norm.mean == pytest.approx(10_000 / middle / 2)
     assert norm.low > 0
+
+
+def test_the_variance_of_slot_norms_has_its_value_and_its_drift_as_the_norm_has():
+    def look(at, norms, variances):
+        return {**slots(at, norms), "variances": variances}
+
+    looks = range(20, 401, 20)  # N/K = 10: from 120 on
+    some = [look(at, [1.0, 3.0], [8.0 - at / 100, 2.0]) for at in looks]
+    found = dict(drift(some, "memory"))
+    middle = 8 - sum(range(120, 401, 20)) / 15 / 100  # the first layer loses 0.01 per update, the second nothing
+    e = found["drift of the variance of slot norms (1: no change of variance), per 10000 updates"]
+    assert e.mean == pytest.approx(-10_000 * 0.01 / middle / 2) and e.high < 0
+    assert found["drift of the mean slot norm (1: no change of norm), per 10000 updates"].mean == pytest.approx(0)
+    table = {line.name: line.estimate for line in lines(some)}
+    value = table["memory: variance of slot norms, mean over layers, after 100 updates"]
+    assert value.mean == pytest.approx((middle + 2) / 2) and (value.n, value.texts) == (15, 15)
+    assert table["memory: mean slot norm, mean over layers, after 100 updates"].mean == 2.0
+    assert table["memory: drift of the variance of slot norms (1: no change of variance), per 10000 updates"] == e
+    said = notes(some, Settings(rows=("memory",), updates=400))
+    assert said[-1].startswith("memory, drift of the variance of slot norms") and said[-1].endswith(": drift.")
+    without = {name for name, _ in drift([slots(at, [1.0]) for at in looks], "memory")}
+    assert not any("variance" in name for name in without) and len(without) == 1  # records that do not have it
+
+
+def test_the_records_that_are_published_hold_the_variance_of_slot_norms():
+    folder = Path(__file__).parent.parent / "docs" / "results" / "integrity"
+    with gzip.open(folder / "records.jsonl.gz", "rt") as file:
+        records = [record for line in file for record in json.loads(line)["records"]]
+    found = {line.name: line.estimate for line in lines(records)}
+    assert found["memory: variance of slot norms, mean over layers, after 1333 updates"].n == 94
+    e = found["memory: drift of the variance of slot norms (1: no change of variance), per 10000 updates"]
+    assert e.n == 94 and e.low < e.mean < e.high
+    norm = found["memory: drift of the mean slot norm (1: no change of norm), per 10000 updates"]
+    assert (round(norm.mean, 3), round(norm.low, 3), round(norm.high, 3)) == (0.0, -0.001, 0.0)  # as published
 
 
 def test_how_hard_a_fact_is_by_itself_is_taken_off_the_drift():

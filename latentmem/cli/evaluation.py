@@ -244,18 +244,24 @@ def editing(
     data: Annotated[str, typer.Option(help="zsre or counterfact.")] = "zsre",
     edits: Annotated[int, typer.Option(min=2, help="Edits that are made one at a time.")] = 200,
     rows: Annotated[
-        str, typer.Option(help="What is measured.")
-    ] = "none,context,memory-unedited,memory-empty,memory-full,ft,ft-l,lora,ike,rome",
+        str, typer.Option(help="What is measured; bm25 too, for sequences.")
+    ] = "none,context,memory-unedited,memory-empty,memory-own,memory-full,ft,ft-l,lora,ike,rome",
     sequence: Annotated[
         str, typer.Option(help="Edits that are made without reset in between, such as 1,10,100,1000.")
     ] = "1",
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help="The paper's zsre_mend_eval.json or counterfact.json.", show_default="of LATENTMEM_DATA, or the hub"
+        ),
+    ] = None,
 ) -> None:
     """Facts that are changed: by a memory, and by fine-tuning, LoRA, demonstrations and rank-one edits."""
     from latentmem.evaluate import editing as asked
     from latentmem.evaluate import edits as sets
 
     settings = asked.Settings(edits=edits, rows=tuple(rows.split(",")), sequence=_numbers("--sequence", sequence))
-    chosen = sets.load(data, seed=shared.seed)
+    chosen = sets.load(data, seed=shared.seed, file=file)
     shared.measured("editing", asked.measure, chosen, replace(settings, **shared.slots), table=asked.markdown)
 
 

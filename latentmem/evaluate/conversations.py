@@ -17,9 +17,7 @@ The conversations are for evaluation only (CC BY-NC 4.0); no record holds a word
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -120,20 +118,8 @@ def load(count: int, seed: int, file: Path | None = None) -> list[Dialogue]:
             )
         rows = local[0]
     else:
-        rows = _read(file)
+        rows = questions._given(file, "LoCoMo dialogues", {"qa": list, "conversation": dict})
     return [_some(dialogue(row), count, seed) for row in rows]
-
-
-def _read(file: Path) -> list[Record]:
-    try:
-        data = file.read_bytes()
-        text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode()
-        found = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines()]
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{file} holds no LoCoMo dialogues ({error}).") from None
-    if not all(isinstance(row, dict) and {"qa", "conversation"} <= set(row) for row in found):
-        raise ValueError(f"{file} holds no LoCoMo dialogues: objects with `qa` and `conversation` were expected.")
-    return found
 
 
 def dialogue(row: Record) -> Dialogue:

@@ -25,6 +25,7 @@ from latentmem.evaluate.editors import (
     LowRank,
     Plain,
     RankOne,
+    Retrieved,
     Unwritten,
     Way,
     Written,
@@ -36,13 +37,27 @@ from latentmem.evaluate.stats import Means, harmonic, mean, of_means
 from latentmem.model import Context, MemoryModel, Score
 
 PROTOCOL = "editing/2"
-ROWS = ("none", "context", "memory-unedited", "memory-empty", "memory-full", "ft", "ft-l", "lora", "ike", "rome")
-SEQUENTIAL = ("none", "memory-full", "ft", "ft-l", "lora", "rome")  # rows that can take one edit after another
+ROWS = (
+    "none",
+    "context",
+    "bm25",
+    "memory-unedited",
+    "memory-empty",
+    "memory-own",
+    "memory-full",
+    "ft",
+    "ft-l",
+    "lora",
+    "ike",
+    "rome",
+)
+DEFAULT = tuple(row for row in ROWS if row != "bm25")  # which is the same as context, one edit at a time
+SEQUENTIAL = ("none", "bm25", "memory-own", "memory-full", "ft", "ft-l", "lora", "rome")  # take edit after edit
 TUNED = ("ft", "ft-l", "lora")  # rows of fine-tuning: the best of them is what the memory is compared with
 OURS = "memory-full"
 MAIN = ("efficacy", "generalization", "specificity")  # the paper's three, of which the score is the harmonic mean
 METRICS = ("score", *MAIN, "locality", "as plain", "portability")
-FULL = ("memory-unedited", "memory-full")  # rows that begin with the full memory; all others with the plain model
+BEGIN = {"memory-unedited": "full", "memory-full": "full", "memory-own": "own"}  # all others with the plain model
 SCORED = 100  # edits that are measured for each T, as far as there are so many
 SEGMENT = 50  # edits of a sequence between two points from which a run goes on
 CHOSEN = ("edits", "rows", "sequence")  # settings by which a folder may grow
@@ -56,13 +71,13 @@ class Settings(protocol.Slots):
 
     Args:
         edits: how many are made one at a time.
-        rows: of `ROWS`.
+        rows: of `ROWS`; a model has all of them but one, see `Editing.rows`.
         sequence: T, numbers of edits without reset; 1 is an edit at a time.
         seed: of every drop and drawing.
     """
 
     edits: int = 200
-    rows: tuple[str, ...] = ROWS
+    rows: tuple[str, ...] = DEFAULT
     sequence: tuple[int, ...] = (1,)
     seed: int = 0
 
@@ -102,13 +117,19 @@ class Editing:
         if settings.edits > len(data.edits):
             raise ValueError(f"{data.source}: {settings.edits} edits were asked for. Ask for fewer.")
         self.llm, self.data, self.settings, self.folder = llm, data, settings, folder
+        if not self.rows:
+            raise ValueError(
+                f"a checkpoint has no row memory-empty, and only a checkpoint has memory-own; got "
+                f"{', '.join(settings.rows)} for {llm.name or 'this model'}. Add another row."
+            )
         self._before = lru_cache(maxsize=None)(self._unedited)
         self.ways: dict[str, Way] = {row: self._way(row) for row in self.rows}
 
     @property
     def rows(self) -> list[str]:
-        """The rows that there are: a checkpoint's own memory is full at birth."""
-        return [row for row in self.settings.rows if not (row == "memory-empty" and self.llm.trained)]
+        """The rows that there are: a checkpoint has a pool of its own, which is full at birth, and no empty memory."""
+        missing = "memory-own" if self.llm.trained is None else "memory-empty"
+        return [row for row in self.settings.rows if row != missing]
 
     # --- units ------------------------------------------------------------------------------------------------------
 
@@ -175,9 +196,11 @@ class Editing:
         made: dict[str, Any] = {
             "none": lambda: Plain(llm),
             "context": lambda: InContext(llm),
+            "bm25": lambda: Retrieved(llm),
             "ike": lambda: Demonstrations(llm, data),
             "memory-unedited": lambda: Unwritten(llm, lambda: self._full, self.settings.seed),
             "memory-empty": lambda: Written(llm, lambda: self._empty, self.settings.seed),
+            "memory-own": lambda: Written(llm, lambda: self._empty, self.settings.seed),
             "memory-full": lambda: Written(llm, lambda: self._full, self.settings.seed),
             "ft": lambda: FineTuned(llm, questions),
             "ft-l": lambda: FineTuned(llm, questions, layers=2, bound=1e-4),
@@ -189,6 +212,7 @@ class Editing:
 
     @cached_property
     def _empty(self) -> Memory:
+        """A memory that holds nothing; of a checkpoint, its own pool."""
         return protocol.empty(self.llm, self.settings, self.settings.seed)
 
     @cached_property
@@ -200,18 +224,22 @@ class Editing:
     def _measured(self, row: str, state: Any, edit: Edit) -> Record:
         way = self.ways[row]
         # both outside of `reading`, within which the weights work as edited
-        plain, before = self._before(edit, False), self._before(edit, row in FULL)
-        with way.reading(state) as context:
-            return {"edit": edit.id, **metrics(edit, self._scores(context, edit), before, plain)}
+        plain, before = self._before(edit, "plain"), self._before(edit, BEGIN.get(row, "plain"))
+        parts = way.parts(state, edit.probes) if isinstance(way, Retrieved) else [(state, edit.probes)]
+        scores: dict[Probe, tuple[Score, ...]] = {}
+        for part, probes in parts:
+            with way.reading(part) as context:
+                scores |= self._scores(context, probes)
+        return {"edit": edit.id, **metrics(edit, scores, before, plain)}
 
-    def _unedited(self, edit: Edit, full: bool) -> list[Tensor]:
-        """For each unrelated prompt, the tokens that are the most likely ones behind the full memory, or without."""
-        found = self._scores(self.llm.behind(self._full) if full else self.llm.plain([]), edit)
+    def _unedited(self, edit: Edit, begin: str) -> list[Tensor]:
+        """For each unrelated prompt the most likely tokens behind the "full" memory, the "own" pool, or "plain"."""
+        memory = {"full": lambda: self._full, "own": lambda: self._empty}.get(begin)
+        found = self._scores(self.llm.behind(memory()) if memory else self.llm.plain([]), edit.probes)
         return [found[probe][0].likeliest for probe in edit.unrelated]
 
-    def _scores(self, context: Context, edit: Edit) -> dict[Probe, tuple[Score, ...]]:
+    def _scores(self, context: Context, probes: Sequence[Probe]) -> dict[Probe, tuple[Score, ...]]:
         """The answer of each probe, and the other one where there is one, all in as few passes as possible."""
-        probes = (edit.rewrite, *edit.rephrased, *edit.unrelated, *edit.portability)
         asked = [(p, a) for p in dict.fromkeys(probes) for a in ([p.answer, p.other] if p.other else [p.answer])]
         kind = {"question": self.data.questions}
         ids = [prompt_ids(self.llm, p.prompt, bare=context.length > 0, **kind) for p, _ in asked]

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,8 @@ from torch.nn.functional import cross_entropy, kl_div, linear
 
 from latentmem.core.memory import Memory
 from latentmem.evaluate.asking import in_context, written
-from latentmem.evaluate.edits import Edit, EditSet
+from latentmem.evaluate.edits import Edit, EditSet, Probe
+from latentmem.evaluate.passages import indexed, nearest
 from latentmem.model import Context, MemoryModel
 
 ENOUGH = 0.01  # nats per token: the loss at which fine-tuning stops before its last step, as in ROME's released code
@@ -170,7 +172,7 @@ class Demonstrations(InContext):
         self.data, self.count, self.bm25s = data, count, _bm25s()
 
     def text(self, edit: Edit) -> str:
-        asked = {probe.prompt for probe in (edit.rewrite, *edit.rephrased, *edit.unrelated, *edit.portability)}
+        asked = {probe.prompt for probe in edit.probes}
         shown: list[str] = []
         for i in self._nearest(edit):
             other, kind = self.data.edits[i], self.KINDS[len(shown) % len(self.KINDS)]
@@ -195,6 +197,44 @@ class Demonstrations(InContext):
         sentences = [edit.sentence for edit in self.data.edits]
         index.index(self.bm25s.tokenize(sentences, stopwords="en", show_progress=False), show_progress=False)
         return index
+
+
+class Retrieved:
+    """The sentences of all edits, of which each prompt sees the one that BM25 finds; a state is the sentences.
+
+    The newest of equals is taken, also where a prompt shares no word with any: behind one edit it is `InContext`.
+
+    Raises:
+        ValueError: bm25s is not installed.
+    """
+
+    def __init__(self, llm: MemoryModel) -> None:
+        self.llm, self._index = llm, lru_cache(maxsize=1)(indexed)
+        indexed(["a sentence"])  # an error now, if it is not installed, and not after hours
+
+    def start(self, name: str) -> tuple[str, ...]:
+        return ()
+
+    def edit(self, state: tuple[str, ...], edit: Edit) -> tuple[str, ...]:
+        return (*state, edit.sentence)
+
+    def parts(self, state: tuple[str, ...], probes: Sequence[Probe]) -> list[tuple[tuple[str, ...], Sequence[Probe]]]:
+        """The states with nothing but the sentence that is found for a prompt, each with the probes that see it."""
+        if len(state) < 2:
+            return [(state, probes)]
+        found: dict[tuple[str, ...], list[Probe]] = {}
+        for probe, i in zip(probes, nearest(self._index(state), [probe.prompt for probe in probes]), strict=True):
+            found.setdefault((state[i],), []).append(probe)
+        return list(found.items())
+
+    def reading(self, state: tuple[str, ...]) -> AbstractContextManager[Context]:
+        return contextlib.nullcontext(in_context(self.llm, [i for text in state for i in written(self.llm, text)]))
+
+    def save(self, state: tuple[str, ...], path: Path) -> None:
+        path.write_text(json.dumps(state), encoding="utf-8")
+
+    def load(self, path: Path) -> tuple[str, ...]:
+        return tuple(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _bm25s() -> Any:

@@ -1,6 +1,7 @@
 """Sets of edits: a fact that is to be changed, and the prompts that show what the change did.
 
-`zsre` and `counterfact` are read from the folder `$LATENTMEM_DATA`, where it is set and holds them, else from the hub.
+`zsre` and `counterfact` are read from the paper's own file where one is given, else from the folder `$LATENTMEM_DATA`,
+where it is set and holds them, else from the hub.
 """
 
 from __future__ import annotations
@@ -8,14 +9,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from latentmem.evaluate.questions import UNRELATED, _hub, _local, heldout, unrelated_texts
+from latentmem.evaluate.questions import UNRELATED, _given, _hub, _local, heldout, unrelated_texts
 
 NAMES = ("zsre", "counterfact")
-FIRST = {"zsre": 10_000, "counterfact": 2_000}  # records of the hub's files, as in the paper
+FIRST = {"zsre": 10_000, "counterfact": 2_000}  # records of the paper's files, here as there
+FILES: dict[str, tuple[str, str, dict[str, type]]] = {  # the paper's: of which set, name, what each record has
+    "zsre": (
+        "zsRE",
+        "zsre_mend_eval.json",
+        {"subject": str, "src": str, "answers": list, "rephrase": str, "loc": str, "loc_ans": str},
+    ),
+    "counterfact": (
+        "CounterFact",
+        "counterfact.json",
+        {"case_id": int, "requested_rewrite": dict, "paraphrase_prompts": list, "neighborhood_prompts": list},
+    ),
+}
 ARTICLES = 50  # held-out ones that come with a set; the hub's set has no more
 NQ = "nq question: "  # what stands in front of the unrelated questions of the hub's zsRE
 Row = dict[str, Any]
@@ -60,6 +74,17 @@ class Edit:
         """What is written, or stands in the context: the prompt with its new answer."""
         return f"{self.rewrite.prompt} {self.rewrite.answer}"
 
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        """All that is asked."""
+        return (self.rewrite, *self.rephrased, *self.unrelated, *self.portability)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every row can take it: its subject stands in its prompt, and no prompt and no answer is empty."""
+        said = [text for probe in self.probes for text in (probe.prompt, probe.answer)]
+        return self.subject in self.rewrite.prompt and all(text.strip() for text in said)
+
 
 @dataclass(frozen=True)
 class EditSet:
@@ -90,38 +115,58 @@ class EditSet:
         return hashlib.sha256(repr((self.edits, self.unrelated, self.articles)).encode()).hexdigest()
 
 
-def load(name: str, *, seed: int) -> EditSet:
-    """A set by name, in an order that is drawn by seed.
+def load(name: str, *, seed: int, file: Path | None = None) -> EditSet:
+    """A set by name, in an order that is drawn by seed, without the records that not every row can take.
 
     Args:
         name: "zsre": questions; "counterfact": beginnings of sentences.
+        file: the authors' zsre_mend_eval.json or counterfact.json, gzipped or not, of which the paper's first records
+            are taken; by default what `$LATENTMEM_DATA` or the hub has.
 
     Raises:
-        ValueError: an unknown name, or data that can not be found.
+        ValueError: an unknown name, or data that can not be found or read.
 
     Source: MemoryLLM section 4.2.
     """
-    if name == "zsre":
-        rows = _local("editing/zsre.jsonl.gz")
-        source, edits = (
-            ("zsRE as in KnowEdit's test split", [knowedit(row) for row in rows[0]])
-            if rows
-            else ("zsre_mend_eval", _hub_zsre())
-        )
-    elif name == "counterfact":
-        rows = _local("editing/counterfact.jsonl.gz")
-        source, edits = (
-            ("CounterFact, a part of its records", [counterfact(row) for row in rows[0]])
-            if rows
-            else ("CounterFact", _hub_counterfact())
-        )
-    else:
+    if name not in NAMES:
         raise ValueError(f"the set of edits must be one of {', '.join(NAMES)}, got {name!r}.")
+    source, records = _file(name, file) if file else _found(name)
+    edits = [edit for edit in records if edit.whole]
+    left = len(records) - len(edits)
+    source += f", {len(edits)} records"
+    source += f" ({left} left out: no subject in the prompt, or nothing to ask)" if left else ""
     order, asked = np.random.default_rng(seed), {edit.rewrite.prompt for edit in edits}
     drawn = tuple(edits[i] for i in order.permutation(len(edits)))
     free = [text for text in unrelated_texts() if text not in asked]
     texts = tuple(free[i] for i in order.permutation(len(free))[:UNRELATED])
-    return EditSet(name, f"{source}, {len(edits)} records", drawn, texts, tuple(heldout(ARTICLES, seed)))
+    return EditSet(name, source, drawn, texts, tuple(heldout(ARTICLES, seed)))
+
+
+def _found(name: str) -> tuple[str, list[Edit]]:
+    """What `$LATENTMEM_DATA` or the hub has, and where it is from, in words."""
+    rows = _local(f"editing/{name}.jsonl.gz")
+    if name == "zsre":
+        if rows:
+            return "zsRE as in KnowEdit's test split", [knowedit(row) for row in rows[0]]
+        return "zsre_mend_eval", _hub_zsre()
+    if rows:
+        return "CounterFact, a part of its records", [counterfact(row) for row in rows[0]]
+    return "CounterFact", _hub_counterfact()
+
+
+def _file(name: str, file: Path) -> tuple[str, list[Edit]]:
+    """The first records of a file of the paper's, and which it is."""
+    title, original, fields = FILES[name]
+    edits = []
+    for i, row in enumerate(_given(file, f"records of {original}", fields)[: FIRST[name]]):
+        try:
+            edits.append(mend(i, row) if name == "zsre" else counterfact(row))
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"record {i} of {file} is not as in {original} ({error!r}): {row!r:.120}. Give that file, or choose "
+                f"its set with --data."
+            ) from None
+    return f"{title}, {file.name}", edits
 
 
 def knowedit(row: Row) -> Edit:

@@ -44,6 +44,7 @@ FEWEST = 4  # windows that a drift is computed from
 LESS_ALONE = "asked at once, less the same fact alone in an empty memory"
 SHARES = {"hit": "hits", "accuracy": "token accuracy"}
 METRICS = {**SHARES, "loglik": "log-likelihood per token"}
+LOOKS = {"norms": ("mean slot norm", "norm"), "variances": ("variance of slot norms", "variance")}  # of each layer
 CHOSEN = ("rows", "updates", "ft_updates")  # settings that choose units and change none: a later run may add to them
 SCALE = 10_000  # updates, of which a slope says the change
 Unit = tuple[Any, ...]  # ("plain", 0), ("ft", stretch) or ("memory", stretch)
@@ -303,7 +304,7 @@ def _slots(memory: Memory, before: Memory, at: int) -> Record:
 
 
 def lines(records: Sequence[Record]) -> list[Line]:
-    """Answers by age and window, perplexity and pairs at checkpoints, drift, speed."""
+    """Answers by age and window, perplexity and pairs at checkpoints, slot norms, drift, speed."""
     found: list[tuple[str, Estimate | None]] = []
     for row in ROWS:
         asked = [r for r in records if r["kind"] == "asked" and r["row"] == row]
@@ -322,7 +323,7 @@ def lines(records: Sequence[Record]) -> list[Line]:
         more = _less_alone(asked, records)
         found.append((f"{row}, {LESS_ALONE}: token accuracy", mean([y for _, y in more], [at for at, _ in more])))
         found += _checkpoints(records, row)
-        found += [(f"{row}: {name}", estimate) for name, estimate in drift(records, row)]
+        found += [(f"{row}: {name}", estimate) for name, estimate in [*_slot_norms(records, row), *drift(records, row)]]
         speeds = [r for r in records if r["kind"] == "speed" and r["row"] == row]
         pace = ratio([r["updates"] for r in speeds], [r["seconds"] for r in speeds], [r["at"] for r in speeds])
         found.append((f"{row}: updates per second", pace))
@@ -410,10 +411,35 @@ def drift(records: Sequence[Record], row: str) -> list[tuple[str, Estimate | Non
     more = _less_alone(asked, records)
     if more:
         out.append((f"drift of the token accuracy {LESS_ALONE}, per {SCALE} updates", found(more)))
-    slots = [r for r in records if r["kind"] == "slots" and r["row"] == row and r["at"] > start]
-    if slots:
-        out.append((f"drift of the mean slot norm (1: no change of norm), per {SCALE} updates", found(_norms(slots))))
+    for what, (name, short) in LOOKS.items():
+        slots = _looks(records, row, start, what)
+        if slots:
+            points = _relative(slots, what)
+            out.append((f"drift of the {name} (1: no change of {short}), per {SCALE} updates", found(points)))
     return out
+
+
+def _looks(records: Sequence[Record], row: str, start: int, what: str) -> list[Record]:
+    """Looks at the slots after this update that hold what is asked for."""
+    return [r for r in records if r["kind"] == "slots" and r["row"] == row and r["at"] > start and what in r]
+
+
+def _slot_norms(records: Sequence[Record], row: str) -> list[tuple[str, Estimate | None]]:
+    """Mean and variance of the slot norms, mean over layers and over the looks from which drift is looked for.
+
+    Intervals are drawn over windows of 2 N/K updates, as for drift.
+    """
+    known = settled(records)
+    if known is None:
+        return []
+    turn, start = known
+    found = []
+    for what, (name, _) in LOOKS.items():
+        slots = _looks(records, row, start, what)
+        values = [sum(r[what]) / len(r[what]) for r in slots]
+        windows = [r["at"] // max(1, round(2 * turn)) for r in slots]
+        found.append((f"{name}, mean over layers, after {start} updates", mean(values, windows)))
+    return found
 
 
 def _less_alone(asked: Sequence[Record], records: Sequence[Record]) -> list[tuple[int, float]]:
@@ -423,9 +449,9 @@ def _less_alone(asked: Sequence[Record], records: Sequence[Record]) -> list[tupl
     return [(r["at"], r["accuracy"] - alone[r["row"], r["at"]]) for r in some]
 
 
-def _norms(slots: Sequence[Record]) -> list[tuple[int, float]]:
-    """Mean slot norm at each update, each layer relative to its own mean, mean over layers."""
-    layers = torch.tensor([r["norms"] for r in slots], dtype=torch.float64)
+def _relative(slots: Sequence[Record], what: str) -> list[tuple[int, float]]:
+    """Norms or variances at each update, each layer relative to its own mean, mean over layers."""
+    layers = torch.tensor([r[what] for r in slots], dtype=torch.float64)
     relative = (layers / layers.mean(0)).mean(1).tolist()
     return [(r["at"], value) for r, value in zip(slots, relative, strict=True)]
 
@@ -474,7 +500,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
             panels[what].setdefault(row, []).append((float(at), estimate))
     slots = [r for r in records if r["kind"] == "slots"]
     if slots:
-        norms: plots.Points = [(at, value) for at, value in _norms(slots)]
+        norms: plots.Points = [(at, value) for at, value in _relative(slots, "norms")]
         panels["slot norm, relative to its mean"] = {"memory": norms}
     plots.panels({name: curves for name, curves in panels.items() if curves}, "updates", "Integrity", path)
 

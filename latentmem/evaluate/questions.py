@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -250,6 +250,32 @@ def _local(*names: str) -> list[list[dict[str, Any]]] | None:
         with gzip.open(Path(folder) / name, "rt", encoding="utf-8") as file:
             found.append([json.loads(line) for line in file])
     return found
+
+
+def _given(file: Path, what: str, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+    """Rows of a file that the user names: a JSON list, or one row a line, gzipped or not.
+
+    Args:
+        what: they should be, in words.
+        fields: that each of them has, and what they hold.
+
+    Raises:
+        ValueError: a file that can not be read, or rows of another form.
+    """
+    try:
+        data = file.read_bytes()
+        text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode()
+        found = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines()]
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{file} holds no {what} ({error}).") from None
+    for row in found or [None]:
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in fields.items()):
+            form = ", ".join(f"{name} ({kind.__name__})" for name, kind in fields.items())
+            raise ValueError(
+                f"{file} holds no {what}: objects with {form} were expected, and one is {row!r:.120}. Give a file of "
+                f"that form."
+            )
+    return list(found)
 
 
 @contextlib.contextmanager
