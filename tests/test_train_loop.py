@@ -179,6 +179,11 @@ def test_a_pool_is_begun_anew(birth, updates, config, tmp_path):
     assert seen == [updates, updates, updates, updates + 2]
 
 
+def killed_before_the_config_has_its_name(kill):
+    replaced = Path.replace
+    Path.replace = lambda self, to: kill() if to.name == "config.json" else replaced(self, to)
+
+
 def killed_in_a_step(kill):
     forward, passes = Learner.forward, []
 
@@ -236,6 +241,7 @@ def run_until(moment, config, out):
 
 
 MOMENTS = (
+    killed_before_the_config_has_its_name,
     killed_in_a_step,
     killed_while_it_writes_a_checkpoint,
     killed_before_the_checkpoint_has_its_name,
@@ -246,10 +252,13 @@ MOMENTS = (
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(config, straight, tmp_path):
     outs = [tmp_path / moment.__name__ for moment in MOMENTS]
-    assert together([(run_until, moment, config, out) for moment, out in zip(MOMENTS, outs, strict=True)]) == [-9] * 5
+    jobs = [(run_until, moment, config, out) for moment, out in zip(MOMENTS, outs, strict=True)]
+    assert together(jobs) == [-9] * len(jobs)
     for moment, out in zip(MOMENTS, outs, strict=True):
         left = {path.name for path in out.glob("*checkpoint-*")}
+        assert (out / "config.json").is_file() == (moment is not killed_before_the_config_has_its_name)
         assert left == {
+            killed_before_the_config_has_its_name: set(),
             killed_in_a_step: {"checkpoint-2"},
             killed_before_the_old_checkpoint_is_gone: {"checkpoint-2", "checkpoint-3"},
             killed_while_it_writes_the_log: {"checkpoint-2"},

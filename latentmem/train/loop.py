@@ -596,10 +596,10 @@ def _claim(out: Path, config: Config) -> None:
                 f"{out} holds a run with other settings ({', '.join(different)}). Choose another folder, or remove it."
             )
         return
-    others = [path for path in out.iterdir() if path.name != ".lock"]
+    temporary = file.with_suffix(".new")  # may be there: of a run that was killed right here
+    others = [path for path in out.iterdir() if path.name not in (".lock", temporary.name)]
     if others:
         raise ValueError(f"{out} is not empty and holds no run; choose another folder.")
-    temporary = file.with_suffix(".new")
     temporary.write_text(json.dumps({"config": mine, "versions": _versions()}, indent=1))
     temporary.replace(file)
 
