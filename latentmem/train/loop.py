@@ -385,8 +385,11 @@ def rehearse(config: Config, episodes: int = 3) -> dict[str, Any]:
 
     Returns:
         documents and questions of each source, trained weights, steps, tokens, seconds and bytes, by expectation.
+
+    Raises:
+        ValueError: as `Run`; the live curve has nothing to ask.
     """
-    run = Run(dataclasses.replace(config, watch=dataclasses.replace(config.watch, probe=0)), Path())
+    run = Run(config, Path())
     some = [run.episodes[number] for number in range(100)]
     tokens = sum(episode.written + episode.read for episode in some) / len(some)
     pool, took = run.pool, []
