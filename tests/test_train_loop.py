@@ -393,6 +393,15 @@ def test_two_processes_that_were_stopped_go_on_as_if_they_had_not(config, tmp_pa
         pairs.put(tiny_model(), *pairs.load(tmp_path / name / "straight" / RESULT))  # all of it is there
 
 
+def test_a_rehearsal_counts_what_the_optimizer_will_hold(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_peak", lambda: 1000)
+    facts, run = loop.rehearse(config), Run(config, tmp_path / "run")
+    run.train()
+    held = {p: sum(s.nbytes for s in state.values() if s.ndim) for p, state in run.optimizer.state.items()}
+    assert held and all(n == 2 * 4 * p.numel() for p, n in held.items())
+    assert facts["bytes"] == 1000 + 2 * 4 * sum(p.numel() for p in run.parameters.values())
+
+
 def test_processes_share_the_episodes_of_a_step(config):
     one, two = (replace(config, steps=Steps(total=30, episodes=each)) for each in (2, 1))
 

@@ -389,17 +389,18 @@ def rehearse(config: Config, episodes: int = 3) -> dict[str, Any]:
     Raises:
         ValueError: as `Run`; the live curve has nothing to ask.
     """
-    run = Run(config, Path())
-    some = [run.episodes[number] for number in range(100)]
+    run, s = Run(config, Path()), config.steps
+    some = [run.episodes[number] for number in range(min(100, s.total * s.episodes * run.world))]
     tokens = sum(episode.written + episode.read for episode in some) / len(some)
     pool, took = run.pool, []
     while pool.M < pool.N:
         pool = remember(pool, torch.randn(pool.L, min(pool.K, pool.N), pool.d, device=pool.slots.device))
-    for number in range(episodes):
+    for episode in some[:episodes]:
         start = time.perf_counter()
-        run.learner(dataclasses.replace(run.episodes[number], fill=1.0), pool).loss.backward()
+        run.learner(dataclasses.replace(episode, fill=1.0), pool).loss.backward()
         took.append(time.perf_counter() - start)
-    s, trained = config.steps, sum(p.numel() for p in run.parameters.values())
+    trained = sum(p.numel() for p in run.parameters.values())
+    states = 2 * 4 * trained // (run.world if run.sharded else 1)  # of AdamW, float32, made by the first step
     return {
         "sources": [(d.source.path, d.source.kind, len(d), sum(len(x.questions) for x in d.all)) for d in run.sources],
         "trained": trained,
@@ -407,7 +408,7 @@ def rehearse(config: Config, episodes: int = 3) -> dict[str, Any]:
         "steps": s.total,
         "tokens": round(tokens * s.total * s.episodes * run.world),
         "seconds": min(took) * s.total * s.episodes,  # the first one is slower
-        "bytes": _peak(),
+        "bytes": _peak() + states,
     }
 
 
