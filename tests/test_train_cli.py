@@ -103,6 +103,7 @@ def test_only_what_others_make_is_to_be_installed(missing, error, said, config, 
         (["--set", "steps.lr=fast"], "steps.lr: a number was expected, got 'fast'"),
         (["--set", "objectives.singing=1"], "'singing' is none of"),
         (["--set", "watch.titles=[Nobody]"], "watch.titles: no source has questions under these titles"),
+        (["--dry-run", "--set", "watch.titles=[Nobody]"], "watch.titles: no source has questions under these titles"),
     ],
 )
 def test_mistakes_are_one_sentence(args, said, config, tmp_path):

@@ -216,7 +216,7 @@ def test_a_pool_is_begun_anew_in_equal_parts_each_with_its_number(small):
     began = load(small, ["memory.restarts=[1, 2, 0, 3]", "steps.total=18"]).began
     parts = ([0, 1, 2, 3, 4], [5, 5, 7, 7], [9, 9, 9, 9, 9], [14, 14, 14, 17])
     assert [began(step) for step in range(18)] == [first for part in parts for first in part]
-    assert (began(18), began(30)) == (17, 29)  # beyond the end, where a rehearsal looks, the last part goes on
+    assert (began(18), began(30)) == (17, 29)  # beyond the end the last part goes on
     assert {load(small, ["steps.total=18"]).began(step) for step in range(18)} == {0}
     with pytest.raises(ValueError, match=r"memory\.restarts has 3 numbers, and the run 2 steps"):
         load(small, ["memory.restarts=[1, 2, 0]", "steps.total=2"])

@@ -4,17 +4,24 @@ import gzip
 import json
 import os
 import re
+import sys
+from functools import cache
+from itertools import islice
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from latentmem.train import config
 from latentmem.train.config import Source
-from latentmem.train.data import Apart, Documents, cloze, sentences
+from latentmem.train.data import MOST, Apart, Documents, cloze, sentences
 from latentmem.train.episodes import Episodes
+from latentmem.train.log import lines
 
 DATA = os.environ.get("LATENTMEM_DATA")
 EVALUATION = ("squad/eval_*", "nq/*", "corpus/*_heldout*", "editing/*", "long/*", "conversations/*", "ability/*")
+LOGS = Path(__file__).parent.parent / "docs" / "results" / "training"
+RUNS = {"smollm2-135m": "c1", "smollm2-135m-mixed": "mixed"}  # their logs
 
 
 def written(path, rows):
@@ -52,6 +59,81 @@ def test_a_path_is_looked_for_here_and_below_the_data_folder(tmp_path, monkeypat
     assert Documents(Source("t.jsonl"), 0)[0].text == "here"
     with pytest.raises(ValueError, match=r"nowhere\.jsonl: there is no such file or folder here nor below"):
         Documents(Source("nowhere.jsonl"), 0)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A `datasets` package that gives `.rows` and then `.error`, if it has one; what was asked for is in `.asked`."""
+    monkeypatch.delenv("LATENTMEM_DATA", raising=False)
+    module = ModuleType("datasets")
+    module.rows, module.error, module.asked = [], None, []
+
+    class Streamed:
+        def __iter__(self):
+            yield from module.rows
+            if module.error:
+                raise module.error
+
+        def take(self, n):
+            module.asked.append(n)
+            return islice(self, n)
+
+    def load_dataset(*args, **kwargs):
+        module.asked.append((args, kwargs))
+        return Streamed()
+
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return module
+
+
+def test_rows_of_the_hub_become_documents(hub):
+    hub.rows = [{"id": "7", "title": "Bergen", "text": "One text."}, {"text": "Another text."}, {"text": " "}]
+    found = Documents(Source("own/set", subset="old", split="some"), 0)
+    assert [(d.id, d.title, d.text) for d in found.all] == [
+        ("own/set#0", "Bergen", "One text."),
+        ("own/set#1", "", "Another text."),
+    ]
+    assert hub.asked == [(("own/set", "old"), {"split": "some", "streaming": True}), MOST]
+    hub.rows = [
+        {"context": "House 1.", "title": "T", "question": f" q{i} ", "answers": {"text": [f"a{i}", "b"]}} for i in "12"
+    ]
+    asked = Documents(Source("lost/questions.jsonl.gz", "questions", hub="own/asked"), 0)
+    assert [(d.id, d.title, d.text, d.questions) for d in asked.all] == [
+        ("own/asked#0", "T", "House 1.", (("q1", "a1"), ("q2", "a2")))
+    ]
+    assert hub.asked[2:] == [(("own/asked", None), {"split": "train", "streaming": True}), MOST]
+
+
+def test_no_more_of_the_hub_is_taken_than_fits(hub, monkeypatch):
+    monkeypatch.setattr("latentmem.train.data.MOST", 2)
+    hub.rows = [{"text": f"text {i}"} for i in range(5)]
+    assert [d.text for d in Documents(Source("own/set"), 0).all] == ["text 0", "text 1"]
+
+
+def test_the_hub_is_not_asked_for_what_is_here(hub, tmp_path):
+    path = written(tmp_path / "t.jsonl", [{"text": "here"}])
+    assert Documents(Source(path, hub="own/set"), 0)[0].text == "here" and not hub.asked
+
+
+@pytest.mark.parametrize("rows", [[], [{"text": "a text"}]], ids=["at once", "on the way"])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(ConnectionError("no route to the hub\nand much more"), "no route to the hub"), (RuntimeError(), "RuntimeError")],
+)
+def test_a_hub_that_can_not_be_read_names_the_remedy(rows, error, reason, hub):
+    hub.rows, hub.error = rows, error
+    with pytest.raises(
+        ValueError, match=rf"own/set could .*\({reason}\)\. Look .* a file or folder as path\.$"
+    ) as raised:
+        Documents(Source("own/set"), 0)
+    assert "\n" not in str(raised.value)
+
+
+def test_without_the_package_of_the_hub_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"own/set is loaded .* run `pip install 'latentmem\[train\]'`"):
+        Documents(Source("own/set"), 0)
 
 
 def test_sentences_end_where_a_new_one_begins():
@@ -110,24 +192,29 @@ def test_a_text_that_clashes_is_passed_over_and_the_other_episodes_stay(tmp_path
 
 @pytest.mark.skipif(not DATA, reason="LATENTMEM_DATA is not set: the proof needs the real data sets")
 def test_nothing_of_the_evaluation_is_trained_on_by_title_or_by_13_words_in_a_row():
-    """The texts of the run are made again from its config, and compared by other code than its own."""
+    """The texts of the runs that are packaged are made again from their configs, and compared by other code than its
+    own; that they are those that were trained on is in the runs' logs."""
     from latentmem import loading
 
-    prompts = loading.load("smollm2-135m", adapters=None).prompts_or_raise()
-    some = config.load("smollm2-135m")
-    sources = [Documents(s, some.seed + i, some.watch.titles) for i, s in enumerate(some.data)]
-    episodes = Episodes(some, prompts, sources, Apart(some.apart))
+    prompts, apart = loading.load("smollm2-135m", adapters=None).prompts_or_raise(), cache(Apart)
     titles, grams = evaluation()
     assert len(titles) > 1000 and len(grams) > 1_000_000
-    title_of = {d.id: d.title for source in sources for d in source.all}
-    checked = 0
-    for number in range(some.steps.total * some.steps.episodes):
-        episode = episodes[number]
-        assert not {title_of[name] for name in episode.names} & titles
-        for ids in [*episode.texts, *(row.prompt + row.answer for row in episode.rows)]:
-            assert not grams_of(prompts.tokenizer.decode(ids)) & grams, (number, episode.names)
-            checked += len(ids)
-    assert checked > 50_000
+    for name, log in RUNS.items():
+        some = config.load(name)
+        sources = [Documents(s, some.seed + i, some.watch.titles) for i, s in enumerate(some.data)]
+        assert not {alike(d.title) for source in sources for d in source.all} & titles
+        episodes, checked, each = Episodes(some, prompts, sources, apart(some.apart)), 0, some.steps.episodes
+        steps = [row for row in lines(LOGS / log / "log.jsonl") if "loss" in row]
+        assert len(steps) == some.steps.total
+        for step, row in enumerate(steps):
+            made = [episodes[step * each + i] for i in range(each)]
+            assert [episode.objective for episode in made] == row["objectives"]
+            assert [text for episode in made for text in episode.names] == row["texts"]
+            for episode in made:
+                for ids in {*episode.texts, *(row.prompt + row.answer for row in episode.rows)}:
+                    assert not grams_of(prompts.tokenizer.decode(ids)) & grams, (name, step, episode.names)
+                    checked += len(ids)
+        assert checked > 50_000
 
 
 def evaluation():
@@ -141,14 +228,18 @@ def evaluation():
                 for line in stream:
                     inside = [json.loads(line)]
                     if isinstance(inside[0], dict):
-                        titles.add(inside[0].get("title"))
+                        titles.add(alike(inside[0].get("title") or ""))
                     while inside:
                         value = inside.pop()
                         if isinstance(value, str):
                             grams |= grams_of(value)
                         elif isinstance(value, (dict, list)):
                             inside += value.values() if isinstance(value, dict) else value
-    return titles - {None}, grams
+    return titles - {""}, grams
+
+
+def alike(title):
+    return title.replace("_", " ").casefold()
 
 
 def grams_of(text):

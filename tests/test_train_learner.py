@@ -883,6 +883,19 @@ def test_recall_passes_over_the_texts_of_other_objectives(data):
     assert {e.objective for e in some} == {"recall", "new_knowledge"} and len(asked) > 10 and asked <= recalled
 
 
+@pytest.mark.parametrize("objective", ["questions", "recall", "repetition"])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0), (0.5, 2.0)])
+def test_sources_are_drawn_by_their_weight(data, weights, objective):
+    text = data[0]
+    two = [replace(text, path=str(Path(text.path).with_name(f"{i}.jsonl")), weight=w) for i, w in enumerate(weights)]
+    for source in two:
+        Path(source.path).write_text(Path(text.path).read_text())
+    episodes, _ = episodes_of(two, objective)
+    drawn = Counter(name.split("#")[0] for number in range(300) for name in episodes[number].names)
+    assert drawn.total() == 900
+    assert drawn[two[0].path] / 900 == pytest.approx(weights[0] / sum(weights), abs=0.05)  # three deviations
+
+
 @pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0, 0), (0.3, 0.22, 0.38), (1.0, 1, 1)])
 def test_a_share_of_episodes_is_written_in_sequence(data, share, least, most):
     episodes, _ = episodes_of(data, "questions", in_sequence=share)

@@ -25,6 +25,7 @@ from test_train_learner import NAMES
 import latentmem
 from latentmem import adapters as pairs
 from latentmem.core.memory import Memory
+from latentmem.model import MemoryModel, Score
 from latentmem.prompts import Prompts
 from latentmem.testing import byte_tokenizer, tiny_model
 from latentmem.train import loop
@@ -179,6 +180,11 @@ def test_a_pool_is_begun_anew(birth, updates, config, tmp_path):
     assert seen == [updates, updates, updates, updates + 2]
 
 
+def killed_before_the_config_has_its_name(kill):
+    replaced = Path.replace
+    Path.replace = lambda self, to: kill() if to.name == "config.json" else replaced(self, to)
+
+
 def killed_in_a_step(kill):
     forward, passes = Learner.forward, []
 
@@ -236,6 +242,7 @@ def run_until(moment, config, out):
 
 
 MOMENTS = (
+    killed_before_the_config_has_its_name,
     killed_in_a_step,
     killed_while_it_writes_a_checkpoint,
     killed_before_the_checkpoint_has_its_name,
@@ -246,10 +253,13 @@ MOMENTS = (
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(config, straight, tmp_path):
     outs = [tmp_path / moment.__name__ for moment in MOMENTS]
-    assert together([(run_until, moment, config, out) for moment, out in zip(MOMENTS, outs, strict=True)]) == [-9] * 5
+    jobs = [(run_until, moment, config, out) for moment, out in zip(MOMENTS, outs, strict=True)]
+    assert together(jobs) == [-9] * len(jobs)
     for moment, out in zip(MOMENTS, outs, strict=True):
         left = {path.name for path in out.glob("*checkpoint-*")}
+        assert (out / "config.json").is_file() == (moment is not killed_before_the_config_has_its_name)
         assert left == {
+            killed_before_the_config_has_its_name: set(),
             killed_in_a_step: {"checkpoint-2"},
             killed_before_the_old_checkpoint_is_gone: {"checkpoint-2", "checkpoint-3"},
             killed_while_it_writes_the_log: {"checkpoint-2"},
@@ -257,6 +267,76 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(config, straight, tmp_p
         assert not (out / RESULT).exists()
         Run(config, out).train()
         same(state(out), straight(config))
+
+
+# --- what it writes down --------------------------------------------------------------------------------------------
+
+SHAPES = {"exact": MemoryShape(N=256, K=128), "paper": MemoryShape("paper", N=48, K=16)}
+HITS = {(0, 0): [True], (0, 1): [True, False], (2, 0): [False, False, False], (2, 1): [True, False, False, False]}
+
+
+@pytest.mark.parametrize("preset", SHAPES)
+def test_the_live_curve_is_the_mean_of_what_is_hit_at_each_age(preset, config, tmp_path, monkeypatch):
+    """What is hit is made up of the age that is counted here, from what was written, and the number of the question."""
+    watch = Watch(probe=1, titles=KEPT, texts=3, ages=(0, 2), tensorboard=False)
+    probe = Run(replace(config, memory=SHAPES[preset], watch=watch), tmp_path).probe
+    prompts = probe.llm.prompts_or_raise()
+    texts = {tuple(prompts.written(d.text)): d for d in probe.asked}
+    questions = {
+        tuple(prompts.question(question, bare=True)): (d, j)
+        for d in probe.asked
+        for j, (question, _) in enumerate(d.questions)
+    }
+    assert {d.title for d in probe.asked} <= set(KEPT) and len(texts) == 3 and len(questions) == 6
+    written, asked, write = [], [], MemoryModel.write_ids
+
+    def write_ids(self, memory, ids, *source):
+        written.append(texts.get(tuple(ids)))
+        assert self.adapters is probe.llm.adapters and memory.preset == preset
+        assert written[-1] is None or memory.M == memory.N
+        return write(self, memory, ids, *source)
+
+    def score_rows(self, context, ids, answers):
+        scores = []
+        for prompt, answer in zip(ids, answers, strict=True):
+            d, j = questions[tuple(prompt)]
+            assert tuple(answer) == tuple(prompts.answer(*d.questions[j]))
+            age = len(written) - 1 - max(i for i, other in enumerate(written) if other is d)
+            asked.append((d.id, j, age))
+            hits = torch.tensor(HITS[age, j])
+            scores.append(Score(torch.zeros(len(hits)), hits))
+        return scores
+
+    monkeypatch.setattr(MemoryModel, "write_ids", write_ids)
+    monkeypatch.setattr(MemoryModel, "score_rows", score_rows)
+    assert probe.run() == [{"age": 0, "accuracy": 0.75, "n": 6}, {"age": 2, "accuracy": 0.125, "n": 6}]
+    assert sorted(asked) == sorted((d.id, j, age) for d in probe.asked for j in (0, 1) for age in (0, 2))
+    first = next(i for i, d in enumerate(written) if d)
+    assert written[first : first + 3] == probe.asked and first * SHAPES[preset].K >= SHAPES[preset].N
+
+
+@pytest.mark.parametrize("stops", [(), (1,), (2,)], ids=["straight", "after a step", "after a checkpoint"])
+def test_tensorboard_has_the_numbers_of_the_log(stops, config, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = replace(config, watch=Watch(checkpoint=2, probe=2, titles=KEPT, texts=2, ages=(0, 1)))
+    for stop in stops:
+        Run(config, tmp_path).train(stop=stop)
+        with Log(tmp_path, stop, True) as log:
+            log.add({"step": stop + 1, "loss": 99.0})  # and then it was killed
+    Run(config, tmp_path).train()
+    log, board = lines(tmp_path / "log.jsonl"), EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+
+    def points(name):
+        return [(point.step, point.value) for point in board.Scalars(name)]
+
+    for name in ("loss", "accuracy", "norm", "lr", "tokens"):
+        logged = [(row["step"], pytest.approx(row[name])) for row in log if "loss" in row]
+        assert len(logged) == TOTAL and points(f"train/{name}") == logged
+    for i, age in enumerate((0, 1)):
+        logged = [(row["step"], pytest.approx(row["curve"][i]["accuracy"])) for row in log if "curve" in row]
+        assert len(logged) == 3 and points(f"retention/{age}") == logged
 
 
 # --- processes ------------------------------------------------------------------------------------------------------
@@ -382,6 +462,15 @@ def test_two_processes_that_were_stopped_go_on_as_if_they_had_not(config, tmp_pa
     for name in ways:
         same(*(state(tmp_path / name / part, world=2) for part in ("stopped", "straight")))
         pairs.put(tiny_model(), *pairs.load(tmp_path / name / "straight" / RESULT))  # all of it is there
+
+
+def test_a_rehearsal_counts_what_the_optimizer_will_hold(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_peak", lambda: 1000)
+    facts, run = loop.rehearse(config), Run(config, tmp_path / "run")
+    run.train()
+    held = {p: sum(s.nbytes for s in state.values() if s.ndim) for p, state in run.optimizer.state.items()}
+    assert held and all(n == 2 * 4 * p.numel() for p, n in held.items())
+    assert facts["bytes"] == 1000 + 2 * 4 * sum(p.numel() for p in run.parameters.values())
 
 
 def test_processes_share_the_episodes_of_a_step(config):

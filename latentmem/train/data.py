@@ -168,7 +168,10 @@ def _hub(source: Source) -> Iterator[dict[str, Any]]:
         yield from rows.take(MOST)
     except Exception as error:  # whatever the hub and its readers raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{name} could not be loaded from the hub ({reason}).") from error
+        raise ValueError(
+            f"{name} could not be loaded from the hub ({reason}). Look at the connection and the source's hub, subset "
+            f"and split, or give a file or folder as path."
+        ) from error
 
 
 def _documents(rows: Iterable[dict[str, Any]], name: str, kind: str) -> Iterator[Document]:

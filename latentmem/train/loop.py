@@ -385,18 +385,22 @@ def rehearse(config: Config, episodes: int = 3) -> dict[str, Any]:
 
     Returns:
         documents and questions of each source, trained weights, steps, tokens, seconds and bytes, by expectation.
+
+    Raises:
+        ValueError: as `Run`; the live curve has nothing to ask.
     """
-    run = Run(dataclasses.replace(config, watch=dataclasses.replace(config.watch, probe=0)), Path())
-    some = [run.episodes[number] for number in range(100)]
+    run, s = Run(config, Path()), config.steps
+    some = [run.episodes[number] for number in range(min(100, s.total * s.episodes * run.world))]
     tokens = sum(episode.written + episode.read for episode in some) / len(some)
     pool, took = run.pool, []
     while pool.M < pool.N:
         pool = remember(pool, torch.randn(pool.L, min(pool.K, pool.N), pool.d, device=pool.slots.device))
-    for number in range(episodes):
+    for episode in some[:episodes]:
         start = time.perf_counter()
-        run.learner(dataclasses.replace(run.episodes[number], fill=1.0), pool).loss.backward()
+        run.learner(dataclasses.replace(episode, fill=1.0), pool).loss.backward()
         took.append(time.perf_counter() - start)
-    s, trained = config.steps, sum(p.numel() for p in run.parameters.values())
+    trained = sum(p.numel() for p in run.parameters.values())
+    states = 2 * 4 * trained // (run.world if run.sharded else 1)  # of AdamW, float32, made by the first step
     return {
         "sources": [(d.source.path, d.source.kind, len(d), sum(len(x.questions) for x in d.all)) for d in run.sources],
         "trained": trained,
@@ -404,7 +408,7 @@ def rehearse(config: Config, episodes: int = 3) -> dict[str, Any]:
         "steps": s.total,
         "tokens": round(tokens * s.total * s.episodes * run.world),
         "seconds": min(took) * s.total * s.episodes,  # the first one is slower
-        "bytes": _peak(),
+        "bytes": _peak() + states,
     }
 
 
@@ -596,10 +600,10 @@ def _claim(out: Path, config: Config) -> None:
                 f"{out} holds a run with other settings ({', '.join(different)}). Choose another folder, or remove it."
             )
         return
-    others = [path for path in out.iterdir() if path.name != ".lock"]
+    temporary = file.with_suffix(".new")  # may be there: of a run that was killed right here
+    others = [path for path in out.iterdir() if path.name not in (".lock", temporary.name)]
     if others:
         raise ValueError(f"{out} is not empty and holds no run; choose another folder.")
-    temporary = file.with_suffix(".new")
     temporary.write_text(json.dumps({"config": mine, "versions": _versions()}, indent=1))
     temporary.replace(file)
 
