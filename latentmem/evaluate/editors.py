@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy, kl_div, linear
 from latentmem.core.memory import Memory
 from latentmem.evaluate.asking import in_context, written
 from latentmem.evaluate.edits import Edit, EditSet, Probe
-from latentmem.evaluate.passages import indexed, nearest
+from latentmem.evaluate.passages import indexed, nearest, searcher
 from latentmem.model import Context, MemoryModel
 
 ENOUGH = 0.01  # nats per token: the loss at which fine-tuning stops before its last step, as in ROME's released code
@@ -169,7 +169,7 @@ class Demonstrations(InContext):
 
     def __init__(self, llm: MemoryModel, data: EditSet, count: int = 32) -> None:
         super().__init__(llm)
-        self.data, self.count, self.bm25s = data, count, _bm25s()
+        self.data, self.count, self.bm25s = data, count, searcher("ike")
 
     def text(self, edit: Edit) -> str:
         asked = {probe.prompt for probe in edit.probes}
@@ -193,10 +193,7 @@ class Demonstrations(InContext):
 
     @cached_property
     def _index(self) -> Any:
-        index = self.bm25s.BM25()
-        sentences = [edit.sentence for edit in self.data.edits]
-        index.index(self.bm25s.tokenize(sentences, stopwords="en", show_progress=False), show_progress=False)
-        return index
+        return indexed([edit.sentence for edit in self.data.edits])
 
 
 class Retrieved:
@@ -210,7 +207,7 @@ class Retrieved:
 
     def __init__(self, llm: MemoryModel) -> None:
         self.llm, self._index = llm, lru_cache(maxsize=1)(indexed)
-        indexed(["a sentence"])  # an error now, if it is not installed, and not after hours
+        searcher()  # an error now, if it is not installed, and not after hours
 
     def start(self, name: str) -> tuple[str, ...]:
         return ()
@@ -235,16 +232,6 @@ class Retrieved:
 
     def load(self, path: Path) -> tuple[str, ...]:
         return tuple(json.loads(path.read_text(encoding="utf-8")))
-
-
-def _bm25s() -> Any:
-    try:
-        import bm25s
-    except ImportError:
-        raise ValueError(
-            "the row 'ike' needs bm25s: run `pip install 'latentmem[eval]'`, or leave the row out."
-        ) from None
-    return bm25s
 
 
 # --- a memory --------------------------------------------------------------------------------------------------------
