@@ -279,9 +279,35 @@ def test_sequences_of_a_memory_forget_and_single_edits_do_not_see_each_other(llm
     assert any(r["as plain"] < 1.0 for r in records)
 
 
+def test_a_long_term_part_has_the_edits_that_the_memory_has_dropped(llm, tmp_path):
+    rows = ("memory-full", "longterm")
+    worker = Editing(llm, made(), Settings(N=32, edits=2, rows=rows, sequence=(6,)), tmp_path)
+    way, edits = worker.ways["longterm"], worker.data.edits
+    begun = way.start("e0")
+    assert (begun.N, begun.M, begun.longterm.R, begun.longterm.limit) == (24, 24, 8, editing.LIMIT)
+    memory = begun
+    for edit in edits:
+        memory = way.edit(memory, edit)
+    written, stored = memory.sources[1:], memory.longterm
+    assert [source.name for source in written] == [edit.id for edit in edits]
+    for number, source in enumerate(written, 1):
+        here, dropped = memory.origins == number, (stored.column("origins") == number) & stored.there
+        assert dropped.any() and set((here.sum(1) + dropped.sum(1)).tolist()) == {source.slots}
+    records = worker.run(("sequence", "longterm", 6, 0, 0))
+    assert [r["edit"] for r in records] == [edit.id for edit in edits]
+    state = way.start("sequence/6/0")
+    for edit in edits:
+        state = way.edit(state, edit)
+    found = worker._scores(llm.behind(state), edits[0].probes)
+    assert records[0]["efficacy"] == pytest.approx(found[edits[0].rewrite][0].hits.double().mean().item(), abs=1e-6)
+    nothing = Editing(llm, made(), Settings(N=32, edits=2, rows=rows), tmp_path)
+    nothing.ways["longterm"] = Unwritten(llm, lambda: nothing._longterm)
+    assert [nothing.run(("single", "longterm", i))[0]["locality"] for i in range(2)] == [1.0, 1.0]
+
+
 def test_a_checkpoint_edits_its_own_pool_as_it_comes_and_other_models_have_none(llm, released, tmp_path):
     settings = Settings(N=32, edits=2)
-    assert settings.rows == tuple(row for row in ROWS if row != "bm25")
+    assert settings.rows == tuple(row for row in ROWS if row not in ("bm25", "longterm"))
     assert settings.rows == tuple(inspect.signature(command).parameters["rows"].default.split(","))
     there, here = (Editing(model, made(), settings, tmp_path) for model in (released, llm))
     assert there.rows == [row for row in settings.rows if row != "memory-empty"] and "memory-own" in there.rows

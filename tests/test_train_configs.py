@@ -171,6 +171,7 @@ def test_whole_numbers_are_taken_for_numbers_and_written_powers_too(small):
         ("memory.K=65", r"memory\.K must lie between 1 and memory\.N=64, got 65"),
         ("memory.preset=other", r"memory\.preset must be one of exact, paper"),
         ("memory.birth=half", r"memory\.birth must be empty or full"),
+        ("texts.near=1.5", r"texts\.near is a share between 0 and 1, got 1\.5"),
         ("memory.restarts=[1, -1]", r"memory\.restarts must not be negative, got \[1, -1\]"),
         ("memory.compressions=[2, 0]", r"memory\.compressions must be at least 1, got \[2, 0\]"),
         ("memory.compressions=2", r"memory\.compressions: a list was expected, got 2"),

@@ -772,6 +772,41 @@ def test_unknown_asks_for_none_of_its_own_texts_in_the_smallest_data(data, tmp_p
         assert away and not away & held
 
 
+def test_unknown_also_asks_about_the_article_of_a_text_that_is_there(tmp_path):
+    rows = [
+        {
+            "title": NAMES[i % 4],
+            "context": f"{NAMES[i % 4]} of Lower Veld sold lantern {i} to a man called {i}{i}{i}, in the year {i}.",
+            "question": f"Who bought lantern {i}?",
+            "answers": [f"{i}{i}{i}"],
+        }
+        for i in range(1, 81)
+    ]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = [Source(str(tmp_path / "asked.jsonl"), "questions")]
+
+    def share(near):
+        """Of the questions about nothing that is there, those about an article of which something is there."""
+        episodes, documents = episodes_of(source, "unknown", near=near, oldest=12)
+        of = {question: d for d in documents.values() for question, _ in d.questions}
+        found, lately = [], []
+        for number in range(40):
+            episode = episodes[number]
+            lately += episode.names
+            titles = {documents[name].title for name in episode.names}
+            for row in episode.rows:
+                if words(row.answer) == UNKNOWN:
+                    asked = of[words(row.prompt).split("\n")[1]]
+                    assert asked.id not in lately[-3:]
+                    if near:
+                        assert asked.id not in lately[-15:]
+                    found.append(asked.title in titles)
+        return sum(found) / len(found)
+
+    assert share(1.0) == 1.0
+    assert 0.4 < share(0.0) < share(0.5) < 0.95  # three texts of four articles
+
+
 def test_unrelated_rows_go_on_in_documents_that_are_not_written(data):
     episodes, documents = episodes_of(data, "unrelated", ("text",), rows=5)
     for number in range(30):

@@ -244,7 +244,7 @@ def editing(
     data: Annotated[str, typer.Option(help="zsre or counterfact.")] = "zsre",
     edits: Annotated[int, typer.Option(min=2, help="Edits that are made one at a time.")] = 200,
     rows: Annotated[
-        str, typer.Option(help="What is measured; bm25 too, for sequences.")
+        str, typer.Option(help="What is measured; bm25 and longterm too, for sequences.")
     ] = "none,context,memory-unedited,memory-empty,memory-own,memory-full,ft,ft-l,lora,ike,rome",
     sequence: Annotated[
         str, typer.Option(help="Edits that are made without reset in between, such as 1,10,100,1000.")

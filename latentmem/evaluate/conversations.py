@@ -269,14 +269,7 @@ class Conversations:
 
     def _empty(self, row: str) -> Memory:
         s = self.settings
-        if row == "memory":
-            return protocol.empty(self.llm, s, s.seed)
-        if self.llm.trained is not None:
-            return self.llm.empty(seed=s.seed, longterm=s.longterm)
-        K = min(protocol.empty(self.llm, s, s.seed).K, s.N - s.longterm)  # the same pieces as without
-        return self.llm.empty(
-            s.N - s.longterm, K, compression=s.compression, seed=s.seed, choice=s.choice, longterm=s.longterm
-        )
+        return protocol.empty(self.llm, s, s.seed, {"R": s.longterm} if row == "longterm" else None)
 
     def _question(self, asked: Asked, *, bare: bool) -> list[int]:
         return self.llm.prompts_or_raise().question(asked.question, bare=bare)

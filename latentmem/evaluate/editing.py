@@ -45,19 +45,21 @@ ROWS = (
     "memory-empty",
     "memory-own",
     "memory-full",
+    "longterm",
     "ft",
     "ft-l",
     "lora",
     "ike",
     "rome",
 )
-DEFAULT = tuple(row for row in ROWS if row != "bm25")  # which is the same as context, one edit at a time
-SEQUENTIAL = ("none", "bm25", "memory-own", "memory-full", "ft", "ft-l", "lora", "rome")  # take edit after edit
+DEFAULT = tuple(row for row in ROWS if row not in ("bm25", "longterm"))  # of use where much was written
+SEQUENTIAL = ("none", "bm25", "memory-own", "memory-full", "longterm", "ft", "ft-l", "lora", "rome")  # take many edits
 TUNED = ("ft", "ft-l", "lora")  # rows of fine-tuning: the best of them is what the memory is compared with
 OURS = "memory-full"
 MAIN = ("efficacy", "generalization", "specificity")  # the paper's three, of which the score is the harmonic mean
 METRICS = ("score", *MAIN, "locality", "as plain", "portability")
-BEGIN = {"memory-unedited": "full", "memory-full": "full", "memory-own": "own"}  # all others with the plain model
+BEGIN = {"memory-unedited": "full", "memory-full": "full", "memory-own": "own", "longterm": "longterm"}  # else plain
+SHARE, LIMIT = 4, 4_000_000_000  # of "longterm": one slot in so many is taken from what was dropped; its bytes
 SCORED = 100  # edits that are measured for each T, as far as there are so many
 SEGMENT = 50  # edits of a sequence between two points from which a run goes on
 CHOSEN = ("edits", "rows", "sequence")  # settings by which a folder may grow
@@ -202,6 +204,7 @@ class Editing:
             "memory-empty": lambda: Written(llm, lambda: self._empty, self.settings.seed),
             "memory-own": lambda: Written(llm, lambda: self._empty, self.settings.seed),
             "memory-full": lambda: Written(llm, lambda: self._full, self.settings.seed),
+            "longterm": lambda: Written(llm, lambda: self._longterm, self.settings.seed),
             "ft": lambda: FineTuned(llm, questions),
             "ft-l": lambda: FineTuned(llm, questions, layers=2, bound=1e-4),
             "lora": lambda: LowRank(llm, questions),
@@ -219,6 +222,11 @@ class Editing:
     def _full(self) -> Memory:
         return protocol.full(self.llm, self.settings, self.data.unrelated, self.settings.seed)
 
+    @cached_property
+    def _longterm(self) -> Memory:
+        longterm = {"R": self._empty.N // SHARE, "limit": LIMIT}
+        return protocol.full(self.llm, self.settings, self.data.unrelated, self.settings.seed, longterm=longterm)
+
     # --- metrics ----------------------------------------------------------------------------------------------------
 
     def _measured(self, row: str, state: Any, edit: Edit) -> Record:
@@ -233,8 +241,8 @@ class Editing:
         return {"edit": edit.id, **metrics(edit, scores, before, plain)}
 
     def _unedited(self, edit: Edit, begin: str) -> list[Tensor]:
-        """For each unrelated prompt the most likely tokens behind the "full" memory, the "own" pool, or "plain"."""
-        memory = {"full": lambda: self._full, "own": lambda: self._empty}.get(begin)
+        """For each unrelated prompt the most likely tokens behind the memory before all edits, or "plain"."""
+        memory = {"full": lambda: self._full, "own": lambda: self._empty, "longterm": lambda: self._longterm}.get(begin)
         found = self._scores(self.llm.behind(memory()) if memory else self.llm.plain([]), edit.probes)
         return [found[probe][0].likeliest for probe in edit.unrelated]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
@@ -57,24 +57,42 @@ class Line:
 AnyLine = TypeVar("AnyLine", bound=Line)
 
 
-def empty(llm: MemoryModel, slots: Slots, seed: int) -> Memory:
-    """An empty memory; of a checkpoint, the one that it holds."""
+def empty(llm: MemoryModel, slots: Slots, seed: int, longterm: Mapping[str, int] | None = None) -> Memory:
+    """An empty memory; of a checkpoint, the one that it holds.
+
+    Args:
+        longterm: as of `MemoryModel.empty`. Its R of the N slots are what a question takes of what was dropped; a
+            checkpoint has them beside its N.
+    """
     if llm.trained is not None:
-        return llm.empty(seed=seed)
-    return llm.empty(slots.N, compression=slots.compression, seed=seed, choice=slots.choice)
+        return llm.empty(seed=seed, longterm=longterm)
+    of: Any = {"compression": slots.compression, "seed": seed, "choice": slots.choice}
+    whole = llm.empty(slots.N, **of)
+    if not longterm:
+        return whole
+    N = slots.N - longterm["R"]
+    return llm.empty(N, min(whole.K, N), longterm=longterm, **of)  # the same pieces as without
 
 
-def full(llm: MemoryModel, slots: Slots, unrelated: Iterable[str], seed: int, share: float = 1.0) -> Memory:
+def full(
+    llm: MemoryModel,
+    slots: Slots,
+    unrelated: Iterable[str],
+    seed: int,
+    share: float = 1.0,
+    longterm: Mapping[str, int] | None = None,
+) -> Memory:
     """A memory into which unrelated texts were written until it was full and nothing of its first slots was left over.
 
     Args:
         unrelated: texts, in the order in which they are written; as many as it takes.
         share: of N, the slots that are filled; the last text of a memory that is not to be full is cut.
+        longterm: as of `empty`.
 
     Raises:
         ValueError: too few unrelated texts.
     """
-    memory, count = empty(llm, slots, seed), 0
+    memory, count = empty(llm, slots, seed, longterm), 0
     wanted = round(share * memory.N)
     texts = iter(unrelated)
     while wanted > memory.M or (share == 1 and count < memory.N):

@@ -144,6 +144,8 @@ class Texts:
         least_left: share of a text's slots that is left at least, by expectation: bounds the age in a small memory.
         grow: share of all steps over which the part of the pool that is read grows to its whole; 0 = whole at once.
         most_pieces: pieces of one document in the objective "continuous", reached at the end of training.
+        near: share of the questions of "unknown" without an answer in memory that are about the article of a text that
+            is there, where a source has more paragraphs of it.
     """
 
     at_once: int = 4
@@ -157,6 +159,7 @@ class Texts:
     least_left: float = 0.15
     grow: float = 0.0
     most_pieces: int = 4
+    near: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -283,6 +286,7 @@ class Config:
             (t.at_once >= 1 and t.rows >= 1, "texts.at_once and texts.rows must be at least 1."),
             (0 < t.least_left <= 1, f"texts.least_left is a share above 0, got {t.least_left}."),
             (0 <= t.grow <= 1, f"texts.grow is a share between 0 and 1, got {t.grow}."),
+            (0 <= t.near <= 1, f"texts.near is a share between 0 and 1, got {t.near}."),
             (t.most_pieces >= 2, f"texts.most_pieces must be at least 2, got {t.most_pieces}."),
             (s.total >= 1 and s.episodes >= 1, "steps.total and steps.episodes must be at least 1."),
             (s.lr > 0 and s.clip > 0, "steps.lr and steps.clip must be above 0."),

@@ -157,6 +157,9 @@ class Episodes:
         if needing and not prose:
             raise ValueError(f"objectives.{needing[0]} needs a source of kind text; give one, or take it out.")
         self._prose = prose
+        self._titled: dict[str, list[Document]] = {}
+        for document in (document for source in sources for document in source.all if document.questions):
+            self._titled.setdefault(document.title, []).append(document)
 
     def __getitem__(self, number: int) -> Episode:
         """Episode 0, 1, ...; any of them at any time."""
@@ -249,16 +252,18 @@ class Episodes:
 
     def _recalled(self, objective: str, number: int, random: np.random.Generator) -> Episode:
         own, t = self._told(number), self.config.texts
+        documents = [document for document, _, _ in own]
         rows: dict[Row, int] = {}
         for _ in range(TRIES):
             some, since = self._at_age(number, self._age(number, random, len(own[-1][1])))
             row = some[random.integers(len(some))]
             if len(rows) < t.rows:
                 rows.setdefault(row, len(own) - 1 - since)
-        names, asked = [name for name, _, _ in own], [replace(row, about=text) for row, text in rows.items()]
+        names, asked = [document.id for document in documents], [replace(row, about=text) for row, text in rows.items()]
         for i in range(len(asked) // 2 if objective == "unknown" else 0):
-            _, _, questions = self._with_questions(number, i, random, names)
-            asked[i] = self._question(questions[0][0], UNKNOWN, None)
+            near = self._near(number, random, documents) if t.near and random.random() < t.near else None
+            question = near or self._with_questions(number, i, random, names)[2][0][0]
+            asked[i] = self._question(question, UNKNOWN, None)
         made = self._episode(objective, number, random, names, [text for _, text, _ in own], asked)
         return replace(made, ages=(0,) * len(own), in_sequence=True, fill=1.0, from_pool=True)
 
@@ -319,14 +324,30 @@ class Episodes:
         some = [text for text in OPENINGS if title or "{title}" not in text]
         return some[random.integers(len(some))].format(title=title)
 
-    def _tell(self, number: int) -> tuple[tuple[str, Ids, tuple[Row, ...]], ...]:
-        """What an episode of "recall" or "unknown" writes: name, ids and questions of each text; others: nothing."""
+    def _near(self, number: int, random: np.random.Generator, documents: Sequence[Document]) -> str | None:
+        """A question about the article of one of these documents that none of what was told lately answers, if any."""
+        held, oldest = {document.id: document.text for document in documents}, self.config.texts.oldest
+        before = self._before(number)
+        for _ in range(-(-oldest // self.config.texts.at_once)):
+            held |= {document.id: document.text for document, _, _ in (self._told(before) if before >= 0 else ())}
+            before = self._before(before)
+        titles = {document.title for document in documents if document.title}
+        some = [other for title in sorted(titles) for other in self._titled.get(title, ()) if other.id not in held]
+        text = " ".join(held.values()).lower()
+        for i in random.permutation(len(some))[:TRIES]:
+            open_ = [question for question, answer in some[i].questions if answer.lower() not in text]
+            if open_:
+                return open_[random.integers(len(open_))]
+        return None
+
+    def _tell(self, number: int) -> tuple[tuple[Document, Ids, tuple[Row, ...]], ...]:
+        """What an episode of "recall" or "unknown" writes: ids and questions of each document; others: nothing."""
         objective, random = self._drawn(number)
         told = []
         for i in range(self.config.texts.at_once if objective in ("recall", "unknown") else 0):
             document, text, questions = self._with_questions(number, i, random)
             rows = tuple(self._question(question, answer, None) for question, answer in questions)
-            told.append((document.id, self._written(text), rows))
+            told.append((document, self._written(text), rows))
         return tuple(told)
 
     def _at_age(self, number: int, age: int) -> tuple[tuple[Row, ...], int]:
