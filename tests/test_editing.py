@@ -361,6 +361,26 @@ def test_the_gain_over_each_row_is_paired_and_relative():
     assert "## Edits in sequence" not in table and table.index("| memory-full | 3 |") < table.index("| ft | 4 |")
 
 
+def test_the_long_term_part_is_put_beside_the_other_rows_too():
+    records = [record("longterm", e, 1.0, 1.0, s, T=10) for e, s in zip("abc", (0.2, 0.5, 0.8), strict=True)]
+    records += [record("memory-full", e, 1.0, 1.0, 0.25, T=10) for e in "abc"]
+    records += [record("lora", e, 0.5, 0.5, 0.5, T=10) for e in "abc"]
+    cells = lines(records)
+    found = {(c.row, c.metric): c.estimate.mean for c in cells if c.metric in editing.GAINS}
+    scores = {"longterm": 3 / (1 + 1 + 2), "memory-full": 3 / (1 + 1 + 4), "lora": 0.5}
+    assert found == pytest.approx(
+        {
+            ("lora", "gain"): scores["memory-full"] / scores["lora"] - 1,
+            ("longterm", "gain"): scores["memory-full"] / scores["longterm"] - 1,
+            ("lora", "gain of longterm"): scores["longterm"] / scores["lora"] - 1,
+            ("memory-full", "gain of longterm"): scores["longterm"] / scores["memory-full"] - 1,
+        }
+    )
+    full, longterm = markdown(cells).split("## The full memory beside")[1].split("## The memory with a long-term part")
+    assert "| longterm | 10 | 3 | -0.333 [" in full and "| memory-full | 10 | 3 | 0.500 [" in longterm
+    assert "| lora (the best fine-tuning) | 10 | 3 | 0.500 [-0.143" in longterm and "| longterm |" not in longterm
+
+
 def test_sequences_have_a_table_of_their_own():
     records = [record(row, e, 1.0, 0.5, 0.5, T=T) for row in ("ft", "memory-full") for T in (1, 10) for e in "ab"]
     table = markdown(lines(records))

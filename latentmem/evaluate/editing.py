@@ -55,7 +55,7 @@ ROWS = (
 DEFAULT = tuple(row for row in ROWS if row not in ("bm25", "longterm"))  # of use where much was written
 SEQUENTIAL = ("none", "bm25", "memory-own", "memory-full", "longterm", "ft", "ft-l", "lora", "rome")  # take many edits
 TUNED = ("ft", "ft-l", "lora")  # rows of fine-tuning: the best of them is what the memory is compared with
-OURS = "memory-full"
+GAINS = {"gain": "memory-full", "gain of longterm": "longterm"}  # which row is put beside all others
 MAIN = ("efficacy", "generalization", "specificity")  # the paper's three, of which the score is the harmonic mean
 METRICS = ("score", *MAIN, "locality", "as plain", "portability")
 BEGIN = {"memory-unedited": "full", "memory-full": "full", "memory-own": "own", "longterm": "longterm"}  # else plain
@@ -100,7 +100,7 @@ class Cell(protocol.Line):
     Args:
         row: one of `ROWS`; of a comparison, the row that the memory is compared with.
         T: edits that were made without reset.
-        metric: one of `METRICS`, or "gain", the memory's score over the row's, minus 1.
+        metric: one of `METRICS`, or of `GAINS`: the memory's score over the row's, minus 1.
     """
 
     row: str
@@ -322,10 +322,10 @@ def lines(records: Sequence[Record]) -> list[Cell]:
         found = {"score": of_means(harmonic, [columns[m] for m in MAIN], edits)}
         found |= {metric: mean(values, edits) for metric, values in columns.items()}
         cells += [Cell(f"{row}, T = {T}, {m}", e, row, T, m) for m, e in found.items() if e is not None]
-    for (T, row), some in by.items():
-        if row != OURS and (T, OURS) in by:
-            gain = _gain(by[T, OURS], some)
-            cells += [] if gain is None else [Cell(f"{OURS} / {row} - 1, T = {T}", gain, row, T, "gain")]
+    for metric, ours in GAINS.items():
+        for (T, row), some in by.items():
+            gain = _gain(by[T, ours], some) if row != ours and (T, ours) in by else None
+            cells += [] if gain is None else [Cell(f"{ours} / {row} - 1, T = {T}", gain, row, T, metric)]
     return cells
 
 
@@ -351,7 +351,7 @@ def markdown(cells: Sequence[Cell]) -> str:
         ("One edit at a time", lambda T: T == 1, "row"),
         ("Edits in sequence, without reset", lambda T: T > 1, "row, T"),
     ):
-        keys = list(dict.fromkeys((c.T, c.row) for c in cells if keep(c.T) and c.metric != "gain"))
+        keys = list(dict.fromkeys((c.T, c.row) for c in cells if keep(c.T) and c.metric not in GAINS))
         if not keys:
             continue
         shown = [m for m in METRICS if any((T, row, m) in found for T, row in keys)]
@@ -361,16 +361,18 @@ def markdown(cells: Sequence[Cell]) -> str:
             name = row if T == 1 else f"{row}, {T}"
             rows.append(f"| {name} | {n} | {' | '.join(_shown(found.get((T, row, m))) for m in shown)} |")
         parts.append("\n".join([f"## {title}\n", *rows]))
-    scores = [cell for cell in cells if cell.metric == "score" and (cell.T, OURS, "score") in found]
-    beside = [cell for cell in scores if cell.row != OURS]
-    if beside:
-        rows = ["| row | T | n | score of memory-full over that of the row, minus 1 |", "| --- | --- | --- | --- |"]
+    for metric, ours in GAINS.items():
+        beside = [c for c in cells if c.metric == "score" and c.row != ours and (c.T, ours, "score") in found]
+        if not beside:
+            continue
+        rows = [f"| row | T | n | score of {ours} over that of the row, minus 1 |", "| --- | --- | --- | --- |"]
         for cell in beside:
             best = " (the best fine-tuning)" if cell.row == best_tuned(cells, cell.T) else ""
-            gain = found.get((cell.T, cell.row, "gain"))
+            gain = found.get((cell.T, cell.row, metric))
             said = _shown(gain) if gain or cell.estimate.mean else "its score is 0"
             rows.append(f"| {cell.row}{best} | {cell.T} | {gain.n if gain else cell.estimate.n} | {said} |")
-        parts.append("\n".join(["## The full memory beside the other rows, paired by edit\n", *rows]))
+        title = {"memory-full": "The full memory", "longterm": "The memory with a long-term part"}[ours]
+        parts.append("\n".join([f"## {title} beside the other rows, paired by edit\n", *rows]))
     return "\n\n".join(parts) + "\n"
 
 
