@@ -15,7 +15,7 @@ import torch
 from latentmem import cli
 from latentmem.cli.evaluation import editing as command
 from latentmem.core.memory import Memory
-from latentmem.evaluate import editing, edits
+from latentmem.evaluate import editing, edits, plots
 from latentmem.evaluate.editing import ROWS, Editing, Settings, lines, markdown, measure, metrics, spread
 from latentmem.evaluate.editors import Unwritten
 from latentmem.evaluate.edits import Edit, EditSet, Probe
@@ -381,6 +381,22 @@ def test_the_long_term_part_is_put_beside_the_other_rows_too():
     assert "| lora (the best fine-tuning) | 10 | 3 | 0.500 [-0.143" in longterm and "| longterm |" not in longterm
 
 
+def test_the_picture_shows_each_row_over_the_number_of_edits(tmp_path, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(plots, "panels", lambda some, *more, ticks: shown.update(some, ticks=ticks))
+    records = [record(row, e, 1.0, 0.5, 0.5, T=T) for row in ("ft", "longterm") for T in (1, 10, 30) for e in "ab"]
+    records += [record("ike", e, 1.0, 1.0, 1.0) for e in "ab"] + [record("lora", e, 0.5, 0.5, 0.5, T=30) for e in "ab"]
+    editing.draw(lines(records), tmp_path / "plot.png")
+    assert shown["ticks"] == [1, 10, 30] and "ike" not in shown["score"] and list(shown["score"]) == list(editing.SHOWN)
+    points = {row: [(T, e and e.mean) for T, e in some] for row, some in shown["score"].items() if some}
+    assert points == {
+        "longterm": [(T, pytest.approx(0.6)) for T in (1, 10, 30)],
+        "ft": [(T, pytest.approx(0.6)) for T in (1, 10, 30)],
+        "lora": [(1, None), (10, None), (30, pytest.approx(0.5))],
+    }
+    assert set(editing.SHOWN) == set(editing.SEQUENTIAL)
+
+
 def test_sequences_have_a_table_of_their_own():
     records = [record(row, e, 1.0, 0.5, 0.5, T=T) for row in ("ft", "memory-full") for T in (1, 10) for e in "ab"]
     table = markdown(lines(records))
@@ -420,6 +436,7 @@ def test_a_run_of_all_rows_has_an_interval_in_every_cell_and_grows(llm, name, tm
     table = (tmp_path / "run" / "table.md").read_text()
     assert table.startswith("# Model editing, made up\n") and "bootstrap over edits" in table
     assert not list((tmp_path / "run").glob("*.safetensors"))
+    assert (tmp_path / "run" / "plot.png").read_bytes().startswith(b"\x89PNG")
     before = (tmp_path / "run" / "records.jsonl").read_text()
     more = measure(llm, made(name=name), replace(settings, edits=3, rows=("none", "ft")), tmp_path / "run")
     assert (tmp_path / "run" / "records.jsonl").read_text().startswith(before)

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from latentmem.core.memory import Memory
-from latentmem.evaluate import protocol
+from latentmem.evaluate import plots, protocol
 from latentmem.evaluate.editors import (
     Demonstrations,
     FineTuned,
@@ -54,6 +54,7 @@ ROWS = (
 )
 DEFAULT = tuple(row for row in ROWS if row not in ("bm25", "longterm"))  # of use where much was written
 SEQUENTIAL = ("none", "bm25", "memory-own", "memory-full", "longterm", "ft", "ft-l", "lora", "rome")  # take many edits
+SHOWN = ("memory-full", "memory-own", "longterm", "bm25", "rome", "ft", "ft-l", "lora", "none")  # in a picture
 TUNED = ("ft", "ft-l", "lora")  # rows of fine-tuning: the best of them is what the memory is compared with
 GAINS = {"gain": "memory-full", "gain of longterm": "longterm"}  # which row is put beside all others
 MAIN = ("efficacy", "generalization", "specificity")  # the paper's three, of which the score is the harmonic mean
@@ -376,6 +377,18 @@ def markdown(cells: Sequence[Cell]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def draw(cells: Sequence[Cell], path: Path) -> None:
+    """Draw what each row does over the number of edits without reset into a PNG."""
+    found = {(cell.T, cell.row, cell.metric): cell.estimate for cell in cells}
+    steps = sorted({cell.T for cell in cells})
+    rows = {row for _, row, _ in found if any((T, row, "score") in found for T in steps if T > 1)}
+    curves: dict[str, plots.Curves] = {
+        metric: {row: [(T, found.get((T, row, metric))) for T in steps if row in rows] for row in SHOWN}
+        for metric in ("score", "efficacy", "specificity", "locality")
+    }
+    plots.panels(curves, "edits without reset", "Edits in sequence", path, ticks=steps)
+
+
 def best_tuned(cells: Sequence[Cell], T: int) -> str | None:
     """The row of fine-tuning with the highest score."""
     scores = {c.row: c.estimate.mean for c in cells if c.T == T and c.metric == "score" and c.row in TUNED}
@@ -395,12 +408,21 @@ def measure(
 ) -> list[Cell]:
     """Run the protocol, or go on with it; arguments as in `protocol.measure`.
 
-    A folder is about one set and one model; more edits, rows and sequences are added to it.
+    A folder is about one set and one model; more edits, rows and sequences are added to it. With sequences it also gets
+    plot.png.
 
     Raises:
         ValueError: more edits than there are, a row that this model can not have, or as in `protocol.measure`.
     """
     worker = Editing(llm, data, settings, out)
+    if max(settings.sequence) > 1:
+        plots.require()
+
+    def after(records: Sequence[Record], folder: Path) -> list[str]:
+        if any(record["T"] > 1 for record in records):
+            draw(lines(records), folder / "plot.png")
+        return []
+
     asked = {"source": data.source, "sha256": data.identity, "ids": [edit.id for edit in data.edits]}
     cells: list[Cell] = protocol.measure(
         PROTOCOL,
@@ -412,6 +434,7 @@ def measure(
         title=f"Model editing, {data.source}",
         args=(data, settings, out),
         **how,
+        after=after,
         table=markdown,
         over="edits",
     )

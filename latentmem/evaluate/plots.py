@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,28 +91,41 @@ def _curves(axis: Any, some: Sequence[Line]) -> None:
     axis.set_xticks(range(len(steps)), [str(t) for t in steps])
 
 
-def panels(some: Mapping[str, Curves], x: str, title: str, path: Path) -> None:
+def panels(some: Mapping[str, Curves], x: str, title: str, path: Path, *, ticks: Sequence[float] | None = None) -> None:
     """Draw panels over each other with one common axis into a PNG.
 
     Args:
         some: what each panel shows -> its curves; estimates are drawn with their intervals.
         x: name of the common axis.
+        ticks: of a logarithmic axis, where it is marked; None: it is linear.
     """
     pyplot = require()
     figure, axes = pyplot.subplots(
         len(some), 1, figsize=(8, 1 + 2.6 * len(some)), squeeze=False, sharex=True, layout="constrained"
     )
+    alike = len({tuple(curves) for curves in some.values()}) == 1 < len(some)
     for axis, (name, curves) in zip(axes[:, 0], some.items(), strict=True):
-        for colour, (curve, points) in zip(ORDER, curves.items(), strict=False):
+        looks = itertools.product(("-", "--", ":"), ORDER)  # the colours, once more with other lines
+        for (line, colour), (curve, points) in zip(looks, curves.items(), strict=False):
             there = [(at, value) for at, value in points if value is not None]
+            if alike and not there:  # its look is kept for it
+                continue
             at = [place for place, _ in there]
-            axis.plot(at, [_middle(value) for _, value in there], color=colour, label=curve, marker=".")
+            axis.plot(at, [_middle(value) for _, value in there], line, color=colour, label=curve, marker=".")
             drawn = [(place, value) for place, value in there if isinstance(value, Estimate)]
             places, low, high = [p for p, _ in drawn], [e.low for _, e in drawn], [e.high for _, e in drawn]
-            axis.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
+            axis.fill_between(places, low, high, color=colour, alpha=0.1 if alike else 0.2, linewidth=0)
         axis.set_ylabel(name)
         axis.grid(alpha=0.25)
-        axis.legend(frameon=False)
+        if ticks is not None:
+            axis.set_xscale("log")
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
+        if not alike:
+            axis.legend(frameon=False)
+    if alike:
+        handles, names = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
     axes[-1, 0].set_xlabel(x)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
