@@ -318,7 +318,10 @@ def test_a_checkpoint_edits_its_own_pool_as_it_comes_and_other_models_have_none(
     after = own.edit(own.start("e0"), there.data.edits[0])
     assert (after.slots[:, :, None] == pool.slots[:, None]).all(3).sum() == 3 * (12 - 4)  # one update into each layer
     assert [source.name for source in after.sources] == ["e0"]
-    for model, row in ((llm, "memory-own"), (released, "memory-empty")):
+    found = released.with_trained(replace(released.trained, pool=released.empty(longterm=2)))
+    assert Editing(found, made(), replace(settings, rows=("none", "longterm")), tmp_path).rows == ["none"]
+    assert Editing(released, made(), replace(settings, rows=("longterm",)), tmp_path)._longterm.longterm.R == 3
+    for model, row in ((llm, "memory-own"), (released, "memory-empty"), (found, "longterm")):
         with pytest.raises(ValueError, match=f"only a checkpoint has memory-own; got {row} for tiny"):
             Editing(model, made(), replace(settings, rows=(row,)), tmp_path)
 
@@ -386,7 +389,7 @@ def test_the_picture_shows_each_row_over_the_number_of_edits(tmp_path, monkeypat
     monkeypatch.setattr(plots, "panels", lambda some, *more, ticks: shown.update(some, ticks=ticks))
     records = [record(row, e, 1.0, 0.5, 0.5, T=T) for row in ("ft", "longterm") for T in (1, 10, 30) for e in "ab"]
     records += [record("ike", e, 1.0, 1.0, 1.0) for e in "ab"] + [record("lora", e, 0.5, 0.5, 0.5, T=30) for e in "ab"]
-    editing.draw(lines(records), tmp_path / "plot.png")
+    editing.draw(lines(records), "made up", tmp_path / "plot.png")
     assert shown["ticks"] == [1, 10, 30] and "ike" not in shown["score"] and list(shown["score"]) == list(editing.SHOWN)
     points = {row: [(T, e and e.mean) for T, e in some] for row, some in shown["score"].items() if some}
     assert points == {

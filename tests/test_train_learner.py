@@ -26,7 +26,7 @@ from latentmem.prompts import Prompts, Style
 from latentmem.testing import byte_tokenizer, tiny_model
 from latentmem.train import loop
 from latentmem.train.config import OBJECTIVES, Config, MemoryShape, Source, Steps, Texts
-from latentmem.train.data import Documents, cloze, sentences
+from latentmem.train.data import Apart, Documents, cloze, sentences
 from latentmem.train.episodes import NODS, OPENINGS, PASSAGE, REPLY, UNKNOWN, Episode, Episodes, Row
 from latentmem.train.learner import Learner, remember
 from latentmem.train.loop import recompute
@@ -772,7 +772,9 @@ def test_unknown_asks_for_none_of_its_own_texts_in_the_smallest_data(data, tmp_p
         assert away and not away & held
 
 
-def test_unknown_also_asks_about_the_article_of_a_text_that_is_there(tmp_path):
+@pytest.fixture
+def articles(tmp_path):
+    """A source of four articles with twenty paragraphs each, and a question about each paragraph."""
     rows = [
         {
             "title": NAMES[i % 4],
@@ -783,28 +785,45 @@ def test_unknown_also_asks_about_the_article_of_a_text_that_is_there(tmp_path):
         for i in range(1, 81)
     ]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = [Source(str(tmp_path / "asked.jsonl"), "questions")]
+    return Source(str(tmp_path / "asked.jsonl"), "questions")
 
+
+def not_there(episodes, documents, among=range(40)):
+    """Of each question of "unknown" that is about nothing in memory: its document, those written lately, and titles."""
+    of = {question: d for d in documents.values() for question, _ in d.questions}
+    lately = []
+    for number in among:
+        episode = episodes[number]
+        lately += episode.names
+        for row in episode.rows:
+            if words(row.answer) == UNKNOWN:
+                asked = of[words(row.prompt).split("\n")[1]]
+                yield asked, tuple(lately), {documents[name].title for name in episode.names}
+
+
+def test_unknown_also_asks_about_the_article_of_a_text_that_is_there(articles):
     def share(near):
         """Of the questions about nothing that is there, those about an article of which something is there."""
-        episodes, documents = episodes_of(source, "unknown", near=near, oldest=12)
-        of = {question: d for d in documents.values() for question, _ in d.questions}
-        found, lately = [], []
-        for number in range(40):
-            episode = episodes[number]
-            lately += episode.names
-            titles = {documents[name].title for name in episode.names}
-            for row in episode.rows:
-                if words(row.answer) == UNKNOWN:
-                    asked = of[words(row.prompt).split("\n")[1]]
-                    assert asked.id not in lately[-3:]
-                    if near:
-                        assert asked.id not in lately[-15:]
-                    found.append(asked.title in titles)
+        found = []
+        for asked, lately, titles in not_there(*episodes_of([articles], "unknown", near=near, oldest=12)):
+            assert asked.id not in lately[-15 if near == 1 else -3 :]
+            found.append(asked.title in titles)
         return sum(found) / len(found)
 
     assert share(1.0) == 1.0
     assert 0.4 < share(0.0) < share(0.5) < 0.95  # three texts of four articles
+
+
+def test_unknown_asks_nothing_near_that_another_objective_wrote_or_that_is_kept_apart(articles, tmp_path):
+    some, documents = episodes_of([articles], "unknown", near=1.0, oldest=12)
+    kept = [d for d in documents.values() if int(d.id.split("#")[1]) % 2]
+    (tmp_path / "apart.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in kept))
+    apart = Apart([Source(str(tmp_path / "apart.jsonl"), "text")])
+    mixed = replace(some.config, objectives={"questions": 0.6, "unknown": 0.4})
+    found = list(not_there(Episodes(mixed, some.prompts, some.sources), documents, range(60)))
+    assert len(found) > 20 and not any(asked.id in lately[-15:] for asked, lately, _ in found)
+    found = list(not_there(Episodes(some.config, some.prompts, some.sources, apart), documents))
+    assert len(found) > 20 and not any(asked in kept for asked, _, _ in found)
 
 
 def test_unrelated_rows_go_on_in_documents_that_are_not_written(data):

@@ -54,7 +54,7 @@ ROWS = (
 )
 DEFAULT = tuple(row for row in ROWS if row not in ("bm25", "longterm"))  # of use where much was written
 SEQUENTIAL = ("none", "bm25", "memory-own", "memory-full", "longterm", "ft", "ft-l", "lora", "rome")  # take many edits
-SHOWN = ("memory-full", "memory-own", "longterm", "bm25", "rome", "ft", "ft-l", "lora", "none")  # in a picture
+SHOWN = ("memory-full", "bm25", "longterm", "rome", "ft", "none", "memory-own", "lora", "ft-l")  # in a picture
 TUNED = ("ft", "ft-l", "lora")  # rows of fine-tuning: the best of them is what the memory is compared with
 GAINS = {"gain": "memory-full", "gain of longterm": "longterm"}  # which row is put beside all others
 MAIN = ("efficacy", "generalization", "specificity")  # the paper's three, of which the score is the harmonic mean
@@ -122,7 +122,8 @@ class Editing:
         self.llm, self.data, self.settings, self.folder = llm, data, settings, folder
         if not self.rows:
             raise ValueError(
-                f"a checkpoint has no row memory-empty, and only a checkpoint has memory-own; got "
+                f"a checkpoint has no row memory-empty, and none that is called longterm if it has a long-term part of "
+                f"its own (see memory-full); only a checkpoint has memory-own; got "
                 f"{', '.join(settings.rows)} for {llm.name or 'this model'}. Add another row."
             )
         self._before = lru_cache(maxsize=None)(self._unedited)
@@ -130,9 +131,14 @@ class Editing:
 
     @property
     def rows(self) -> list[str]:
-        """The rows that there are: a checkpoint has a pool of its own, which is full at birth, and no empty memory."""
-        missing = "memory-own" if self.llm.trained is None else "memory-empty"
-        return [row for row in self.settings.rows if row != missing]
+        """The rows that there are: a checkpoint has a pool of its own, which is full at birth, and no empty memory.
+
+        What has long-term slots of its own is not measured with others.
+        """
+        trained = self.llm.trained
+        missing = ["memory-own"] if trained is None else ["memory-empty"]
+        missing += ["longterm"] if trained is not None and trained.pool.longterm is not None else []
+        return [row for row in self.settings.rows if row not in missing]
 
     # --- units ------------------------------------------------------------------------------------------------------
 
@@ -377,7 +383,7 @@ def markdown(cells: Sequence[Cell]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw(cells: Sequence[Cell], path: Path) -> None:
+def draw(cells: Sequence[Cell], source: str, path: Path) -> None:
     """Draw what each row does over the number of edits without reset into a PNG."""
     found = {(cell.T, cell.row, cell.metric): cell.estimate for cell in cells}
     steps = sorted({cell.T for cell in cells})
@@ -386,7 +392,7 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
         metric: {row: [(T, found.get((T, row, metric))) for T in steps if row in rows] for row in SHOWN}
         for metric in ("score", "efficacy", "specificity", "locality")
     }
-    plots.panels(curves, "edits without reset", "Edits in sequence", path, ticks=steps)
+    plots.panels(curves, "edits without reset", f"Edits in sequence, {source}", path, ticks=steps)
 
 
 def best_tuned(cells: Sequence[Cell], T: int) -> str | None:
@@ -414,13 +420,12 @@ def measure(
     Raises:
         ValueError: more edits than there are, a row that this model can not have, or as in `protocol.measure`.
     """
+    plots.require()
     worker = Editing(llm, data, settings, out)
-    if max(settings.sequence) > 1:
-        plots.require()
 
     def after(records: Sequence[Record], folder: Path) -> list[str]:
         if any(record["T"] > 1 for record in records):
-            draw(lines(records), folder / "plot.png")
+            draw(lines(records), data.source, folder / "plot.png")
         return []
 
     asked = {"source": data.source, "sha256": data.identity, "ids": [edit.id for edit in data.edits]}

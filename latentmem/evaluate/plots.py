@@ -124,8 +124,10 @@ def panels(some: Mapping[str, Curves], x: str, title: str, path: Path, *, ticks:
         if not alike:
             axis.legend(frameon=False)
     if alike:
-        handles, names = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+        shown = {
+            name: line for axis in axes[:, 0] for line, name in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, frameon=False)
     axes[-1, 0].set_xlabel(x)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)

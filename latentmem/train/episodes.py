@@ -157,9 +157,12 @@ class Episodes:
         if needing and not prose:
             raise ValueError(f"objectives.{needing[0]} needs a source of kind text; give one, or take it out.")
         self._prose = prose
+        self._held = lru_cache(maxsize=512)(self._documents)
+        self._named = {document.id: document for source in sources for document in source.all}
         self._titled: dict[str, list[Document]] = {}
-        for document in (document for source in sources for document in source.all if document.questions):
-            self._titled.setdefault(document.title, []).append(document)
+        for document in self._named.values():
+            if document.questions:
+                self._titled.setdefault(document.title, []).append(document)
 
     def __getitem__(self, number: int) -> Episode:
         """Episode 0, 1, ...; any of them at any time."""
@@ -325,20 +328,25 @@ class Episodes:
         return some[random.integers(len(some))].format(title=title)
 
     def _near(self, number: int, random: np.random.Generator, documents: Sequence[Document]) -> str | None:
-        """A question about the article of one of these documents that none of what was told lately answers, if any."""
-        held, oldest = {document.id: document.text for document in documents}, self.config.texts.oldest
-        before = self._before(number)
-        for _ in range(-(-oldest // self.config.texts.at_once)):
-            held |= {document.id: document.text for document, _, _ in (self._told(before) if before >= 0 else ())}
-            before = self._before(before)
-        titles = {document.title for document in documents if document.title}
-        some = [other for title in sorted(titles) for other in self._titled.get(title, ()) if other.id not in held]
-        text = " ".join(held.values()).lower()
+        """A question about one of these documents' article that nothing written lately answers, if there is one."""
+        held, since, before = list(documents), 0, self._before(number)
+        while before >= 0 and since < self.config.texts.oldest:
+            held += self._held(before)
+            since, before = since + self._writes(before), self._before(before)
+        ids, asked = {document.id for document in held}, {question for d in held for question, _ in d.questions}
+        titles = sorted({document.title for document in documents if document.title})
+        some = [other for title in titles for other in self._titled.get(title, ()) if other.id not in ids]
+        text = " ".join(document.text for document in held).lower()
         for i in random.permutation(len(some))[:TRIES]:
-            open_ = [question for question, answer in some[i].questions if answer.lower() not in text]
-            if open_:
-                return open_[random.integers(len(open_))]
+            found = [q for q, answer in some[i].questions if q not in asked and answer.lower() not in text]
+            if found and not self._apart.clashes(some[i].text):
+                return found[random.integers(len(found))]
         return None
+
+    def _documents(self, number: int) -> tuple[Document, ...]:
+        """Of the texts that an episode writes."""
+        told = self._told(number)
+        return tuple(document for document, _, _ in told) or tuple(self._named[name] for name in self[number].names)
 
     def _tell(self, number: int) -> tuple[tuple[Document, Ids, tuple[Row, ...]], ...]:
         """What an episode of "recall" or "unknown" writes: ids and questions of each document; others: nothing."""
