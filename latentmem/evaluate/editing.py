@@ -74,7 +74,7 @@ class Settings(protocol.Slots):
 
     Args:
         edits: how many are made one at a time.
-        rows: of `ROWS`; a model has all of them but one, see `Editing.rows`.
+        rows: of `ROWS`; which of them a model does not have, `Editing.rows` says.
         sequence: T, numbers of edits without reset; 1 is an edit at a time.
         seed: of every drop and drawing.
     """
