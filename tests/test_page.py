@@ -3,10 +3,12 @@
 With LATENTMEM_PICTURES set to a folder, the pictures of docs/page.md are taken into it.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,33 @@ def browser():
 def server(trained, tmp_path_factory):
     with running(trained, tmp_path_factory.mktemp("page") / "store", scripted=False) as server:
         yield server
+
+
+@pytest.fixture
+def scripted(trained, tmp_path):
+    """A server of its own whose answers are made up; its memory m holds a text, and another one is empty."""
+    with running(trained, tmp_path / "scripted") as server:
+        for name in ("m", "other"):
+            server.service.store.create(name, trained.empty())
+        server.service.write("m", SAFE, "secret").done.result()
+        yield server
+
+
+@contextlib.contextmanager
+def holding(server, held):
+    """Nothing is written meanwhile."""
+    step = server.engine.call
+
+    def waiting(action):
+        held.wait()
+        return step(action)
+
+    server.engine.call = waiting
+    try:
+        yield
+    finally:
+        held.set()
+        server.engine.call = step
 
 
 @pytest.fixture
@@ -122,7 +151,12 @@ def test_from_nothing_to_an_answer_and_its_source(trained, opened, tmp_path):
             page.get_by_role("textbox", name="Source").fill(source)
             button(page, "Write").click()
             page.get_by_text(f"Written: {source}.").wait_for()
-        assert {one.source: one.tokens for one in server.service.store.stats("alice")} == {"secret": 17, "boat": 25}
+        stats = server.service.store.stats("alice")
+        assert {one.source: one.tokens for one in stats} == {"secret": 17, "boat": 25}
+        ahead = stats[0].forecast
+        assert 1 > ahead[10] > ahead[100] > 0
+        of_secret = page.locator(".source", has_text="secret").locator("dd").all_inner_texts()
+        assert of_secret == ["100%", f"{100 * ahead[1]:.0f}%", f"{100 * ahead[10]:.0f}%", "<1%"]
         page.get_by_role("img", name="30 layers with 42 of 2,048 slots each; of these 60% boat, 40% secret.").wait_for()
         behind, plain = ask(page, "What is the code of the safe?", beside=True)
         assert "4711" in behind and plain and "4711" not in plain
@@ -133,6 +167,16 @@ def test_from_nothing_to_an_answer_and_its_source(trained, opened, tmp_path):
         before = picture(page)
         shares.first.hover()
         wait(lambda: picture(page) != before)  # the others are dimmed
+        page.mouse.move(0, 0)
+        wait(lambda: picture(page) == before)
+        page.locator(".behind .text").click()
+        shares.first.wait_for(state="detached")
+        page.locator(".behind .text").click()
+        shares.first.wait_for()
+        button(page, "secret").click()
+        wait(lambda: picture(page) != before)
+        button(page, "secret").click()
+        wait(lambda: picture(page) == before)
         assert page.title() == "alice · latentmem"
         page.reload()
         page.get_by_role("heading", name="Chat with alice").wait_for()
@@ -171,6 +215,52 @@ def test_an_answer_is_stopped(server, memory, opened):
     button(page, "Send").wait_for()
     page.get_by_text("stopped").first.wait_for()
     wait(lambda: server.service.stats()["answers_running"] == 0)
+
+
+def test_an_answer_is_seen_while_it_comes(scripted, opened):
+    go = threading.Event()
+
+    def said():
+        yield "word\n" * 80
+        go.wait()
+        yield "word\n" * 80
+        go.clear()
+        go.wait()
+        yield "the end"
+
+    scripted.engine.words = said()
+    page = opened(scripted, "m", viewport={"width": 1200, "height": 600})
+    page.get_by_label("answer without memory, too").uncheck()
+    page.get_by_role("textbox", name="Message").fill("Tell me more.")
+    button(page, "Send").click()
+    text, talk = page.locator(".behind .text"), page.locator(".talk")
+    wait(lambda: text.inner_text().count("word") == 80)
+    button(page, "Stop").wait_for()
+    assert talk.evaluate("e => e.scrollHeight - e.scrollTop - e.clientHeight") < 5  # its end is seen
+    talk.evaluate("e => e.scrollTop = 0")
+    page.wait_for_timeout(100)
+    go.set()
+    wait(lambda: text.inner_text().count("word") == 160)
+    assert talk.evaluate("e => e.scrollTop") == 0  # unless one looks at its beginning
+    go.set()
+    button(page, "Send").wait_for()
+    assert text.inner_text().endswith("the end")
+
+
+def test_a_question_waits_for_what_is_written_and_says_so(scripted, opened):
+    page, held = opened(scripted, "m"), threading.Event()
+    page.locator(".source", has_text="secret").wait_for()
+    with holding(scripted, held):
+        scripted.service.write("m", BOAT, "boat")
+        page.get_by_text("Waiting for its turn …").wait_for()
+        page.get_by_role("textbox", name="Message").fill("Where?")
+        page.keyboard.press("Enter")
+        page.get_by_text("It answers once what is being written is in the memory.").wait_for()
+        button(page, "Pin").click()
+        page.get_by_text("It is done once what is being written is in the memory.").wait_for()
+        page.reload()
+        page.get_by_text("Waiting for its turn …").wait_for()
+    page.locator(".source", has_text="boat").wait_for()
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -229,6 +319,44 @@ def test_what_can_not_be_written_is_said(trained, opened, tmp_path):
         page.get_by_role("alert").filter(has_text="no UTF-8 text").wait_for()
         server.close()
         page.get_by_role("alert").filter(has_text="The server does not answer.").first.wait_for()
+
+
+def test_what_is_sent_again_because_no_answer_came_is_written_once(scripted, opened):
+    page, store, lost = opened(scripted, "m"), scripted.service.store, []
+
+    def lose(route):
+        route.fetch()
+        lost.append(route)
+        route.abort()
+
+    def written():
+        return [line.source for line in store.history("m") if line.event == "write"]
+
+    page.route("**/write", lose)
+    box = page.get_by_label("Text", exact=True)
+    box.fill(BOAT)
+    page.get_by_role("textbox", name="Source").fill("boat")
+    button(page, "Write").click()
+    page.get_by_role("alert").filter(has_text="boat: The server does not answer.").wait_for()
+    files = [{"name": name, "mimeType": "text/plain", "buffer": name.encode()} for name in ("one.txt", "two.txt")]
+    page.get_by_label("Files to write").set_input_files(files)
+    page.get_by_role("alert").filter(has_text="two.txt: The server does not answer.").wait_for()
+    assert len(lost) == 3 and written() == ["secret", "boat", "one.txt", "two.txt"]
+    page.unroute("**/write")
+    page.locator(".memory", has_text="other").click()
+    page.get_by_role("heading", name="Chat with other").wait_for()
+    page.locator(".memory", has=page.get_by_text("m", exact=True)).click()
+    page.get_by_role("alert").filter(has_text="two.txt").wait_for()  # it is not forgotten
+    button(page.locator(".write .row", has_text="one.txt"), "Try again").click()
+    page.get_by_text("Written: one.txt.").wait_for()
+    button(page.locator(".write .row", has_text="two.txt"), "Dismiss").click()
+    button(page, "Write").click()
+    page.get_by_text("Written: boat.").wait_for()
+    assert box.input_value() == "" and page.locator(".write [role=alert]").count() == 0
+    assert written() == ["secret", "boat", "one.txt", "two.txt"]
+    box.fill(BOAT)
+    button(page, "Write").click()  # after an answer it is a write of its own
+    wait(lambda: len(written()) == 5)
 
 
 # --- mending ----------------------------------------------------------------------------------------------------------
@@ -296,6 +424,58 @@ def test_history_is_looked_at_gone_back_to_and_forked(server, memory, opened):
     button(page.get_by_role("dialog"), "Fork").click()
     page.get_by_role("heading", name="Chat with elsewhere").wait_for()
     assert [s.source for s in store.stats("elsewhere")] == ["secret", "boat"]
+
+
+def test_what_others_take_away_is_said(scripted, opened):
+    page, store = opened(scripted, "m"), scripted.service.store
+    for source, text in (("secret", SAFE), ("boat", BOAT)):
+        store.write(scripted.service.llm, "m", text, source=source)
+    page.locator(".source", has_text="boat").wait_for()
+    page.get_by_role("radio", name="age").check()
+    button(page.locator(".history li").nth(0), "Look").click()
+    assert page.get_by_role("status").filter(has_text="You see version").count() == 0  # it is the newest one
+    button(page.locator(".history li").nth(1), "Look").click()
+    page.get_by_role("status").get_by_text("You see version 2").wait_for()
+    assert page.get_by_role("radio", name="age").is_checked()
+    store.forget_by_replay(scripted.service.llm, "m", "secret")
+    page.get_by_role("alert").filter(has_text="There is no version 2 any more; you see the newest one.").wait_for()
+    page.get_by_role("textbox", name="Message").fill("not sent yet")
+    store.delete("m")
+    page.get_by_role("alert").filter(has_text="There is no memory m, or no longer.").wait_for()
+    assert page.get_by_role("heading", name="Chat with other").count() == 0  # nobody goes on in another one unawares
+    page.locator(".memory", has_text="other").click()
+    page.get_by_role("heading", name="Chat with other").wait_for()
+    page.goto(f"{scripted.url}/#nosuch")
+    page.get_by_role("alert").filter(has_text="There is no memory nosuch").wait_for()
+
+
+def test_what_fails_once_is_asked_for_again(scripted, opened):
+    page, failed = opened(scripted), []
+
+    def fail(route):
+        failed.append(route)
+        route.abort()
+
+    page.route("**/stats", fail, times=1)
+    page.evaluate("location.hash = 'm'")
+    page.locator(".source", has_text="secret").wait_for()
+    assert failed
+
+
+def test_many_memories_are_searched(scripted, opened):
+    page, store = opened(scripted, "m"), scripted.service.store
+    page.locator(".memory").nth(1).wait_for()
+    assert page.get_by_label("Find a memory").count() == 0
+    for i in range(10):
+        store.create(f"team{i}", scripted.service.llm.empty())
+    page.reload()
+    page.get_by_label("Find a memory").fill("EAM3")
+    wait(lambda: page.locator(".memory").count() == 1)
+    page.get_by_label("Find a memory").fill("zz")
+    page.get_by_text("There is none of that name.").wait_for()
+    for i in range(10):
+        store.delete(f"team{i}")
+    wait(lambda: page.locator(".memory").count() == 2)  # a search that is no longer shown hides nothing
 
 
 def test_long_histories_come_in_parts(server, trained, opened):
@@ -370,12 +550,22 @@ def test_a_key_is_asked_for(trained, opened, tmp_path):
         page.get_by_role("alert").filter(has_text="A valid key is needed").wait_for()
         page.get_by_label("Key").fill(key)
         button(page, "Go on").click()
-        page.get_by_role("heading", name="Chat with alice").wait_for()  # bob is not for this key
+        page.get_by_role("alert").filter(has_text="There is no memory bob").wait_for()  # it is not for this key
         assert page.locator(".memory").count() == 1
+        page.locator(".memory", has_text="alice").click()
+        page.get_by_role("heading", name="Chat with alice").wait_for()
         ask(page, "Hello?")
         button(page, "Leave").click()
         page.get_by_label("Key").wait_for()
         assert page.evaluate("sessionStorage.length + localStorage.length") == 0
+        assert page.title() == "latentmem" and "alice" not in page.url
+        assert page.locator("[role=alert]").locator("visible=true").count() == 0  # nothing was done wrong
+        wait(lambda: page.evaluate("document.activeElement.type") == "password")
+        page.keyboard.type(key)
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name="Chat with alice").wait_for()
+        keys.remove("alice")
+        page.get_by_role("alert").filter(has_text="A valid key is needed").wait_for()
 
 
 def test_a_key_that_may_only_read_is_shown_nothing_that_writes(trained, opened, tmp_path):
@@ -435,6 +625,40 @@ def test_with_the_keyboard_alone(server, memory, opened):
     assert place.inner_text().startswith("30 layers")
 
 
+def test_the_focus_stays_near_what_goes_away(scripted, opened):
+    page, store = opened(scripted, "m"), scripted.service.store
+    store.write(scripted.service.llm, "m", BOAT, source="boat")
+    page.locator(".source", has_text="boat").wait_for()
+
+    def focus():
+        return page.evaluate("document.activeElement.innerText || document.activeElement.ariaLabel || ''").strip()
+
+    def press(place, name):
+        button(place, name).focus()
+        page.keyboard.press("Enter")
+
+    page.get_by_role("textbox", name="Message").fill("Where?")
+    press(page, "Send")
+    page.get_by_text("the door is blue").first.wait_for()
+    button(page, "Send").wait_for()
+    assert focus() == "Send"
+    press(page.locator(".history li").nth(1), "Look")
+    page.get_by_role("status").get_by_text("You see version 1").wait_for()
+    assert focus() == "Look"
+    press(page, "Back to the newest")
+    wait(lambda: focus() == "Chat with m")
+    press(page.locator(".source", has_text="boat"), "Pin")
+    page.get_by_role("button", name="Pinned", exact=True).wait_for()
+    assert focus() == "Pinned"
+    press(page.locator(".source", has_text="boat"), "Forget …")
+    press(page, "Forget it")
+    wait(lambda: focus() == "What is in it")
+    press(page, "Delete …")
+    press(page, "Delete it")
+    page.get_by_role("heading", name="Chat with other").wait_for()
+    wait(lambda: focus() != "")
+
+
 def test_age_and_zoom_change_the_picture(server, memory, opened):
     page = opened(server, memory)
     page.locator("canvas").wait_for()
@@ -461,6 +685,41 @@ def test_nothing_keeps_a_screen_reader_out(server, memory, opened, scheme):
     assert found.violations_count == 0, found.generate_report()
 
 
+def test_nothing_keeps_a_screen_reader_out_in_other_states(scripted, opened, trained, tmp_path):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+
+    def check(page):
+        found = axe.run(page)
+        assert found.violations_count == 0, found.generate_report()
+
+    page = opened(scripted, "m")
+    page.locator(".source").wait_for()
+    scripted.engine.go.clear()
+    page.get_by_role("textbox", name="Message").fill("Where?")
+    page.keyboard.press("Enter")
+    page.get_by_role("img", name="answering").first.wait_for()
+    check(page)  # while it answers
+    scripted.engine.go.set()
+    button(page.locator(".history li").nth(1), "Look").click()
+    page.get_by_role("status").get_by_text("You see version 0").wait_for()
+    check(page)  # an older version, which is empty
+    page.goto(f"{scripted.url}/#nosuch")
+    page.get_by_role("alert").filter(has_text="There is no memory nosuch").wait_for()
+    check(page)
+    page.set_viewport_size({"width": 375, "height": 667})
+    check(page)
+    scripted.service.ready = False
+    page.reload()
+    page.get_by_text("The model is being loaded").wait_for()
+    check(page)
+    keys = Keys(tmp_path / "keys.json", required=True)
+    keys.add("alice", ["alice"])
+    with running(trained, tmp_path / "locked", keys=keys) as server:
+        page = opened(server)
+        page.get_by_label("Key").wait_for()
+        check(page)
+
+
 def test_on_a_phone(server, memory, opened):
     page = opened(server, memory, viewport={"width": 390, "height": 780}, device_scale_factor=2, has_touch=True)
     ask(page, "What is the code of the safe?", beside=True)
@@ -477,6 +736,46 @@ def test_on_a_phone(server, memory, opened):
     button(page.get_by_role("navigation", name="Parts of the page"), "Memories").click()
     page.locator(".memory", has_text=memory).click()
     page.locator(".chat").wait_for()
+
+
+@pytest.mark.parametrize("size", [(320, 560), (375, 667), (1280, 560)])
+def test_long_names_and_small_windows_move_nothing_out_of_sight(scripted, opened, size):
+    llm, store = scripted.service.llm, scripted.service.store
+    for name in ("long_" + "x" * 59, "second"):
+        store.create(name, llm.empty())
+        for source in ("Invoice_" + "y" * 200 + ".txt", "\u202egnp.exe \u05e9\u05dc\u05d5\u05dd", "a b " * 60):
+            store.write(llm, name, SAFE, source=source)
+    page = opened(scripted, "second", viewport={"width": size[0], "height": size[1]})
+    page.locator(".source").last.wait_for(state="attached")
+    file = {"name": "Invoice_2026_11_26_customer_4711_final_version_signed.pdf.txt", "mimeType": "text/plain"}
+    page.get_by_label("Files to write").set_input_files([{**file, "buffer": b"4711"}])
+    page.get_by_text("Written: Invoice_2026").wait_for(state="attached")
+    for place in ("Chat", "Memory", "History", "Memories") if size[0] < 1000 else (None,):
+        if place:
+            button(page.get_by_role("navigation", name="Parts of the page"), place).click()
+        wide = page.evaluate(
+            "[...document.querySelectorAll('.app, .app > *, .side *, .memories *, .chat > *')].filter(e => "
+            "e.checkVisibility() && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.className)"
+        )
+        assert not wide, place
+        html = page.locator("html")
+        assert html.evaluate("e => [e.scrollHeight - innerHeight, e.scrollWidth - innerWidth]") == [0, 0], place
+    page.goto(f"{scripted.url}/#long_{'x' * 59}")
+    page.locator("#chat-title", has_text="Chat with long_").wait_for(state="attached")
+    page.locator(".memory-part button", has_text="Fork …").dispatch_event("click")
+    button(page.get_by_role("dialog"), "Fork").click()
+    wait(lambda: f"long_{'x' * 57}-2" in store)
+
+
+def test_on_every_part_of_a_phone_one_sees_that_the_server_is_gone(scripted, opened):
+    page = opened(scripted, "m", viewport={"width": 375, "height": 667})
+    page.locator(".source").wait_for(state="attached")
+    page.route("**/v1/**", lambda route: route.abort())
+    for place in ("Memory", "History", "Memories", "Chat"):
+        button(page.get_by_role("navigation", name="Parts of the page"), place).click()
+        page.get_by_role("alert").filter(has_text="The server does not answer.").locator("visible=true").wait_for()
+    page.unroute("**/v1/**")
+    page.get_by_role("alert").filter(has_text="The server does not answer.").first.wait_for(state="hidden")
 
 
 def test_ten_thousand_slots_each_of_another_update(server, memory, opened):

@@ -3,10 +3,12 @@ import * as api from "./api";
 import { Chat, type Exchange } from "./Chat";
 import { Dialog, Problem } from "./Dialog";
 import { Fork, History } from "./History";
+import { keepFocus } from "./focus";
 import { forgetAll, forgetOf, useKept } from "./kept";
 import { KeyForm, Memories } from "./Memories";
 import { useMemory } from "./memory";
 import { Pool } from "./Pool";
+import { plural } from "./pool";
 import { bytes, decoded, sleep, useWork, words } from "./util";
 import { Sources } from "./Sources";
 import { Write } from "./Write";
@@ -31,14 +33,17 @@ export function App() {
     const found = await api.memories();
     if (turn !== lists.current) return; // a newer one is under way
     setAll(found);
-    setChosen((now) => (found.some((one) => one.id === now) ? now : (found[0]?.id ?? "")));
+    setChosen((now) => now || (found[0]?.id ?? "")); // one that is gone is not silently another one
     setError("");
   }, []);
 
   const refused = useCallback((failed: unknown) => {
     setError(words(failed));
     if (!(failed instanceof api.Failed)) return;
-    if (failed.status === 401) setState("key");
+    if (failed.status === 401) {
+      api.key.set("");
+      setState("key");
+    }
     if (failed.status === 404) list().catch(() => undefined);
     if (failed.status === 503)
       api
@@ -62,8 +67,9 @@ export function App() {
           setError("");
         } catch (failed) {
           if (ended) return;
-          setError(words(failed));
-          if (failed instanceof api.Failed && failed.status === 401) return setState("key");
+          const refused = failed instanceof api.Failed && failed.status === 401;
+          setError(refused && !api.key.get() ? "" : words(failed)); // one that has none yet has done nothing wrong
+          if (refused) return setState("key");
         }
         await sleep(1000);
       }
@@ -74,15 +80,16 @@ export function App() {
   const many = all.length > MANY;
   useEffect(() => {
     if (state !== "there" || many) return;
-    const timer = setInterval(() => document.hidden || list().catch(() => undefined), LOOK);
+    const timer = setInterval(() => document.hidden || list().catch(refused), LOOK);
     return () => clearInterval(timer);
   }, [state, many]);
   useEffect(() => {
     if (state === "there") history.replaceState(null, "", chosen ? `#${encodeURIComponent(chosen)}` : " ");
-    document.title = chosen ? `${chosen} · latentmem` : "latentmem";
+    document.title = chosen && state === "there" ? `${chosen} · latentmem` : "latentmem";
   }, [chosen, state]);
+  useEffect(keepFocus, []);
   useEffect(() => {
-    const follow = () => setChosen(decoded(location.hash.slice(1)));
+    const follow = (event: HashChangeEvent) => setChosen(decoded(new URL(event.newURL).hash.slice(1)));
     const keep = (event: Event) => event.preventDefault(); // a file that misses its place does not take the page away
     addEventListener("hashchange", follow);
     addEventListener("dragover", keep);
@@ -94,7 +101,7 @@ export function App() {
     };
   }, []);
 
-  if (state === "key") return <KeyForm known={() => setState("loading")} />;
+  if (state === "key") return <KeyForm known={() => setState("loading")} reason={error} />;
   if (state === "loading")
     return (
       <main class="alone">
@@ -105,6 +112,7 @@ export function App() {
         </div>
       </main>
     );
+  const there = all.some((one) => one.id === chosen);
   const choose = (id: string) => {
     setChosen(id);
     if (place === "memories") setPlace("chat");
@@ -122,6 +130,8 @@ export function App() {
             onClick={() => {
               api.key.set("");
               forgetAll();
+              setChosen("");
+              history.replaceState(null, "", " ");
               setState("loading");
             }}
           >
@@ -137,13 +147,17 @@ export function App() {
         ))}
       </nav>
       <Memories all={all} chosen={chosen} writes={writes} choose={choose} changed={list} />
-      {chosen && all.some((one) => one.id === chosen) ? (
+      {there ? (
         <One key={chosen} id={chosen} model={model} writes={writes} refused={refused} list={list} choose={choose} />
       ) : (
-        <main class="middle">
-          <p class="quiet empty">A memory holds what you write into it, and the model answers from it.</p>
-          <Problem text={error} />
-        </main>
+        <>
+          <div class="alarm">
+            <Problem text={error || (chosen && `There is no memory ${chosen}, or no longer. Choose another one.`)} />
+          </div>
+          <main class="middle">
+            <p class="quiet empty">A memory holds what you write into it, and the model answers from it.</p>
+          </main>
+        </>
       )}
     </div>
   );
@@ -176,6 +190,7 @@ function One(props: {
     setTalk((talk) => talk.map((one) => ({ ...one, behind: { ...one.behind, version: null } })));
   };
   const place = slots && only !== null ? slots.sources.indexOf(only) : -1;
+  const waits = version === null && (info?.pending ?? 0) > 0;
   const past = version !== null && (
     <p class="past row" role="status">
       <span class="grow">You see version {version}, and answers come from it.</span>
@@ -186,16 +201,27 @@ function One(props: {
   );
   return (
     <>
+      <div class="alarm">
+        <Problem text={memory.error || memory.notice} />
+      </div>
       <main class="middle">
         {past}
-        <Chat id={id} model={model} version={version} writes={writes} show={show} refresh={memory.refresh} />
+        <Chat
+          id={id}
+          model={model}
+          version={version}
+          writes={writes}
+          waits={waits}
+          show={show}
+          refresh={memory.refresh}
+        />
       </main>
       <aside class="side" aria-label={`The memory ${id}`}>
         {past && <div class="narrow">{past}</div>}
         <div class="memory-part">
           <div class="row">
-            <h2 class="grow">{id}</h2>
-            <button class="small" disabled={work.busy} onClick={() => void work.run(() => api.save(id))}>
+            <h2 class="grow" tabIndex={-1}>{id}</h2>
+            <button class="small" aria-disabled={work.busy} onClick={() => work.busy || void work.run(() => api.save(id))}>
               Export
             </button>
             <button class="small" hidden={!writes} onClick={() => setAsked("fork")}>
@@ -205,8 +231,8 @@ function One(props: {
               Delete …
             </button>
           </div>
-          {info && <p class="quiet">{info.versions} versions, {bytes(info.bytes)} on disk</p>}
-          <Problem text={memory.error || work.error} />
+          {info && <p class="quiet">{plural(info.versions, "version")}, {bytes(info.bytes)} on disk</p>}
+          <Problem text={work.error} />
           {slots && <Pool slots={slots} only={place < 0 ? null : place} />}
           <div hidden={version !== null || !writes}>
             <Write id={id} slots={slots} info={info} refresh={memory.refresh} />
@@ -218,6 +244,7 @@ function One(props: {
               stats={stats}
               only={only}
               show={show}
+              waits={waits}
               fixed={version !== null || !writes}
               forgotten={forgotten}
               refresh={memory.refresh}
@@ -243,6 +270,7 @@ function One(props: {
           onAct={async () => {
             await api.remove(id);
             forgetOf(id);
+            choose("");
             await list();
           }}
           onClose={() => setAsked(null)}

@@ -29,6 +29,7 @@ export function Chat(props: {
   model: string;
   version: number | null;
   writes: boolean;
+  waits: boolean; // a text is being written, and questions wait for it
   show: (source: string | null) => void;
   refresh: () => void;
 }) {
@@ -41,15 +42,21 @@ export function Chat(props: {
   const [stop, setStop] = useState<AbortController | null>(null);
   const list = useRef<HTMLDivElement>(null);
 
+  const follows = useRef(true); // the end is seen, unless one has scrolled away from it
   useEffect(() => {
-    const end = list.current?.lastElementChild;
-    if (stop) end?.scrollIntoView({ block: "end" });
-  }, [talk, stop]);
+    const box = list.current;
+    if (box && stop && follows.current) box.scrollTop = box.scrollHeight;
+  }, [talk, stop, props.waits]);
+  const scrolled = () => {
+    const box = list.current!;
+    follows.current = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
+  };
   useEffect(() => () => stop?.abort(), [stop]);
 
   async function ask(question: string) {
     const abort = new AbortController();
     const place = talk.length;
+    follows.current = true;
     setTalk([...talk, { question, behind: { ...WAITING, version }, plain: beside ? WAITING : null }]);
     setText("");
     setStop(abort);
@@ -87,6 +94,7 @@ export function Chat(props: {
     if (keep) props.refresh();
   }
 
+  const idle = !talk.length || stop !== null;
   const submit = (event: Event) => {
     event.preventDefault();
     if (!stop && text.trim()) void ask(text.trim());
@@ -94,24 +102,32 @@ export function Chat(props: {
   return (
     <section class="chat" aria-labelledby="chat-title">
       <div class="row head">
-        <h2 id="chat-title">
+        <h2 id="chat-title" tabIndex={-1}>
           Chat with {id}
           {version !== null && ` as it was at version ${version}`}
         </h2>
-        <button class="small" disabled={!talk.length || stop !== null} onClick={() => setTalk([])}>
+        <button class="small" aria-disabled={idle} onClick={() => idle || setTalk([])}>
           New chat
         </button>
       </div>
-      <div class="talk" ref={list} role="log" aria-label="Conversation" aria-busy={stop !== null} tabIndex={0}>
+      <div
+        class="talk"
+        ref={list}
+        role="log"
+        aria-label="Conversation"
+        aria-busy={stop !== null}
+        tabIndex={0}
+        onScroll={scrolled}
+      >
         {talk.length === 0 && (
           <p class="quiet empty">
-            Write something into the memory, then ask about it. The same model answers twice: with the memory, and
-            without.
+            {props.writes ? "Write something into the memory, then ask about it." : "Ask about what is in the memory."} The same
+            model answers twice: with the memory, and without.
           </p>
         )}
         {talk.map((one, i) => (
           <article key={i} class="exchange">
-            <p class="question">{one.question}</p>
+            <p class="question" dir="auto">{one.question}</p>
             <div class="answers">
               <Said {...props} title={`With ${id}`} question={one.question} answer={one.behind} traced />
               {one.plain && <Said {...props} title="Without memory" question={one.question} answer={one.plain} />}
@@ -123,6 +139,7 @@ export function Chat(props: {
         <label class="grow">
           <span class="unseen">Message</span>
           <textarea
+            dir="auto"
             rows={2}
             placeholder="Ask something"
             value={text}
@@ -137,7 +154,7 @@ export function Chat(props: {
             Stop
           </button>
         ) : (
-          <button class="primary" disabled={!text.trim()}>
+          <button class="primary" aria-disabled={!text.trim()}>
             Send
           </button>
         )}
@@ -171,6 +188,7 @@ function Said(props: {
   title: string;
   question: string;
   answer: Answer;
+  waits: boolean;
   traced?: boolean;
   show: (source: string | null) => void;
 }) {
@@ -196,10 +214,15 @@ function Said(props: {
   return (
     <div class={`said ${props.traced ? "behind" : ""}`}>
       <h3>{props.title}</h3>
-      <p class="text" onClick={() => can && getSelection()?.isCollapsed && void toggle()}>
-        {answer.text.trim() || (answer.state === "waiting" || answer.state === "running" ? "" : "(nothing)")}
-        {(answer.state === "waiting" || answer.state === "running") && <span class="cursor" aria-label="answering" />}
+      <p class="text" dir="auto" onClick={() => can && getSelection()?.isCollapsed && void toggle()}>
+        {answer.text.trim() || (ended ? "(nothing)" : "")}
+        {(answer.state === "waiting" || answer.state === "running") && (
+          <span class="cursor" role="img" aria-label="answering" />
+        )}
       </p>
+      {props.traced && props.waits && answer.state === "waiting" && (
+        <p class="quiet">It answers once what is being written is in the memory.</p>
+      )}
       {answer.state === "stopped" && <p class="quiet">stopped</p>}
       {answer.cut && <p class="quiet">cut off: an answer is no longer</p>}
       <Problem text={answer.error ?? ""} />
@@ -221,12 +244,12 @@ function Said(props: {
                 onMouseEnter={() => props.show(name)}
                 onMouseLeave={() => props.show(null)}
               >
-                <Swatch source={name} />
+                <Swatch id={props.id} source={name} />
                 <span class="grow">{named(name)}</span>
                 <span class="meter" aria-hidden="true">
                   <span style={{ width: `${100 * share}%` }} />
                 </span>
-                <span>{percent(share)}</span>
+                <span class="share">{percent(share)}</span>
               </li>
             ))}
           </ul>

@@ -32,6 +32,7 @@ export function Dialog(props: {
       ref={dialog}
       onClose={props.onClose}
       onCancel={(event) => work.busy && event.preventDefault()}
+      onKeyDown={(event) => event.key === "Escape" && work.busy && event.preventDefault()} // a second one would close it
       aria-labelledby="dialog-title"
     >
       <form onSubmit={submit}>

@@ -2,7 +2,7 @@ import { useEffect, useRef, useState } from "preact/hooks";
 import * as api from "./api";
 import { Dialog, Problem } from "./Dialog";
 import { Name } from "./Memories";
-import { count, named } from "./pool";
+import { named, plural } from "./pool";
 import { date, useWork, words } from "./util";
 
 /** The versions of a memory, newest first: look at them, go back to them, go on from them elsewhere. */
@@ -49,7 +49,7 @@ export function History(props: {
   const top = lines[0]?.version;
   return (
     <section class="history" aria-labelledby="history-title">
-      <h3 id="history-title">History</h3>
+      <h3 id="history-title" tabIndex={-1}>History</h3>
       <Problem text={error || work.error} />
       <ol class="plain" reversed>
         {lines.map((line) => {
@@ -63,11 +63,13 @@ export function History(props: {
                 {line.tokens > 0 && <What id={id} line={line} />}
               </div>
               <span class="row end">
-                {!seen && (
-                  <button class="small" onClick={() => look(line.version === top ? null : line.version)}>
-                    Look
-                  </button>
-                )}
+                <button
+                  class="small"
+                  aria-pressed={seen}
+                  onClick={() => look(seen || line.version === top ? null : line.version)}
+                >
+                  Look
+                </button>
                 {line.version !== top && props.writes && (
                   <button class="small" onClick={() => setBack(line.version)}>
                     Go back …
@@ -82,7 +84,7 @@ export function History(props: {
         })}
       </ol>
       {more && (
-        <button class="small" disabled={work.busy} onClick={() => void older()}>
+        <button class="small" aria-disabled={work.busy} onClick={() => work.busy || void older()}>
           Older ones
         </button>
       )}
@@ -106,7 +108,7 @@ export function History(props: {
 }
 
 export function Fork({ id, version, forked, onClose }: { id: string; version: number | null; forked: (id: string) => Promise<void>; onClose: () => void }) {
-  const [name, setName] = useState(`${id}-2`);
+  const [name, setName] = useState(`${id.slice(0, 62)}-2`);
   const act = async () => {
     await api.fork(id, name, version);
     await forked(name);
@@ -136,9 +138,9 @@ function What({ id, line }: { id: string; line: api.HistoryLine }) {
   };
   return (
     <details onToggle={open}>
-      <summary>{count(line.tokens)} tokens</summary>
+      <summary>{plural(line.tokens, "token")}</summary>
       <Problem text={error} />
-      {text !== null && <pre>{text}</pre>}
+      {text !== null && <pre dir="auto">{text}</pre>}
     </details>
   );
 }

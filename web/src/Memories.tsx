@@ -1,4 +1,4 @@
-import { useRef, useState } from "preact/hooks";
+import { useEffect, useRef, useState } from "preact/hooks";
 import * as api from "./api";
 import { Dialog, Problem } from "./Dialog";
 import { count } from "./pool";
@@ -16,22 +16,26 @@ export function Memories(props: {
   const [bringing, setBringing] = useState<File | null>(null);
   const [wanted, setWanted] = useState("");
   const input = useRef<HTMLInputElement>(null);
-  const shown = props.all.filter((one) => one.id.toLowerCase().includes(wanted.toLowerCase()));
+  const many = props.all.length > 10;
+  const shown = props.all.filter((one) => !many || one.id.toLowerCase().includes(wanted.toLowerCase()));
   return (
     <nav class="memories" aria-label="Memories">
       <div class="row">
-        <h2>Memories</h2>
+        <h2 tabIndex={-1}>Memories</h2>
         <button class="primary small" hidden={!props.writes} onClick={() => setMaking(true)}>
           New
         </button>
       </div>
-      {props.all.length === 0 && <p class="quiet">None yet. Make one, write a text into it, and ask.</p>}
-      {props.all.length > 10 && (
+      {props.all.length === 0 && (
+        <p class="quiet">{props.writes ? "None yet. Make one, write a text into it, and ask." : "None that this key may read."}</p>
+      )}
+      {many && (
         <label>
           <span class="unseen">Find a memory</span>
-          <input placeholder="Find" value={wanted} onInput={(event) => setWanted(event.currentTarget.value)} />
+          <input type="search" placeholder="Find" value={wanted} onInput={(event) => setWanted(event.currentTarget.value)} />
         </label>
       )}
+      {many && shown.length === 0 && <p class="quiet">There is none of that name.</p>}
       <ul class="plain">
         {shown.map((one) => (
           <li key={one.id}>
@@ -132,8 +136,10 @@ export function Name({ value, set }: { value: string; set: (name: string) => voi
 }
 
 /** Asks for the key that the server wants. */
-export function KeyForm({ known }: { known: () => void }) {
+export function KeyForm({ known, reason }: { known: () => void; reason: string }) {
   const [value, setValue] = useState("");
+  const box = useRef<HTMLInputElement>(null);
+  useEffect(() => box.current?.focus(), []);
   const work = useWork();
   const submit = (event: Event) => {
     event.preventDefault();
@@ -157,10 +163,10 @@ export function KeyForm({ known }: { known: () => void }) {
         <pre>latentmem keys add NAME --memories 'NAME'</pre>
         <label>
           Key
-          <input type="password" autocomplete="off" required value={value} onInput={(e) => setValue(e.currentTarget.value)} />
+          <input ref={box} type="password" autocomplete="off" required value={value} onInput={(e) => setValue(e.currentTarget.value)} />
           <small>It is kept in this tab only, until you close it.</small>
         </label>
-        <Problem text={work.error} />
+        <Problem text={work.error || reason} />
         <button class="primary" disabled={work.busy}>
           Go on
         </button>

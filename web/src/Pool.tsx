@@ -1,16 +1,17 @@
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import type { Slots } from "./api";
-import { ageColour, count, css, described, named, pixels, slotAt, sourceColour, updates, type Colouring } from "./pool";
+import { useKept } from "./kept";
+import { ageColour, count, css, described, named, pixels, plural, slotAt, sourceColour, updates, type Colouring } from "./pool";
 
 const ROW = 8; // CSS pixels of a layer
 
 /** The slots of a memory: a row for each layer, oldest on the left; with arrow keys one looks at each of them. */
 export function Pool({ slots, only }: { slots: Slots; only: number | null }) {
   const canvas = useRef<HTMLCanvasElement>(null);
-  const [by, setBy] = useState<Colouring>("source");
+  const [by, setBy] = useKept<Colouring>("colour by", "source");
   const [width, setWidth] = useState(0);
   const [place, setPlace] = useState<[number, number] | null>(null);
-  const [near, setNear] = useState(false);
+  const [near, setNear] = useKept("near", false);
   const places = near && slots.M ? slots.M : slots.N; // that the width of the picture stands for
 
   useEffect(() => {
@@ -64,6 +65,7 @@ export function Pool({ slots, only }: { slots: Slots; only: number | null }) {
     setPlace(place ? within(slots.L, places, place[0] + move[0], place[1] + move[1]) : [0, slots.M - 1]);
   };
 
+  useMemo(() => slots.sources.forEach((source) => sourceColour(slots.id, source)), [slots]); // oldest first
   const summary = useMemo(() => described(slots), [slots]);
   const there = place && slotAt(slots, ...place);
   const [oldest, newest] = updates(slots);
@@ -122,7 +124,7 @@ export function Pool({ slots, only }: { slots: Slots; only: number | null }) {
 }
 
 const AGES = [0, 0.25, 0.5, 0.75, 1].map((share) => css(ageColour(share))).join(", ");
-const age = (ago: number) => (ago <= 0 ? "written by the last update" : `${count(ago)} ${ago === 1 ? "update" : "updates"} ago`);
+const age = (ago: number) => (ago <= 0 ? "written by the last update" : `${plural(ago, "update")} ago`);
 
 function within(L: number, places: number, layer: number, place: number): [number, number] {
   const clamp = (n: number, most: number) => Math.max(0, Math.min(most - 1, n));
@@ -130,6 +132,6 @@ function within(L: number, places: number, layer: number, place: number): [numbe
 }
 
 /** The colour of a source, beside its name. */
-export const Swatch = ({ source }: { source: string }) => (
-  <span class="swatch" aria-hidden="true" style={{ background: css(sourceColour(source)) }} />
+export const Swatch = ({ id, source }: { id: string; source: string }) => (
+  <span class="swatch" aria-hidden="true" style={{ background: css(sourceColour(id, source)) }} />
 );

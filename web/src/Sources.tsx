@@ -1,7 +1,7 @@
 import { useState } from "preact/hooks";
 import * as api from "./api";
 import { Dialog, Problem } from "./Dialog";
-import { count, named, percent } from "./pool";
+import { count, named, percent, plural } from "./pool";
 import { Swatch } from "./Pool";
 import { date, useWork } from "./util";
 
@@ -12,6 +12,7 @@ export function Sources(props: {
   stats: api.Stats;
   only: string | null;
   show: (source: string | null) => void;
+  waits: boolean; // what is asked for comes after a write
   fixed: boolean; // it can not be changed: an older version, or a key that may only read
   forgotten: () => void; // as if it had never been written
   refresh: () => void;
@@ -28,14 +29,19 @@ export function Sources(props: {
   const ahead = Object.keys(stats.sources[0]?.forecast ?? {});
   return (
     <section class="sources" aria-labelledby="sources-title">
-      <h3 id="sources-title">What is in it</h3>
+      <h3 id="sources-title" tabIndex={-1}>What is in it</h3>
       <p class="quiet">
         {stats.half_life
-          ? `Once it is full, half of a text is left after ${count(Math.round(stats.half_life))} updates of ${count(slots.K)} slots.`
+          ? `Once it is full, half of a text is left after ${count(Math.round(stats.half_life))} updates of ${plural(slots.K, "slot")}.`
           : "One update replaces all of it."}
         {slots.R > 0 && ` Its long-term memory holds ${count(slots.stored)} slots; a question takes back up to ${count(slots.R)} of them.`}
       </p>
       <Problem text={work.error} />
+      {work.busy && props.waits && (
+        <p class="quiet" role="status">
+          It is done once what is being written is in the memory.
+        </p>
+      )}
       {stats.sources.length === 0 && <p class="quiet">Nothing yet.</p>}
       <ul class="plain">
         {[...stats.sources].reverse().map((one) => (
@@ -46,10 +52,10 @@ export function Sources(props: {
               title="Show only this one in the picture"
               onClick={() => props.show(props.only === one.source ? null : one.source)}
             >
-              <Swatch source={one.source} />
+              <Swatch id={id} source={one.source} />
               {named(one.source)}
             </button>
-            <span class="quiet">{count(one.tokens)} tokens</span>
+            <span class="quiet">{plural(one.tokens, "token")}</span>
             <span class="meter" role="img" aria-label={`${percent(one.left)} left`}>
               <span style={{ width: `${100 * one.left}%` }} />
             </span>
@@ -73,7 +79,12 @@ export function Sources(props: {
             </dl>
             {one.expires && <span class="quiet">expires {date(one.expires)}</span>}
             <span class="row end" hidden={props.fixed}>
-              <button class="small" aria-pressed={one.pinned} disabled={work.busy} onClick={() => void pin(one)}>
+              <button
+                class="small"
+                aria-pressed={one.pinned}
+                aria-disabled={work.busy}
+                onClick={() => work.busy || void pin(one)}
+              >
                 {one.pinned ? "Pinned" : "Pin"}
               </button>
               <button class="small" onClick={() => setExpiring(one)}>

@@ -2,12 +2,14 @@ import { useEffect, useRef, useState } from "preact/hooks";
 import * as api from "./api";
 import { Problem } from "./Dialog";
 import { useKept } from "./kept";
-import { count } from "./pool";
+import { count, named } from "./pool";
 import { useLatest, words } from "./util";
 
 interface Job {
   key: string; // makes a write happen once, however often it is sent
+  what: Parameters<typeof api.write>[1];
   name: string;
+  about: string; // a failure is shown until the same is sent again
   version: number | null; // once it is accepted
   state: "sent" | "waiting" | "written" | "failed";
   error: string;
@@ -19,6 +21,7 @@ export function Write(props: { id: string; slots: api.Slots | null; info: api.Me
   const [text, setText] = useKept(`text ${id}`, "");
   const [source, setSource] = useKept(`source ${id}`, "");
   const [jobs, setJobs] = useKept<Job[]>(`jobs ${id}`, []);
+  const [keys, setKeys] = useKept<Record<string, string>>(`keys ${id}`, {}); // of what was sent and not answered
   const [over, setOver] = useState(false);
   const input = useRef<HTMLInputElement>(null);
   const line = useRef<Promise<void>>(Promise.resolve()); // what is sent waits for what was sent before
@@ -27,16 +30,23 @@ export function Write(props: { id: string; slots: api.Slots | null; info: api.Me
   const change = (key: string, to: Partial<Job>) =>
     setJobs((now) => now.map((job) => (job.key === key ? { ...job, ...to } : job)));
 
-  function send(name: string, what: Parameters<typeof api.write>[1], key: string, sent?: () => void) {
+  function send(what: Job["what"]) {
+    const same = "text" in what ? [what.source, what.text] : [what.file.name, what.file.size, what.file.lastModified];
+    const attempt = JSON.stringify(same); // what is sent again, because no answer came, is written once
+    const key = keys[attempt] ?? api.newKey();
+    setKeys((now) => ({ ...now, [attempt]: key }));
+    const name = "text" in what ? what.source : what.file.name;
+    const about = "text" in what ? attempt : name;
     setJobs((now) => [
-      ...now.filter((job) => job.state === "sent" || job.state === "waiting").filter((job) => job.key !== key),
-      { key, name, version: null, state: "sent", error: "" },
+      ...now.filter(({ state, ...job }) => state !== "written" && job.key !== key && (state !== "failed" || job.about !== about)), // prettier-ignore
+      { key, what, name, about, version: null, state: "sent", error: "" },
     ]);
     line.current = line.current.then(async () => {
       try {
         const { version, state } = await api.write(id, what, key);
         change(key, { version, state: state === "applied" ? "written" : "waiting" });
-        sent?.();
+        setKeys(({ [attempt]: _, ...others }) => others);
+        if ("text" in what && latest.current.text === what.text) setText("");
       } catch (error) {
         change(key, { state: "failed", error: words(error) });
       }
@@ -44,21 +54,13 @@ export function Write(props: { id: string; slots: api.Slots | null; info: api.Me
     });
   }
 
-  const attempt = useRef({ text: "", source: "", key: "" }); // the same text that is sent again is written once
+  const sending = jobs.some((job) => job.state === "sent");
   const submit = (event: Event) => {
     event.preventDefault();
-    const name = source.trim() || "text";
-    if (attempt.current.text !== text || attempt.current.source !== name)
-      attempt.current = { text, source: name, key: api.newKey() };
-    const sent = text;
-    send(name, { text, source: name }, attempt.current.key, () => {
-      attempt.current.key = "";
-      attempt.current.text = "";
-      if (latest.current.text === sent) setText("");
-    });
+    if (!sending && text.trim()) send({ text, source: source.trim() || "text" });
   };
   const files = (some: FileList | null | undefined) => {
-    for (const file of some ?? []) send(file.name, { file, source: source.trim() }, api.newKey());
+    for (const file of some ?? []) send({ file }); // its name is its source
   };
 
   // what was accepted is in the memory when nothing of it waits any more; then one asks what became of it
@@ -107,6 +109,7 @@ export function Write(props: { id: string; slots: api.Slots | null; info: api.Me
         <label>
           <span class="unseen">Text</span>
           <textarea
+            dir="auto"
             rows={3}
             required
             placeholder="A text to be remembered; or drop a file here"
@@ -118,6 +121,7 @@ export function Write(props: { id: string; slots: api.Slots | null; info: api.Me
           <label class="grow">
             <span class="unseen">Source</span>
             <input
+              dir="auto"
               placeholder="where it is from, such as diary"
               maxLength={256}
               value={source}
@@ -127,7 +131,7 @@ export function Write(props: { id: string; slots: api.Slots | null; info: api.Me
           <button type="button" onClick={() => input.current?.click()}>
             File …
           </button>
-          <button class="primary" disabled={!text.trim() || jobs.some((job) => job.state === "sent")}>
+          <button class="primary" aria-disabled={!text.trim() || sending}>
             Write
           </button>
         </div>
@@ -144,7 +148,7 @@ export function Write(props: { id: string; slots: api.Slots | null; info: api.Me
           event.currentTarget.value = "";
         }}
       />
-      {(now || open.length > 0) && (
+      {(now || open.length > 0 || (info?.pending ?? 0) > 0) && (
         <label class="progress">
           {now ? `${count(now.done)} of ${count(now.total)} tokens written` : "Waiting for its turn …"}
           <progress {...(now ? { value: now.done, max: now.total } : {})} />
@@ -152,13 +156,23 @@ export function Write(props: { id: string; slots: api.Slots | null; info: api.Me
       )}
       <p class="quiet" aria-live="polite">
         {open.length > 0
-          ? `Writing: ${open.map((job) => job.name).join(", ")}.`
-          : last.length > 0 && `Written: ${last.map((job) => job.name).join(", ")}.`}
+          ? `Writing: ${open.map((job) => named(job.name)).join(", ")}.`
+          : last.length > 0 && `Written: ${last.map((job) => named(job.name)).join(", ")}.`}
       </p>
       {jobs
         .filter((job) => job.state === "failed")
         .map((job) => (
-          <Problem key={job.key} text={`${job.name}: ${job.error}`} />
+          <div key={job.key} class="row">
+            <div class="grow">
+              <Problem text={`${named(job.name)}: ${job.error}`} />
+            </div>
+            <button class="small" onClick={() => send(job.what)}>
+              Try again
+            </button>
+            <button class="small" onClick={() => setJobs((now) => now.filter((one) => one !== job))}>
+              Dismiss
+            </button>
+          </div>
         ))}
     </section>
   );

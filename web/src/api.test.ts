@@ -1,5 +1,5 @@
-import { describe, expect, it } from "vitest";
-import { events } from "./api";
+import { describe, expect, it, vi } from "vitest";
+import { chat, events } from "./api";
 
 async function read(parts: Uint8Array[]): Promise<string[]> {
   const found: string[] = [];
@@ -25,5 +25,35 @@ describe("server-sent events", () => {
 
   it("leave out one that breaks off", async () => {
     expect(await read([bytes.slice(0, -3)])).toEqual(['{"a":"häß→🦊"}']);
+  });
+});
+
+describe("an answer", () => {
+  const ask = async (body: ReadableStream<Uint8Array>) => {
+    vi.stubGlobal("sessionStorage", { getItem: () => null });
+    vi.stubGlobal("fetch", () => Promise.resolve(new Response(body)));
+    const said: string[] = [];
+    try {
+      for await (const piece of chat("m", [], null, new AbortController().signal)) said.push(piece.text);
+    } catch (error) {
+      said.push((error as Error).message);
+    }
+    return said;
+  };
+  const piece = new TextEncoder().encode('data: {"choices":[{"delta":{"content":"yes"}}]}\n\n');
+
+  it("says in words of ours that the connection broke off, however it did", async () => {
+    for (const end of ["close", "error"] as const) {
+      let sent = false;
+      const body = new ReadableStream<Uint8Array>({
+        pull(stream) {
+          if (!sent) stream.enqueue(piece);
+          else if (end === "close") stream.close();
+          else stream.error(new TypeError("network error"));
+          sent = true;
+        },
+      });
+      expect(await ask(body)).toEqual(["yes", "The connection broke off."]);
+    }
   });
 });

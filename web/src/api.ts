@@ -184,16 +184,20 @@ export const expire = (id: string, source: string, after: number | null) =>
   json<unknown>("POST", at(id, "/expire"), { source, after });
 
 /** Accept a text or a file; it is in the memory when `slots` shows the version. */
-export function write(
+export async function write(
   id: string,
-  what: { text: string; source: string } | { file: File; source: string },
+  what: { text: string; source: string } | { file: File },
   once: string,
 ): Promise<Written> {
   if ("text" in what) return json("POST", at(id, "/write"), { ...what, wait: false }, { once });
+  try {
+    await what.file.slice(0, 1).arrayBuffer();
+  } catch {
+    throw new Failed("It can not be read any more, or is no file.", 0);
+  }
   const form = new FormData();
   form.set("file", what.file);
   form.set("wait", "false");
-  if (what.source) form.set("source", what.source);
   return json("POST", at(id, "/write"), form, { once });
 }
 
@@ -247,7 +251,7 @@ export async function* chat(
   const body = { model, messages, stream: true, ...(memory ? { memory } : {}) };
   const response = await request("POST", "/v1/chat/completions", body, { signal });
   if (!response.body) return;
-  for await (const data of events(response.body)) {
+  for await (const data of unbroken(events(response.body), signal)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data) as Chunk;
     if (chunk.error) throw new Failed(chunk.error.message, 500);
@@ -255,5 +259,16 @@ export async function* chat(
     const piece: Piece = { text: first?.delta?.content ?? "", cut: first?.finish_reason === "length" };
     yield chunk.memory ? { ...piece, memory: chunk.memory } : piece;
   }
-  throw new Failed("The connection broke off.", 0);
+  throw new Failed(BROKEN, 0);
+}
+
+const BROKEN = "The connection broke off.";
+
+/** What comes in, with the browser's words for a connection that is lost replaced by ours. */
+async function* unbroken<T>(from: AsyncGenerator<T>, signal: AbortSignal): AsyncGenerator<T> {
+  try {
+    yield* from;
+  } catch (error) {
+    throw signal.aborted ? error : new Failed(BROKEN, 0);
+  }
 }

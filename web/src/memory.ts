@@ -11,6 +11,8 @@ export interface Shown {
   stats: api.Stats | null;
   info: api.MemoryInfo | null;
   error: string;
+  /** What became of a version that was looked at. */
+  notice: string;
   /** What the page shows and asks; null: the newest version. */
   version: number | null;
   look: (version: number | null) => void;
@@ -25,6 +27,7 @@ export function useMemory(id: string, refused: (error: unknown) => void): Shown 
   const [info, setInfo] = useState<api.MemoryInfo | null>(null);
   const [version, setVersion] = useState<number | null>(null);
   const [error, setError] = useState("");
+  const [notice, setNotice] = useState("");
   const wake = useRef<() => void>(() => undefined);
   const latest = useLatest(refused);
 
@@ -58,8 +61,14 @@ export function useMemory(id: string, refused: (error: unknown) => void): Shown 
       const state = JSON.stringify([wish, found.versions, found.changed, found.M, found.pending]);
       const writing = found.pending > 0;
       if (state !== known || (writing && version === null)) {
-        const seen = await api.slots(id, version);
-        if (ended) return 0;
+        const seen = await api.slots(id, version).catch((problem: unknown) => {
+          if (version === null || !(problem instanceof api.Failed) || problem.status !== 404) throw problem;
+          if (ended) return null;
+          setNotice(`There is no version ${version} any more; you see the newest one.`);
+          setVersion(null);
+          return null;
+        });
+        if (ended || !seen) return 0;
         setSlots(seen);
         const now = JSON.stringify([seen.version, seen.writing]);
         if (now !== progress) moved = Date.now();
@@ -77,7 +86,11 @@ export function useMemory(id: string, refused: (error: unknown) => void): Shown 
       api
         .stats(id, at)
         .then((one) => !ended && turn === asked && setStats(one))
-        .catch(failed);
+        .catch((problem: unknown) => {
+          if (ended || turn !== asked) return;
+          known = ""; // so that it is asked for again
+          failed(problem);
+        });
     }
 
     void (async () => {
@@ -110,5 +123,9 @@ export function useMemory(id: string, refused: (error: unknown) => void): Shown 
   }, [id, version]);
 
   const refresh = useCallback(() => wake.current(), []);
-  return { slots, stats, info, error, version, look: setVersion, refresh };
+  const go = useCallback((to: number | null) => {
+    setNotice("");
+    setVersion(to);
+  }, []);
+  return { slots, stats, info, error, notice, version, look: go, refresh };
 }

@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
 import type { Slots } from "./api";
-import { ageColour, described, pixels, slotAt, sourceColour, updates } from "./pool";
+import { ageColour, described, named, pixels, plural, slotAt, sourceColour, updates } from "./pool";
 
 const made = (more: Partial<Slots> = {}): Slots => ({
   id: "a", version: 3, L: 2, M: 6, N: 8, K: 4, R: 0, updates: 5, stored: 0, sources: ["x", "y"],
@@ -13,17 +13,22 @@ const colours = (data: Uint8ClampedArray, width: number, row: number) =>
 describe("the picture", () => {
   it("shows the source of every slot, and nothing where there is none", () => {
     const data = pixels(made(), 8, 8, "source", null);
-    const [x, y, old] = ["x", "y", undefined].map((name) => [...sourceColour(name), 255]);
+    const [x, y, old] = ["x", "y", undefined].map((name) => [...sourceColour("a", name), 255]);
     const none = [0, 0, 0, 0];
     expect(colours(data, 8, 0)).toEqual([x, x, y, y, y, y, none, none]);
     expect(colours(data, 8, 1)).toEqual([old, x, y, y, y, y, none, none]);
   });
 
   it("keeps the colours of sources when one of them is forgotten", () => {
-    const [x, y] = ["x", "y"].map(sourceColour);
+    const [x, y] = ["x", "y"].map((name) => sourceColour("a", name));
     expect(x).not.toEqual(y);
     const row = colours(pixels(made({ sources: ["y"], M: 4, layers: [[0, 5, 4]] }), 8, 8, "source", null), 8, 0);
     expect(row[0]).toEqual([...y!, 255]);
+  });
+
+  it("gives the sources of each memory ten colours, whatever others hold", () => {
+    const ten = (id: string) => new Set("abcdefghij".split("").map((name) => sourceColour(id, name).join()));
+    expect([ten("one").size, ten("two").size]).toEqual([10, 10]);
   });
 
   it("is as wide as it is told to be, and each column shows its first slot", () => {
@@ -61,7 +66,7 @@ describe("the picture", () => {
       for (let layer = 0; layer < 3; layer++)
         colours(data, width, layer).forEach((one, x) => {
           const there = slotAt(slots, layer, Math.floor((x * 400) / width));
-          expect(one).toEqual(there ? [...sourceColour(slots.sources[there.source]), 255] : [0, 0, 0, 0]);
+          expect(one).toEqual(there ? [...sourceColour("a", slots.sources[there.source]), 255] : [0, 0, 0, 0]);
         });
     }
   });
@@ -79,6 +84,12 @@ describe("in words", () => {
   it("says how full it is and of what", () => {
     expect(described(made())).toBe("2 layers with 6 of 8 slots each; of these 67% y, 25% x.");
     expect(described(made({ M: 0, layers: [[], []] }))).toBe("An empty memory of 2 layers with room for 8 slots each.");
+  });
+
+  it("counts one and many, and keeps names that turn text round to themselves", () => {
+    expect([plural(1, "token"), plural(1200, "token")]).toEqual(["1 token", "1,200 tokens"]);
+    expect([named("diary"), named("Äpfel 日本"), named("")]).toEqual(["diary", "Äpfel 日本", "older than this memory"]);
+    expect([named("שלום"), named("\u202egnp\u2069.exe")]).toEqual(["\u2068שלום\u2069", "\u2068\u202egnp.exe\u2069"]);
   });
 
   it("knows the oldest update that is left", () => {

@@ -13,13 +13,15 @@ const SOURCES: Colour[] = [
 const OLDER: Colour = [140, 140, 148];
 const AGES: Colour[] = [[62, 38, 110], [52, 96, 150], [38, 148, 138], [120, 196, 88], [246, 220, 70]]; // old to new
 
-const seen = new Map<string, number>();
+const seen = new Map<string, Map<string, number>>(); // the sources of each memory, numbered as they were met
 
-/** The colour of a source, which it keeps as long as the page is open; none is what is older than the memory. */
-export function sourceColour(source: string | undefined): Colour {
+/** The colour of a memory's source, which it keeps as long as the page is open; none is what is older than the memory. */
+export function sourceColour(id: string, source: string | undefined): Colour {
   if (!source) return OLDER;
-  if (!seen.has(source)) seen.set(source, seen.size);
-  return SOURCES[seen.get(source)! % SOURCES.length]!;
+  const met = seen.get(id) ?? new Map<string, number>();
+  if (!met.size) seen.set(id, met);
+  if (!met.has(source)) met.set(source, met.size);
+  return SOURCES[met.get(source)! % SOURCES.length]!;
 }
 
 /** The colour of an update by how old it is: 0 is the first one, 1 the last one. */
@@ -53,7 +55,7 @@ export function pixels(
   const out = new Uint8ClampedArray(width * slots.L * 4);
   const [oldest, newest] = updates(slots);
   const span = Math.max(1, newest - oldest);
-  const colours = slots.sources.map(sourceColour);
+  const colours = slots.sources.map((source) => sourceColour(slots.id, source));
   slots.layers.forEach((runs, layer) => {
     let end = 0;
     for (let i = 0; i < runs.length; i += 3) {
@@ -86,12 +88,17 @@ export function slotAt(slots: Slots, layer: number, place: number): { source: nu
   return null;
 }
 
-/** The name under which a source is shown. */
-export const named = (source: string | undefined) => source || "older than this memory";
+const TURNS = /[\u0590-\u08ff\u200e\u200f\u202a-\u202e\u2066-\u2069\ufb1d-\ufdff\ufe70-\ufefc]/; // the direction of text
+
+/** The name under which a source is shown; one that is read from right to left turns nothing round that is beside it. */
+export function named(source: string | undefined): string {
+  if (!source) return "older than this memory";
+  return TURNS.test(source) ? `\u2068${source.replace(/[\u2066-\u2069]/g, "")}\u2069` : source;
+}
 
 /** What a person who does not see the picture is told. */
 export function described(slots: Slots): string {
-  if (slots.M === 0) return `An empty memory of ${slots.L} layers with room for ${count(slots.N)} slots each.`;
+  if (slots.M === 0) return `An empty memory of ${plural(slots.L, "layer")} with room for ${count(slots.N)} slots each.`;
   const left = slots.sources.map(() => 0);
   for (const runs of slots.layers)
     for (let i = 0; i < runs.length; i += 3) if (runs[i]! >= 0) left[runs[i]!]! += runs[i + 2]!;
@@ -101,9 +108,10 @@ export function described(slots: Slots): string {
     .sort((a, b) => b.share - a.share)
     .slice(0, 3)
     .map((one) => `${percent(one.share)} ${one.name}`);
-  const filled = `${slots.L} layers with ${count(slots.M)} of ${count(slots.N)} slots each`;
+  const filled = `${plural(slots.L, "layer")} with ${count(slots.M)} of ${count(slots.N)} slots each`;
   return `${filled}; of these ${most.join(", ")}.`;
 }
 
 export const count = (n: number) => n.toLocaleString("en");
+export const plural = (n: number, what: string) => `${count(n)} ${what}${n === 1 ? "" : "s"}`;
 export const percent = (share: number) => (share > 0 && share < 0.005 ? "<1%" : `${Math.round(share * 100)}%`);
