@@ -749,7 +749,7 @@ def test_long_names_and_small_windows_move_nothing_out_of_sight(scripted, opened
     page.locator(".source").last.wait_for(state="attached")
     file = {"name": "Invoice_2026_11_26_customer_4711_final_version_signed.pdf.txt", "mimeType": "text/plain"}
     page.get_by_label("Files to write").set_input_files([{**file, "buffer": b"4711"}])
-    page.get_by_text("Written: Invoice_2026").wait_for(state="attached")
+    page.locator(".write").get_by_text("Written: Invoice_2026").wait_for(state="attached")
     for place in ("Chat", "Memory", "History", "Memories") if size[0] < 1000 else (None,):
         if place:
             button(page.get_by_role("navigation", name="Parts of the page"), place).click()
