@@ -464,7 +464,7 @@ class MemoryModel:
     def _chosen(self, memory: Memory, tokens: Tensor) -> Chosen | None:
         """What tokens [n] take of the long-term memory; None: there is nothing to take."""
         self.check(memory)
-        if not memory.R:
+        if not memory.searched:
             return None
         prefix = self._prefix(memory)
         with torch.no_grad(), self.using(READ):
@@ -594,7 +594,7 @@ class MemoryModel:
         for one in some:
             self.check(one)
         fronts = tuple(self._prefix(one).front if one.holds else None for one in some)
-        searched = tuple(one if one.R else None for one in some)
+        searched = tuple(one if one.searched else None for one in some)
         return Context(fronts, tuple(self.room(one) for one in some), READ, searched if any(searched) else ())
 
     def retrieved(self, context: Context, prompts: Sequence[Ids]) -> Context:
@@ -898,7 +898,7 @@ class MemoryModel:
         """
         if not memory.holds:
             return None
-        if ids is None and memory.R:
+        if ids is None and memory.searched:
             raise ValueError("this memory has a long-term part, which is searched for what is asked: give `ids`.")
         front = self._prefix(memory).front if ids is None else self.front(memory, ids)
         assert front is not None

@@ -257,6 +257,33 @@ def test_slots_that_the_memory_still_holds_help_to_find_their_update():
     assert (memory.longterm.column("births")[1][chosen[1]] == 2).sum() == min(4, 8 - len(held))
 
 
+def test_without_a_store_the_best_updates_stand_last():
+    """What is dropped is lost; what is there is read in another order, which only the reader sees."""
+    llm = MemoryModel(tiny_model(num_hidden_layers=6, initializer_range=0.02), byte_tokenizer())
+    plain, searched = (told(llm, llm.empty(N=24, K=8, longterm=ways), 9) for ways in (None, {"R": 1, "limit": 0}))
+    assert torch.equal(plain.slots, searched.slots) and searched.longterm.S == 0 and searched.R == 0
+    text = torch.randint(4, 260, (5,), generator=torch.Generator().manual_seed(8))
+    plain, searched = (told(llm, llm.write_ids(m, text, source="wanted"), 2, seed=7) for m in (plain, searched))
+    logits, places = llm.logits(searched, text, return_retrieved=True)
+    chosen = llm.front(searched, text).chosen
+    wanted = [s.name for s in searched.sources].index("wanted")
+    for i, order in enumerate(chosen.order):
+        mine = searched.origins[i] == wanted
+        count = int(mine.sum())
+        others = (~mine).nonzero()[:, 0]
+        assert 0 < count < 24 and torch.equal(order, torch.cat([others, mine.nonzero()[:, 0]]))
+    assert [len(some) for some in places] == [0] * 6
+    torch.testing.assert_close(logits, llm.logits(twin_of(llm, searched, chosen), text), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits, llm.logits(plain, text), atol=1e-4)
+    assert llm.positions(searched) == llm.positions(plain) and llm.room(searched) == llm.room(plain)
+    rows = llm.generate_ids([searched, plain], [text, text], max_new_tokens=6)
+    for one, m in zip(rows, (searched, plain), strict=True):
+        assert torch.equal(one, llm.generate_ids(m, text, max_new_tokens=6))
+    slots = searched.slots.clone().requires_grad_()
+    llm.logits(replace(searched, slots=slots), text).sum().backward()
+    assert slots.grad.abs().sum() > 0
+
+
 def test_gradients_flow_through_what_is_retrieved(llm):
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6}), 9)
     slots = memory.slots.clone().requires_grad_()

@@ -140,10 +140,11 @@ class LongTerm:
     """What a memory has dropped: S slots of each layer, in the order in which they came.
 
     Args:
-        R: slots that each layer retrieves at most.
+        R: slots that each layer retrieves at most; without a store (`limit` 0) the best updates that have no more slots
+            than this together, and at least the best one, stand nearest to the question.
         places: of each of the memory's own M slots its place within the update that wrote it, [L, M] int32, on the CPU.
         spans: the stored slots.
-        limit: bytes of stored slots; the first that came are the first to go.
+        limit: bytes of stored slots; the first that came are the first to go. 0: what is dropped is lost.
         int8: slots are stored in 8 bits, with a scale for every 32 of their numbers.
         group: what is retrieved together: "update" (what one update wrote; the best ones whole, as R allows) or "slot".
         every: tokens of an answer after which is retrieved again, by what was said since; 0: never.
@@ -253,6 +254,11 @@ class LongTerm:
         origins = self.column("origins").where(self.there, GONE)
         counts = [row[row >= 0].bincount(minlength=sources) for row in origins]
         return torch.stack(counts, dim=1) if counts else torch.zeros(sources, 0, dtype=torch.long)
+
+    @property
+    def arranges(self) -> bool:
+        """Whether there is no store, and a question finds the memory's own slots in an order of its own."""
+        return self.limit == 0 and self.group == "update"
 
     # --- what changes it --------------------------------------------------------------------------------------------
 

@@ -132,6 +132,11 @@ class Memory:
         return self.longterm.most if self.longterm is not None else 0
 
     @property
+    def searched(self) -> bool:
+        """Whether what a question asks decides what it reads, or in which order."""
+        return self.R > 0 or (self.M > 0 and self.longterm is not None and self.longterm.arranges)
+
+    @property
     def holds(self) -> bool:
         """Whether there is anything to read."""
         return self.M > 0 or self.R > 0

@@ -126,7 +126,8 @@ class Recall:
     def likeness(self, i: int, store: LongTerm, hidden: Tensor) -> Tensor:
         """The cosine of what layer i sees of all stored slots and of each of n tokens [n, d], [n, S] float32."""
         asked = normalize(self.normed(i, hidden), dim=-1)
-        found = torch.cat([(asked @ self._seen(store, span, i).T).float() for span in store.spans], dim=1).cpu()
+        near = [(asked @ self._seen(store, span, i).T).float() for span in store.spans]
+        found = torch.cat([asked.new_empty(len(asked), 0, dtype=torch.float32), *near], dim=1).cpu()
         return (found * NEAR).round() / NEAR  # equal slots fit equally, however the store is cut into blocks
 
     def _seen(self, store: LongTerm, span: Span, i: int) -> Tensor:
@@ -181,7 +182,8 @@ class Recall:
         """An update is marked by all of its slots, those that the memory still holds as well.
 
         Those that are marked best stand last, nearest to the question, each with all of its slots together, as many as
-        have R slots; all others in front of them in the order in which they were written.
+        have R slots; all others in front of them in the order in which they were written. Without a store that is all
+        that a search does.
         """
         there = store.there
         births = torch.cat([store.alive, memory.births], dim=1).long() + 1
@@ -203,7 +205,7 @@ class Recall:
         best_first = total.argsort(descending=True, stable=True)
         i = self.searched[0]
         sizes = births[i][births[i] >= 0].bincount(minlength=len(total))[best_first]
-        last = max(1, int((sizes.cumsum(0) <= store.most).sum()))
+        last = max(1, int((sizes.cumsum(0) <= (store.R if store.arranges else store.most)).sum()))
         rank = best_first.argsort()
         found = Chosen([], [])
         for i in range(self.decoder.L):
@@ -245,8 +247,8 @@ class Recall:
 
     def slots(self, store: LongTerm, i: int, places: Tensor) -> Tensor:
         """Stored slots of layer i, [R, d], on the model's device."""
-        found, start = [], 0
         like = torch.empty(0, self.decoder.d, dtype=self.decoder.dtype, device=self.decoder.device)
+        found, start = [like], 0
         order = places.argsort()
         for span in store.spans:
             mine = places[order]
@@ -258,12 +260,12 @@ class Recall:
     @torch.no_grad()
     def layer(self, prefix: Prefix, store: LongTerm, chosen: Chosen, i: int) -> KV:
         """Rotated keys, and values, of layer i: [first ; retrieved and slots]."""
-        new, s = self.decoder.project(i, self.slots(store, i, chosen.places[i])), prefix.s
-        order = chosen.order[i].to(prefix.keys[i].device)
-        keys, values = (
-            torch.cat([some, old[i][:, :, s:]], dim=2).index_select(2, order)
-            for some, old in zip(new, (prefix.keys, prefix.values), strict=True)
-        )
+        own, s = [old[i][:, :, prefix.s :] for old in (prefix.keys, prefix.values)], prefix.s
+        if chosen.R:
+            new = self.decoder.project(i, self.slots(store, i, chosen.places[i]))
+            own = [torch.cat(both, dim=2) for both in zip(new, own, strict=True)]
+        order = chosen.order[i].to(own[0].device)
+        keys, values = (some.index_select(2, order) for some in own)
         positions = torch.arange(s, s + len(order), device=keys.device)[None]
         first_keys, first_values = prefix.first[i]
         keys = torch.cat([first_keys, self.decoder.rotate(i, keys, positions)], dim=2)

@@ -46,6 +46,11 @@ def read(path: Path) -> tuple[dict[str, Any], list[Record]]:
     return config, [record for unit in Folder(path, config).done().values() for record in unit]
 
 
+def _taken(settings: Mapping[str, Any]) -> int:
+    """The slots that an answer takes of a long-term part; none where nothing that is dropped is kept."""
+    return settings.get("longterm", 0) if settings.get("longterm_limit") != 0 else 0
+
+
 def compare(runs: Mapping[str, Path], N: int, *, stream: bool = False) -> list[Line]:
     """The lines of all tables: every run's full memory of N slots, beside floor, oracle, window and BM25.
 
@@ -66,7 +71,7 @@ def compare(runs: Mapping[str, Path], N: int, *, stream: bool = False) -> list[L
         if config["data"]["sha256"] != first["data"]["sha256"]:
             raise ValueError(f"{name} asks other questions than {next(iter(runs))}: draw both with the same options.")
     memories = {
-        name: _cells(records, "ours", N - config["settings"].get("longterm", 0), "full", stream)
+        name: _cells(records, "ours", N - _taken(config["settings"]), "full", stream)
         for name, (config, records) in found.items()
     }
     for name, cells in memories.items():
