@@ -275,7 +275,11 @@ def test_without_a_store_the_best_updates_stand_last():
     assert [len(some) for some in places] == [0] * 6
     torch.testing.assert_close(logits, llm.logits(twin_of(llm, searched, chosen), text), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(logits, llm.logits(plain, text), atol=1e-4)
-    assert llm.positions(searched) == llm.positions(plain) and llm.room(searched) == llm.room(plain)
+    assert llm.positions(searched) == llm.positions(plain) and llm.room(searched, 9) == llm.room(plain, 9)
+    several = replace(searched, longterm=replace(searched.longterm, R=12))  # the best ones with 12 slots together
+    for i, order in enumerate(llm.front(several, text).chosen.order):
+        births = several.births[i][order].tolist()
+        assert births != sorted(births) and births[-1] == searched.births[i][chosen.order[i]][-1]
     rows = llm.generate_ids([searched, plain], [text, text], max_new_tokens=6)
     for one, m in zip(rows, (searched, plain), strict=True):
         assert torch.equal(one, llm.generate_ids(m, text, max_new_tokens=6))

@@ -376,7 +376,8 @@ def _show_facts(title: str, memory: Memory) -> None:
     if memory.longterm is not None:
         store = memory.longterm
         held = f"{int(store.there.sum(1).min())} slots in each layer, {base.size(store.nbytes)}" if store.S else "empty"
-        facts.add_row("long-term", f"{held}; a question takes {store.R} of them at most")
+        takes = f"{held}; a question takes {store.R} of them at most"
+        facts.add_row("long-term", takes if store.limit else "no store; a question arranges the memory's own slots")
     per_slot = f"{memory.compression} token(s) per slot" + f" ({memory.choice})" * (memory.compression > 1)
     facts.add_row("kind", f"{memory.preset}, {per_slot}, seed {memory.seed}")
     facts.add_row("model", base.text(f"{memory.model_name} {memory.model[:12]}"))

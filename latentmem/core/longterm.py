@@ -288,7 +288,7 @@ class LongTerm:
         else:
             orders = written(births.gather(1, dropped), self.places.gather(1, dropped))
         following = replace(self, places=places, clock=clock)
-        if dropped.shape[1]:
+        if dropped.shape[1] and self.limit:
             index = dropped.to(slots.device)[..., None].expand(-1, -1, slots.shape[2])
             some = Some(
                 self._packed(slots.detach().gather(1, index)).cpu(),

@@ -107,7 +107,7 @@ class Recall:
     @torch.no_grad()
     def new_keys(self, memory: Memory, dropped: Tensor) -> Tensor | None:
         """What a trained retriever makes of slots [L, count] of a memory that go to its store, [L, count, width]."""
-        if self.projectors is None or memory.longterm is None:
+        if self.projectors is None or memory.longterm is None or not memory.longterm.limit:
             return None
         found = []
         for i, pair in enumerate(self.projectors.key):

@@ -77,6 +77,10 @@ export function App() {
     return () => void (ended = true);
   }, [state]);
 
+  const there = all.some((one) => one.id === chosen);
+  useEffect(() => {
+    if (state === "there" && chosen && !there) list().catch(refused); // it may have been made since
+  }, [chosen, state]);
   const many = all.length > MANY;
   useEffect(() => {
     if (state !== "there" || many) return;
@@ -112,7 +116,6 @@ export function App() {
         </div>
       </main>
     );
-  const there = all.some((one) => one.id === chosen);
   const choose = (id: string) => {
     setChosen(id);
     if (place === "memories") setPlace("chat");
@@ -128,6 +131,7 @@ export function App() {
           <button
             class="small"
             onClick={() => {
+              lists.current++; // what is on its way was asked for with the key
               api.key.set("");
               forgetAll();
               setChosen("");
@@ -271,7 +275,7 @@ function One(props: {
             await api.remove(id);
             forgetOf(id);
             choose("");
-            await list();
+            await list().catch(props.refused);
           }}
           onClose={() => setAsked(null)}
         >

@@ -47,9 +47,12 @@ export function Chat(props: {
     const box = list.current;
     if (box && stop && follows.current) box.scrollTop = box.scrollHeight;
   }, [talk, stop, props.waits]);
+  const top = useRef(0);
   const scrolled = () => {
     const box = list.current!;
-    follows.current = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
+    if (box.scrollHeight - box.scrollTop - box.clientHeight < 40) follows.current = true;
+    else if (box.scrollTop < top.current) follows.current = false; // more text alone moves nothing up
+    top.current = box.scrollTop;
   };
   useEffect(() => () => stop?.abort(), [stop]);
 

@@ -15,6 +15,12 @@ export function Dialog(props: {
   const dialog = useRef<HTMLDialogElement>(null);
   const work = useWork();
   useEffect(() => dialog.current?.showModal(), []);
+  useEffect(() => {
+    if (!work.busy) return;
+    const stay = (event: KeyboardEvent) => event.key === "Escape" && event.preventDefault(); // a second one would close it
+    document.addEventListener("keydown", stay, true);
+    return () => document.removeEventListener("keydown", stay, true);
+  }, [work.busy]);
   const act = async () => {
     try {
       await props.onAct();
@@ -32,7 +38,6 @@ export function Dialog(props: {
       ref={dialog}
       onClose={props.onClose}
       onCancel={(event) => work.busy && event.preventDefault()}
-      onKeyDown={(event) => event.key === "Escape" && work.busy && event.preventDefault()} // a second one would close it
       aria-labelledby="dialog-title"
     >
       <form onSubmit={submit}>
@@ -40,10 +45,10 @@ export function Dialog(props: {
         {props.children}
         <Problem text={work.error} />
         <div class="row end">
-          <button type="button" disabled={work.busy} onClick={() => dialog.current?.close()}>
+          <button type="button" aria-disabled={work.busy} onClick={() => work.busy || dialog.current?.close()}>
             Cancel
           </button>
-          <button class={props.danger ? "danger" : "primary"} disabled={work.busy}>
+          <button class={props.danger ? "danger" : "primary"} aria-disabled={work.busy}>
             {work.busy ? "Working …" : props.act}
           </button>
         </div>

@@ -8,6 +8,9 @@ export function keepFocus(): () => void {
     around = [];
     for (let one = event.target as Element | null; one; one = one.parentElement) around.push(one);
   };
+  const left = (event: FocusEvent) => {
+    if (!event.relatedTarget) queueMicrotask(() => around[0]?.isConnected && (around = [])); // by a click beside it
+  };
   const watch = new MutationObserver(() => {
     const [lost, ...parts] = around;
     if (!lost || lost.isConnected || document.activeElement !== document.body) return;
@@ -18,9 +21,11 @@ export function keepFocus(): () => void {
     }
   });
   addEventListener("focusin", took);
+  addEventListener("focusout", left);
   watch.observe(document.body, { childList: true, subtree: true });
   return () => {
     removeEventListener("focusin", took);
+    removeEventListener("focusout", left);
     watch.disconnect();
   };
 }

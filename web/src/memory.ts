@@ -38,6 +38,8 @@ export function useMemory(id: string, refused: (error: unknown) => void): Shown 
     let progress = ""; // of the write that is seen
     let moved = 0; // when it last went on
     let asked = 0; // stats, the newest of which counts
+    let wanted: number | null = null; // the version of which they are
+    let missing = 0; // since when they failed; they are asked for again, but seldom
     let woken: () => void = () => undefined;
     wake.current = () => {
       wishes++;
@@ -76,19 +78,25 @@ export function useMemory(id: string, refused: (error: unknown) => void): Shown 
         // what waits is not waited for: those of the version that is there
         if (state !== known) left(writing ? seen.version : version);
       }
+      if (missing && Date.now() - missing >= SELDOM / 2 && state === known) left(wanted);
       known = state;
-      setError("");
+      if (!missing) setError("");
       return writing && version === null && Date.now() - moved < PATIENT ? OFTEN : SELDOM;
     }
 
     function left(at: number | null) {
       const turn = ++asked;
+      wanted = at;
       api
         .stats(id, at)
-        .then((one) => !ended && turn === asked && setStats(one))
+        .then((one) => {
+          if (ended || turn !== asked) return;
+          missing = 0;
+          setStats(one);
+        })
         .catch((problem: unknown) => {
           if (ended || turn !== asked) return;
-          known = ""; // so that it is asked for again
+          missing = Date.now();
           failed(problem);
         });
     }
