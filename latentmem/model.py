@@ -244,7 +244,8 @@ class MemoryModel:
             compression = self.shape.compression if compression is None else compression
             choice = self.shape.choice if choice is None else choice
         compression = 1 if compression is None else compression
-        R = settings.get("R", 0) if settings.get("limit") != 0 else 0  # without a store it takes none
+        store = longterms.empty(self.decoder.L, **settings) if settings else None
+        R = store.takes if store is not None else 0
         if N is None:
             N = 2048
             while N > 8 and self._positions_needed(N, K or min(256, N // 8), preset, compression, R) > self._limit:
@@ -262,8 +263,8 @@ class MemoryModel:
             choice=choice or "last",
             seed=seed,
         )
-        if settings:
-            memory = replace(memory, longterm=longterms.empty(self.decoder.L, **settings))
+        if store is not None:
+            memory = replace(memory, longterm=store)
         need = self._positions_needed(N, K, preset, compression, R)
         if need > self._limit:
             more = f", {R} retrieved ones" if R else ""
@@ -1184,8 +1185,7 @@ class MemoryModel:
         if self.trained:  # a checkpoint was trained behind its pool
             return self._limit
         M = min(memory.N, memory.M + more)
-        kept = memory.longterm is not None and memory.longterm.limit > 0
-        R = memory.longterm.R if memory.longterm is not None and kept and more else memory.R
+        R = memory.longterm.takes if memory.longterm is not None and more else memory.R
         return self._limit - (1 + R + M if R + M else 0)
 
     @property

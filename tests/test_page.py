@@ -67,9 +67,9 @@ def scripted(trained, tmp_path):
 
 
 @contextlib.contextmanager
-def holding(server, held):
+def holding(server):
     """Nothing is written meanwhile."""
-    step = server.engine.call
+    step, held = server.engine.call, threading.Event()
 
     def waiting(action):
         held.wait()
@@ -247,9 +247,9 @@ def test_an_answer_is_seen_while_it_comes(scripted, opened):
 
 
 def test_a_question_waits_for_what_is_written_and_says_so(scripted, opened):
-    page, held = opened(scripted, "m"), threading.Event()
+    page = opened(scripted, "m")
     page.locator(".source", has_text="secret").wait_for()
-    with holding(scripted, held):
+    with holding(scripted):
         scripted.service.write("m", BOAT, "boat")
         page.get_by_text("Waiting for its turn …").wait_for()
         page.get_by_role("textbox", name="Message").fill("Where?")

@@ -256,6 +256,11 @@ class LongTerm:
         return torch.stack(counts, dim=1) if counts else torch.zeros(sources, 0, dtype=torch.long)
 
     @property
+    def takes(self) -> int:
+        """Slots that each layer retrieves once there are as many; 0 without a store."""
+        return self.R if self.limit else 0
+
+    @property
     def arranges(self) -> bool:
         """Whether there is no store, and a question finds the memory's own slots in an order of its own."""
         return self.limit == 0 and self.group == "update"

@@ -37,8 +37,10 @@ export function Write(props: { id: string; slots: api.Slots | null; info: api.Me
     setKeys((now) => ({ ...now, [attempt]: key }));
     const name = "text" in what ? what.source : what.file.name;
     const about = "text" in what ? attempt : name;
+    const stays = (job: Job) =>
+      job.key !== key && (job.state === "failed" ? job.about !== about : job.state !== "written");
     setJobs((now) => [
-      ...now.filter(({ state, ...job }) => state !== "written" && job.key !== key && (state !== "failed" || job.about !== about)), // prettier-ignore
+      ...now.filter(stays),
       { key, what, name, about, version: null, state: "sent", error: "" },
     ]);
     line.current = line.current.then(async () => {
