@@ -7,7 +7,8 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 LOWEST := 5.16.1#  of transformers, as in pyproject.toml; constraints.txt has the newest
 OLD := $(VENV)/transformers-$(LOWEST)
-MODELS := $(addprefix tests/test_,families.py batches.py rows.py attention.py reference.py adapters.py golden.py model.py chat.py train_learner.py train_retriever.py)
+MODELS := $(addprefix tests/,core decoder model/test_batches.py model/test_rows.py model/test_model.py model/test_chat.py \
+	loading/test_golden.py train/test_train_learner.py train/test_train_retriever.py)
 
 .PHONY: demo test lint page page-check page-built clean
 

@@ -20,9 +20,9 @@ import torch
 
 import latentmem
 from latentmem import Store
-from latentmem.serve.batch import Batch, Row
-from latentmem.serve.engine import Sampling
-from latentmem.serve.service import Service
+from latentmem.serve.engine.batch import Batch, Row
+from latentmem.serve.engine.engine import Sampling
+from latentmem.serve.engine.service import Service
 
 
 def main() -> None:

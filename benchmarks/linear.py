@@ -1,4 +1,4 @@
-"""Are the linear layers of `latentmem.core.linear` faster than torch's own on this machine, and from which rows on?
+"""Are the linear layers of `latentmem.decoder.linear` faster than torch's own on this machine, and from which rows on?
 
 All matrices of SmolLM2-135M once (random, float32), as torch multiplies them, as halves, by oneDNN, and as our layer
 chooses; medians of runs in turns.
@@ -16,7 +16,7 @@ import torch
 from speed import in_turns
 from torch import nn
 
-from latentmem.core import linear
+from latentmem.decoder import linear
 
 SHAPES = [(192, 576, 60), (576, 576, 60), (1536, 576, 60), (576, 1536, 30), (49152, 576, 1)]  # out, in, how many
 

@@ -19,10 +19,10 @@ from datetime import date
 import torch
 
 import latentmem
-from latentmem.core import longterm
-from latentmem.core.longterm import Some
 from latentmem.core.memory import Memory, update
-from latentmem.model import READ, MemoryModel
+from latentmem.longterm import blocks, longterm
+from latentmem.longterm.blocks import Some
+from latentmem.model.model import READ, MemoryModel
 
 
 def timed(runs: int, *ways: Callable[[], object]) -> list[float]:
@@ -52,11 +52,11 @@ def with_stored(memory: Memory, S: int, R: int, int8: bool) -> Memory:
     store = longterm.empty(memory.L, memory.M, R=R, limit=1 << 40, int8=int8)
     generator, start = torch.Generator().manual_seed(1), 0
     while start < S:
-        k = min(longterm.BLOCK, S - start)
+        k = min(blocks.BLOCK, S - start)
         slots = torch.randn(memory.L, k, memory.d, generator=generator).to(memory.slots)
         births = (torch.arange(start, start + k, dtype=torch.int32) // 150).expand(memory.L, k)
         orders = torch.arange(start, start + k).expand(memory.L, k)
-        stored = longterm.packed(slots) if int8 else slots
+        stored = blocks.packed(slots) if int8 else slots
         store = store.with_more(Some(stored, births, torch.zeros_like(births), orders, None))
         start += k
     before = -(-S // 150)

@@ -18,7 +18,7 @@ from datetime import date
 
 from playwright.sync_api import Page, Route, sync_playwright
 
-from latentmem.serve import static
+from latentmem.serve.http import static
 
 ORIGIN = "http://page.test"
 FRAMES = """seconds => new Promise(done => {

@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 import latentmem
 from latentmem.evaluate.stats import mean
-from latentmem.prompts import Prompts, Style
+from latentmem.model.prompts import Prompts, Style
 
 WRAPS = ("raw", "system", "user")
 BRIEF = "{question}\nAnswer with a few words."

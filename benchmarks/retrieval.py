@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import latentmem
-from latentmem.core.longterm import marks
 from latentmem.core.memory import Memory
-from latentmem.core.prefix import Front, attention_mask, memory_cache
-from latentmem.core.recall import Chosen
-from latentmem.core.write import layers_seen
-from latentmem.evaluate import questions as sets
-from latentmem.model import READ, Context, MemoryModel
+from latentmem.decoder.cache import Front, attention_mask, memory_cache
+from latentmem.decoder.hooks import layers_seen
+from latentmem.evaluate.data import questions as sets
+from latentmem.longterm.ranking import marks
+from latentmem.longterm.search import Chosen
+from latentmem.model.model import READ, Context, MemoryModel
 
 SETS = {"1 to 3": range(1, 4), "0": range(1), "2": range(2, 3), "0 to 5": range(6), "6 to 12": range(6, 13)}
 

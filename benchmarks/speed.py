@@ -30,9 +30,9 @@ import transformers
 from transformers import DynamicCache
 
 import latentmem
-from latentmem.core import linear
 from latentmem.core.memory import Memory
-from latentmem.model import MemoryModel
+from latentmem.decoder import linear
+from latentmem.model.model import MemoryModel
 
 PROMPT, NEW = 20, 16  # tokens of a question, and of an answer behind its first token
 

@@ -23,7 +23,7 @@ import torch
 
 import latentmem
 from latentmem.core.memory import Memory, update
-from latentmem.model import MemoryModel
+from latentmem.model.model import MemoryModel
 from latentmem.store import Store
 from latentmem.testing import byte_tokenizer, tiny_model
 

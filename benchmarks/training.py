@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from latentmem.adapters import READ
 from latentmem.core.memory import survival
+from latentmem.decoder.adapters import READ
 from latentmem.train import config as configs
 from latentmem.train.episodes import Episode
 from latentmem.train.loop import Run

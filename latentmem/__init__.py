@@ -2,22 +2,23 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from latentmem.version import __version__
+
 __all__ = ["Conversation", "Memory", "MemoryModel", "Store", "__version__", "load"]
 
 if TYPE_CHECKING:
-    from latentmem.chat import Conversation
-    from latentmem.core.memory import Memory
-    from latentmem.loading import load
-    from latentmem.model import MemoryModel
+    from latentmem.files.snapshot import Memory
+    from latentmem.loading.load import load
+    from latentmem.model.chat import Conversation
+    from latentmem.model.model import MemoryModel
     from latentmem.store import Store
 
 _HOMES = {
-    "Conversation": "latentmem.chat",
-    "Memory": "latentmem.core.memory",
-    "MemoryModel": "latentmem.model",
+    "Conversation": "latentmem.model.chat",
+    "Memory": "latentmem.files.snapshot",
+    "MemoryModel": "latentmem.model.model",
     "Store": "latentmem.store",
-    "load": "latentmem.loading",
+    "load": "latentmem.loading.load",
 }
 
 

@@ -10,10 +10,10 @@ import httpx
 import uvicorn
 
 import latentmem
-from latentmem.serve.app import create_app
-from latentmem.serve.engine import Piece
-from latentmem.serve.logs import Log
-from latentmem.serve.service import Service
+from latentmem.serve.engine.engine import Piece
+from latentmem.serve.engine.service import Service
+from latentmem.serve.http.app import create_app
+from latentmem.serve.http.logs import Log
 
 WORDS = ["the ", "door ", "is ", "blue"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typer.main import get_command
 
 from latentmem import cli
-from latentmem.loading import SUPPORTED
+from latentmem.loading.hub import SUPPORTED
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -17,7 +17,7 @@ def blocks(language):
 
 def test_the_python_block_runs(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("latentmem.loading.load", lambda name: trained)
+    monkeypatch.setattr("latentmem.loading.load.load", lambda name: trained)
     (code,) = blocks("python")
     exec(code, {})
     assert capsys.readouterr().out.strip() and (tmp_path / "work.safetensors").is_file()

@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from latentmem.core.memory import Memory
-    from latentmem.model import MemoryModel
+    from latentmem.model.model import MemoryModel
     from latentmem.store import Store
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from latentmem import __version__
+        from latentmem.version import __version__
 
         typer.echo(f"latentmem {__version__}")
         raise typer.Exit
@@ -73,8 +73,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")]
 
 def opened(name: str) -> Store:
     """The store, where a memory of this name can be asked for."""
-    from latentmem import files
     from latentmem.store import check_name
+    from latentmem.store import home as files
 
     check_name(name)
     store, refused = files.opened()

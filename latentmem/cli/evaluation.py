@@ -19,7 +19,7 @@ from latentmem.cli import base
 from latentmem.cli.base import PACKAGED, Adapters, Device, app
 
 if TYPE_CHECKING:
-    from latentmem.model import MemoryModel
+    from latentmem.model.model import MemoryModel
 
 evaluation = typer.Typer(help="Measure a memory: its curves, beside what else could be done.", no_args_is_help=True)
 app.add_typer(evaluation, name="eval", rich_help_panel="Training and measuring")
@@ -149,11 +149,11 @@ def retention(
 ) -> None:
     """How much is still known of a text after others were written, beside floor, oracle, window and BM25."""
     import latentmem
-    from latentmem.evaluate import questions as sets
     from latentmem.evaluate import runner
     from latentmem.evaluate.asking import NEW_TOKENS
-    from latentmem.evaluate.retention import Settings, measure
-    from latentmem.evaluate.summary import terminal
+    from latentmem.evaluate.data import questions as sets
+    from latentmem.evaluate.protocols.retention import Settings, measure
+    from latentmem.evaluate.tables.summary import terminal
 
     if quick:
         if (questions, steps, capacity) != (200, ALL_STEPS, "1024,2048"):
@@ -213,7 +213,7 @@ def compare(
     stream: Annotated[bool, typer.Option("--stream", help="What was asked in streams.")] = False,
 ) -> None:
     """Retention runs side by side: untrained and trained, other presets, other compressions."""
-    from latentmem.evaluate import compare as protocol
+    from latentmem.evaluate.tables import compare as protocol
 
     pairs = [run.partition("=") for run in runs]
     if not all(name and folder for name, _, folder in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
@@ -229,8 +229,8 @@ def effects(
     texts: Annotated[int, typer.Option(min=2, help="Articles to read, and paragraphs to ask about.")] = 100,
 ) -> None:
     """What a memory changes beside remembering: the perplexity of other text, and saying "I don't know"."""
-    from latentmem.evaluate import effects as asked
-    from latentmem.evaluate import questions as sets
+    from latentmem.evaluate.data import questions as sets
+    from latentmem.evaluate.protocols import effects as asked
 
     chosen = sets.load("squad", shared.tokens, questions=4 * texts, per_text=4, seed=shared.seed)
     settings = asked.Settings(**shared.slots, texts=texts)
@@ -257,8 +257,8 @@ def editing(
     ] = None,
 ) -> None:
     """Facts that are changed: by a memory, and by fine-tuning, LoRA, demonstrations and rank-one edits."""
-    from latentmem.evaluate import editing as asked
-    from latentmem.evaluate import edits as sets
+    from latentmem.evaluate.data import edits as sets
+    from latentmem.evaluate.protocols import editing as asked
 
     settings = asked.Settings(edits=edits, rows=tuple(rows.split(",")), sequence=_numbers("--sequence", sequence))
     chosen = sets.load(data, seed=shared.seed, file=file)
@@ -286,7 +286,7 @@ def integrity(
     steps: Annotated[int, typer.Option(min=1, help="Gradient steps on each fact.")] = 1,
 ) -> None:
     """What an endless stream of facts does to a memory, and to a model that is fine-tuned on it instead."""
-    from latentmem.evaluate import integrity as asked
+    from latentmem.evaluate.protocols import integrity as asked
 
     settings = asked.Settings(
         **shared.slots,
@@ -319,9 +319,9 @@ def forget(
     ] = None,
 ) -> None:
     """What is still known of a text that was forgotten on request, in both ways, and what it costs the others."""
-    from latentmem.evaluate import forget as asked
-    from latentmem.evaluate import questions as sets
     from latentmem.evaluate.asking import NEW_TOKENS
+    from latentmem.evaluate.data import questions as sets
+    from latentmem.evaluate.protocols import forget as asked
 
     count = per_text * texts
     chosen = sets.load(data, shared.tokens, questions=count, per_text=per_text, seed=shared.seed)
@@ -340,9 +340,9 @@ def ability(
     mmlu: Annotated[int, typer.Option(min=0, help="MMLU items.")] = 285,
 ) -> None:
     """What a memory of unrelated texts costs what the model could do before: perplexity, BLiMP, PIQA, MMLU."""
-    from latentmem.evaluate import ability as asked
-    from latentmem.evaluate import choices
-    from latentmem.evaluate import questions as sets
+    from latentmem.evaluate.data import choices
+    from latentmem.evaluate.data import questions as sets
+    from latentmem.evaluate.protocols import ability as asked
 
     counts = {"blimp": blimp, "piqa": piqa, "mmlu": mmlu}
     settings = asked.Settings(**shared.slots, texts=texts, blimp=blimp, piqa=piqa, mmlu=mmlu)
@@ -363,7 +363,7 @@ def conversations(
     file: Annotated[Path | None, typer.Option(help="LoCoMo's locomo10.json.", show_default="of LATENTMEM_DATA")] = None,
 ) -> None:
     """Long conversations, written turn by turn and asked about at their end (LoCoMo), by category."""
-    from latentmem.evaluate import conversations as asked
+    from latentmem.evaluate.protocols import conversations as asked
 
     data = asked.load(questions, shared.seed, file)
     chosen = tuple(rows.split(","))
@@ -386,7 +386,7 @@ def longbench(
     passages: Annotated[int, typer.Option(min=1, help="Passages that BM25 retrieves.")] = 5,
 ) -> None:
     """Questions about one long text, beside the text in the context, its end, and BM25."""
-    from latentmem.evaluate import longbench as asked
+    from latentmem.evaluate.protocols import longbench as asked
 
     sets = [asked.load(name, examples, shared.seed) for name in data.split(",")]
     chosen = tuple(rows.split(","))
@@ -415,7 +415,7 @@ def harness(
 ) -> None:
     """Tasks of lm-evaluation-harness, with its own scorers, behind a memory."""
     try:
-        from latentmem.evaluate import harness as asked
+        from latentmem.evaluate.protocols import harness as asked
     except ImportError as error:
         raise ValueError(str(error)) from None
 

@@ -17,7 +17,7 @@ from latentmem.cli.base import Device, Json, ModelName, Name, NewTokens, OwnAdap
 
 if TYPE_CHECKING:
     from latentmem.core.memory import Memory
-    from latentmem.model import MemoryModel
+    from latentmem.model.model import MemoryModel
     from latentmem.store import SourceStats
 
 PANEL = "Memories"
@@ -125,9 +125,9 @@ def chat(
     device: Device = None,
 ) -> None:
     """Talk with a memory; what leaves the conversation is written into it, the rest at the end (Ctrl-D or /exit)."""
-    from latentmem import files
-    from latentmem.chat import Conversation
+    from latentmem.model.chat import Conversation
     from latentmem.store import Turns
+    from latentmem.store import home as files
 
     store, lines = base.opened(memory), _lines()
     before = store.open(memory, store.applied(memory)) if memory in store.names() else None
@@ -162,7 +162,7 @@ def chat(
 @app.command("list", rich_help_panel=PANEL)
 def list_() -> None:
     """List all memories."""
-    from latentmem import files
+    from latentmem.store import home as files
 
     store, refused = files.opened()
     right = ("fill", "versions", "on disk")
@@ -222,8 +222,8 @@ def show(
 @app.command(rich_help_panel=PANEL)
 def rm(memory: Annotated[str, typer.Option("--memory", "-m", help="Name of the memory.")]) -> None:
     """Delete a memory for good, with all its versions and the turns of its chat."""
-    from latentmem import files
     from latentmem.store import check_name
+    from latentmem.store import home as files
 
     check_name(memory)
     store, _ = files.opened()
@@ -243,7 +243,7 @@ def doctor(
     device: Device = None,
 ) -> None:
     """Is memory alive? Answers with the real memory, a zeroed one and another's, side by side; exit code 1 if not."""
-    from latentmem import doctor as examine
+    from latentmem.evaluate.protocols import doctor as examine
 
     if (memory is None) != (question is None):
         raise ValueError("--memory and --question go together: name the memory and what to ask it.")
@@ -458,7 +458,7 @@ def _side_by_side(cases: Any) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from latentmem.doctor import ROWS
+    from latentmem.evaluate.protocols.doctor import ROWS
 
     table = Table(show_lines=True)
     for column in ("question", *ROWS):

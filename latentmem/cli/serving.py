@@ -16,8 +16,8 @@ from latentmem.cli.base import Adapters, Device, ServedQuantize, app
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from latentmem.serve.keys import Keys
-    from latentmem.serve.service import Service
+    from latentmem.serve.engine.service import Service
+    from latentmem.serve.http.keys import Keys
 
 PANEL = "Serving"
 keys = typer.Typer(help="Keys for `latentmem serve`: who may read and write which memories.", no_args_is_help=True)
@@ -60,9 +60,9 @@ def serve(
 ) -> None:
     """Serve memories over HTTP, with OpenAI's interface and their own; SIGTERM or Ctrl-C ends it."""
     _needs("serve", "fastapi", "uvicorn", "prometheus_client", "python_multipart")
-    from latentmem.serve.app import Limits, create_app
-    from latentmem.serve.run import bound, is_loopback
-    from latentmem.serve.run import serve as run
+    from latentmem.serve.http.app import Limits, create_app
+    from latentmem.serve.http.run import bound, is_loopback
+    from latentmem.serve.http.run import serve as run
 
     known = _keys(required=not is_loopback(host))
     if not is_loopback(host) and not known.all():
@@ -145,8 +145,8 @@ def remove(name: Annotated[str, typer.Argument(help="Name of the key.")]) -> Non
 
 
 def _keys(required: bool = False) -> Keys:
-    from latentmem import files
-    from latentmem.serve.keys import FILE, Keys
+    from latentmem.serve.http.keys import FILE, Keys
+    from latentmem.store import home as files
 
     return Keys(files.home() / FILE, required=required)
 
@@ -164,8 +164,8 @@ def _service(
     import torch
 
     import latentmem
-    from latentmem import files
-    from latentmem.serve.service import Service, quarter
+    from latentmem.serve.engine.service import Service, quarter
+    from latentmem.store import home as files
 
     cache_bytes = quarter(torch.device("cpu")) if cache_bytes is None else cache_bytes
     store = latentmem.Store(path or files.home() / "store", cache_bytes=cache_bytes, timeout=files.TIMEOUT)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from latentmem.core.longterm import LongTerm
+from latentmem.longterm.longterm import LongTerm
 
 PRESETS = ("exact", "paper")
 CHOICES = ("last", "surprise")
@@ -55,7 +57,7 @@ class Memory:
         quota: the share of N that pinned slots may take in a layer.
         model, adapters, tokenizer: identities (hashes) of what wrote it; "" = none.
         model_name: the name by which that model was loaded, a hint for people and for the command line.
-        longterm: what it has dropped, if that is kept; see `core.longterm`.
+        longterm: what it has dropped, if that is kept; see `latentmem.longterm`.
         version: checksum of the snapshot that holds this very memory; "" = not saved.
         parent: version of the newest ancestor that was saved; "" = none.
 
@@ -85,6 +87,8 @@ class Memory:
     longterm: LongTerm | None = None
     version: str = ""
     parent: str = ""
+    _save: ClassVar[Callable[[Memory, str | Path], Memory]]  # given by `files.snapshot`, which knows the file format
+    _load: ClassVar[Callable[[str | Path], Memory]]
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -167,17 +171,13 @@ class Memory:
         return flags[self.origins.long()]
 
     def save(self, path: str | Path) -> Memory:
-        """Write this memory to one file, atomically, and return it with its `version`; see `core.snapshot.save`."""
-        from latentmem.core import snapshot
+        """Write this memory to one file, atomically, and return it with its `version`; see `files.snapshot.save`."""
+        return type(self)._save(self, path)
 
-        return snapshot.save(self, path)
-
-    @staticmethod
-    def load(path: str | Path) -> Memory:
-        """Read a memory from one file and verify it; see `core.snapshot.load`."""
-        from latentmem.core import snapshot
-
-        return snapshot.load(path)
+    @classmethod
+    def load(cls, path: str | Path) -> Memory:
+        """Read a memory from one file and verify it; see `files.snapshot.load`."""
+        return cls._load(path)
 
 
 def empty(
@@ -284,7 +284,7 @@ def update(
         dropped: which old slots go, [L, max(0, M + k - N)] indices; by default `draw(memory, k)`.
         source: the name under which the new slots are accounted; writes of one name are one source.
         tokens: tokens of text behind the new slots, for the account.
-        keys: what a trained retriever finds the dropped slots by, [L, dropped, width]; see `core.longterm`.
+        keys: what a trained retriever finds the dropped slots by, [L, dropped, width]; see `latentmem.longterm`.
 
     Returns:
         The next memory, [L, min(M + k, N), d]. The given one is untouched.
@@ -331,25 +331,6 @@ def update(
     return _within_quota(following) if old.pinned else following
 
 
-def pin(memory: Memory, name: str, pinned: bool = True) -> Memory:
-    """Keep the slots of a source, and those that it will write, from every random drop; or no longer.
-
-    Args:
-        name: the source.
-        pinned: False takes the pin off.
-
-    Returns:
-        The same slots, with another account of the source.
-
-    Raises:
-        ValueError: no such source, or pinned slots would take more than the share `quota` of N.
-    """
-    i = _index(memory, name)
-    sources = (*memory.sources[:i], replace(memory.sources[i], pinned=pinned), *memory.sources[i + 1 :])
-    following = replace(memory, sources=sources, version="", parent=memory.version or memory.parent)
-    return _within_quota(following) if pinned else following
-
-
 def _within_quota(memory: Memory) -> Memory:
     held = int(memory.pinned().sum(1).max()) if memory.M else 0
     if held > memory.quota * memory.N:
@@ -358,48 +339,6 @@ def _within_quota(memory: Memory) -> Memory:
             f"{int(memory.quota * memory.N)}. Unpin a source, or use a larger memory."
         )
     return memory
-
-
-def forget(memory: Memory, name: str) -> Memory:
-    """Drop all slots of a source and its account.
-
-    Layers have lost different numbers of its slots. A memory is rectangular, so where fewer are left as many others go
-    in their stead as the layer with the most of them has more: drawn as in `draw`, pinned ones last.
-
-    Args:
-        name: the source.
-
-    What is long-term of it goes, too.
-
-    Returns:
-        The next memory, [L, M - most slots of the source in a layer, d]; updates and tokens are counted as before.
-
-    Raises:
-        ValueError: no such source.
-    """
-    i = _index(memory, name)
-    mine = memory.origins == i
-    count = int(mine.sum(1).max()) if memory.M else 0
-    rank = torch.where(mine, 0, 1 + memory.pinned().long())
-    stays = kept(_first(memory, -1 - torch.arange(memory.L), rank, count), memory.M)
-    origins = memory.origins.gather(1, stays)
-    return replace(
-        memory,
-        longterm=memory.longterm.kept(stays).without(i) if memory.longterm is not None else None,
-        slots=_moved(memory.slots, stays.to(memory.slots.device), memory.slots[:, :0]),
-        births=memory.births.gather(1, stays),
-        origins=origins - (origins > i).int(),
-        sources=(*memory.sources[:i], *memory.sources[i + 1 :]),
-        version="",
-        parent=memory.version or memory.parent,
-    )
-
-
-def _index(memory: Memory, name: str) -> int:
-    names = [source.name for source in memory.sources]
-    if name not in names:
-        raise ValueError(f"this memory has no source {name!r} (it has: {', '.join(names) or 'none'}).")
-    return names.index(name)
 
 
 def _moved(slots: Tensor, stays: Tensor, new_slots: Tensor) -> Tensor:
@@ -441,16 +380,3 @@ def survival(N: int, K: int, t: int) -> float:
 def half_life(N: int, K: int) -> float:
     """Updates of K slots after which `survival` is one half; 0 where an update replaces everything."""
     return 0.0 if K == N else math.log(2) / -math.log1p(-K / N)
-
-
-def forecast(memory: Memory, t: int) -> float:
-    """The share of the unpinned slots of a memory that is expected to be left after t further updates of K slots.
-
-    Exactly 1 as long as the memory will not be full; then `survival` among the slots that are not pinned.
-    """
-    held = memory.pinned().sum(1).double()  # [L]
-    left, M = torch.ones(memory.L, dtype=torch.float64), memory.M
-    while t > 0 and memory.N > M:
-        drop = max(0, M + memory.K - memory.N)
-        left, M, t = left * (1 - drop / (M - held).clamp(min=1)).clamp(min=0), min(M + memory.K, memory.N), t - 1
-    return float((left * (1 - memory.K / (memory.N - held).clamp(min=1)).clamp(min=0) ** t).mean())

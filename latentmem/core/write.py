@@ -11,64 +11,17 @@ Both are one stock forward pass with a hook per layer.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from latentmem.core.prefix import Decoder, attention_mask, functional_cache
+from latentmem.decoder.cache import attention_mask, functional_cache
+from latentmem.decoder.decoder import Decoder
+from latentmem.decoder.hooks import layers_seen
 
 AT_ONCE = 256  # tokens whose surprise is computed at once: each takes as many numbers as the vocabulary has words
-Change = Callable[[int, Tensor], Tensor]  # (layer, hidden states at its input [B, n, d]) -> what it gets instead
-
-
-@contextmanager
-def layers_seen(decoder: Decoder, change: Change | None = None, *, outputs: bool = False) -> Iterator[list[Tensor]]:
-    """Collect the hidden states [B, n, d] at the input (or output) of each layer while this thread runs the model.
-
-    Another thread may run the same model meanwhile, to stream an answer for example: it is neither seen nor changed.
-
-    Args:
-        change: rewrites the input of each layer before it runs; what is collected as input is the rewritten one.
-        outputs: collect what the layers give instead of what they get.
-    """
-    seen: list[Tensor] = []
-    handles = []
-    me = threading.get_ident()
-
-    def before(i: int) -> Callable[..., Any]:
-        def hook(_: torch.nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
-            if kwargs is None:  # another thread has just removed this hook: torch no longer knows what to give it
-                return None
-            if threading.get_ident() != me:
-                return None
-            hidden = args[0] if args else kwargs["hidden_states"]
-            changed = change(i, hidden) if change else hidden
-            if not outputs:
-                seen.append(changed)
-            if change is None:
-                return None
-            return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
-
-        return hook
-
-    def after(_: torch.nn.Module, __: tuple, output: Tensor | tuple) -> None:
-        if threading.get_ident() == me:
-            seen.append(output[0] if isinstance(output, tuple) else output)
-
-    try:
-        for i, layer in enumerate(decoder.layers):
-            handles.append(layer.register_forward_pre_hook(before(i), with_kwargs=True))
-            if outputs:
-                handles.append(layer.register_forward_hook(after))
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _run(decoder: Decoder, ids: Tensor, cache: Cache | None, **placed: Tensor) -> Tensor:

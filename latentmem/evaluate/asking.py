@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from latentmem.evaluate.questions import Question
-from latentmem.model import Context, MemoryModel
+from latentmem.evaluate.data.sets import Question
+from latentmem.model.model import Context, MemoryModel
 
 NEW_TOKENS = 10  # of an answer, as in the paper
 AT_ONCE = 8  # questions in one pass: more bring nothing on a CPU

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from latentmem.core.memory import Memory
-from latentmem.evaluate import results, runner
+from latentmem.evaluate import runner
 from latentmem.evaluate.asking import written
 from latentmem.evaluate.stats import Estimate
-from latentmem.model import MemoryModel
+from latentmem.evaluate.tables import results
+from latentmem.model.model import MemoryModel
 
 Record = runner.Record
 
@@ -176,7 +177,7 @@ def model(llm: MemoryModel) -> dict[str, Any]:
 
 def _made(kind: Callable[..., runner.Worker], loading: dict[str, Any], args: Sequence[Any]) -> runner.Worker:
     """The worker of another process."""
-    from latentmem.loading import load
+    from latentmem.loading.load import load
 
     return kind(load(**loading), *args)
 

@@ -10,11 +10,11 @@ from dataclasses import asdict
 from mcp.server import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 
-import latentmem
-from latentmem.model import MemoryModel
-from latentmem.serve.engine import Sampling
-from latentmem.serve.service import Busy, Missing, Service, Taken
+from latentmem.model.model import MemoryModel
+from latentmem.serve.engine.engine import Sampling
+from latentmem.serve.engine.service import Busy, Missing, Service, Taken
 from latentmem.store import Store, check_name
+from latentmem.version import __version__
 
 Facts = dict[str, object]
 INSTRUCTIONS = (
@@ -30,7 +30,7 @@ def create_server(service: Service, sampling: Sampling | None = None) -> MCPServ
         service: what does the work; whoever makes it starts and closes it.
         sampling: how answers are made.
     """
-    server = MCPServer("latentmem", instructions=INSTRUCTIONS, version=latentmem.__version__, log_level="WARNING")
+    server = MCPServer("latentmem", instructions=INSTRUCTIONS, version=__version__, log_level="WARNING")
 
     @server.tool()
     @_told

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from latentmem.core.snapshot import Buffer, replacing
+from latentmem.files.container import Buffer, replacing
 from latentmem.store.journal import EVENTS, KINDS, STATES, Row
 from latentmem.store.objects import HASH
 

@@ -12,14 +12,11 @@ from pathlib import Path
 
 from fsspec.core import url_to_fs
 
-from latentmem.core.snapshot import Buffer
+from latentmem.errors import DamagedError
+from latentmem.files.container import Buffer
 
 HASH = re.compile(r"[0-9a-f]{64}")
 SUFFIX = ".safetensors"
-
-
-class DamagedError(ValueError):
-    """What the store keeps is missing, or is not what was kept: nobody's input is wrong."""
 
 
 class Disk:

@@ -31,18 +31,19 @@ import torch
 import transformers
 from filelock import FileLock, Timeout
 
-import latentmem
 from latentmem.core import memory as memories
-from latentmem.core import snapshot
-from latentmem.core.longterm import Block
+from latentmem.core import sources as source_ops
 from latentmem.core.memory import Memory
-from latentmem.model import MemoryModel, Progress
-from latentmem.prompts import Message
+from latentmem.files import snapshot
+from latentmem.longterm.blocks import Block
+from latentmem.model.model import MemoryModel, Progress
+from latentmem.model.prompts import Message
 from latentmem.store import archive, delta
 from latentmem.store.delta import Chain, Update
 from latentmem.store.journal import HiddenError, Journal, Row
 from latentmem.store.objects import Disk, objects_at
 from latentmem.store.views import Change, Overview, SourceStats, Version
+from latentmem.version import __version__
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 JOURNALS = ("text", "hash")
@@ -440,7 +441,7 @@ class Store:
             ahead: numbers of further updates of K slots that the forecast is for.
         """
         memory, expiries = self.open(name, version), self._journal.expiries(self._id(name))
-        survives = {t: memories.forecast(memory, t) for t in ahead}
+        survives = {t: source_ops.forecast(memory, t) for t in ahead}
         found, longterm = [], memory.longterm
         kept = longterm.left(len(memory.sources)) if longterm is not None else torch.zeros(len(memory.sources), 1)
         for source, slots, more in zip(memory.sources, memory.left(), kept, strict=True):
@@ -1221,9 +1222,9 @@ def _written(
 def _bookkeeping(row: Row, memory: Memory) -> Memory:
     """What an event without a text makes of a memory."""
     if row.event in ("pin", "unpin"):
-        return memories.pin(memory, row.payload["source"], row.event == "pin")
+        return source_ops.pin(memory, row.payload["source"], row.event == "pin")
     if row.event in ("forget", "expire"):
-        return memories.forget(memory, row.payload["source"])
+        return source_ops.forget(memory, row.payload["source"])
     return memory
 
 
@@ -1239,5 +1240,5 @@ def _made(memory: Memory) -> dict[str, Any]:
         "machine": platform.machine(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "latentmem": latentmem.__version__,
+        "latentmem": __version__,
     }

@@ -9,13 +9,13 @@ import uuid
 from collections.abc import Iterator, Sequence
 
 from latentmem.core.memory import Memory
-from latentmem.model import MemoryModel
-from latentmem.prompts import Message
+from latentmem.model.model import MemoryModel
+from latentmem.model.prompts import Message
 from latentmem.store.store import Store
 
 
 class Turns:
-    """The turns of a conversation with a named memory that are not in it yet: a `latentmem.chat.Journal`.
+    """The turns of a conversation with a named memory that are not in it yet: a `latentmem.model.chat.Journal`.
 
     They lie in the store's database. Turns on their way into the memory are kept with the idempotency key of that
     write, so whoever opens them next knows whether they are there. Use it with `with`: a memory has one conversation

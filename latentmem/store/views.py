@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from latentmem.prompts import Message
+from latentmem.model.prompts import Message
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from zlib import crc32
 
 import numpy as np
 
-from latentmem.prompts import Message, Prompts
+from latentmem.model.prompts import Message, Prompts
 from latentmem.train.config import Config
 from latentmem.train.data import Apart, Document, Documents, cloze, sentences
 

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from latentmem.adapters import READ, WRITE
 from latentmem.core import memory as memories
-from latentmem.core.attention import KV, begin
 from latentmem.core.memory import Memory
-from latentmem.core.prefix import Front, attention_mask, memory_cache
-from latentmem.core.write import layers_seen, write_exact, write_exact_rows, write_paper
-from latentmem.model import MemoryModel, Trained
+from latentmem.core.write import write_exact, write_exact_rows, write_paper
+from latentmem.decoder.adapters import READ, WRITE
+from latentmem.decoder.attention import KV, begin
+from latentmem.decoder.cache import Front, attention_mask, memory_cache
+from latentmem.decoder.hooks import layers_seen
+from latentmem.model.model import MemoryModel, Trained
 from latentmem.train.episodes import Episode, Row
 from latentmem.train.retriever import Retriever, Search, Seen
 

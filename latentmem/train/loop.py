@@ -41,12 +41,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from latentmem import adapters as pairs
-from latentmem import loading
-from latentmem.adapters import READ
 from latentmem.core import memory as memories
 from latentmem.core.memory import Memory
-from latentmem.model import MemoryModel
+from latentmem.decoder import adapters as pairs
+from latentmem.decoder.adapters import READ
+from latentmem.loading import load as loading
+from latentmem.model.model import MemoryModel
 from latentmem.train import plots
 from latentmem.train.config import OBJECTIVES, Config, MemoryShape, RetrieverShape
 from latentmem.train.data import Apart, Documents

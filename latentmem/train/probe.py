@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from latentmem.loading import born
-from latentmem.model import MemoryModel
+from latentmem.loading.trained import born
+from latentmem.model.model import MemoryModel
 from latentmem.train.config import Config
 from latentmem.train.data import Documents
 from latentmem.train.learner import BIRTH, Learner

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, silu
 
-from latentmem.core.recall import Projectors
+from latentmem.longterm.search import Projectors
 
 Pair = tuple[Tensor, Tensor]
 

@@ -1,0 +1,275 @@
+"""Memories as keys and values in front of a growing text: transformers' `Cache`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from latentmem.decoder import attention
+from latentmem.decoder.attention import KV
+from latentmem.decoder.decoder import Decoder
+
+ROOM = 64  # tokens by which a text's buffers are made longer than the text
+STACKED = 2 * 2**30  # bytes up to which the memories of a batch are stacked while it generates
+
+
+@dataclass(frozen=True)
+class Front:
+    """What stands in front of a row of text: keys and values of P positions in every layer.
+
+    Args:
+        P: positions.
+        layers: for each layer, what gives its rotated keys and values, [1, heads, P, head width] each.
+    """
+
+    P: int
+    layers: Sequence[Callable[[], KV]]
+
+
+class MemoryCache(Cache):
+    """A cache whose layers are `MemoryLayer`s.
+
+    Args:
+        fronts: what stands in front of its rows.
+        layers: one for each layer of the model.
+    """
+
+    def __init__(self, fronts: Sequence[Front], layers: list[Any]) -> None:
+        super().__init__(layers=layers)
+        self.fronts = list(fronts)
+
+    def changed(self) -> None:
+        """Some front gives other keys and values than before, as many."""
+        for layer in self.layers:
+            layer.changed()
+
+    def rows(self, B: int) -> list[int]:
+        """The front of each of B rows; there may be several of each row that is read, as of hypotheses of beams."""
+        layer: Any = self.layers[0]
+        own = layer._rows if len(self.fronts) > 1 else [0]
+        return [front for front in own for _ in range(B // len(own))]
+
+
+def memory_cache(fronts: Sequence[Front], decoder: Decoder, *, store: bool, stacked: int | None = None) -> MemoryCache:
+    """A fresh cache that shows each layer what stands in front of its text; see `MemoryLayer`.
+
+    Args:
+        fronts: one for any number of rows, or one for each row.
+        stacked: bytes up to which several are handed over in one tensor, too; by default `STACKED`.
+    """
+    apart = decoder.model.config._attn_implementation == attention.NAME
+    return MemoryCache(
+        fronts,
+        [
+            MemoryLayer(
+                [front.layers[i] for front in fronts],
+                max(front.P for front in fronts),
+                store=store,
+                apart=apart,
+                stacked=(STACKED if stacked is None else stacked) // decoder.L,
+            )
+            for i in range(decoder.L)
+        ],
+    )
+
+
+def joined(parts: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], fronts: Sequence[Front], L: int) -> Cache:
+    """Some rows of several caches in one, so that they go on together: shorter texts are padded on the left.
+
+    Args:
+        parts: of each cache the rows that are taken, and how many of the last positions of each row's text.
+        fronts: what stands in front of each row taken, the same object where it is shared; none: caches of plain text.
+        L: layers.
+    """
+    longest = max(n for _, _, lengths in parts for n in lengths)
+    own = list({id(front): front for front in fronts}.values())
+    P, apart = max((front.P for front in own), default=0), getattr(parts[0][0].layers[0], "apart", False)
+    layers = [MemoryLayer([f.layers[i] for f in own], P, apart=apart) if own else DynamicLayer() for i in range(L)]
+    cache = MemoryCache(own, layers)
+    for i, layer in enumerate(cache.layers):
+        text = []
+        for part in ("keys", "values"):
+            taken = [
+                (getattr(old.layers[i], part)[row], n)
+                for old, rows, lengths in parts
+                for row, n in zip(rows, lengths, strict=True)
+            ]
+            made = taken[0][0].new_zeros(len(taken), taken[0][0].shape[0], longest, taken[0][0].shape[2])
+            for into, (row, n) in zip(made, taken, strict=True):
+                into[:, longest - n :] = row[:, row.shape[1] - n :]
+            text.append(made)
+        if isinstance(layer, MemoryLayer):
+            layer.begin(text[0], text[1], [own.index(front) for front in fronts])
+        else:
+            layer.update(text[0], text[1])
+    return cache
+
+
+def functional_cache(
+    decoder: Decoder, hidden: Tensor, wrap: Callable[[Callable[[], KV]], Callable[[], KV]] | None = None
+) -> Cache:
+    """The same prefix, projected inside each layer's forward at every call, so that gradients flow into it.
+
+    Args:
+        hidden: [first ; slots] at the input of each layer, [L, P, d].
+        wrap: puts each projection under an adapter, for example; by default the active one is used.
+    """
+    positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+
+    def make(i: int) -> Callable[[], KV]:
+        def kv() -> KV:
+            keys, values = decoder.keys_values(i, hidden[i][None])
+            return decoder.rotate(i, keys, positions), values
+
+        return wrap(kv) if wrap else kv
+
+    return memory_cache([Front(hidden.shape[1], [make(i) for i in range(decoder.L)])], decoder, store=False)
+
+
+class MemoryLayer(DynamicLayer):
+    """One layer's cache: the keys and values of memories in front of a growing text.
+
+    One memory serves any number of rows (beams, samples, questions); several serve as many rows, or each of them as
+    many as there are rows for each, side by side. Shorter ones are padded on the left, so the attention mask that goes
+    with this covers the longest and the text. Only the text is stored per row, in buffers that are grown in advance;
+    beams move it and `crop` cuts it.
+
+    Args:
+        kv: of each memory, gives its rotated keys and values, [1, heads, its P, head width] each.
+        length: P of the longest.
+        store: keep the text that passes through (`generate`), or not (`forward` with gradients, replayed at will).
+        apart: hand the memories to `core.attention` instead of copying them in front of every row's text.
+        stacked: bytes up to which several memories are handed over in one tensor, too, where each row stores its text.
+    """
+
+    keys: Any
+    values: Any
+
+    def __init__(
+        self,
+        kv: Sequence[Callable[[], KV]],
+        length: int,
+        *,
+        store: bool = True,
+        apart: bool = False,
+        stacked: int = 0,
+    ) -> None:
+        super().__init__()
+        self.kv, self.length, self.store, self.apart = kv, length, store, apart
+        self._rows = list(range(len(kv)))  # which memory each row reads
+        self._buffers: KV | None = None
+        self._stacked = stacked
+        self._stack: attention.Stack | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> KV:
+        rows = self._rows_of(key_states.shape[0])
+        if self.apart:
+            if self.store:
+                key_states, value_states = self._append(key_states, value_states, rows)
+            memories = [kv() for kv in self.kv]
+            own = self.store and len(memories) > 1 and rows == list(range(len(memories)))  # each row reads its own
+            attention.hand_over(key_states, memories, rows, partial(self._stack_of, memories) if own else None)
+            return key_states, value_states
+        if self.store:
+            return self._append(key_states, value_states, rows)
+        keys, values = attention.stacked([kv() for kv in self.kv], rows)
+        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+
+    def begin(self, keys: Tensor, values: Tensor, rows: Sequence[int]) -> None:
+        """Store a text that was read before, [B, heads, n, head width], with the memory that each row reads."""
+        self._rows = list(rows)
+        self._append(keys, values, rows)
+
+    def changed(self) -> None:
+        """What stands in front has changed, as long as before: what was made of it goes."""
+        self._stack = None
+        if not self.apart:
+            self._buffers = None
+
+    def _stack_of(self, memories: Sequence[KV]) -> attention.Stack | None:
+        """The memories in one tensor, made once, if they are not too large together."""
+        if self._stack is None:
+            keys, values = memories[0]
+            bytes_ = len(memories) * self.length * (keys[0, :, 0].nbytes + values[0, :, 0].nbytes)
+            self._stack = attention.Stack.of(memories) if bytes_ <= self._stacked else None
+        return self._stack
+
+    def _rows_of(self, B: int) -> list[int]:
+        """The memory of each of B rows; `generate` makes several rows of one without telling its cache."""
+        rows = [0] * B if len(self.kv) == 1 else [i for i in self._rows for _ in range(B // len(self._rows))]
+        if len(rows) != B:
+            raise ValueError(f"a cache over {len(self._rows)} memories takes as many rows or a multiple, got {B}.")
+        self._rows = rows
+        return rows
+
+    def _append(self, key_states: Tensor, value_states: Tensor, rows: Sequence[int]) -> KV:
+        """Store more text and give all of it, behind the memories if they are not handed over apart."""
+        lead, t = (0 if self.apart else self.length), self._text
+        end = t + key_states.shape[2]
+        buffers = self._buffers
+        if buffers is None or not self._fits(buffers[0], key_states.shape[0], lead, lead + end):
+            B, heads = key_states.shape[:2]
+            room = lead + end + max(ROOM, end // 2)
+            buffers = (
+                key_states.new_empty(B, heads, room, key_states.shape[3]),
+                value_states.new_empty(B, heads, room, value_states.shape[3]),
+            )
+            memories = attention.stacked([kv() for kv in self.kv], rows) if lead else (None, None)
+            for buffer, old, memory in zip(buffers, (self.keys, self.values), memories, strict=True):
+                if memory is not None:
+                    buffer[:, :, :lead] = memory
+                if t:
+                    buffer[:, :, lead : lead + t] = old
+            self._buffers = buffers
+        for buffer, new in zip(buffers, (key_states, value_states), strict=True):
+            buffer[:, :, lead + t : lead + end] = new
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.keys, self.values = buffers[0][:, :, lead : lead + end], buffers[1][:, :, lead : lead + end]
+        return buffers[0][:, :, : lead + end], buffers[1][:, :, : lead + end]
+
+    def _fits(self, buffer: Tensor, B: int, lead: int, end: int) -> bool:
+        """Whether the text stands in this buffer (and not in a tensor that beams made of it), with room to `end`."""
+        stands = not self._text or self.keys.data_ptr() == buffer[:, :, lead:].data_ptr()
+        return stands and buffer.shape[0] == B and end <= buffer.shape[2]
+
+    @property
+    def _text(self) -> int:
+        return self.keys.shape[2] if self.is_initialized and self.keys is not None else 0
+
+    def get_seq_length(self) -> int:
+        return self.length + self._text
+
+    def reset(self) -> None:
+        self._buffers = self._stack = None
+        super().reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if len(self.kv) > 1:
+            self._rows = [self._rows[i] for i in beam_idx.tolist()]
+        if self._text:
+            super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if len(self.kv) > 1:
+            self._rows = [i for i in self._rows for _ in range(repeats)]
+        if self._text:
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if len(self.kv) > 1:
+            self._rows = [self._rows[i] for i in indices.tolist()]
+        if self._text:
+            super().batch_select_indices(indices)
+
+
+def attention_mask(cache: Cache | None, ids: Tensor) -> Tensor:
+    """The mask that goes with a memory cache, [B, P + n] of ones; with a mask of the text alone, garbage is read."""
+    past = cache.get_seq_length() if cache is not None else 0
+    return torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.long, device=ids.device)

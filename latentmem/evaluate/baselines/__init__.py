@@ -1,0 +1,1 @@
+"""What a memory is measured against: fine-tuning, ROME, retrieved passages."""

@@ -1,0 +1,1 @@
+"""Sets of texts, questions, edits and choices."""

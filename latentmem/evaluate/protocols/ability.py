@@ -1,0 +1,170 @@
+"""What a memory of unrelated texts costs what the model could do before: perplexity, BLiMP, PIQA and MMLU.
+
+Every item is read in four states, the same way in all of them: by the plain model, and behind an empty, a half full and
+a full memory. The plain model and the empty memory must agree to the bit. Nothing is generated:
+
+    perplexity    the first tokens of held-out articles
+    BLiMP         the acceptable sentence of a pair is the likelier one, summed over its tokens
+    PIQA          the right of two ways to a goal is the likelier one, summed, and per character ("normed")
+    MMLU          the right letter is the likeliest of four as the next token, without examples
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Unpack
+
+from latentmem.core.memory import Memory
+from latentmem.evaluate import protocol
+from latentmem.evaluate.asking import named, read
+from latentmem.evaluate.data import choices
+from latentmem.evaluate.data.choices import Choices
+from latentmem.evaluate.data.questions import heldout
+from latentmem.evaluate.protocol import Line
+from latentmem.evaluate.stats import Estimate, exp, mean, ratio
+from latentmem.model.model import MemoryModel
+
+PROTOCOL = "ability/1"
+STATES = ("plain", "empty", "half", "full")
+TITLES = {"blimp": "BLiMP", "piqa": "PIQA", "mmlu": "MMLU"}
+BATCH = 8  # items of one unit of work
+Unit = tuple[Any, ...]  # ("perplexity", index of the article), or (set, number of the batch)
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings(protocol.Slots):
+    """What is measured, beside the memory's slots.
+
+    Args:
+        texts, tokens: held-out articles, and tokens of each.
+        blimp, piqa, mmlu: items of each set; 0 leaves it out.
+        seed: of what is drawn and of every drop.
+
+    Raises:
+        ValueError: numbers below 0, or articles of one token.
+    """
+
+    texts: int = 50
+    tokens: int = 512
+    blimp: int = 670
+    piqa: int = 400
+    mmlu: int = 285
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = {name: getattr(self, name) for name in ("texts", *choices.NAMES)}
+        if min(counts.values()) < 0 or self.tokens < 2:
+            given = ", ".join(f"{name}={count}" for name, count in counts.items())
+            raise ValueError(f"counts are 0 or more and tokens 2 or more, got {given}, tokens={self.tokens}.")
+
+
+class Ability:
+    """One worker: a model, the sets, and memories of unrelated texts.
+
+    Args:
+        sets: what is chosen from, as `choices.load` gives it.
+        unrelated: texts that fill the memories.
+    """
+
+    def __init__(self, llm: MemoryModel, sets: Sequence[Choices], unrelated: Sequence[str], settings: Settings) -> None:
+        self.llm, self.settings, self.unrelated = llm, settings, unrelated
+        self.sets = {one.name: one.items for one in sets}
+        self.articles = heldout(settings.texts, settings.seed) if settings.texts else []
+
+    def units(self) -> list[Unit]:
+        """One unit for each article, and for each batch of items."""
+        units: list[Unit] = [("perplexity", i) for i in range(len(self.articles))]
+        return units + [(name, k) for name, items in self.sets.items() for k in range(-(-len(items) // BATCH))]
+
+    def chains(self) -> list[list[Unit]]:
+        """None: each item stands by itself."""
+        return []
+
+    def run(self, unit: Unit) -> list[Record]:
+        """Do one unit of work and return its records."""
+        name, k = unit
+        return list(self._perplexity(k) if name == "perplexity" else self._choices(name, k))
+
+    def _perplexity(self, i: int) -> Iterator[Record]:
+        text = self.articles[i]
+        for state, memory in self._memories.items():
+            context = self.llm.plain([]) if memory is None else self.llm.behind(memory)
+            nll, tokens = read(self.llm, context, text, self.settings.tokens)
+            yield {"task": "perplexity", "state": state, "text": named(text), "nll": nll, "tokens": tokens}
+
+    def _choices(self, name: str, k: int) -> Iterator[Record]:
+        items = self.sets[name][k * BATCH : (k + 1) * BATCH]
+        for state, memory in self._memories.items():
+            for item, found in zip(items, choices.logliks(self.llm, memory, items), strict=True):
+                record = {"task": name, "state": state, "text": item.id, "right": choices.is_right(item, found)}
+                normed = {"normed": choices.is_right(item, found, normed=True)} if name == "piqa" else {}
+                yield record | normed
+
+    @cached_property
+    def _memories(self) -> dict[str, Memory | None]:
+        """What stands in front in each state; a checkpoint's own pool is always full."""
+        s = self.settings
+        found: dict[str, Memory | None] = {"plain": None, "empty": self.llm.blank()}
+        if self.llm.trained is None:
+            found["half"] = protocol.full(self.llm, s, self.unrelated, s.seed, share=0.5)
+        return found | {"full": protocol.full(self.llm, s, self.unrelated, s.seed)}
+
+
+def lines(records: Sequence[Record]) -> list[Line]:
+    """Each task in each state, and paired with the plain model."""
+    found: list[tuple[str, Estimate | None]] = []
+    by: dict[tuple[str, str], dict[str, Record]] = {}
+    for r in records:
+        by.setdefault((r["task"], r["state"]), {})[r["text"]] = r
+    for state in STATES:
+        some = by.get(("perplexity", state), {})
+        each = ratio([r["nll"] for r in some.values()], [r["tokens"] for r in some.values()], list(some))
+        found.append((f"perplexity, {state}", exp(each)))
+    plain = by.get(("perplexity", "plain"), {})
+    for state in STATES[1:]:
+        some = {text: r for text, r in by.get(("perplexity", state), {}).items() if text in plain}
+        more = [r["nll"] - plain[text]["nll"] for text, r in some.items()]
+        found.append(
+            (f"perplexity, {state} / plain", exp(ratio(more, [r["tokens"] for r in some.values()], list(some))))
+        )
+    for name, title in TITLES.items():
+        for metric in ("right", "normed") if name == "piqa" else ("right",):
+            called = f"{title}{', normed' * (metric == 'normed')}"
+            for state in STATES:
+                some = by.get((name, state), {})
+                found.append((f"{called}, {state}", mean([r[metric] for r in some.values()], list(some))))
+            plain = by.get((name, "plain"), {})
+            for state in STATES[1:]:
+                some = {text: r for text, r in by.get((name, state), {}).items() if text in plain}
+                more = [r[metric] - plain[text][metric] for text, r in some.items()]
+                found.append((f"{called}, {state} - plain", mean(more, list(some))))
+    return [Line(name, estimate) for name, estimate in found if estimate is not None]
+
+
+def measure(
+    llm: MemoryModel,
+    sets: Sequence[Choices],
+    unrelated: Sequence[str],
+    settings: Settings,
+    out: Path,
+    **how: Unpack[protocol.How],
+) -> list[Line]:
+    """Run the protocol, or go on with it; arguments as in `Ability` and `protocol.measure`."""
+    worker = Ability(llm, sets, unrelated, settings)
+    data = {one.name: {"source": one.source, "sha256": one.identity} for one in sets}
+    named_texts = {"articles": named(repr(worker.articles)), "unrelated": named(repr(list(unrelated)))}
+    return protocol.measure(
+        PROTOCOL,
+        llm,
+        worker,
+        {"data": {**data, **named_texts}, "settings": asdict(settings)},
+        lines,
+        out,
+        title="What a memory costs what the model could do before",
+        args=(sets, unrelated, settings),
+        **how,
+    )

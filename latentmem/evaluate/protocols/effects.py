@@ -1,0 +1,141 @@
+"""What a memory changes beside remembering: how other text is read behind it, and whether it says "I don't know".
+
+Perplexity: held-out articles, their first tokens, read by the plain model, behind an empty memory and behind a full one
+of unrelated texts. The plain model and the empty memory must agree to the bit.
+
+Abstention: a paragraph is written into a full memory, then three kinds of questions are asked: answered by it, about it
+but not answered by it (SQuAD 2.0), and about paragraphs that were never written. Abstaining is to begin with the words
+that training taught; the untrained model does not know them and is measured all the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Unpack
+
+from latentmem.core.memory import Memory
+from latentmem.evaluate import protocol
+from latentmem.evaluate.asking import ask, in_context, named, read, written
+from latentmem.evaluate.data.questions import heldout, unanswerable
+from latentmem.evaluate.data.sets import QuestionSet
+from latentmem.evaluate.protocol import Line
+from latentmem.evaluate.scoring import ABSTAINS
+from latentmem.evaluate.stats import Estimate, exp, mean, ratio
+from latentmem.model.model import MemoryModel
+
+PROTOCOL = "effects/1"
+KINDS = ("answered", "not answered", "never written")
+STATES = ("plain", "empty", "full")
+Unit = tuple[Any, ...]  # ("perplexity" or "abstention", index)
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings(protocol.Slots):
+    """What is measured, beside the memory's slots.
+
+    Args:
+        texts: held-out articles for the perplexity, and paragraphs for the abstention.
+        tokens: of each article.
+        seed: of every drop and drawing.
+    """
+
+    texts: int = 100
+    tokens: int = 512
+    seed: int = 0
+
+
+class Effects:
+    """One worker: a model, the texts, and a memory that is full of others."""
+
+    def __init__(self, llm: MemoryModel, data: QuestionSet, settings: Settings) -> None:
+        self.llm, self.data, self.settings = llm, data, settings
+        self.articles = heldout(settings.texts, settings.seed)
+        self.wrong = unanswerable({text.text for text in data.texts})
+
+    def units(self) -> list[Unit]:
+        """One unit for each text."""
+        return [
+            *(("perplexity", i) for i in range(len(self.articles))),
+            *(("abstention", i) for i in range(len(self.data.texts))),
+        ]
+
+    def chains(self) -> list[list[Unit]]:
+        """None: each text stands by itself."""
+        return []
+
+    def run(self, unit: Unit) -> list[Record]:
+        """Do one unit of work and return its records."""
+        return list(self._perplexity(unit[1]) if unit[0] == "perplexity" else self._abstention(unit[1]))
+
+    def _perplexity(self, i: int) -> Iterator[Record]:
+        llm, text = self.llm, self.articles[i]
+        contexts = {"plain": llm.plain([]), "empty": llm.behind(llm.blank()), "full": llm.behind(self._full)}
+        for state, context in contexts.items():
+            nll, tokens = read(llm, context, text, self.settings.tokens)
+            yield {"kind": state, "text": named(text), "nll": nll, "tokens": tokens}
+
+    def _abstention(self, i: int) -> Iterator[Record]:
+        text, other = self.data.texts[i], self.data.texts[(i + 1) % len(self.data.texts)]
+        memory = replace(self._full, seed=int.from_bytes(hashlib.sha256(text.id.encode()).digest()[:7], "big"))
+        memory = self.llm.write_ids(memory, written(self.llm, text.text), "target")
+        kinds = dict(zip(KINDS, (text.questions, self.wrong.get(text.text, ()), other.questions), strict=True))
+        for way, context in (("memory", self.llm.behind(memory)), ("floor", in_context(self.llm, ()))):
+            for kind, questions in kinds.items():
+                some = questions[: len(text.questions)]
+                for question, answer in zip(some, ask(self.llm, context, some) if some else [], strict=True):
+                    no = answer.said.lower().replace("\u2019", "'").startswith(ABSTAINS)
+                    facts = {"kind": kind, "way": way, "text": text.id, "question": question.id}
+                    yield {**facts, "abstains": int(no), "hit": int(answer.hit), "said": answer.said}
+
+    @cached_property
+    def _full(self) -> Memory:
+        """A memory full of unrelated texts."""
+        return protocol.full(self.llm, self.settings, self.data.unrelated, self.settings.seed)
+
+
+def lines(records: Sequence[Record]) -> list[Line]:
+    """Perplexities and their ratio, and how often each kind of question is answered by "I don't know"."""
+    found: list[tuple[str, Estimate | None]] = []
+    by = {state: {r["text"]: r for r in records if r["kind"] == state} for state in STATES}
+    for state, some in by.items():
+        texts = list(some)
+        each = ratio([some[t]["nll"] for t in texts], [some[t]["tokens"] for t in texts], texts)
+        found.append((f"perplexity, {state}", exp(each)))
+    for state in STATES[1:]:
+        texts = [t for t in by[state] if t in by["plain"]]
+        more = [by[state][t]["nll"] - by["plain"][t]["nll"] for t in texts]
+        found.append((f"perplexity, {state} / plain", exp(ratio(more, [by[state][t]["tokens"] for t in texts], texts))))
+    for way in ("memory", "floor"):
+        for kind in KINDS:
+            asked = [r for r in records if r["kind"] == kind and r["way"] == way]
+            groups = [r["text"] for r in asked]
+            found.append((f"abstains, {kind}, {way}", mean([r["abstains"] for r in asked], groups)))
+            if kind == "answered":
+                found.append((f"hits, {kind}, {way}", mean([r["hit"] for r in asked], groups)))
+    return [Line(name, estimate) for name, estimate in found if estimate is not None]
+
+
+def measure(
+    llm: MemoryModel,
+    data: QuestionSet,
+    settings: Settings,
+    out: Path,
+    **how: Unpack[protocol.How],
+) -> list[Line]:
+    """Run the protocol, or go on with it; arguments as in `protocol.measure`."""
+    return protocol.measure(
+        PROTOCOL,
+        llm,
+        Effects(llm, data, settings),
+        {"data": {"source": data.source, "sha256": data.identity}, "settings": asdict(settings)},
+        lines,
+        out,
+        title="What a memory changes beside remembering",
+        args=(data, settings),
+        **how,
+    )

@@ -1,0 +1,216 @@
+"""Forgetting a text on request: what is still known of it, and what it costs the others.
+
+Into a memory that is full of unrelated texts go one other text, the text to be forgotten, and further others; then all
+questions are asked. The text is forgotten in two ways, each by the store's own code:
+
+    dropped    its slots go (`Store.forget`); texts behind it were written while it was there, and keep what they saw
+    replayed   everything else is written again as if it had never been there (`Store.forget_by_replay`)
+
+The control is a memory of the same writes without the text. The residue is what is known of the text after forgetting
+it, minus what the control "knows" of it, paired question by question.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+
+from latentmem.core.memory import Memory
+from latentmem.evaluate import protocol
+from latentmem.evaluate.asking import NEW_TOKENS, ask, in_context, written
+from latentmem.evaluate.data.sets import QuestionSet, Text
+from latentmem.evaluate.protocol import Line
+from latentmem.evaluate.stats import Estimate, mean, ratio
+from latentmem.model.model import Context, MemoryModel
+from latentmem.store import Store
+
+PROTOCOL = "forget/2"
+STATES = ("before", "dropped", "replayed", "control", "floor")
+WAYS = ("dropped", "replayed")
+METRICS = {"hit": "hits", "accuracy": "token accuracy", "loglik": "log-likelihood per token"}
+TARGET = "target"  # the name under which the text to be forgotten is written
+Unit = tuple[Any, ...]  # ("forget", index of the text)
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings(protocol.Slots):
+    """What is measured, beside the memory's slots.
+
+    Args:
+        behind: other texts that are written behind the one that is forgotten; one more stands before it.
+        per_other: questions about each other text.
+        new_tokens: of an answer.
+        seed: of what is drawn and of every drop.
+
+    Raises:
+        ValueError: no text behind, or no question about others.
+    """
+
+    behind: int = 3
+    per_other: int = 2
+    new_tokens: int = NEW_TOKENS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.behind < 1 or self.per_other < 1:
+            raise ValueError(f"behind and per_other must be 1 or more, got {self.behind} and {self.per_other}.")
+
+
+class Forget:
+    """One worker: a model, the texts, and a memory that is full of others.
+
+    Raises:
+        ValueError: fewer texts than one sample takes.
+    """
+
+    def __init__(self, llm: MemoryModel, data: QuestionSet, settings: Settings) -> None:
+        self.llm, self.data, self.settings = llm, data, settings
+        if len(data.texts) < settings.behind + 2:
+            raise ValueError(f"a sample takes {settings.behind + 2} texts, and there are {len(data.texts)}. Take more.")
+
+    def units(self) -> list[Unit]:
+        """One unit for each text."""
+        return [("forget", i) for i in range(len(self.data.texts))]
+
+    def chains(self) -> list[list[Unit]]:
+        """None: each text stands by itself."""
+        return []
+
+    def run(self, unit: Unit) -> list[Record]:
+        """Do one unit of work and return its records."""
+        return list(self._forget(unit[1]))
+
+    def _forget(self, i: int) -> Iterator[Record]:
+        texts = self.data.texts
+        target, *others = (texts[(i + j) % len(texts)] for j in range(self.settings.behind + 2))
+        writes = [(others[0], others[0].id), (target, TARGET), *((text, text.id) for text in others[1:])]
+        start = replace(self._full, seed=int.from_bytes(hashlib.sha256(target.id.encode()).digest()[:7], "big"))
+        control = start
+        for text, source in writes:
+            if source != TARGET:
+                control = self.llm.write_ids(control, written(self.llm, text.text), source)
+        memories: dict[str, Memory] = {}
+        seconds: dict[str, float] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            store = Store(Path(folder) / "store")
+            try:
+                store.create("memory", start)
+                for text, source in writes:
+                    store.write(self.llm, "memory", written(self.llm, text.text), source)
+                memories["before"] = store.open("memory")
+                began = time.perf_counter()
+                store.forget("memory", TARGET)
+                memories["dropped"], seconds["dropped"] = store.open("memory"), time.perf_counter() - began
+                began = time.perf_counter()
+                store.forget_by_replay(self.llm, "memory", TARGET)
+                memories["replayed"], seconds["replayed"] = store.open("memory"), time.perf_counter() - began
+            finally:
+                store.close()
+        memories["control"] = control
+        for way in WAYS:
+            found = memories[way]
+            same = found.slots.shape == control.slots.shape and torch.equal(found.slots, control.slots.to(found.slots))
+            facts = {"kind": "memory", "state": way, "text": target.id, "same": int(same), "M": found.M}
+            yield {**facts, "gone": int(all(s.name != TARGET for s in found.sources)), "seconds": seconds[way]}
+        for state, memory in memories.items():
+            yield from self._asked(state, self.llm.behind(memory), target, others)
+        yield from self._asked("floor", in_context(self.llm, ()), target, ())
+
+    def _asked(self, state: str, context: Context, target: Text, others: Sequence[Text]) -> Iterator[Record]:
+        """Ask about the text and the others; the sample is named by the text that is forgotten."""
+        some = [("target", target, question) for question in target.questions]
+        some += [("other", text, question) for text in others for question in text.questions[: self.settings.per_other]]
+        answers = ask(self.llm, context, [question for *_, question in some], new_tokens=self.settings.new_tokens)
+        for (about, text, question), answer in zip(some, answers, strict=True):
+            yield {
+                "kind": "asked",
+                "state": state,
+                "about": about,
+                "sample": target.id,
+                "text": text.id,
+                "question": question.id,
+                "hit": int(answer.hit),
+                "accuracy": round(answer.accuracy, 6),
+                "loglik": round(answer.loglik, 6),
+            }
+
+    @cached_property
+    def _full(self) -> Memory:
+        """A memory full of unrelated texts."""
+        return protocol.full(self.llm, self.settings, self.data.unrelated, self.settings.seed)
+
+
+def lines(records: Sequence[Record]) -> list[Line]:
+    """What is known in each state, the residue of both ways, what the others lose, and what the ways cost."""
+    found: list[tuple[str, Estimate | None]] = []
+    by = {
+        (about, state): {(r["sample"], r["question"]): r for r in records if _is(r, about, state)}
+        for about in ("target", "other")
+        for state in STATES
+    }
+    for metric, title in METRICS.items():
+        for state in STATES:
+            some = list(by["target", state].values())
+            found.append((f"the text, {state}: {title}", mean([r[metric] for r in some], [r["text"] for r in some])))
+        control = by["target", "control"]
+        known = _difference(by["target", "before"], control, metric)
+        found.append((f"known before forgetting (before - control): {title}", mean(*known)))
+        for way in WAYS:
+            left = _difference(by["target", way], control, metric)
+            found.append((f"residue, {way} - control: {title}", mean(*left)))
+            if left[1] == known[1]:
+                found.append((f"share of what was known that is left, {way}: {title}", ratio(left[0], *known)))
+    for metric, title in METRICS.items():
+        some = list(by["other", "before"].values())
+        found.append((f"the others, before: {title}", mean([r[metric] for r in some], [r["text"] for r in some])))
+        for state in (*WAYS, "control"):
+            change = _difference(by["other", state], by["other", "before"], metric)
+            found.append((f"the others, {state} - before: {title}", mean(*change)))
+    for way in WAYS:
+        some = [r for r in records if r["kind"] == "memory" and r["state"] == way]
+        groups = [r["text"] for r in some]
+        found.append((f"memories equal to the control to the bit, {way}", mean([r["same"] for r in some], groups)))
+        found.append((f"seconds, {way}", mean([r["seconds"] for r in some], groups)))
+    return [Line(name, estimate) for name, estimate in found if estimate is not None]
+
+
+def _is(r: Record, about: str, state: str) -> bool:
+    return bool(r["kind"] == "asked" and r["about"] == about and r["state"] == state)
+
+
+def _difference(
+    one: dict[tuple[str, str], Record], other: dict[tuple[str, str], Record], metric: str
+) -> tuple[list[float], list[str]]:
+    """Question by question, with the text that each is about: several samples ask about the same others."""
+    both = [key for key in one if key in other]
+    return [one[key][metric] - other[key][metric] for key in both], [one[key]["text"] for key in both]
+
+
+def measure(
+    llm: MemoryModel,
+    data: QuestionSet,
+    settings: Settings,
+    out: Path,
+    **how: Unpack[protocol.How],
+) -> list[Line]:
+    """Run the protocol, or go on with it; arguments as in `protocol.measure`."""
+    return protocol.measure(
+        PROTOCOL,
+        llm,
+        Forget(llm, data, settings),
+        {"data": {"source": data.source, "sha256": data.identity}, "settings": asdict(settings)},
+        lines,
+        out,
+        title="Forgetting a text on request",
+        args=(data, settings),
+        **how,
+    )

@@ -1,0 +1,563 @@
+"""Integrity: what an endless stream of short facts does to a memory, and to a model that is fine-tuned on it instead.
+
+Fact after fact is written into one memory that begins empty (`synthetic.fact`: one sentence about a person of its own).
+After every so many the newest fact is asked at once, as in the paper, and beyond it one that is a fixed age old. At
+checkpoints other text and BLiMP pairs are read behind the memory; after every stretch the slots are looked at. The row
+"ft" has no memory: the plain model takes gradient steps on every fact, and the questions and checkpoints are the same.
+
+A stretch of facts is one unit of work. The memory, or the weights, is kept at its end, and the next stretch begins with
+what was kept: a run that was killed loses one stretch at most and ends with the same numbers as one that was not.
+
+Source: MemoryLLM figure 6.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+
+from latentmem.core.memory import Memory
+from latentmem.evaluate import protocol
+from latentmem.evaluate.asking import Answer, ask, named, read
+from latentmem.evaluate.baselines.tuned import Tuned
+from latentmem.evaluate.data import choices
+from latentmem.evaluate.data.questions import heldout
+from latentmem.evaluate.data.sets import Text
+from latentmem.evaluate.data.synthetic import fact
+from latentmem.evaluate.protocol import Line
+from latentmem.evaluate.stats import Estimate, exp, mean, ratio, slope
+from latentmem.evaluate.tables import plots
+from latentmem.model.model import MemoryModel
+
+PROTOCOL = "integrity/2"
+ROWS = ("memory", "ft")
+FACT = 32  # tokens of a fact at most
+NEW_TOKENS = 20  # of an answer, as for all invented texts
+DECAY = 0.9999  # of the paper's exponential mean, per update
+TURNS = 10  # N/K updates, of which a stream has this many behind it where the test for drift begins
+WINDOWS = 10  # equal parts of a stream in the table
+FEWEST = 4  # windows that a drift is computed from
+LESS_ALONE = "asked at once, less the same fact alone in an empty memory"
+SHARES = {"hit": "hits", "accuracy": "token accuracy"}
+METRICS = {**SHARES, "loglik": "log-likelihood per token"}
+LOOKS = {"norms": ("mean slot norm", "norm"), "variances": ("variance of slot norms", "variance")}  # of each layer
+CHOSEN = ("rows", "updates", "ft_updates")  # settings that choose units and change none: a later run may add to them
+SCALE = 10_000  # updates, of which a slope says the change
+Unit = tuple[Any, ...]  # ("plain", 0), ("ft", stretch) or ("memory", stretch)
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings(protocol.Slots):
+    """What is measured, beside the memory's slots.
+
+    Args:
+        rows: of `ROWS`.
+        updates: facts that are written into the memory.
+        ft_updates: facts that the plain model is fine-tuned on.
+        every: facts of which one is asked.
+        age: facts written since, at which a fact is asked once more.
+        stretch: facts of one unit of work; what is kept when a run is killed.
+        checkpoint: facts after which other text and pairs are read.
+        texts, tokens: held-out articles of a checkpoint, and tokens of each.
+        pairs: BLiMP pairs of a checkpoint; 0: none.
+        role: how a fact is written, as in `MemoryModel.write`; None: as the model's style says.
+        lr, steps: of the fine-tuning, steps on each fact.
+        seed: of the facts, of what is drawn and of every drop.
+
+    Raises:
+        ValueError: unknown rows, or numbers that do not go into each other.
+    """
+
+    rows: tuple[str, ...] = ROWS
+    updates: int = 20_000
+    ft_updates: int = 2_000
+    every: int = 100
+    age: int = 50
+    stretch: int = 200
+    checkpoint: int = 1_000
+    texts: int = 8
+    tokens: int = 256
+    pairs: int = 134
+    role: str | None = "raw"
+    lr: float = 2e-5
+    steps: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.rows or set(self.rows) - set(ROWS) or len(set(self.rows)) < len(self.rows):
+            raise ValueError(f"rows must be some of {', '.join(ROWS)}, got {', '.join(self.rows) or 'none'}.")
+        numbers = ("updates", "ft_updates", "every", "age", "stretch", "checkpoint", "texts", "steps")
+        small = [f"{name}={getattr(self, name)}" for name in numbers if getattr(self, name) < 1]
+        if small or self.tokens < 2 or self.pairs < 0 or self.lr <= 0:
+            wrong = ", ".join(small) or f"tokens={self.tokens}, pairs={self.pairs}, lr={self.lr}"
+            raise ValueError(f"a stream needs positive numbers (tokens from 2, pairs from 0), got {wrong}.")
+        for name in ("updates", "ft_updates", "checkpoint"):
+            if getattr(self, name) % self.stretch:
+                raise ValueError(
+                    f"{name} must be a multiple of the stretch, {self.stretch}, got {getattr(self, name)}; a stretch "
+                    f"is never cut."
+                )
+
+
+class Integrity:
+    """One worker: a model, the checkpoints' texts, and what is kept between stretches.
+
+    Args:
+        folder: where memory and weights are kept.
+    """
+
+    def __init__(self, llm: MemoryModel, settings: Settings, folder: Path) -> None:
+        self.llm, self.settings, self.folder = llm, settings, folder
+        self.articles = heldout(settings.texts, settings.seed)
+        found = choices.load("blimp", settings.pairs, settings.seed) if settings.pairs else None
+        self.pairs = found.items if found else ()
+        self._tuned: Tuned | None = None
+
+    def units(self) -> list[Unit]:
+        """None: all is in chains."""
+        return []
+
+    def chains(self) -> list[list[Unit]]:
+        """The plain model's own numbers, and stretch after stretch of each row."""
+        s = self.settings
+        counts = {"ft": s.ft_updates, "memory": s.updates}  # the short one first, for runs whose time is limited
+        chains: list[list[Unit]] = [[("plain", 0)]]
+        return chains + [[(row, k) for k in range(n // s.stretch)] for row, n in counts.items() if row in s.rows]
+
+    def run(self, unit: Unit) -> list[Record]:
+        """Do one unit of work and return its records."""
+        row, k = unit
+        ways: dict[str, Callable[[], Iterator[Record]]] = {
+            "plain": partial(self._checkpoint, "plain", 0, None),
+            "memory": partial(self._memory, k),
+            "ft": partial(self._ft, k),
+        }
+        return list(ways[row]())
+
+    # --- rows -------------------------------------------------------------------------------------------------------
+
+    def _memory(self, k: int) -> Iterator[Record]:
+        """One stretch of facts, written into the memory."""
+        s, before = self.settings, self._before(k)
+        memory, seconds = before, 0.0
+        for i in range(k * s.stretch, (k + 1) * s.stretch):
+            ids, start = self._ids(i), time.perf_counter()
+            memory = self.llm.write_ids(memory, ids, "facts")
+            self._synchronize()
+            seconds += time.perf_counter() - start
+            if memory.updates != before.updates + i + 1 - k * s.stretch:
+                raise ValueError(
+                    f"a fact of {len(ids)} tokens took more than one update, and one update reads {memory.piece} "
+                    f"tokens. Choose a larger capacity."
+                )
+            yield from self._due("memory", i, memory)
+        yield {"kind": "speed", "row": "memory", "at": _end(k, s), "updates": s.stretch, "seconds": seconds}
+        yield _slots(memory, before, _end(k, s))
+        memory.save(self._kept("memory", k))
+        self._kept("memory", k - 2).unlink(missing_ok=True)  # the one before is needed if this is done again
+
+    def _before(self, k: int) -> Memory:
+        """The memory before a stretch: as it was kept, or written anew."""
+        if not k:
+            return protocol.empty(self.llm, self.settings, self.settings.seed)
+        if not self._kept("memory", k - 1).exists():
+            for earlier in range(k):
+                memory = self._before(earlier)
+                for i in range(earlier * self.settings.stretch, (earlier + 1) * self.settings.stretch):
+                    memory = self.llm.write_ids(memory, self._ids(i), "facts")
+                memory.save(self._kept("memory", earlier))
+                self._kept("memory", earlier - 1).unlink(missing_ok=True)
+        return Memory.load(self._kept("memory", k - 1))
+
+    def _ft(self, k: int) -> Iterator[Record]:
+        """One stretch of facts, learnt by the weights."""
+        s, tuned, seconds = self.settings, self._trained(k), 0.0
+        with tuned:
+            for i in range(k * s.stretch, (k + 1) * s.stretch):
+                start = time.perf_counter()
+                tuned.learn(self._ids(i))
+                self._synchronize()
+                seconds += time.perf_counter() - start
+                yield from self._due("ft", i, None)
+        yield {"kind": "speed", "row": "ft", "at": _end(k, s), "updates": s.stretch, "seconds": seconds}
+        tuned.save(self._kept("ft", k))
+        self._kept("ft", k - 2).unlink(missing_ok=True)
+
+    def _trained(self, k: int) -> Tuned:
+        """The fine-tuned weights before a stretch: as they were kept, or learnt anew."""
+        s = self.settings
+        if self._tuned is None or not k:
+            self._tuned = Tuned(self.llm, s.lr, s.steps)
+        if k and not self._kept("ft", k - 1).exists():
+            self._tuned = Tuned(self.llm, s.lr, s.steps)
+            with self._tuned:
+                for i in range(k * s.stretch):
+                    self._tuned.learn(self._ids(i))
+            self._tuned.save(self._kept("ft", k - 1))
+        if k:
+            self._tuned.load(self._kept("ft", k - 1))
+        return self._tuned
+
+    # --- what is asked ----------------------------------------------------------------------------------------------
+
+    def _due(self, row: str, i: int, memory: Memory | None) -> Iterator[Record]:
+        """What is asked and read after fact i: nothing, most of the time."""
+        s, at = self.settings, i + 1
+        if at % s.every == 0:
+            ages = [age for age in (0, s.age) if age <= i]
+            context = self.llm.plain([]) if memory is None else self.llm.behind(memory)
+            questions = [self._fact(i - age).questions[0] for age in ages]
+            answers = ask(self.llm, context, questions, new_tokens=NEW_TOKENS)
+            for age, question, answer in zip(ages, questions, answers, strict=True):
+                facts: Record = {"kind": "asked", "row": row, "at": at, "age": age, "question": question.id}
+                if memory is not None:
+                    facts["left"] = self._left(memory, i - age, memory.updates - age)
+                yield {**facts, **_answered(answer)}
+            if memory is not None:
+                yield self._alone(i)
+        if at % s.checkpoint == 0:
+            yield from self._checkpoint(row, at, memory)
+
+    def _alone(self, i: int) -> Record:
+        """Fact i asked of a memory that holds nothing else: how hard it is by itself."""
+        memory = self.llm.write_ids(protocol.empty(self.llm, self.settings, self.settings.seed), self._ids(i), "facts")
+        question = self._fact(i).questions[0]
+        (answer,) = ask(self.llm, self.llm.behind(memory), [question], new_tokens=NEW_TOKENS)
+        return {"kind": "alone", "row": "memory", "at": i + 1, "question": question.id, **_answered(answer)}
+
+    def _checkpoint(self, row: str, at: int, memory: Memory | None) -> Iterator[Record]:
+        """Held-out text and BLiMP pairs, read behind the memory, or by the model as its weights are."""
+        context = self.llm.plain([]) if memory is None else self.llm.behind(memory)
+        for article in self.articles:
+            nll, tokens = read(self.llm, context, article, self.settings.tokens)
+            yield {"kind": "read", "row": row, "at": at, "text": named(article), "nll": nll, "tokens": tokens}
+        for start in range(0, len(self.pairs), 8):
+            some = self.pairs[start : start + 8]
+            for item, found in zip(some, choices.logliks(self.llm, memory, some), strict=True):
+                yield {"kind": "pair", "row": row, "at": at, "text": item.id, "right": choices.is_right(item, found)}
+
+    def _left(self, memory: Memory, i: int, update: int) -> float:
+        """Share of the slots of fact i, written by this update, that is left, over all layers."""
+        written = memory.K if memory.preset == "paper" else -(-len(self._ids(i)) // memory.compression)
+        return int((memory.births == update).sum()) / (memory.L * written)
+
+    def _fact(self, i: int) -> Text:
+        return fact(self.settings.seed, i)
+
+    def _ids(self, i: int) -> list[int]:
+        return self.llm.prompts_or_raise().written(self._fact(i).text, self.settings.role)
+
+    def _synchronize(self) -> None:
+        if self.llm.decoder.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _kept(self, row: str, k: int) -> Path:
+        return self.folder / f"{row}-{k}.safetensors"
+
+    def clear(self, finished: Collection[Unit]) -> None:
+        """Keep of each row what the newest finished stretch left, from which a longer run goes on."""
+        for row in ROWS:
+            newest = max((unit[1] for unit in finished if unit[0] == row), default=0)
+            for file in self.folder.glob(f"{row}-*.safetensors"):
+                if int(file.stem.rpartition("-")[2]) < newest:
+                    file.unlink()
+
+
+def _answered(answer: Answer) -> Record:
+    return {
+        "hit": int(answer.hit),
+        "accuracy": round(answer.accuracy, 6),
+        "loglik": round(answer.loglik, 6),
+        "said": answer.said,
+    }
+
+
+def _end(k: int, s: Settings) -> int:
+    """Facts that are written at the end of stretch k."""
+    return (k + 1) * s.stretch
+
+
+def _slots(memory: Memory, before: Memory, at: int) -> Record:
+    """The slots at the end of a stretch: norms by layer, numbers that are none, and how many an update writes."""
+    slots = memory.slots.float()
+    norms = slots.norm(dim=2).double()
+    written = memory.sources[-1].slots - (before.sources[-1].slots if before.sources else 0)
+    return {
+        "kind": "slots",
+        "row": "memory",
+        "at": at,
+        "N": memory.N,
+        "M": memory.M,
+        "K": written / (memory.updates - before.updates),
+        "norms": [round(x, 6) for x in norms.mean(1).tolist()],
+        "variances": [round(x, 6) for x in norms.var(1).tolist()],
+        "broken": int((~slots.isfinite()).sum()),
+    }
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def lines(records: Sequence[Record]) -> list[Line]:
+    """Answers by age and window, perplexity and pairs at checkpoints, slot norms, drift, speed."""
+    found: list[tuple[str, Estimate | None]] = []
+    for row in ROWS:
+        asked = [r for r in records if r["kind"] == "asked" and r["row"] == row]
+        for age in sorted({r["age"] for r in asked}):
+            some = [r for r in asked if r["age"] == age]
+            name = f"{row}, asked {'at once' if age == 0 else f'{age} facts later'}"
+            found += [(f"{name}: {title}", _mean(some, metric)) for metric, title in METRICS.items()]
+            weights = [DECAY ** (some[-1]["at"] - r["at"]) for r in some]
+            for metric, title in SHARES.items():
+                values = [w * r[metric] for w, r in zip(weights, some, strict=True)]
+                found.append((f"{name}: {title}, exponential mean", ratio(values, weights, _ids(some))))
+                for start, end, part in _windows(some):
+                    found.append((f"{name}: {title}, updates {start} to {end}", _mean(part, metric)))
+            if row == "memory":
+                found.append((f"{name}: share of its slots that is left", _mean(some, "left")))
+        more = _less_alone(asked, records)
+        found.append((f"{row}, {LESS_ALONE}: token accuracy", mean([y for _, y in more], [at for at, _ in more])))
+        found += _checkpoints(records, row)
+        found += [(f"{row}: {name}", estimate) for name, estimate in [*_slot_norms(records, row), *drift(records, row)]]
+        speeds = [r for r in records if r["kind"] == "speed" and r["row"] == row]
+        pace = ratio([r["updates"] for r in speeds], [r["seconds"] for r in speeds], [r["at"] for r in speeds])
+        found.append((f"{row}: updates per second", pace))
+    return [Line(name, estimate) for name, estimate in found if estimate is not None]
+
+
+def _mean(some: Sequence[Record], metric: str) -> Estimate | None:
+    return mean([r[metric] for r in some], _ids(some))
+
+
+def _ids(some: Sequence[Record]) -> list[str]:
+    return [r["question"] for r in some]
+
+
+def _windows(some: Sequence[Record]) -> Iterator[tuple[int, int, list[Record]]]:
+    """Equal parts of the stream: (first update, last update, what was asked in between)."""
+    last = max((r["at"] for r in some), default=0)
+    bounds = [round(last * i / WINDOWS) for i in range(WINDOWS + 1)]
+    for start, end in pairwise(bounds):
+        yield start + 1, end, [r for r in some if start < r["at"] <= end]
+
+
+def _checkpoints(records: Sequence[Record], row: str) -> list[tuple[str, Estimate | None]]:
+    """Perplexity and pairs of the plain model, and of a row at up to `WINDOWS` checkpoints, the last one among them."""
+    found: list[tuple[str, Estimate | None]] = []
+    there = {kind: _at(records, kind, row) for kind in ("read", "pair")}
+    plain = {kind: _at(records, kind, "plain").get(0, {}) for kind in ("read", "pair")}
+    points = sorted(there["read"])
+    shown = min(WINDOWS, len(points))
+    points = [points[-1 - i * len(points) // shown] for i in reversed(range(shown))]
+    for at in points:
+        texts = [text for text in there["read"][at] if text in plain["read"]]
+        more = [there["read"][at][text]["nll"] - plain["read"][text]["nll"] for text in texts]
+        tokens = [plain["read"][text]["tokens"] for text in texts]
+        found.append((f"{row}: perplexity / plain after {at}", exp(ratio(more, tokens, texts))))
+    for at in points:
+        items = [item for item in there["pair"].get(at, {}) if item in plain["pair"]]
+        more = [there["pair"][at][item]["right"] - plain["pair"][item]["right"] for item in items]
+        found.append((f"{row}: BLiMP - plain after {at}", mean(more, items)))
+    return found
+
+
+def _at(records: Sequence[Record], kind: str, row: str) -> dict[int, dict[str, Record]]:
+    """Records of a kind by checkpoint and text."""
+    found: dict[int, dict[str, Record]] = {}
+    for r in records:
+        if r["kind"] == kind and r["row"] == row:
+            found.setdefault(r["at"], {})[r["text"]] = r
+    return found
+
+
+def settled(records: Sequence[Record]) -> tuple[float, int] | None:
+    """N/K by what was written, and the update from which drift is looked for; None: no memory was written."""
+    slots = [r for r in records if r["kind"] == "slots"]
+    if not slots:
+        return None
+    turn = slots[0]["N"] * len(slots) / sum(r["K"] for r in slots)
+    return turn, round(TURNS * turn)
+
+
+def drift(records: Sequence[Record], row: str) -> list[tuple[str, Estimate | None]]:
+    """Slopes per `SCALE` updates, of a memory after it was replaced `TURNS` times, of fine-tuning from the start.
+
+    Intervals are drawn over windows of 2 N/K updates, because neighbouring states share most of their slots; of
+    fine-tuning over the updates that are asked. Fewer than `FEWEST` windows give nothing.
+    """
+    known = settled(records) if row == "memory" else (0.5, 0)
+    if known is None:
+        return []
+    turn, start = known
+    width = max(1, round(2 * turn))
+
+    def found(points: Sequence[tuple[int, float]]) -> Estimate | None:
+        windows = [at // width for at, _ in points]
+        if len(set(windows)) < FEWEST:
+            return None
+        return slope([at / SCALE for at, _ in points], [y for _, y in points], windows)
+
+    asked = [r for r in records if r["kind"] == "asked" and r["row"] == row and r["at"] > start]
+    out = []
+    for age in sorted({r["age"] for r in asked}):
+        name = f"token accuracy asked {'at once' if age == 0 else f'{age} facts later'}"
+        points = [(r["at"], float(r["accuracy"])) for r in asked if r["age"] == age]
+        out.append((f"drift of the {name}, per {SCALE} updates", found(points)))
+    more = _less_alone(asked, records)
+    if more:
+        out.append((f"drift of the token accuracy {LESS_ALONE}, per {SCALE} updates", found(more)))
+    for what, (name, short) in LOOKS.items():
+        slots = _looks(records, row, start, what)
+        if slots:
+            points = _relative(slots, what)
+            out.append((f"drift of the {name} (1: no change of {short}), per {SCALE} updates", found(points)))
+    return out
+
+
+def _looks(records: Sequence[Record], row: str, start: int, what: str) -> list[Record]:
+    """Looks at the slots after this update that hold what is asked for."""
+    return [r for r in records if r["kind"] == "slots" and r["row"] == row and r["at"] > start and what in r]
+
+
+def _slot_norms(records: Sequence[Record], row: str) -> list[tuple[str, Estimate | None]]:
+    """Mean and variance of the slot norms, mean over layers and over the looks from which drift is looked for.
+
+    Intervals are drawn over windows of 2 N/K updates, as for drift.
+    """
+    known = settled(records)
+    if known is None:
+        return []
+    turn, start = known
+    found = []
+    for what, (name, _) in LOOKS.items():
+        slots = _looks(records, row, start, what)
+        values = [sum(r[what]) / len(r[what]) for r in slots]
+        windows = [r["at"] // max(1, round(2 * turn)) for r in slots]
+        found.append((f"{name}, mean over layers, after {start} updates", mean(values, windows)))
+    return found
+
+
+def _less_alone(asked: Sequence[Record], records: Sequence[Record]) -> list[tuple[int, float]]:
+    """At each update the token accuracy of the newest fact less that of the same fact alone in an empty memory."""
+    alone = {(r["row"], r["at"]): r["accuracy"] for r in records if r["kind"] == "alone"}
+    some = [r for r in asked if r["age"] == 0 and (r["row"], r["at"]) in alone]
+    return [(r["at"], r["accuracy"] - alone[r["row"], r["at"]]) for r in some]
+
+
+def _relative(slots: Sequence[Record], what: str) -> list[tuple[int, float]]:
+    """Norms or variances at each update, each layer relative to its own mean, mean over layers."""
+    layers = torch.tensor([r[what] for r in slots], dtype=torch.float64)
+    relative = (layers / layers.mean(0)).mean(1).tolist()
+    return [(r["at"], value) for r, value in zip(slots, relative, strict=True)]
+
+
+def notes(records: Sequence[Record], settings: Settings) -> list[str]:
+    """How far each row came, whether slots are broken, and what the test for drift says, in sentences."""
+    said = []
+    for row, asked in (("memory", settings.updates), ("ft", settings.ft_updates)):
+        reached = max((r["at"] for r in records if r["kind"] == "speed" and r["row"] == row), default=0)
+        if row not in settings.rows:
+            continue
+        said.append(f"{row}: {reached} of {asked} updates were reached.")
+        known = settled(records) if row == "memory" else None
+        if known:
+            turn, start = known
+            slots = [r for r in records if r["kind"] == "slots"]
+            broken = sum(r["broken"] for r in slots)
+            said.append(
+                f"memory: N = {slots[-1]['N']}, N/K = {turn:.1f} updates: it was replaced {reached / turn:.1f} times. "
+                f"{broken} numbers in its slots were NaN or infinite, over {len(slots)} looks."
+            )
+            if reached <= start:
+                said.append(f"memory: drift is looked for after {start} updates ({TURNS} N/K), which were not reached.")
+        for name, e in drift(records, row):
+            if e is None:
+                said.append(f"{row}, {name}: too few windows for an interval.")
+                continue
+            verdict = "no drift found, the interval contains 0" if e.low <= 0 <= e.high else "drift"
+            after = f" after update {known[1]}" if known else ""
+            said.append(f"{row}, {name}{after}: {e.mean:.4f} [{e.low:.4f}, {e.high:.4f}]: {verdict}.")
+    return said
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """Accuracy by window, perplexity, pairs and slot norms against updates, as one picture."""
+    accuracy: plots.Curves = {}
+    for row in ROWS:
+        for age in sorted({r["age"] for r in records if r["kind"] == "asked" and r["row"] == row}):
+            some = [r for r in records if r["kind"] == "asked" and r["row"] == row and r["age"] == age]
+            points: plots.Points = [((a + b) / 2, _mean(part, "accuracy")) for a, b, part in _windows(some)]
+            accuracy[f"{row}, {'at once' if age == 0 else f'{age} facts later'}"] = points
+    panels: dict[str, plots.Curves] = {"token accuracy": accuracy, "perplexity / plain": {}, "BLiMP - plain": {}}
+    for row in ROWS:
+        for name, estimate in _checkpoints(records, row):
+            what, _, at = name.removeprefix(f"{row}: ").rpartition(" after ")
+            panels[what].setdefault(row, []).append((float(at), estimate))
+    slots = [r for r in records if r["kind"] == "slots"]
+    if slots:
+        norms: plots.Points = [(at, value) for at, value in _relative(slots, "norms")]
+        panels["slot norm, relative to its mean"] = {"memory": norms}
+    plots.panels({name: curves for name, curves in panels.items() if curves}, "updates", "Integrity", path)
+
+
+def measure(
+    llm: MemoryModel,
+    settings: Settings,
+    out: Path,
+    *,
+    minutes: float | None = None,
+    **how: Unpack[protocol.How],
+) -> list[Line]:
+    """Run the protocol, or go on with it; further arguments as in `protocol.measure`.
+
+    A later run may ask for more updates, or for the other row, in the same folder.
+
+    Args:
+        out: also gets plot.png, and memory-K.safetensors with the memory at the end of stretch K.
+        minutes: after which no stretch is begun; the table then shows what was reached.
+    """
+    plots.require()
+    worker, started = Integrity(llm, settings, out), time.monotonic()
+    finished: list[Unit] = []
+
+    shown = how.pop("progress", lambda done, total: None)
+
+    def told(done: int, total: int) -> None:
+        shown(done, total)
+        if minutes is not None and done < total and time.monotonic() - started > 60 * minutes:
+            raise protocol.EnoughError
+
+    def after(records: Sequence[Record], folder: Path) -> list[str]:
+        finished.extend((r["row"], r["at"] // settings.stretch - 1) for r in records if r["kind"] == "speed")
+        if records:
+            draw(records, folder / "plot.png")
+        return notes(records, settings)
+
+    asked = {name: value for name, value in asdict(settings).items() if name not in CHOSEN}
+    data = {
+        "facts": f"invented, seed {settings.seed}",
+        "articles": [named(article) for article in worker.articles],
+        "pairs": named(repr(worker.pairs)),
+    }
+    found = protocol.measure(
+        PROTOCOL,
+        llm,
+        worker,
+        {"data": data, "settings": asked},
+        lines,
+        out,
+        title="Integrity: an endless stream of facts",
+        args=(settings, out),
+        after=after,
+        **how | {"progress": told},
+    )
+    worker.clear(finished)
+    return found

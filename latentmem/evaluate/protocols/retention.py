@@ -1,0 +1,482 @@
+"""Knowledge retention: what is still known of a text after t other texts were written (MemoryLLM section 4.4).
+
+Every sample has its own run up to `OWN_RUN` steps: fill the memory with unrelated texts, write the text, ask; then
+write one unrelated text per step and ask again at the steps in question. The unrelated texts are the same for all
+samples, the random drops are each sample's own. Beyond that, or for all steps if so wished, there is one *stream* per
+capacity: text after text, each asked when it has reached the age in question.
+
+The rows, all with the same questions:
+
+    floor    closed book: no memory, no text
+    dead     a full memory whose slots are zero
+    oracle   the text in the context of the plain model
+    window   the last N tokens of all that was written, in the context of the plain model; fewer if it has no room
+    bm25     the one text that BM25 finds among all that was written, in the context of the plain model
+    ours     the memory; "full" before the text was written, or "empty"
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentmem.core.memory import Memory
+from latentmem.evaluate import runner
+from latentmem.evaluate.asking import NEW_TOKENS, Answer, ask, in_context, written
+from latentmem.evaluate.baselines.passages import ranked
+from latentmem.evaluate.data.questions import LONGEST
+from latentmem.evaluate.data.sets import Question, QuestionSet, Text
+from latentmem.evaluate.tables import plots, results
+from latentmem.evaluate.tables.summary import Line
+from latentmem.longterm.search import Recalled
+from latentmem.model.model import Context, MemoryModel
+
+PROTOCOL = "retention/1"  # another number where records of before and after can not stand in one table
+ROWS = ("floor", "dead", "oracle", "window", "bm25", "ours")
+FILLS = ("full", "empty")
+OWN_RUN = 50  # steps up to which every sample has its own run
+LONGEST_ANSWER = 64  # tokens that are kept free for a gold answer
+SEGMENT = 20  # steps of a stream that are one unit of work
+CHOSEN = ("rows", "fills", "capacities")  # settings that choose units and change none: a later run may add to them
+UNSAID = (
+    ("choice", "last"),
+    ("longterm", 0),
+    ("longterm_limit", 1 << 30),
+    ("group", "update"),
+)  # settings that folders of before did not know
+Unit = tuple[Any, ...]  # (row, N, fill, index of the text), or ("stream", row, N, segment)
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Args:
+        steps: how many other texts were written between the text and its questions, ascending.
+        capacities: N of the memories; empty for a checkpoint's own.
+        fills: "full" and "empty".
+        rows: of `ROWS`.
+        K: slots that one update may write; by default every text is one update.
+        compression: tokens per slot.
+        choice: which token becomes a slot, "last" of each group or "surprise".
+        longterm: R, the slots that a question takes of what was dropped; 0: it is lost.
+        longterm_limit: bytes of what was dropped.
+        group: what is retrieved together, as in `longterm.LongTerm`.
+        new_tokens: of an answer, in which the gold answer has to stand.
+        stream: ask all steps in the stream, not only those beyond `OWN_RUN`.
+        seed: of every drop.
+
+    Raises:
+        ValueError: unknown rows or fills, steps that are negative or not ascending, a stream that does not begin full.
+    """
+
+    steps: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 50)
+    capacities: tuple[int, ...] = (1024, 2048)
+    fills: tuple[str, ...] = FILLS
+    rows: tuple[str, ...] = ROWS
+    K: int = LONGEST
+    compression: int = 1
+    choice: str = "last"
+    longterm: int = 0
+    longterm_limit: int = 1 << 30
+    group: str = "update"
+    new_tokens: int = NEW_TOKENS
+    stream: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.steps or min(self.steps) < 0 or list(self.steps) != sorted(set(self.steps)):
+            raise ValueError(f"steps must be ascending numbers from 0, got {', '.join(map(str, self.steps))}.")
+        for what, given, known in (("rows", self.rows, ROWS), ("fills", self.fills, FILLS)):
+            wrong = [item for item in given if item not in known]
+            if wrong or not given or len(set(given)) < len(given):
+                raise ValueError(f"{what} must be some of {', '.join(known)}, got {', '.join(given) or 'none'}.")
+        if len(set(self.capacities)) < len(self.capacities):
+            raise ValueError(f"capacities must differ, got {', '.join(map(str, self.capacities))}.")
+        if self.streamed and "full" not in self.fills:
+            raise ValueError(
+                f"a stream (here the steps {self.streamed}) begins with a full memory: add the fill 'full'."
+            )
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """Steps at which every sample is asked in its own run."""
+        return () if self.stream else tuple(t for t in self.steps if t <= OWN_RUN)
+
+    @property
+    def streamed(self) -> tuple[int, ...]:
+        """Ages at which the texts of the stream are asked."""
+        return tuple(t for t in self.steps if t not in self.own)
+
+
+class Retention:
+    """One worker: a model, the questions, and what it keeps between units.
+
+    Args:
+        folder: where a stream keeps the memory between its segments.
+    """
+
+    def __init__(self, llm: MemoryModel, data: QuestionSet, settings: Settings, folder: Path) -> None:
+        self.llm, self.data, self.settings, self.folder = llm, data, settings, folder
+        self._full = lru_cache(maxsize=4)(self._fill)
+        self._dead = lru_cache(maxsize=4)(self._zeroed)
+        self._ids = lru_cache(maxsize=None)(partial(written, llm))
+        self._shared = lru_cache(maxsize=8)(partial(in_context, llm))
+        self._seen: dict[tuple[str, str], Answer] = {}  # (question, passage) -> answer
+        prompts = llm.prompts_or_raise()
+        asked = [len(prompts.question(q.question, bare=True)) for text in data.texts for q in text.questions]
+        self._room = llm.plain([]).room - len(prompts.opening) - max(asked) - max(settings.new_tokens, LONGEST_ANSWER)
+        if self._room < 1:
+            raise ValueError(
+                f"the questions and answers leave no room for a text in this model's context ({llm.name})."
+            )
+        if "bm25" in settings.rows:
+            _find(["a passage"], ["a question"])  # an error now, if it is not installed, and not after hours
+        for N in self.capacities:
+            self._empty(N)  # a size that does not fit the model is an error now
+            self._check_supply(N)
+
+    # --- units ------------------------------------------------------------------------------------------------------
+
+    def units(self) -> list[Unit]:
+        """All units, sample after sample, so that what is done at any time is complete for its samples."""
+        s = self.settings
+        units: list[Unit] = []
+        for i in range(len(self.data.texts)):
+            units += [(row, 0, "", i) for row in ("floor", "oracle") if row in s.rows]
+            for N in self.capacities:
+                units += [("dead", N, "full", i)] if "dead" in s.rows else []
+                if s.own:
+                    units += [(row, N, "full", i) for row in ("window", "bm25") if row in s.rows]
+                    fills = ("full",) if self.llm.trained else s.fills  # a checkpoint's own pool is full at birth
+                    units += [("ours", N, fill, i) for fill in fills if "ours" in s.rows]
+        return [
+            *units,
+            *(unit for row in ("window", "bm25") for N in self.capacities for unit in self._segments(row, N)),
+        ]
+
+    def chains(self) -> list[list[Unit]]:
+        """Units of memories that go through a stream, one chain per capacity: each needs the one before it."""
+        return [chain for N in self.capacities if (chain := self._segments("ours", N))]
+
+    def _segments(self, row: str, N: int) -> list[Unit]:
+        ages = self.settings.streamed
+        if not ages or row not in self.settings.rows:
+            return []
+        return [("stream", row, N, k) for k in range(-(-(len(self.data.texts) + max(ages)) // SEGMENT))]
+
+    def run(self, unit: Unit) -> list[Record]:
+        """Do one unit of work and return its records."""
+        if unit[0] == "stream":
+            return list(self._stream(*unit[1:]))
+        row, N, fill, i = unit
+        text = self.data.texts[i]
+        ways = {"ours": self._ours, "window": self._window, "bm25": self._bm25}
+        return list(ways.get(row, self._constant)(row, N, fill, text))
+
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        """N of the memories that are measured: a checkpoint has its own."""
+        return (self.llm.empty().N,) if self.llm.trained else self.settings.capacities
+
+    # --- rows -------------------------------------------------------------------------------------------------------
+
+    def _constant(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
+        """Rows that no step changes: floor, oracle, dead memory."""
+        if row == "oracle":
+            answers = self._ask_found([text.text] * len(text.questions), text.questions)
+        else:
+            context = self.llm.behind(self._dead(N)) if row == "dead" else in_context(self.llm, ())
+            answers = self._ask(context, text.questions)
+        yield from _records(text.questions, answers, row=row, N=N, fill=fill, text=text.id)
+
+    def _ours(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
+        memory = self._full(N) if fill == "full" else self._empty(N)
+        memory = self._write(replace(memory, seed=_seed(self.settings.seed, text.id)), text.text, "target")
+        for t in range(max(self.settings.own) + 1):
+            if t:
+                memory = self._write(memory, self._other(t - 1), "unrelated")
+            if t in self.settings.own:
+                facts = {"row": row, "N": N, "fill": fill, "step": t, "text": text.id, "M": memory.M}
+                answers = self._ask(self.llm.behind(memory), text.questions)
+                for question, answer in zip(text.questions, answers, strict=True):
+                    found = self._found(memory, question, "target")
+                    yield from _records([question], [answer], left=_left(memory, "target"), **found, **facts)
+
+    def _window(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
+        N_seen = min(N, self._room)
+        before = [i for filler in self._filler(N) for i in self._ids(filler)]
+        for t in self.settings.own:
+            after = [i for j in range(t) for i in self._ids(self._other(j))]
+            target = self._ids(text.text)
+            ids = tuple([*before, *target, *after][-N_seen:])
+            left = _in_window(N_seen, len(after), len(target))
+            context = in_context(self.llm, ids) if left else self._shared(ids)  # without the text, all see the same
+            answers = self._ask(context, text.questions)
+            yield from _records(text.questions, answers, row=row, N=N, fill=fill, step=t, text=text.id, left=left)
+
+    def _bm25(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
+        for t in self.settings.own:
+            library = [*self._filler(N), text.text, *(self._other(j) for j in range(t))]
+            found = _find(library, [q.question for q in text.questions])
+            answers = self._ask_found(found, text.questions)
+            for question, answer, passage in zip(text.questions, answers, found, strict=True):
+                left = float(passage == text.text)
+                yield from _records([question], [answer], row=row, N=N, fill=fill, step=t, text=text.id, left=left)
+
+    # --- the stream -------------------------------------------------------------------------------------------------
+
+    def _stream(self, row: str, N: int, segment: int) -> Iterator[Record]:
+        """Steps segment * SEGMENT and on: write one text, then ask every text whose age is one of the steps."""
+        texts, ages = self.data.texts, self.settings.streamed
+        steps = range(segment * SEGMENT, min((segment + 1) * SEGMENT, len(texts) + max(ages)))
+        memory = self._before(N, segment) if row == "ours" else None
+        for step in steps:
+            if memory is not None:
+                memory = self._write(memory, *self._streamed(step))
+            due = [(age, texts[step - age]) for age in ages if 0 <= step - age < len(texts)]
+            asked = [(age, text, question) for age, text in due for question in text.questions]
+            if not asked:
+                continue
+            questions = [question for _, _, question in asked]
+            library = [*self._filler(N), *(self._streamed(j)[0] for j in range(step + 1))]
+            if memory is not None:
+                answers = self._ask(self.llm.behind(memory), questions)
+                left = [_left(memory, text.id) for _, text, _ in asked]
+            elif row == "window":
+                N_seen = min(N, self._room)
+                ids = [i for passage in library for i in self._ids(passage)][-N_seen:]
+                answers = self._ask(in_context(self.llm, ids), questions)
+                tokens = [len(self._ids(passage)) for passage in library]
+                newer = {age: sum(tokens[len(tokens) - age :]) for age in ages}
+                left = [_in_window(N_seen, newer[age], len(self._ids(text.text))) for age, text, _ in asked]
+            else:
+                found = _find(library, [question.question for question in questions])
+                answers = self._ask_found(found, questions)
+                left = [float(passage == text.text) for passage, (_, text, _) in zip(found, asked, strict=True)]
+            for (age, text, question), answer, share in zip(asked, answers, left, strict=True):
+                facts = {"row": row, "N": N, "fill": "full", "step": age, "stream": True, "text": text.id}
+                facts |= {"M": memory.M, **self._found(memory, question, text.id)} if memory is not None else {}
+                yield from _records([question], [answer], left=share, **facts)
+        if memory is not None:
+            memory.save(self._kept(N, segment))
+            self._kept(N, segment - 2).unlink(missing_ok=True)  # the one before is needed if this is done again
+
+    def _streamed(self, step: int) -> tuple[str, str]:
+        """What the stream writes at a step, and the name under which it is written."""
+        texts = self.data.texts
+        if step < len(texts):
+            return texts[step].text, texts[step].id
+        return self._other(step - len(texts)), "unrelated"
+
+    def _before(self, N: int, segment: int) -> Memory:
+        """The stream's memory before a segment: as it was kept, or written anew."""
+        if segment and self._kept(N, segment - 1).exists():
+            return Memory.load(self._kept(N, segment - 1))
+        memory = replace(self._full(N), seed=_seed(self.settings.seed, "stream"))
+        for step in range(segment * SEGMENT):
+            memory = self._write(memory, *self._streamed(step))
+        return memory
+
+    def _kept(self, N: int, segment: int) -> Path:
+        return self.folder / f"stream-{N}-{segment}.safetensors"
+
+    def clear(self) -> None:
+        """Remove the memories that were kept between segments."""
+        for N in self.capacities:
+            for file in self.folder.glob(f"stream-{N}-*.safetensors"):
+                file.unlink()
+
+    # --- parts ------------------------------------------------------------------------------------------------------
+
+    def _empty(self, N: int) -> Memory:
+        s = self.settings
+        if self.llm.trained:
+            return self.llm.empty(seed=s.seed)
+        more: dict[str, Any] = {}
+        if s.longterm:
+            more["longterm"] = {"R": s.longterm, "limit": s.longterm_limit, "group": s.group}
+        return self.llm.empty(N=N, K=min(N, s.K), compression=s.compression, seed=s.seed, choice=s.choice, **more)
+
+    def _fill(self, N: int) -> Memory:
+        """A memory full of unrelated texts; a checkpoint's own pool gets as many of them on top."""
+        memory = self._empty(N)
+        for text in self._filler(N):
+            memory = self._write(memory, text, "filler")
+        return memory
+
+    def _filler(self, N: int) -> Sequence[str]:
+        """Unrelated texts that fill a memory of N slots; the first ones are kept for the steps."""
+        memory, texts, slots = self._empty(N), [], 0
+        for text in self.data.unrelated[self._steps_supply :]:
+            if slots >= N:
+                break
+            texts.append(text)
+            slots += memory.K if self.llm.trained else len(self._ids(text)) // self.settings.compression
+        return texts
+
+    def _found(self, memory: Memory, question: Question, source: str) -> dict[str, float]:
+        """The share of a source's stored slots, or of R where they are more, that a question takes; mean of layers."""
+        store = memory.longterm
+        if store is None or not memory.R:
+            return {}
+        number = [s.name for s in memory.sources].index(source)
+        mine = (store.column("origins") == number) & store.there
+        if not mine.any():
+            return {}
+        front = self.llm.front(memory, self.llm.prompts_or_raise().question(question.question, bare=True))
+        assert isinstance(front, Recalled)
+        layers = [i for i in range(memory.L) if mine[i].any()]
+        shares = [int(mine[i][front.chosen.places[i]].sum()) / min(memory.R, int(mine[i].sum())) for i in layers]
+        return {"found": sum(shares) / len(shares)}
+
+    def _ask(self, context: Context, questions: Sequence[Question]) -> list[Answer]:
+        return ask(self.llm, context, questions, new_tokens=self.settings.new_tokens)
+
+    def _check_supply(self, N: int) -> None:
+        supply = sum(len(self._ids(t)) for t in self.data.unrelated[self._steps_supply :])
+        if not self.llm.trained and supply // self.settings.compression < N:
+            raise ValueError(
+                f"the set {self.data.name} has too few unrelated texts to fill a memory of N={N} slots; "
+                f"choose a smaller capacity."
+            )
+        if max(self.settings.steps) and not self._steps_supply:
+            raise ValueError(
+                f"the set {self.data.name} has too few unrelated texts to write between text and question."
+            )
+
+    @property
+    def _steps_supply(self) -> int:
+        """How many unrelated texts are kept for the steps; later steps begin with the first again."""
+        return min(max(self.settings.steps), len(self.data.unrelated) * 3 // 4)
+
+    def _other(self, j: int) -> str:
+        return self.data.unrelated[j % max(1, self._steps_supply)]
+
+    def _write(self, memory: Memory, text: str, source: str) -> Memory:
+        return self.llm.write_ids(memory, self._ids(text), source)
+
+    def _zeroed(self, N: int) -> Memory:
+        memory = self._full(N)
+        return replace(memory, slots=torch.zeros_like(memory.slots))
+
+    def _ask_found(self, found: list[str], questions: Sequence[Question]) -> list[Answer]:
+        """Ask each question behind the passage that was found for it, if any; what was asked before is kept."""
+        seen = self._seen
+        for passage in dict.fromkeys(found):
+            new = [q for q, p in zip(questions, found, strict=True) if p == passage and (q.id, p) not in seen]
+            if new:
+                context = in_context(self.llm, self._ids(passage) if passage else ())
+                for question, answer in zip(new, self._ask(context, new), strict=True):
+                    seen[question.id, passage] = answer
+        return [seen[q.id, passage] for q, passage in zip(questions, found, strict=True)]
+
+
+def measure(
+    llm: MemoryModel,
+    data: QuestionSet,
+    settings: Settings,
+    out: Path,
+    *,
+    command: str = "",
+    drawn: dict[str, Any] | None = None,
+    workers: int = 1,
+    loading: dict[str, Any] | None = None,
+    progress: runner.Progress = lambda done, total: None,
+) -> list[Line]:
+    """Run the protocol, or go on with it, and write everything that the folder then holds.
+
+    A folder is about the same questions, steps and model; other rows, fills and capacities are added to it.
+
+    Args:
+        llm: the model; other processes load theirs anew.
+        out: gets config.json, records.jsonl, summary.json, table.md, plot.png and report.html.
+        command: what was typed, for the record.
+        drawn: how the questions were drawn, for the record.
+        workers: processes; more than 1 needs `loading`.
+        loading: arguments of `latentmem.load` that give the same model again.
+        progress: called with (units done, units in all).
+
+    Returns:
+        The lines of all tables.
+
+    Raises:
+        KeyboardInterrupt: stopped; the tables then show what was finished, and the next run goes on from there.
+        ValueError: the folder holds another run or is in use, or settings that do not fit the model or the data.
+    """
+    if workers > 1 and loading is None:
+        raise ValueError("more than one worker needs `loading`, the arguments with which they load the model.")
+    if len(data.texts) < 2:
+        raise ValueError("one text has no interval, and without an interval there is no result: take more questions.")
+    plots.require()
+    worker = Retention(llm, data, settings, out)
+    config = {
+        "protocol": PROTOCOL,
+        "data": {"name": data.name, "source": data.source, "sha256": data.identity, **(drawn or {})},
+        "settings": {
+            key: value for key, value in asdict(settings).items() if (key, value) not in UNSAID and key not in CHOSEN
+        },
+        "model": {
+            "name": llm.name,
+            "sha256": llm.identity,
+            "adapters": llm.adapters.identity if llm.adapters else "",
+            "tokenizer": llm.tokenizer_identity,
+            "dtype": str(llm.decoder.dtype)[6:],
+            "style": asdict(llm.prompts_or_raise().style),
+        },
+    }
+    folder = runner.Folder(out, config)
+    with folder.working(results.this_run(command)):
+        try:
+            runner.run(folder, worker, _make, (loading, data, settings, out), workers, progress)
+        except KeyboardInterrupt:
+            results.write(folder, data, unfinished=True)  # the next run goes on
+            raise
+        worker.clear()
+        return results.write(folder, data)
+
+
+def _make(loading: dict[str, Any], data: QuestionSet, settings: Settings, folder: Path) -> Retention:
+    from latentmem.loading.load import load
+
+    return Retention(load(**loading), data, settings, folder)
+
+
+def _find(library: Sequence[str], questions: Sequence[str]) -> list[str]:
+    """The passage that BM25 ranks first for each question; "" where no passage shares a word with it."""
+    return [library[places[0]] if places else "" for places in ranked(library, questions, 1)]
+
+
+def _records(questions: Sequence[Question], answers: Sequence[Answer], **facts: Any) -> Iterator[Record]:
+    for question, answer in zip(questions, answers, strict=True):
+        yield {
+            **facts,
+            "question": question.id,
+            "hit": int(answer.hit),
+            "accuracy": round(answer.accuracy, 6),
+            "loglik": round(answer.loglik, 6),
+            "said": answer.said,
+        }
+
+
+def _left(memory: Memory, source: str) -> float:
+    """Share of a source's slots that is left, over all layers."""
+    i = [s.name for s in memory.sources].index(source)
+    return (memory.left()[i].double().mean() / memory.sources[i].slots).item()
+
+
+def _in_window(N: int, newer: int, tokens: int) -> float:
+    """Share of a text's tokens within the last N, behind so many newer ones."""
+    return min(1.0, max(0, N - newer) / tokens)
+
+
+def _seed(seed: int, name: str) -> int:
+    """A seed for one sample, from the seed of the run."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big", signed=True)

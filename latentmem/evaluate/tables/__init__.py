@@ -1,0 +1,1 @@
+"""Records of a run -> tables, plots, a page, a comparison."""

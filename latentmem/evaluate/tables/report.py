@@ -1,0 +1,88 @@
+"""A run as one HTML file to look at: the plot, the tables, what was said, and how it was made."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from latentmem.evaluate.data.sets import QuestionSet
+from latentmem.evaluate.tables.summary import OURS, Line, cell_text, label, part_name, sections
+
+EXAMPLES = 12
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; color: #1a1a1a }
+table { border-collapse: collapse; margin: .5rem 0 1.5rem; font-size: 13px; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }
+th:first-child, td:first-child, .words td, .words th { text-align: left }
+td small { display: block; color: #777 } tr.ours td { background: #eef5fb } tr.thin td { color: #666 }
+img { max-width: 100% } .hit { color: #00703c; font-weight: 600 } .facts td { text-align: left }
+div { overflow-x: auto }
+"""
+
+
+def write(
+    path: Path, title: str, facts: dict[str, Any], lines: Sequence[Line], records: Sequence[dict[str, Any]],
+    data: QuestionSet, plot: Path,
+) -> None:  # fmt: skip
+    """Write the page; it is one file and loads nothing."""
+    picture = base64.b64encode(plot.read_bytes()).decode()
+    body = [f"<h1>{escape(title)}</h1>", f'<img alt="curves" src="data:image/png;base64,{picture}">']
+    for N, stream in dict.fromkeys((line.N, line.stream) for line in lines):
+        body.append(f"<h2>{part_name(N, stream)}</h2>")
+        for heading, some in sections([line for line in lines if (line.N, line.stream) == (N, stream)]):
+            body.append(f"<h3>{escape(heading)}</h3>{_table(some)}")
+    body += ["<h2>What was said</h2>", _examples(records, data), "<h2>How this was made</h2>", _facts(facts)]
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style><body>{''.join(body)}</body></html>\n"
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _table(some: Sequence[Line]) -> str:
+    steps = sorted({t for line in some for t in line.cells})
+    head = "".join(f"<th>{t}</th>" for t in steps)
+    rows = [f"<tr><th>texts written since</th><th>n</th>{head}</tr>"]
+    for line in some:
+        cells = "".join(_cell(line, t) for t in steps)
+        kind = "ours" if line.kind == "row" and line.row == OURS else ""
+        kind = kind or ("thin" if line.kind in ("bound", "M/N", "found") else "")
+        size = ", ".join(sorted({f"{c.n} ({c.texts} texts)" for c in line.cells.values()}))
+        rows.append(f'<tr class="{kind}"><td>{escape(label(line))}</td><td>{size}</td>{cells}</tr>')
+    return f"<div><table>{''.join(rows)}</table></div>"
+
+
+def _cell(line: Line, t: int) -> str:
+    if t not in line.cells:
+        return "<td></td>"
+    mean, interval = cell_text(line.cells[t]).split(" ", 1)
+    return f"<td>{mean}<small>{escape(interval)}</small></td>"
+
+
+def _examples(records: Sequence[dict[str, Any]], data: QuestionSet) -> str:
+    """The first questions with what each row said of them, at the first and the last step of the largest memory."""
+    N = max((r["N"] for r in records), default=0)
+    steps = sorted({r["step"] for r in records if "step" in r})
+    wanted = [("floor", 0, "", 0), ("oracle", 0, "", 0)]
+    wanted += [("ours", N, "full", t) for t in dict.fromkeys([*steps[:1], *steps[len(steps) // 2 :][:1], *steps[-1:]])]
+    heads = ["floor", "oracle", *(f"ours, t = {t}" for *_, t in wanted[2:])]
+    said = {(r["row"], r["N"], r["fill"], r.get("step", 0), r["question"]): r for r in records}
+    rows = ["<tr><th>question</th><th>gold</th>" + "".join(f"<th>{h}</th>" for h in heads) + "</tr>"]
+    questions = [text.questions[0] for text in data.texts][:EXAMPLES]
+    for question in questions:
+        cells = []
+        for key in wanted:
+            found = said.get((*key, question.id))
+            kind = ' class="hit"' if found and found["hit"] else ""
+            cells.append(f"<td{kind}>{escape(found.get('said', '')) if found else ''}</td>")
+        gold = escape(" / ".join(question.answers))
+        rows.append(f"<tr><td>{escape(question.question)}</td><td>{gold}</td>{''.join(cells)}</tr>")
+    return f'<div><table class="words">{"".join(rows)}</table></div>'
+
+
+def _facts(facts: dict[str, Any]) -> str:
+    rows = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
+    return f'<table class="facts">{rows}</table>'

@@ -1,0 +1,91 @@
+"""What a run leaves in its folder: summary.json, table.md, plot.png and report.html, beside config and records."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from latentmem.evaluate.data.sets import QuestionSet
+from latentmem.evaluate.runner import Folder, Record
+from latentmem.evaluate.tables import plots, report, summary
+
+PACKAGES = ("latentmem", "torch", "transformers", "tokenizers", "peft", "bm25s", "numpy")
+
+
+def this_run(command: str) -> Record:
+    """When, with which versions and at which commit something is run."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    machine = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    return {"started": started, "command": command, "commit": _commit(), "versions": versions, **machine}
+
+
+def _commit() -> str:
+    """The commit of this source tree, marked where files differ from it; "" for an installed package."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+        tracked = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", Path(__file__).name], cwd=here, capture_output=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.stdout.strip() if tracked.returncode == 0 else ""
+
+
+def write(folder: Folder, data: QuestionSet, *, unfinished: bool = False) -> list[summary.Line]:
+    """Compute the summary of all records that are finished and write it in four forms.
+
+    Args:
+        unfinished: the run was stopped; said in all of them.
+
+    Returns:
+        The lines of all tables; none, and nothing is written, before two texts are finished.
+    """
+    records = [record for unit in folder.done().values() for record in unit]
+    lines = summary.lines(records)
+    if not lines:
+        return []
+    config, last = folder.config, folder.runs[-1]
+    shown = {"squad": "SQuAD", "nq": "Natural Questions", "synthetic": "synthetic facts"}.get(data.name, data.name)
+    title = f"Knowledge retention: {config['model']['name']}, {shown}{', stopped before its end' * unfinished}"
+    questions = sum(len(text.questions) for text in data.texts)
+    facts = {
+        "commands": "; ".join(dict.fromkeys(run["command"] for run in folder.runs)),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "questions": f"{questions} questions about {len(data.texts)} texts; {data.source}",
+        "adapters": config["model"]["adapters"] or "none, untrained",
+        "dtype": config["model"]["dtype"],
+        "intervals": "95%, bootstrap over texts",
+        "commits": ", ".join(dict.fromkeys(run["commit"] for run in folder.runs if run["commit"])) or "not known",
+        **{key: last[key] for key in ("python", "machine")},
+        **last["versions"],
+    }
+    everything = {
+        "title": title,
+        "facts": facts,
+        **config,
+        "runs": folder.runs,
+        "samples": [[text.id, [q.id for q in text.questions]] for text in data.texts],
+        "lines": summary.as_json(lines),
+    }
+    (folder.path / "summary.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    commands = "\n".join(dict.fromkeys(run["command"] for run in folder.runs))
+    head = f"# {title}\n\n```\n{commands}\n```\n\n{facts['finished'][:10]}. {facts['questions']}. "
+    head += f"Adapters: {facts['adapters']}; {facts['dtype']}; intervals: {facts['intervals']}.\n\n"
+    (folder.path / "table.md").write_text(head + summary.markdown(lines), encoding="utf-8")
+    plots.draw(lines, title, folder.path / "plot.png")
+    report.write(folder.path / "report.html", title, facts, lines, records, data, folder.path / "plot.png")
+    return lines

@@ -1,0 +1,167 @@
+"""Files of a model by its name: a folder, the hub's cache, or the hub."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from latentmem.model.model import MemoryModel
+from latentmem.model.prompts import Style
+
+log = logging.getLogger("latentmem")
+
+PACKAGED = "smollm2-135m"
+
+# How texts and questions are put to a model by default, where it was measured: docs/results/prompts.md.
+STYLES = {PACKAGED: Style(wrap="user", system="", question="{question} Answer briefly.")}
+
+# Decoders, by `model_type`, for which tests/test_families.py proves the law: a memory that is not full answers as the
+# text in the context does. Anything else is refused.
+SUPPORTED = (
+    "cohere",
+    "cohere2",
+    "exaone4",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "gpt_oss",
+    "granite",
+    "hunyuan_v1_dense",
+    "llama",
+    "ministral",
+    "ministral3",
+    "mistral",
+    "mixtral",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
+
+
+def _path(name: str) -> Path:
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - Path's raises for an unknown user
+
+
+def check_supported(config: Any) -> None:
+    """Refuse an architecture for which the law is not proven (`SUPPORTED`).
+
+    Raises:
+        ValueError: with the list of what is supported.
+    """
+    if config.model_type not in SUPPORTED:
+        raise ValueError(f"models of type {config.model_type!r} are not supported; these are: {', '.join(SUPPORTED)}.")
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))]
+    for kind in kinds:
+        if kind in ("dynamic", "longrope"):
+            raise ValueError(
+                f"rotary positions of type {kind!r} are not supported: they change with the length of the text, "
+                f"so a memory's keys would be wrong. Set another rope_type in the config."
+            )
+
+
+def _transformers(
+    source: str | Path, name: str, dtype: torch.dtype, device: torch.device, **kwargs: Any
+) -> MemoryModel:
+    """A plain transformers decoder from a folder, a hub id or a GGUF file beside it."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    with readable(name), quiet():
+        config = AutoConfig.from_pretrained(source, **kwargs)
+        check_supported(config)
+        more = _dequantised() if kwargs else {"use_safetensors": True}  # never pickle
+        base, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, **more, **kwargs
+        )
+    lacking = sorted({*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])})
+    if lacking:
+        raise ValueError(
+            f"the model {name!r} lacks {len(lacking)} weights, or has them in another shape: "
+            f"{', '.join(lacking[:8])}{' ...' if len(lacking) > 8 else ''}. Fetch it again."
+        )
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"the model {name!r} holds no tokenizer that can be read.") from error
+    return MemoryModel(base.to(device), tokenizer, name=name, style=STYLES.get(name))
+
+
+def _dequantised() -> dict[str, Any]:
+    """What makes transformers unpack a GGUF file's weights; before it had a choice, it always did."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _config(name: str) -> dict[str, Any]:
+    from transformers import PretrainedConfig
+
+    with readable(name):
+        config = PretrainedConfig.get_config_dict(name)[0]
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ValueError(f"the model {name!r} has a config.json without a model_type: it is no transformers model.")
+    return config
+
+
+# what libraries raise on damaged files
+_DAMAGED: tuple[type[Exception], ...] = (json.JSONDecodeError, struct.error, SafetensorError, EOFError, ArithmeticError)
+_UNREADABLE: tuple[type[Exception], ...] = (
+    *_DAMAGED,
+    OSError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    TypeError,
+    RuntimeError,
+)
+
+
+@contextlib.contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Say in one sentence why a model could not be read."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"the model {name!r} could not be loaded ({reason.rstrip('.')}). Give {PACKAGED!r}, a complete folder, a "
+            f".gguf file, or a hub id that can be reached."
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and weight reports off the screen; errors still come through."""
+    from transformers.utils import logging as theirs
+
+    bars, level = theirs.is_progress_bar_enabled(), theirs.get_verbosity()
+    theirs.disable_progress_bar()
+    theirs.set_verbosity_error()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if bars:
+            theirs.enable_progress_bar()

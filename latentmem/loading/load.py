@@ -1,0 +1,112 @@
+"""Names -> models: the packaged default, a folder, a GGUF file, a hub id, a released MemoryLLM checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from latentmem.loading.hub import PACKAGED, _config, _path, _transformers
+from latentmem.loading.packaged import _packaged
+from latentmem.loading.trained import _trained, _with_adapters
+from latentmem.model.model import MemoryModel
+
+
+def load(
+    name: str = PACKAGED,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    adapters: str | None = "auto",
+    quantize: str | None = None,
+) -> MemoryModel:
+    """Load a language model that can read and write memories.
+
+    Args:
+        name: "smollm2-135m" (the packaged default), a local folder, a `.gguf` file, or a hub id such as
+            "HuggingFaceTB/SmolLM2-360M-Instruct" or "YuWangX/memoryllm-8b-chat".
+        dtype: "float32", "bfloat16" or "float16"; by default float32 on a CPU and bfloat16 elsewhere.
+        device: for example "cpu" or "cuda"; by default the fastest that is there.
+        adapters: "auto" takes the trained write/read pair that belongs to the model, if there is one: it comes with
+            the package, or lies in the model's folder as `adapters.safetensors`. None is the untrained model; else
+            the path of a pair that `latentmem train` made.
+        quantize: "int8" for linear layers in 8 bits, float32 on the CPU only; its memories are its own.
+
+    Raises:
+        ValueError: an unknown name, an architecture that is not supported, a damaged file; the message says what to do.
+    """
+    own = _trained(name) if adapters == "auto" else None if adapters is None else _path(adapters)
+    if quantize is not None:
+        from latentmem.decoder.quantize import quantize as in_place
+
+        llm = load(name, dtype=dtype or "float32", device=device or "cpu", adapters=adapters)
+        in_place(llm.base, quantize)
+        identity, trained = f"{quantize}-{llm.identity}", llm.trained
+        if trained:
+            trained = replace(trained, pool=replace(trained.pool, model=identity))
+        return MemoryModel(
+            llm.base,
+            llm.tokenizer,
+            name=llm.name,
+            style=llm.prompts.style if llm.prompts else None,
+            adapters=llm.adapters,
+            trained=trained,
+            shape=llm.shape,
+            projectors=llm.recall.projectors,
+            identity=identity,
+        )
+    where = _device(device) if device is not None else _fastest()
+    kind = _dtype(dtype) if dtype is not None else (torch.float32 if where.type == "cpu" else torch.bfloat16)
+    llm = _plain(name, kind, where, adapters=adapters)
+    return llm if own is None else _with_adapters(llm, own)
+
+
+def _plain(name: str, kind: torch.dtype, where: torch.device, adapters: str | None) -> MemoryModel:
+    """A model by name, without adapters of ours."""
+    if name == PACKAGED:
+        return _packaged(kind, where)
+    path = _path(name)
+    if path.exists():
+        path = path.resolve()  # a memory keeps this name, and has to find the model from any folder
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file.")
+        return _transformers(path.parent, str(path), kind, where, gguf_file=path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path} holds no config.json: a folder with a transformers model was expected.")
+    elif path.is_file() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(
+            f"unknown model {name!r}: expected {PACKAGED!r} (packaged), a folder with config.json, a .gguf file, "
+            f"or a hub id of the form owner/name."
+        )
+    from latentmem.loading import released
+
+    source = str(path) if path.is_dir() else name
+    config = _config(source)
+    if released.is_released(config):
+        return released.load(source, config, kind, where, trained=adapters == "auto")
+    return _transformers(source, source, kind, where)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {str(device)!r} can not be used: {str(error).splitlines()[0]}") from None
+    return where
+
+
+def _fastest() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    found = known.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in known.values():
+        raise ValueError(f"dtype must be one of {', '.join(known)}, got {dtype!r}.")
+    return found

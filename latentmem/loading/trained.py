@@ -1,0 +1,103 @@
+"""Trained adapters, retriever and pool that belong to a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentmem.core import memory as memories
+from latentmem.core.memory import Memory
+from latentmem.decoder import linear
+from latentmem.decoder.decoder import Decoder
+from latentmem.loading.hub import PACKAGED, _path
+from latentmem.longterm.search import Projectors
+from latentmem.model.model import MemoryModel, Shape, Trained
+
+TRAINED, ADAPTERS = Path(__file__).parent.parent / "trained", "adapters.safetensors"
+
+
+def _trained(name: str) -> Path | None:
+    """The trained adapters that belong to a model: those of the package, or `adapters.safetensors` in its folder."""
+    path = (TRAINED / name if name == PACKAGED else _path(name)) / ADAPTERS
+    return path if path.is_file() else None
+
+
+def _with_adapters(llm: MemoryModel, path: Path) -> MemoryModel:
+    """The model with adapters that `latentmem train` made.
+
+    Raises:
+        ValueError: they can not be read, belong to another model, or the model has adapters already.
+    """
+    from latentmem.decoder import adapters as pairs
+
+    file = path / ADAPTERS if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"adapters must be 'auto', None or a file that `latentmem train` made; there is no {file}.")
+    if llm.adapters is not None:
+        raise ValueError(f"{llm.name} has adapters of its own: leave the others out.")
+    tensors, facts = pairs.load(file)
+    if facts["model"] != llm.identity:
+        raise ValueError(
+            f"the adapters {file} belong to {facts['model_name']} ({facts['model'][:12]}), and this model is "
+            f"{llm.name} ({llm.identity[:12]}). Load that model, or leave the adapters out."
+        )
+    llm.adapters = pairs.put(llm.base, tensors, facts)
+    llm.recall.projectors = _retriever(tensors, facts, llm.decoder)
+    linear.choose(llm.base)
+    m = facts["memory"]
+    if m["preset"] == "exact":
+        llm.shape = Shape(m["N"], m["K"], m["compression"], m["choice"])
+        return llm
+    like: Any = {"device": llm.decoder.device, "dtype": llm.decoder.dtype}
+    bos, mark = tensors["bos"].to(**like), tensors["mark"].to(**like)
+    pool = replace(
+        memories.empty(llm.decoder.L, llm.decoder.d, N=m["N"], K=m["K"], preset="paper", **like),
+        model=llm.identity,
+        adapters=llm.adapters.identity,
+        tokenizer=llm.tokenizer_identity,
+        model_name=llm.name,
+    )
+    pool = born(llm.with_trained(Trained(bos, mark, pool)), pool, facts["birth"])
+    return llm.with_trained(Trained(bos, mark, pool))
+
+
+def born(llm: MemoryModel, pool: Memory, text: str) -> Memory:
+    """A pool of the preset "paper" that is full from birth, as those of the released checkpoints are.
+
+    Args:
+        pool: empty.
+        text: is written until the pool is full, and repeated to twice the slots of an update: of a shorter text the
+            slots of the update before go through the layers again, and grow with each of these writes.
+    """
+    ids = llm.prompts_or_raise().written(text)
+    ids = (ids * -(-2 * pool.K // len(ids)))[: pool.piece]
+    while pool.M < pool.N:
+        pool = llm.write_ids(pool, ids, "birth")
+    old = torch.zeros_like(pool.births)
+    return replace(pool, births=old, origins=old - 1, sources=(), updates=0, tokens=0)
+
+
+def _retriever(tensors: dict[str, Tensor], facts: dict[str, Any], decoder: Decoder) -> Projectors | None:
+    """The retriever that was trained with adapters, in the model's dtype; None if there is none.
+
+    Raises:
+        ValueError: weights are missing, unknown or of another shape; all are named.
+    """
+    from latentmem.decoder import adapters as pairs
+
+    theirs = {name: tensor for name, tensor in tensors.items() if name.startswith(pairs.RETRIEVER)}
+    sizes, d, each = facts.get("retriever"), decoder.d, range(decoder.L)
+    shapes = {0: (sizes["hidden"], d), 1: (sizes["width"], sizes["hidden"])} if sizes else {}
+    own = {f"{pairs.RETRIEVER}{kind}.{i}.{k}": shapes[k] for kind in ("query", "key") for i in each for k in shapes}
+    pairs.check({name: torch.Size(shape) for name, shape in own.items()}, theirs)
+
+    def both(kind: str) -> list[tuple[Tensor, Tensor]]:
+        like: Any = {"device": decoder.device, "dtype": decoder.dtype}
+        first, second = ([theirs[f"{pairs.RETRIEVER}{kind}.{i}.{k}"].to(**like) for i in each] for k in (0, 1))
+        return list(zip(first, second, strict=True))
+
+    return Projectors(both("query"), both("key"), (), torch.nn.functional.silu) if sizes else None

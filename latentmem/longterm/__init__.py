@@ -1,0 +1,1 @@
+"""Long-term memory (M+): dropped slots are kept, and a question searches them (letters: `latentmem.core`)."""

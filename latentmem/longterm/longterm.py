@@ -1,0 +1,312 @@
+"""Long-term memory (M+): what is dropped stays, and is searched for what a question asks (letters: `latentmem.core`).
+
+    update     the dropped slots of each layer go to its store, with birth, source and place (`LongTerm.after`)
+    retrieve   each layer takes the R stored slots that fit a question best, oldest first, in front of its M slots
+    evict      beyond `limit` bytes what came first goes first; or by the released rule, recall frequencies
+
+A store is a value like the memory that it belongs to. Its slots lie in blocks that are only ever appended to, so the
+next memory shares all blocks with the one before, and nothing is copied but what was dropped.
+
+Source: M+ (arXiv 2502.00592) section 3.1 and the released `update_ltm`, `get_ltm`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentmem.longterm.blocks import GONE, Block, Some, Span, packed, unpacked
+
+LIMIT = 1 << 30  # bytes of a store, unless told otherwise
+GROUPS = ("slot", "update")  # what is retrieved together: single slots, or what one update wrote
+RULES = ("oldest", "frequency")
+CHOSEN = ("R", "int8", "limit", "group", "every", "rule", "period")  # what one may choose
+SETTINGS = (*CHOSEN, "clock", "since")
+KINDS: dict[str, type] = dict.fromkeys(("R", "limit", "every", "clock", "since", "period"), int)
+KINDS |= {"int8": bool, "group": str, "rule": str}
+FREQUENCY = 10.0  # recall frequency of a slot that comes to the store (released `initial_rf_when_moving_stm_to_ltm`)
+DEAD = 0.01  # recall frequency up to which a slot goes
+
+
+@dataclass(frozen=True, eq=False)
+class LongTerm:
+    """What a memory has dropped: S slots of each layer, in the order in which they came.
+
+    Args:
+        R: slots that each layer retrieves at most; without a store (`limit` 0) the best updates that have no more slots
+            than this together, and at least the best one, stand nearest to the question.
+        places: of each of the memory's own M slots its place within the update that wrote it, [L, M] int32, on the CPU.
+        spans: the stored slots.
+        limit: bytes of stored slots; the first that came are the first to go. 0: what is dropped is lost.
+        int8: slots are stored in 8 bits, with a scale for every 32 of their numbers.
+        group: what is retrieved together: "update" (what one update wrote; the best ones whole, as R allows) or "slot".
+        every: tokens of an answer after which is retrieved again, by what was said since; 0: never.
+        rule: which slots go: "oldest", or "frequency", the released one.
+        clock: slots written to each layer so far; in "frequency" a stored slot's age is this less its order.
+        frequencies: of "frequency", of the stored slots that it has counted in, [L, S - not yet counted in] float32.
+        since: of "frequency", slots written since it last counted.
+        period: of "frequency", slots to be written until it counts again.
+
+    Raises:
+        ValueError: sizes that make no sense.
+    """
+
+    R: int
+    places: Tensor
+    spans: tuple[Span, ...] = ()
+    limit: int = LIMIT
+    int8: bool = False
+    group: str = "update"
+    every: int = 64
+    rule: str = "oldest"
+    clock: int = 0
+    frequencies: Tensor | None = None
+    since: int = 0
+    period: int = 0
+    _cache: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_cache", {})
+        for name, kind in KINDS.items():
+            if type(getattr(self, name)) is not kind:
+                raise ValueError(f"{name} of a long-term memory is {kind.__name__}, got {getattr(self, name)!r}.")
+        if self.R < 1:
+            raise ValueError(f"a long-term memory retrieves at least one slot, got R={self.R}.")
+        if self.limit < 0:
+            raise ValueError(f"the limit is a number of bytes, got {self.limit}.")
+        if self.every < 0:
+            raise ValueError(f"`every` is a number of tokens, 0 for never: got {self.every}.")
+        if self.group not in GROUPS:
+            raise ValueError(f"group must be one of {', '.join(GROUPS)}, got {self.group!r}.")
+        if self.rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}.")
+        if self.rule == "frequency" and self.period < 1:
+            raise ValueError(f"the rule frequency needs a period of at least 1 slot written, got {self.period}.")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it was made with and has counted, without tensors."""
+        return {name: getattr(self, name) for name in SETTINGS}
+
+    @property
+    def chosen_settings(self) -> dict[str, Any]:
+        """What it was made with."""
+        return {name: getattr(self, name) for name in CHOSEN}
+
+    # --- what is there ----------------------------------------------------------------------------------------------
+
+    @property
+    def S(self) -> int:
+        """Places in each layer, those of slots that are gone included."""
+        return sum(map(len, self.spans))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored slots."""
+        return self.S * self._each if self.spans else 0
+
+    @property
+    def _each(self) -> int:
+        """Bytes of a slot in all layers, with what belongs to it."""
+        b = self.spans[0].block
+        return sum(t[:, :1].nbytes for t in (b.slots, b.births, b.origins, b.orders, b.keys) if t is not None)
+
+    def column(self, name: str) -> Tensor:
+        """`births`, `origins` or `orders` of all stored slots, [L, S]."""
+        if name not in self._cache:
+            none = torch.zeros(self.places.shape[0], 0, dtype=torch.int64 if name == "orders" else torch.int32)
+            self._cache[name] = torch.cat([none, *(getattr(span.some, name) for span in self.spans)], dim=1)
+        return self._cache[name]
+
+    @property
+    def there(self) -> Tensor:
+        """Which places hold a slot, [L, S] bool."""
+        if "there" not in self._cache:
+            alive = self.column("origins") != GONE
+            if self.frequencies is not None:
+                alive[:, : self.frequencies.shape[1]] &= self.frequencies > DEAD
+            self._cache["there"] = alive
+        return self._cache["there"]
+
+    @property
+    def alive(self) -> Tensor:
+        """The update that wrote each stored slot, -1 for a place that holds none, [L, S] int32."""
+        if "alive" not in self._cache:
+            self._cache["alive"] = self.column("births").where(self.there, -1)
+        return self._cache["alive"]
+
+    @property
+    def most(self) -> int:
+        """Slots that each layer retrieves: R, or as many as the layer with the fewest has."""
+        if "most" not in self._cache:
+            self._cache["most"] = self.there.sum(1).min() if self.spans else torch.tensor(0)
+        return min(self.R, int(self._cache["most"]))
+
+    def left(self, sources: int) -> Tensor:
+        """Stored slots of each source in each layer, [number of sources, L] int64."""
+        origins = self.column("origins").where(self.there, GONE)
+        counts = [row[row >= 0].bincount(minlength=sources) for row in origins]
+        return torch.stack(counts, dim=1) if counts else torch.zeros(sources, 0, dtype=torch.long)
+
+    @property
+    def takes(self) -> int:
+        """Slots that each layer retrieves once there are as many; 0 without a store."""
+        return self.R if self.limit else 0
+
+    @property
+    def arranges(self) -> bool:
+        """Whether there is no store, and a question finds the memory's own slots in an order of its own."""
+        return self.limit == 0 and self.group == "update"
+
+    # --- what changes it --------------------------------------------------------------------------------------------
+
+    def after(
+        self,
+        slots: Tensor,
+        births: Tensor,
+        origins: Tensor,
+        dropped: Tensor,
+        stays: Tensor,
+        k: int,
+        keys: Tensor | None = None,
+    ) -> LongTerm:
+        """The store after an update of the memory.
+
+        Args:
+            slots, births, origins: of the memory before the update.
+            dropped: which of its slots went, [L, count], ascending.
+            stays: the others, [L, M - count], ascending.
+            k: slots that came.
+            keys: of the dropped slots, where a trained retriever makes them, [L, count, width].
+        """
+        places = torch.cat([self.places.gather(1, stays), torch.arange(k, dtype=torch.int32).expand(len(stays), k)], 1)
+        clock = self.clock + k
+        if self.rule == "frequency":  # in the released code a slot ages from when it is dropped
+            orders = clock - (k - 1) + self.places.gather(1, dropped).long()
+        else:
+            orders = written(births.gather(1, dropped), self.places.gather(1, dropped))
+        following = replace(self, places=places, clock=clock)
+        if dropped.shape[1] and self.limit:
+            index = dropped.to(slots.device)[..., None].expand(-1, -1, slots.shape[2])
+            some = Some(
+                self._packed(slots.detach().gather(1, index)).cpu(),
+                births.gather(1, dropped),
+                origins.gather(1, dropped),
+                orders,
+                keys,
+            )
+            following = following.with_more(some)
+        return (following._counted(k) if self.rule == "frequency" else following)._within()
+
+    def _packed(self, slots: Tensor) -> Tensor:
+        return packed(slots) if self.int8 else slots
+
+    def slots(self, span: Span, i: int, places: Tensor | slice, like: Tensor) -> Tensor:
+        """Slots of layer i at places of a span's block, [s, d], in the type and on the device of `like`."""
+        found = span.block.slots[i][places].to(like.device)
+        return (unpacked(found, like.shape[-1]) if self.int8 else found).to(like.dtype)
+
+    def with_more(self, some: Some) -> LongTerm:
+        """The store with more slots behind; only these are copied."""
+        spans, at = list(self.spans), 0
+        count = some.orders.shape[1]
+        if spans and (spans[-1].block.keys is None) != (some.keys is None):
+            raise ValueError("slots of this long-term memory are found by a trained retriever's keys: give `keys`.")
+        while at < count:
+            last = spans[-1] if spans else None
+            if last is None or last.end == last.block.room:
+                last = Span(Block.like(some.slots, some.keys), 0, 0)
+                spans.append(last)
+            more = min(count - at, last.block.room - last.end)
+            if not last.block.append(last.end, some.part(at, at + more)):  # another memory went on from here
+                own = Block.like(some.slots, some.keys)
+                own.append(0, last.some)
+                last = Span(own, 0, len(last))
+                spans[-1] = last
+                continue
+            spans[-1] = Span(last.block, last.start, last.end + more)
+            at += more
+        return replace(self, spans=tuple(spans))
+
+    def kept(self, stays: Tensor) -> LongTerm:
+        """The store where `stays` [L, m] of the memory's own slots are left, and the others are not stored."""
+        return replace(self, places=self.places.gather(1, stays))
+
+    def without(self, source: int) -> LongTerm:
+        """The store without the slots of a source; the numbers of later sources are one less."""
+        if not self.spans:
+            return self
+        everything = Some.joined([span.some for span in self.spans])
+        origins = everything.origins.where(self.there, GONE)
+        alive = (origins != source) & (origins != GONE)
+        m = int(alive.sum(1).max())
+        order = alive.long().argsort(dim=1, stable=True)[:, origins.shape[1] - m :]  # what is gone stands in front
+        origins = origins.where(alive, GONE).gather(1, order)
+        wide = order[..., None].expand(-1, -1, everything.slots.shape[2])
+        gone = (origins == GONE)[..., None]
+        keys = None
+        if everything.keys is not None:
+            keys = everything.keys.gather(1, order[..., None].expand(-1, -1, everything.keys.shape[2]))
+            keys = keys.masked_fill(gone, 0)
+        some = Some(
+            everything.slots.gather(1, wide).masked_fill(gone, 0),
+            everything.births.gather(1, order),
+            origins - (origins > source).int(),
+            everything.orders.gather(1, order),
+            keys,
+        )
+        frequencies = self.frequencies
+        if frequencies is not None:
+            own = torch.nn.functional.pad(frequencies, (0, self.S - frequencies.shape[1]), value=FREQUENCY)
+            frequencies = own.gather(1, order)
+        return replace(self, spans=(), frequencies=frequencies).with_more(some)
+
+    def _within(self) -> LongTerm:
+        """The store within its limit."""
+        surplus = self.S - self.limit // self._each if self.spans else 0
+        if surplus <= 0:
+            return self
+        frequencies = None if self.frequencies is None else self.frequencies[:, surplus:]
+        return replace(self._from(surplus), frequencies=frequencies)
+
+    def _from(self, start: int) -> LongTerm:
+        """The store without the first places."""
+        spans = []
+        for span in self.spans:
+            cut = min(start, len(span))
+            start -= cut
+            if cut < len(span):
+                spans.append(Span(span.block, span.start + cut, span.end))
+        return replace(self, spans=tuple(spans))
+
+    def _counted(self, k: int) -> LongTerm:
+        """The released rule: once in a while every stored slot loses one of its frequency, and goes at 0.
+
+        Those of a layer stay as they are where no more than R would be left.
+        """
+        since = self.since + k
+        if since < self.period:
+            return replace(self, since=since)
+        old = self.frequencies if self.frequencies is not None else torch.zeros(len(self.places), 0)
+        all_ = torch.nn.functional.pad(old, (0, self.S - old.shape[1]), value=FREQUENCY)
+        fewer = torch.where(all_ > DEAD, all_ - 1, all_)
+        enough = ((fewer > DEAD).sum(1) > self.R)[:, None]
+        following = replace(self, frequencies=torch.where(enough, fewer, all_), since=0)
+        first = following.there.any(0).long()
+        start = int(first.argmax()) if first.any() else following.S
+        if not start or following.frequencies is None:
+            return following
+        return replace(following._from(start), frequencies=following.frequencies[:, start:])
+
+
+def empty(L: int, M: int = 0, **settings: object) -> LongTerm:
+    """A store that holds nothing, for a memory of M slots in each of L layers; the settings are those of `LongTerm`."""
+    return LongTerm(places=torch.zeros(L, M, dtype=torch.int32), **settings)  # type: ignore[arg-type]
+
+
+def written(births: Tensor, places: Tensor) -> Tensor:
+    """Numbers that put slots into the order in which they were written, int64."""
+    return births.long() << 32 | places.long()

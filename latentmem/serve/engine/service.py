@@ -1,0 +1,400 @@
+"""What a server does for its clients, without a network: reads in batches, changes in order, and no more than fits.
+
+Reads are opened and handed to the engine, which answers all of them together. Changes of memories go through one queue,
+in the order in which they were accepted; a write is in the journal before it is accepted, so no crash loses it. A read
+of a memory for which writes wait comes after them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from latentmem.core.memory import Memory
+from latentmem.errors import TooLongError
+from latentmem.model.model import MemoryModel
+from latentmem.model.prompts import Message, Prompts
+from latentmem.model.streaming import release_threads
+from latentmem.serve.engine.engine import Engine, Reading, Sampling
+from latentmem.store import Store, Version
+from latentmem.store.store import Content
+
+Result = TypeVar("Result")
+OWN_KEY = "request "  # begins the idempotency keys that the service makes itself
+Prompt = Callable[[Prompts, bool], list[int]]  # (how text is put, whether a memory stands in front) -> token ids
+
+
+class Busy(Exception):  # noqa: N818 - no error of this program
+    """More waits than is allowed to.
+
+    Args:
+        retry_after: seconds after which it is worth to try again.
+    """
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"the server is busy; try again in {retry_after} seconds.")
+        self.retry_after = retry_after
+
+
+class Taken(Exception):  # noqa: N818 - no error of this program
+    """There is a memory of this name already."""
+
+
+class Missing(Exception):  # noqa: N818 - no error of this program
+    """There is no such memory or version."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A write that is accepted: no crash loses it from here on.
+
+    Args:
+        version: the one that will hold it; None where the store keeps no text: then it is accepted when it is done.
+        tokens: that it takes.
+        done: its version, once it is in the memory. A ValueError says why it can not be; any other error, such as a
+            full disk, leaves it accepted, and it is applied by who reads or writes the memory next.
+    """
+
+    version: int | None
+    tokens: int
+    done: Future[Version]
+
+
+@dataclass(frozen=True)
+class Underway:
+    """A memory into which something is being written at this moment.
+
+    Args:
+        name: of the memory.
+        memory: with what was written so far; no version of the store holds it.
+        done, total: tokens of all that waits for this memory.
+    """
+
+    name: str
+    memory: Memory
+    done: int
+    total: int
+
+
+class Service:
+    """One model and one store, for many clients at once; every method can be called from any thread.
+
+    Args:
+        llm: the model.
+        store: the memories.
+        batch: answers that are made together.
+        waiting: questions that may wait or run; more are refused.
+        changes: writes and other changes that may wait; more are refused.
+        prefix_bytes: keys and values of memories are kept on the model's device up to this size, the last used ones;
+            by default a quarter of the device. The store keeps memories themselves up to its `cache_bytes`, and all
+            others lie on the disk.
+    """
+
+    def __init__(
+        self,
+        llm: MemoryModel,
+        store: Store,
+        *,
+        batch: int = 32,
+        waiting: int = 256,
+        changes: int = 256,
+        prefix_bytes: int | None = None,
+    ) -> None:
+        llm.prefix_bytes = quarter(llm.decoder.device) if prefix_bytes is None else prefix_bytes
+        self.llm, self.store, self.waiting, self.changes = llm, store, waiting, changes
+        self._engine = Engine(llm, batch)
+        self._openers, self._writer = ThreadPoolExecutor(2, "open"), ThreadPoolExecutor(1, "write")
+        self._writing = copy.copy(llm)  # for the store: it computes in turns with the engine
+        self._writing.write_ids = self._write_ids  # type: ignore[method-assign,assignment]
+        self._count = threading.Condition()
+        self._readings: set[Reading] = set()
+        self._changes = 0  # that were accepted and are not done
+        self._tokens_written = 0
+        self._settling = False  # whether others may look on
+        self._after: Memory | None = None  # what the last pass of the write that is seen has made
+        self._underway: Underway | None = None
+        self._seconds = 1.0  # that an answer takes, a running mean
+        self.ready = False
+
+    def start(self) -> None:
+        """Apply what was accepted before a crash, then answer."""
+        self._engine.start()
+        for one in self.store.overview():
+            if one.pending:
+                with contextlib.suppress(ValueError, OSError):  # of another model, damaged, in use: it goes on waiting
+                    self.llm.check(self.store.open(one.name, self.store.applied(one.name)))
+                    self.store.apply(self._writing, one.name)
+        self.ready = True
+
+    def close(self, grace: float | None = None) -> None:
+        """Refuse what is new, finish what was accepted, and end.
+
+        Args:
+            grace: seconds after which answers are cut off; None: never. Writes are always finished.
+        """
+        self.ready = False
+        with self._count:
+            if not self._count.wait_for(lambda: not self._readings, grace):
+                for reading in self._readings:
+                    reading.cancel()
+            self._count.wait_for(lambda: not self._readings and not self._changes)
+        self._writer.shutdown()
+        self._openers.shutdown()
+        self._engine.stop()
+
+    # --- reads ------------------------------------------------------------------------------------------------------
+
+    def read(self, name: str | None, prompt: Prompt, sampling: Sampling, version: int | None = None) -> Reading:
+        """Answer a prompt behind a memory, or behind none.
+
+        Args:
+            name: of the memory; None: the plain model answers.
+            prompt: makes the token ids.
+            version: of the memory, by default the newest, with all that was accepted before.
+
+        Returns:
+            The answer, whose pieces come when they are made. In place of a piece may come `Missing`: no such memory or
+            version; or a ValueError: the prompt does not fit, or another model wrote the memory.
+
+        Raises:
+            Busy: too many wait.
+        """
+        start = time.monotonic()
+
+        def ended() -> None:
+            self._seconds += 0.1 * (time.monotonic() - start - self._seconds)
+            with self._count:
+                self._readings.discard(reading)
+                self._count.notify_all()
+
+        reading = Reading(ended)
+        with self._count:
+            self._admit(len(self._readings), self.waiting)
+            self._readings.add(reading)
+        self._openers.submit(self._open, reading, name, prompt, sampling, version)
+        return reading
+
+    def ask(self, name: str, question: str, sampling: Sampling, version: int | None = None) -> Reading:
+        """Answer a question as `MemoryModel.ask` puts it; else as `read`."""
+        return self.read(name, lambda prompts, bare: prompts.question(question, bare=bare), sampling, version)
+
+    def _open(
+        self,
+        reading: Reading,
+        name: str | None,
+        prompt: Prompt,
+        sampling: Sampling,
+        version: int | None,
+        settled: bool = False,
+    ) -> None:
+        """Open the memory of a reading and hand both to the engine; where writes wait, behind them."""
+        try:
+            if reading.cancelled:
+                return reading.give(None)
+            if name is None:
+                memory = self.llm.blank()
+            else:
+                self._there(name)
+                later = version is None or version > self.store.applied(name)
+                if later and not settled and self.store.unsettled(name):
+                    waits = self._writer.submit(self._settle, name)
+
+                    def go_on(waits: Future[int]) -> None:
+                        error = waits.exception()
+                        if error is not None:
+                            reading.give(error if isinstance(error, Exception) else RuntimeError(str(error)))
+                        else:
+                            self._openers.submit(self._open, reading, name, prompt, sampling, version, True)
+
+                    waits.add_done_callback(go_on)
+                    return None
+                if version is not None and not 0 <= version <= (newest := self.store.version(name).version):
+                    raise Missing(f"{name!r} has no version {version}; it has 0 to {newest}.")
+                if version is None:
+                    reading.version, memory = self.store.latest(name)
+                else:
+                    reading.version, memory = version, self.store.open(name, version)
+                self.llm.check(memory)
+            ids = prompt(self.llm.prompts_or_raise(), memory.holds)
+            release_threads()
+            try:
+                self._engine.submit(reading, memory, ids, sampling)
+            except ValueError as error:
+                raise TooLongError(str(error)) from None
+        except Exception as error:  # noqa: BLE001 - told to who asked
+            reading.give(error)
+
+    def sources_of(self, memory: Memory, question: str | list[Message], answer: str) -> dict[str, float]:
+        """Which sources of a memory an answer drew on, as `MemoryModel.sources_of`.
+
+        Raises:
+            Busy: too many wait.
+        """
+        self._accept()
+        try:
+            release_threads()
+            return self._engine.call(lambda: self.llm.sources_of(memory, question, answer))
+        finally:
+            self._changed()
+
+    # --- changes ----------------------------------------------------------------------------------------------------
+
+    def write(
+        self, name: str, content: Content, source: str = "text", *, role: str | None = None, key: str | None = None
+    ) -> Writing:
+        """Accept a write and have it applied; arguments as in `Store.write`.
+
+        Raises:
+            Busy: too many wait.
+            Missing: no such memory.
+            ValueError: what `Store.write` refuses; nothing has changed.
+        """
+        self._accept()
+        try:
+            self._there(name)
+            count = tokens(self.llm, content, role)  # what is refused, is refused before it is accepted
+            version = None
+            key = key or f"{OWN_KEY}{uuid.uuid4().hex}"  # versions can be numbered anew before it is applied
+            if self.store.journal == "hash":
+                done = self._writer.submit(self._write_now, name, content, source, role, key)
+            else:
+                version = self.store.append(name, content, source, role=role, key=key)
+                done = self._writer.submit(self._apply, name, key)
+        except BaseException:
+            self._changed()
+            raise
+        done.add_done_callback(self._changed)
+        return Writing(version, count, done)
+
+    def create(self, name: str, **ways: Any) -> Future[Version]:
+        """Begin a memory; `ways` as in `MemoryModel.empty`.
+
+        Raises:
+            Busy: too many wait. The result may be `Taken`.
+        """
+
+        def made(store: Store, llm: MemoryModel) -> Version:
+            if name in store:
+                raise Taken(f"there is a memory {name!r} already.")
+            store.create(name, llm.empty(**ways))
+            return store.version(name)
+
+        return self.change(made)
+
+    def change(self, action: Callable[[Store, MemoryModel], Result]) -> Future[Result]:
+        """Do anything else with the store, behind all changes that were accepted before.
+
+        Raises:
+            Busy: too many wait.
+        """
+        self._accept()
+        done = self._writer.submit(lambda: action(self.store, self._writing))
+        done.add_done_callback(self._changed)
+        return done
+
+    def underway(self, name: str) -> Underway | None:
+        """What is being written into a memory now; None before its first update is made, and afterwards."""
+        now = self._underway
+        return now if now is not None and now.name == name else None
+
+    def _settle(self, name: str) -> int:
+        """Apply what waits for a memory, and let others look on."""
+
+        def progress(done: int, total: int) -> None:
+            if self._after is not None:
+                self._underway = Underway(name, self._after, done, total)
+
+        self._settling = True
+        try:
+            return self.store.apply(self._writing, name, progress)
+        finally:
+            self._settling, self._after, self._underway = False, None, None
+
+    def _apply(self, name: str, key: str) -> Version:
+        self._settle(name)
+        version = self.store.version(name, key=key)
+        if version.state == "failed":
+            raise ValueError(version.error)
+        return version
+
+    def _write_now(self, name: str, content: Content, source: str, role: str | None, key: str) -> Version:
+        self.store.write(self._writing, name, content, source, role=role, key=key)
+        return self.store.version(name, key=key)
+
+    def _write_ids(self, memory: Memory, ids: Any, source: str = "text", progress: Any = None) -> Memory:
+        release_threads()
+        after = self._engine.call(lambda: self.llm.write_ids(memory, ids, source, progress))
+        self._tokens_written += len(ids)
+        if self._settling:
+            self._after = after
+        return after
+
+    # --- numbers ----------------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, float]:
+        """What the server does now, for its metrics: name -> number."""
+        return {
+            "reads": len(self._readings),
+            "changes": self._changes,
+            "tokens_written": self._tokens_written,
+            "prefix_bytes": self.llm.derived_bytes,
+            **self._engine.stats(),
+        }
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _admit(self, there: int, most: int) -> None:
+        if not self.ready or there >= most:
+            raise Busy(min(60, max(1, round(self._seconds))))
+
+    def _accept(self) -> None:
+        """Count one more change, or refuse it."""
+        with self._count:
+            self._admit(self._changes, self.changes)
+            self._changes += 1
+
+    def _changed(self, _: object = None) -> None:
+        with self._count:
+            self._changes -= 1
+            self._count.notify_all()
+
+    def _there(self, name: str) -> None:
+        if name not in self.store:
+            raise Missing(f"there is no memory {name!r}.")
+
+
+def tokens(llm: MemoryModel, content: Content, role: str | None = None) -> int:
+    """How many tokens a write takes.
+
+    Raises:
+        ValueError: it is empty, or the model can not read it.
+    """
+    prompts = llm.prompts_or_raise()
+    if isinstance(content, str):
+        return len(prompts.written(content, role))
+    if not content:
+        raise ValueError("there is nothing to be written; give at least one turn.")
+    return sum(len(prompts.turn(turn)) for turn in content if isinstance(turn, dict))
+
+
+def quarter(device: torch.device) -> int:
+    """A quarter of the memory of a device, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 4
+    most = [8 << 30]
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        most = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a bound
+        most.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return min(most) // 4

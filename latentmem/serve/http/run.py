@@ -1,0 +1,126 @@
+"""The server as a process: its address, its start and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
+
+from latentmem.serve.engine.service import Service
+from latentmem.serve.http import static
+from latentmem.serve.http.shared import Json, loading
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only programs of this machine can reach a server at this address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address; an OSError says why not."""
+    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
+
+
+def serve(
+    make: Callable[[], tuple[FastAPI, Service]],
+    at: socket.socket,
+    *,
+    grace: int = 30,
+    told: Callable[[FastAPI], None] = lambda app: None,
+) -> None:
+    """Load and answer until SIGTERM or SIGINT; then finish what runs, and close the service.
+
+    Args:
+        make: loads the model, and makes the app and the service that it answers with.
+        at: where it listens: `/health` and the page answer from the beginning, all else when the service has started.
+        grace: seconds for requests that run at the end.
+        told: called when the service is ready.
+    """
+    door = _Door()
+    config = uvicorn.Config(
+        door,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=grace,
+    )
+    server, made, errors = _Server(config, door), [], []
+
+    def start() -> None:
+        try:
+            door.app, service = make()
+            made.append(service)
+            service.start()
+            told(door.app)
+        except BaseException as error:  # noqa: BLE001 - raised below
+            errors.append(error)
+            server.should_exit = True
+
+    starting = threading.Thread(target=start, name="start")
+    starting.start()
+    try:
+        server.run(sockets=[at])
+    finally:
+        starting.join()
+        if made and not errors:
+            made[0].close(grace)
+    if errors:
+        raise errors[0]
+
+
+class _Door:
+    """Shows the page, and says that the app is not there yet, until it is."""
+
+    def __init__(self) -> None:
+        self.app: FastAPI | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.app is not None:
+            await self.app(scope, receive, send)
+        elif not await static.respond(scope, receive, send) and scope["type"] == "http":
+            response = Json({"status": "ok"}) if scope["path"] == "/health" else loading().response
+            await response(scope, receive, send)
+
+    def close(self) -> None:
+        """Say from now on that the server is not ready."""
+        if self.app is not None:
+            self.app.state.shared.closing = True
+
+
+class _Server(uvicorn.Server):
+    """Ends on a signal without raising it again, so that the service can be closed; a second one does not wait."""
+
+    def __init__(self, config: uvicorn.Config, door: _Door) -> None:
+        super().__init__(config)
+        self._door = door
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._door.close()
+        self.force_exit, self.should_exit = self.should_exit, True

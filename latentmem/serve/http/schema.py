@@ -1,0 +1,389 @@
+"""What requests and responses look like."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from latentmem.serve.engine.engine import Sampling
+from latentmem.serve.http.shared import SOURCE
+
+Count = Annotated[int, Field(ge=0, le=1 << 31)]
+Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(pattern="^[A-Za-z0-9_][A-Za-z0-9_-]{0,63}$")]  # as the store's; there the last word is said
+SourceName = Annotated[str, Field(min_length=1, max_length=SOURCE)]
+Role = Literal["raw", "system", "user", "assistant"]
+
+
+class Strict(BaseModel):
+    """A body whose fields are all known and of their own types."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Loose(BaseModel):
+    """A body of OpenAI's, whose clients send more fields than matter here."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+# --- sampling and messages --------------------------------------------------------------------------------------------
+
+
+class SamplingFields(BaseModel):
+    """How an answer is made."""
+
+    max_tokens: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+
+    def sampling(self, **more: Any) -> Sampling:
+        """The same for the engine; `more` takes precedence."""
+        given = {what: getattr(self, what) for what in ("max_tokens", "temperature", "top_p", "seed")} | more
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return Sampling(**{what: value for what, value in given.items() if value is not None}, stop=stop)
+
+
+class Turn(Strict):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Part(Loose):
+    """A part of a message; only type "text" is taken."""
+
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(Loose):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+
+
+# --- OpenAI's requests ------------------------------------------------------------------------------------------------
+
+
+class MemoryChoice(Strict):
+    """The memory of a request: which one, at which version, and whether what is said is written into it."""
+
+    id: Name
+    write: bool = False
+    version: Count | None = None
+
+
+class StreamOptions(Loose):
+    include_usage: bool | None = None
+
+
+class OpenAIRequest(Loose, SamplingFields):
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    user: str | None = None
+    memory: Name | MemoryChoice | None = None
+
+
+class ChatRequest(OpenAIRequest):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
+
+
+class CompletionRequest(OpenAIRequest):
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
+
+
+# --- OpenAI's responses -----------------------------------------------------------------------------------------------
+
+
+class ErrorFacts(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: ErrorFacts
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class MemoryUsed(BaseModel):
+    """The memory that was read, at which version, and the version that what was said was written as."""
+
+    id: str
+    version: int | None
+    written: int | None = None
+
+
+class Answer(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: Answer
+    finish_reason: str
+    logprobs: None = None
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    memory: MemoryUsed | None = None
+
+
+class TextChoice(BaseModel):
+    index: int
+    text: str
+    finish_reason: str
+    logprobs: None = None
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+    memory: MemoryUsed | None = None
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "latentmem"
+
+
+class Models(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+# --- memories ---------------------------------------------------------------------------------------------------------
+
+
+class Create(Strict):
+    id: Name
+    N: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
+    K: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
+    compression: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+    choice: Literal["last", "surprise"] | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    longterm: Annotated[int, Field(ge=0, le=1 << 24)] | None = None
+
+
+class MemoryInfo(BaseModel):
+    id: str
+    object: Literal["memory"] = "memory"
+    versions: int
+    pending: int
+    changed: datetime
+    bytes: int
+    M: int
+    N: int
+    model: str
+
+
+class MemoryList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[MemoryInfo]
+    has_more: bool
+
+
+class Rights(BaseModel):
+    """What the key of a request may do; `name` is "none" where no key is asked for."""
+
+    object: Literal["key"] = "key"
+    name: str
+    writes: bool
+
+
+class Deleted(BaseModel):
+    id: str
+    object: Literal["memory.deleted"] = "memory.deleted"
+    deleted: bool = True
+
+
+class Write(Strict):
+    """A text, or turns of a conversation."""
+
+    text: Text | None = None
+    messages: Annotated[list[Turn], Field(min_length=1)] | None = None
+    source: SourceName = "text"
+    role: Role | None = None
+    wait: bool = True
+
+
+class Written(BaseModel):
+    """A write that no crash loses; its version and sizes once they are known."""
+
+    id: str
+    version: int | None
+    tokens: int
+    M: int | None
+    N: int | None
+    state: Literal["applied", "pending"]
+
+
+class Ask(Strict, SamplingFields):
+    question: Text
+    version: Count | None = None
+    sources: bool = False
+
+
+class Asked(BaseModel):
+    id: str
+    answer: str
+    version: int | None
+    finish_reason: str
+    usage: Usage
+    sources: dict[str, float] | None = None
+
+
+class VersionOf(BaseModel):
+    id: str
+    version: int
+
+
+class HistoryLine(BaseModel):
+    version: int
+    event: str
+    source: str | None
+    tokens: int
+    base: VersionOf | None
+    state: str
+    error: str | None
+    key: str | None
+    bytes: int
+    M: int | None
+    N: int | None
+    time: datetime
+    text: str | list[dict[str, str]] | list[int] | None = None
+
+
+class History(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[HistoryLine]
+    has_more: bool
+
+
+class SourceLeft(BaseModel):
+    source: str
+    tokens: int
+    slots: int
+    left: float
+    stored: float
+    pinned: bool
+    expires: datetime | None
+    forecast: dict[int, float]
+
+
+class Stats(BaseModel):
+    id: str
+    version: int
+    M: int
+    N: int
+    K: int
+    half_life: float | None
+    sources: list[SourceLeft]
+
+
+class Underway(BaseModel):
+    """Tokens of what is being written, and of what waits behind it."""
+
+    done: int
+    total: int
+
+
+class Slots(BaseModel):
+    """Where the slots of a memory came from, without what is in them.
+
+    `layers` has for each layer its slots, oldest first, as runs of three numbers: the place of the source in `sources`,
+    or -1 for what is older than the memory; the number of the update that wrote it; how many slots.
+    """
+
+    id: str
+    version: int
+    L: int
+    M: int
+    N: int
+    K: int
+    R: int
+    updates: int
+    stored: int
+    sources: list[str]
+    layers: list[list[int]]
+    writing: Underway | None = None
+
+
+class Drawn(Strict):
+    """A question as `ask` puts it, or the messages of a chat, and what was answered."""
+
+    question: Text | None = None
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=256)] | None = None
+    answer: Text
+    version: Count | None = None
+
+
+class DrawnOn(BaseModel):
+    id: str
+    version: int
+    sources: dict[str, float]
+
+
+class Rollback(Strict):
+    version: Count
+
+
+class Fork(Strict):
+    id: Name
+    version: Count | None = None
+
+
+class Forget(Strict):
+    source: SourceName
+    exact: bool = False
+
+
+class Forgotten(BaseModel):
+    id: str
+    version: int
+    rewritten: list[str] | None = None
+
+
+class Pin(Strict):
+    source: SourceName
+    pinned: bool = True
+
+
+class Expire(Strict):
+    source: SourceName
+    after: Annotated[float, Field(ge=0, le=1e9)] | None
+
+
+class Expiring(BaseModel):
+    id: str
+    source: str
+    expires: datetime | None
+
+
+class State(BaseModel):
+    status: Literal["ok"] = "ok"

