@@ -10,12 +10,12 @@ OLD := $(VENV)/transformers-$(LOWEST)
 MODELS := $(addprefix tests/,core decoder model/test_batches.py model/test_rows.py model/test_model.py model/test_chat.py \
 	loading/test_golden.py train/test_train_learner.py train/test_train_retriever.py)
 
-.PHONY: demo test lint page page-check page-built clean
+.PHONY: demo test lint docs page page-check page-built clean
 
-demo: $(READY)  ## set up, write docs/paper.md into a memory, ask three questions with and without it
+demo: $(READY)  ## set up, write docs/concepts/paper.md into a memory, ask three questions with and without it
 	$(BIN)/python examples/demo.py
 
-test: $(READY) lint page-check $(OLD)/.ready  ## style, types, tests, and all that runs models with the lowest transformers too
+test: $(READY) lint docs page-check $(OLD)/.ready  ## style, types, docs, tests, and all that runs models with the lowest transformers too
 	$(PYTEST)
 	PYTHONPATH=$(OLD) $(PYTEST) $(MODELS)
 
@@ -23,6 +23,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)  ## build the documentation site into build/site; needs no network, and a warning is an error
+	$(BIN)/python tools/docs.py
 
 page: web/node_modules  ## build the page of `latentmem serve` from web/
 	cd web && npm run --silent build
@@ -55,4 +58,4 @@ $(OLD)/.ready: $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,7 @@
 """Many memories, each with a secret of its own, asked all at once: does each answer its own, and as it does alone?
 
     python benchmarks/isolation.py
-    python benchmarks/isolation.py --memories 200 --batch 32 --texts docs/store.md
+    python benchmarks/isolation.py --memories 200 --batch 32 --texts docs/concepts/store.md
 
 Every memory holds one paragraph of a text (so that they differ in length) and its secret. All are asked at once through
 the server's service, in mixed batches that are joined and left all the time. Every pass of the model is watched: the
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--memories", type=int, default=200)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--texts", type=Path, default=Path(__file__).parent.parent / "docs" / "store.md")
+    parser.add_argument("--texts", type=Path, default=Path(__file__).parent.parent / "docs" / "concepts" / "store.md")
     options = parser.parse_args()
     llm = latentmem.load(options.model, dtype=torch.float32)
     draw = random.Random(0)

@@ -3,11 +3,11 @@
     python benchmarks/serve.py
     python benchmarks/serve.py --clients 50 --minutes 10 --level 20
 
-Every client has a memory of its own: the start of docs/paper.md and a secret. It asks for the secret, and every tenth
-time writes a line instead; its answer is right if it holds its own secret, and wrong in the worst way if it holds
-another's. First the load rises until no more is answered (the peak); then all clients go on for the given time without
-a pause, where the server refuses what does not fit (429, and they wait as long as it says). Last, the peer: the same
-questions without a memory, the text in each prompt, as any server answers them.
+Every client has a memory of its own: the start of docs/concepts/paper.md and a secret. It asks for the secret, and
+every tenth time writes a line instead; its answer is right if it holds its own secret, and wrong in the worst way if it
+holds another's. First the load rises until no more is answered (the peak); then all clients go on for the given time
+without a pause, where the server refuses what does not fit (429, and they wait as long as it says). Last, the peer: the
+same questions without a memory, the text in each prompt, as any server answers them.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import httpx
 
-TEXT = Path(__file__).parent.parent / "docs" / "paper.md"
+TEXT = Path(__file__).parent.parent / "docs" / "concepts" / "paper.md"
 QUESTION = "What is the secret code?"
 LATE = 60.0  # seconds after which an answer comes too late
 

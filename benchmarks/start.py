@@ -17,7 +17,7 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
-TEXT = Path(__file__).parent.parent / "docs" / "paper.md"
+TEXT = Path(__file__).parent.parent / "docs" / "concepts" / "paper.md"
 QUESTION = "Who is the author of MemoryLLM?"
 CHILD = """
 import io, json, sys, time

@@ -12,7 +12,7 @@ from rich.table import Table
 
 import latentmem
 
-TEXT = Path(__file__).parent.parent / "docs" / "paper.md"
+TEXT = Path(__file__).parent.parent / "docs" / "concepts" / "paper.md"
 QUESTIONS = (
     "Who is the author of MemoryLLM?",
     "What do we call one extra hidden vector?",

@@ -55,7 +55,9 @@ class Memory:
         tokens: tokens read in so far.
         sources: what was written, in the order of first appearance.
         quota: the share of N that pinned slots may take in a layer.
-        model, adapters, tokenizer: identities (hashes) of what wrote it; "" = none.
+        model: identity (hash) of the model that wrote it; "" = none.
+        adapters: identity of the adapters that wrote it; "" = none.
+        tokenizer: identity of the tokenizer that wrote it; "" = none.
         model_name: the name by which that model was loaded, a hint for people and for the command line.
         longterm: what it has dropped, if that is kept; see `latentmem.longterm`.
         version: checksum of the snapshot that holds this very memory; "" = not saved.

@@ -13,7 +13,7 @@ from latentmem.loading import packaged as packageds
 from latentmem.loading import trained as traineds
 from latentmem.train import config
 
-TEXT = Path(__file__).parent.parent.parent / "docs" / "paper.md"
+TEXT = Path(__file__).parent.parent.parent / "docs" / "concepts" / "paper.md"
 
 
 @pytest.fixture(scope="module")

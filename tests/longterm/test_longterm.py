@@ -490,7 +490,7 @@ def test_positions_leave_room_for_what_is_retrieved(llm):
 def test_the_example_of_the_guide_runs(monkeypatch, capsys):
     root = Path(__file__).parent.parent.parent
     monkeypatch.chdir(root)
-    guide = (root / "docs" / "longterm.md").read_text(encoding="utf-8")
+    guide = (root / "docs" / "how-to" / "longterm.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
     small = MemoryModel(tiny_model(max_position_embeddings=8192), byte_tokenizer())
     monkeypatch.setattr("latentmem.loading.load.load", lambda: small)

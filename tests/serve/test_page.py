@@ -1,6 +1,6 @@
 """The page in a real browser, with the packaged model behind it: every path that a person takes.
 
-With LATENTMEM_PICTURES set to a folder, the pictures of docs/page.md are taken into it.
+With LATENTMEM_PICTURES set to a folder, the pictures of docs/how-to/page.md are taken into it.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from latentmem.serve.http.shared import Limits
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
-PAPER = Path(__file__).parent.parent.parent / "docs" / "paper.md"
+PAPER = Path(__file__).parent.parent.parent / "docs" / "concepts" / "paper.md"
 SAFE = "The code of the safe is 4711."
 BOAT = "The boat Meridian left the harbour of Kiel on 3 May with a cargo of amber."
 NOTES = {

@@ -1353,7 +1353,7 @@ def test_the_snapshot_object_is_a_file_of_the_memory(llm, store):
 
 
 def test_the_example_of_the_guide_runs(llm, tmp_path, monkeypatch, capsys):
-    guide = (Path(__file__).parent.parent.parent / "docs" / "store.md").read_text(encoding="utf-8")
+    guide = (Path(__file__).parent.parent.parent / "docs" / "how-to" / "store.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
     small = MemoryModel(tiny_model(max_position_embeddings=8192), byte_tokenizer())
     monkeypatch.chdir(tmp_path)

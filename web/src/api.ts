@@ -1,4 +1,4 @@
-// What the server says: its answers as types, and one function for each address. docs/serving.md describes them.
+// What the server says: its answers as types, and one function for each address. docs/how-to/serve.md shows them.
 
 export interface MemoryInfo {
   id: string;

@@ -1,0 +1,68 @@
+"""The documentation: its generated pages hold what the code has, and the files at the root link to what is there."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+import latentmem
+from latentmem import cli
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def pages():
+    spec = importlib.util.spec_from_file_location("pages_of_the_docs", ROOT / "tools" / "docs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def leaves(path, command):
+    if not hasattr(command, "commands"):
+        yield path, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from leaves((*path, name), inner)
+
+
+def test_the_page_of_the_command_line_has_every_command_and_option(pages):
+    page = pages.cli_page()
+    sections = {match[1]: match[2] for match in re.finditer(r"(?ms)^### `(.*?)`[^\n]*\n(.*?)(?=^### |\Z)", page)}
+    for path, command in leaves(("latentmem",), get_command(cli.app)):
+        section = sections[" ".join(path)]
+        for parameter in command.params:
+            names = parameter.opts if parameter.param_type_name == "option" else [parameter.name.upper()]
+            assert all(re.search(rf"`[^`]*{re.escape(name)}\b", section) for name in names), (path, names)
+
+
+def test_the_page_of_the_interface_has_every_address_and_object(pages):
+    page = pages.http_page()
+    for address in ("POST /v1/chat/completions", "POST /v1/memories/{id}/write", "GET /metrics"):
+        assert f"### `{address}`" in page
+    named, defined = set(re.findall(r"\(#object-(\w+)\)", page)), set(re.findall(r"\{ #object-(\w+) \}", page))
+    assert named <= defined and {"Write", "Error", "MemoryInfo"} <= named
+
+
+def test_the_page_of_the_package_has_every_public_name(pages):
+    page = pages.python_page()
+    names = [name for name in latentmem.__all__ if not name.startswith("__")]
+    assert re.findall(r"(?m)^::: latentmem\.([A-Za-z]\w*)$", page)[0] == "load"
+    assert all(f"::: latentmem.{name}\n" in page for name in names)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("*.md")))
+def test_the_links_of_a_file_at_the_root_lead_somewhere(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_every_page_is_in_the_navigation():
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    listed = set(re.findall(r'= "([^"]+\.md)"', (ROOT / "zensical.toml").read_text(encoding="utf-8")))
+    generated = {"reference/python.md", "reference/cli.md", "reference/http.md"}
+    tables = {page for page in pages if re.fullmatch(r"results/[^/]+/.*", page)}  # linked from the pages of the results
+    assert listed == pages - tables | generated
