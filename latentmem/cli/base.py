@@ -74,13 +74,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")]
 def opened(name: str) -> Store:
     """The store, where a memory of this name can be asked for."""
     from latentmem.store import check_name
-    from latentmem.store import home as files
+    from latentmem.store.home import opened
 
     check_name(name)
-    store, refused = files.opened()
-    if name in refused and name not in store.names():
-        raise ValueError(refused[name])
-    return store
+    return opened()
 
 
 def settled(name: str, model: str | None = None) -> Store:

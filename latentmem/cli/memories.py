@@ -127,7 +127,6 @@ def chat(
     """Talk with a memory; what leaves the conversation is written into it, the rest at the end (Ctrl-D or /exit)."""
     from latentmem.model.chat import Conversation
     from latentmem.store import Turns
-    from latentmem.store import home as files
 
     store, lines = base.opened(memory), _lines()
     before = store.open(memory, store.applied(memory)) if memory in store.names() else None
@@ -139,7 +138,6 @@ def chat(
             return
         lines = itertools.chain([first], lines)
         store.create(memory, llm.empty())
-        files.adopt(store)  # turns of a chat that was cut off before it had a memory
     with Turns(store, memory) as turns:
         base.finish(store, memory, llm)
         talk = Conversation(llm, store.open(memory), turns.pending(), journal=turns)
@@ -162,18 +160,15 @@ def chat(
 @app.command("list", rich_help_panel=PANEL)
 def list_() -> None:
     """List all memories."""
-    from latentmem.store import home as files
+    from latentmem.store.home import opened
 
-    store, refused = files.opened()
     right = ("fill", "versions", "on disk")
     table = base.table("memory", "fill", "versions", "changed", "on disk", "model", right=right)
-    for one in store.overview():
+    for one in opened().overview():
         versions = f"{one.versions}, {one.pending} to be applied" if one.pending else str(one.versions)
         when = f"{one.changed:%Y-%m-%d %H:%M}"
         fill = f"{one.M} of {one.N}" if one.N else ""
         table.add_row(one.name, fill, versions, when, base.size(one.bytes), base.text(one.model))
-    for name, why in refused.items():
-        table.add_row(name, "", "", "", "", base.text(why))
     if not table.rows:
         typer.echo("No memories yet. `latentmem write notes.txt --memory work` makes one.")
         return
@@ -222,14 +217,7 @@ def show(
 @app.command(rich_help_panel=PANEL)
 def rm(memory: Annotated[str, typer.Option("--memory", "-m", help="Name of the memory.")]) -> None:
     """Delete a memory for good, with all its versions and the turns of its chat."""
-    from latentmem.store import check_name
-    from latentmem.store import home as files
-
-    check_name(memory)
-    store, _ = files.opened()
-    if memory in store.names() or not files.remove(memory):
-        store.delete(memory)
-        files.remove(memory)
+    base.opened(memory).delete(memory)
     typer.echo(f"{memory}: deleted")
 
 

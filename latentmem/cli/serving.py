@@ -169,8 +169,6 @@ def _service(
 
     cache_bytes = quarter(torch.device("cpu")) if cache_bytes is None else cache_bytes
     store = latentmem.Store(path or files.home() / "store", cache_bytes=cache_bytes, timeout=files.TIMEOUT)
-    for name, why in (files.adopt(store) if path is None else {}).items():
-        base.error(f"{name} is not served: {why}")
     llm = latentmem.load(model, device=device, quantize=quantize, adapters=base.pair(adapters))
     return Service(llm, store, **sizes)
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moments import Moments
 from safetensors.torch import load_file, save_file
 
 import latentmem
@@ -347,111 +346,6 @@ def test_a_memory_of_other_adapters_is_read_and_written_with_them(run, home, tin
     assert run("forget", "text", "--exact", "--yes", "-m", "other")[0] == 0
     assert run("ask", "why?", "-m", "work", "--max-new-tokens", 2)[0] == 0  # of the untrained model, as it was written
     assert stored("other").adapters and not stored("work").adapters
-
-
-# --- files of before there was a store ------------------------------------------------------------------------------
-
-SAID = [{"role": role, "content": text} for role, text in (("user", "my cat is Pip"), ("assistant", "noted"))]
-
-
-def old_files(home, tiny_folder, leaving=0):
-    """A memory with a step before it and turns of a chat, as they lay there; gives both memories."""
-    llm = latentmem.load(str(tiny_folder), device="cpu")
-    (home / "memories").mkdir(parents=True)
-    before = llm.write(llm.empty(N=64, K=16), "first", "a").save(home / "memories" / "work.undo")
-    now = llm.write(before, "second", "b").save(home / "memories" / "work.safetensors")
-    kept = {"messages": SAID, "leaving": leaving, "before": before.version}
-    (home / "memories" / "work.chat.json").write_text(json.dumps(kept))
-    (home / "memories" / ".work.undo.abc").write_bytes(b"half of it")
-    (home / "memories" / ".work.lock").touch()
-    return before, now
-
-
-def adopted(home, before, now, turns):
-    """The store holds what the files held, and they are gone."""
-    store = Store(home / "store")
-    assert store.names() == ["work"] and len(store.history("work")) == 2 and not (home / "memories").exists()
-    for version, memory in enumerate((before, now)):
-        found = store.open("work", version)
-        assert torch.equal(found.slots, memory.slots) and found.sources == memory.sources
-    assert Turns(store, "work").pending() == turns
-    store.close()
-
-
-@pytest.mark.parametrize("leaving", [0, 1])
-def test_files_are_adopted_with_their_step_before_and_turns(run, home, tiny_folder, leaving):
-    before, now = old_files(home, tiny_folder, leaving)
-    assert "work" in run("list")[1]
-    adopted(home, before, now, SAID[leaving:])
-    assert run("undo", "-m", "work")[0] == 0 and torch.equal(stored().slots, before.slots)
-    assert run("rollback", 1, "-m", "work")[0] == 0
-    assert f"wrote {2 - leaving} turns" in run("chat", "-m", "work", stdin="")[2]
-
-
-def test_an_adoption_that_is_killed_at_any_moment_goes_on_and_loses_nothing(home, tiny_folder, tmp_path, monkeypatch):
-    before, now = old_files(home, tiny_folder)
-    shutil.copytree(home, tmp_path / "before")
-    moments = Moments(monkeypatch)
-
-    def adopt(cut):
-        moments.begin(cut)
-        store, refused = files.opened()
-        assert not refused
-        store.close()
-
-    adopt(0)
-    total = moments.count
-    adopted(home, before, now, SAID)
-    assert total > 15
-    for cut in range(1, total + 1):
-        moments.begin(0)
-        shutil.rmtree(home)
-        shutil.copytree(tmp_path / "before", home)
-        with pytest.raises(Moments.Cut):
-            adopt(cut)
-        adopt(0)
-        adopted(home, before, now, SAID)
-
-
-def test_a_file_of_a_name_that_the_store_has_gets_another(run, home, tiny_folder):
-    run("write", "some text", "-m", "work", "-N", 64, "-K", 16)
-    _, now = old_files(home, tiny_folder)
-    assert "work-2" in run("list")[1] and torch.equal(stored("work-2").slots, now.slots)
-
-
-@pytest.mark.parametrize("which", ["work.safetensors", "work.undo", "work.chat.json"])
-def test_a_file_that_is_damaged_is_named_and_left_alone(run, home, tiny_folder, which):
-    old_files(home, tiny_folder)
-    path = home / "memories" / which
-    path.write_bytes(path.read_bytes()[:-10])
-    before = {p: p.read_bytes() for p in (home / "memories").glob("[!.]*")}
-    assert which in plain(run("list")[1]).replace(" ", "")
-    for command in (["ask", "why?"], ["write", "some text"], ["show"], ["chat"]):
-        code, _, err = run(*command, "-m", "work", stdin="hello")
-        assert code == 2 and str(path) in err
-    assert before == {p: p.read_bytes() for p in (home / "memories").glob("[!.]*")} and books(home)[0] == {}
-    assert run("rm", "-m", "work")[0] == 0 and "No memories" in run("list")[1] and not (home / "memories").exists()
-
-
-def test_turns_of_a_chat_that_never_had_a_memory_wait_for_one(run, home):
-    (home / "memories").mkdir(parents=True)
-    kept = {"messages": SAID, "leaving": 0, "before": ""}
-    (home / "memories" / "work.chat.json").write_text(json.dumps(kept))
-    assert run("list")[0] == 0 and (home / "memories" / "work.chat.json").is_file()
-    code, _, err = run("chat", "-m", "work", "--max-new-tokens", 2, stdin="hello\n")
-    assert code == 0 and "going on with 2 turns" in err and "wrote 4 turns" in err
-    assert not (home / "memories").exists()
-
-
-def test_a_file_that_somebody_uses_is_left_alone(run, home, tiny_folder, monkeypatch):
-    from filelock import FileLock
-
-    monkeypatch.setattr(files, "TIMEOUT", 0.05)
-    old_files(home, tiny_folder)
-    with FileLock(home / "memories" / ".work.lock"):
-        code, _, err = run("show", "-m", "work")
-        assert code == 2 and "another process uses the memory 'work'" in err
-    assert run("show", "-m", "work")[0] == 0
 
 
 # --- what goes wrong ------------------------------------------------------------------------------------------------

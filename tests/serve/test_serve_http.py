@@ -845,18 +845,6 @@ def test_requests_made_from_the_document_get_what_it_says(llm, tmp_path):
         assert count > 1000 and all(line.get("status", 0) < 500 and "error" not in line for line in server.lines())
 
 
-def test_a_store_that_keeps_no_text_is_served_too(llm, tmp_path):
-    latentmem.Store(tmp_path, journal="hash").close()
-    with running(llm, tmp_path, memories=["m"]) as server:
-        status, wrote = server("POST", "/v1/memories/m/write", {"text": "the mill", "wait": False})
-        assert status == 200 and (wrote["version"], wrote["state"]) == (2, "applied")
-        chat = {"model": server.model, "messages": user("?"), "memory": {"id": "m", "write": True}}
-        assert server("POST", "/v1/chat/completions", chat)[1]["memory"]["written"] == 3
-        lines = server("GET", "/v1/memories/m/history?text=1")[1]["data"]
-        assert [line["text"] for line in lines] == [None] * 4
-        refused(server("POST", "/v1/memories/m/forget", {"source": "notes", "exact": True}), 400)
-
-
 def test_an_import_that_says_what_no_text_can_say_is_refused(server):
     data = server.http.get("/v1/memories/alice/export").content
     made = io.BytesIO()

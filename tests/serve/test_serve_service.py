@@ -199,17 +199,6 @@ def test_closing_finishes_what_was_accepted(llm, store):
     assert len(list(reading)) > 0
 
 
-def test_a_store_that_keeps_no_text_acknowledges_when_it_is_done(llm, tmp_path):
-    store = Store(tmp_path / "hashes", journal="hash")
-    service = Service(llm, store)
-    service.start()
-    service.create("a").result()
-    writing = service.write("a", "a secret")
-    assert writing.version is None
-    assert (writing.done.result().version, writing.done.result().text) == (1, None)
-    service.close()
-
-
 def test_a_memory_that_another_process_has_broken_is_told_to_its_reader_alone(service, store, llm):
     service.create("a").result()
     service.create("b").result()

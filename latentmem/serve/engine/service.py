@@ -60,13 +60,13 @@ class Writing:
     """A write that is accepted: no crash loses it from here on.
 
     Args:
-        version: the one that will hold it; None where the store keeps no text: then it is accepted when it is done.
+        version: the one that will hold it.
         tokens: that it takes.
         done: its version, once it is in the memory. A ValueError says why it can not be; any other error, such as a
             full disk, leaves it accepted, and it is applied by who reads or writes the memory next.
     """
 
-    version: int | None
+    version: int
     tokens: int
     done: Future[Version]
 
@@ -264,13 +264,9 @@ class Service:
         try:
             self._there(name)
             count = tokens(self.llm, content, role)  # what is refused, is refused before it is accepted
-            version = None
             key = key or f"{OWN_KEY}{uuid.uuid4().hex}"  # versions can be numbered anew before it is applied
-            if self.store.journal == "hash":
-                done = self._writer.submit(self._write_now, name, content, source, role, key)
-            else:
-                version = self.store.append(name, content, source, role=role, key=key)
-                done = self._writer.submit(self._apply, name, key)
+            version = self.store.append(name, content, source, role=role, key=key)
+            done = self._writer.submit(self._apply, name, key)
         except BaseException:
             self._changed()
             raise
@@ -327,10 +323,6 @@ class Service:
         if version.state == "failed":
             raise ValueError(version.error)
         return version
-
-    def _write_now(self, name: str, content: Content, source: str, role: str | None, key: str) -> Version:
-        self.store.write(self._writing, name, content, source, role=role, key=key)
-        return self.store.version(name, key=key)
 
     def _write_ids(self, memory: Memory, ids: Any, source: str = "text", progress: Any = None) -> Memory:
         release_threads()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -138,12 +139,10 @@ async def write(
 
     writing = await run_in_threadpool(accept)
     record_of(request).written_tokens = count = writing.tokens
-    if body.wait or writing.version is None:
-        try:
+    if body.wait:
+        # what fails here stays in the journal: whoever reads or writes the memory next applies it
+        with contextlib.suppress(TimeoutError, OSError, HiddenError, RuntimeError, MemoryError):
             return _written(id, await patient(request, carried_out(writing.done)), count)
-        except (TimeoutError, OSError, HiddenError, RuntimeError, MemoryError):
-            if writing.version is None:
-                raise  # else it is in the journal, and whoever reads or writes the memory next applies it
     pending = schema.Written(id=id, version=writing.version, tokens=count, M=None, N=None, state="pending")
     return Json(pending.model_dump(), 202)
 

@@ -34,7 +34,6 @@ from latentmem.serve.http.shared import (
     Json,
     Record,
     Refused,
-    carried_out,
     fits,
     key_of,
     patient,
@@ -336,14 +335,11 @@ class Talk:
             reading.cancel()
             count(reading, self.record)
 
-    async def _write(self, answer: str) -> int | None:
+    async def _write(self, answer: str) -> int:
         """Write the last turn and its answer, as `latentmem.model.chat` does; the version, once no crash loses it."""
         assert self.turn is not None and self.chosen is not None
         service, turns = shared(self.request).service, [self.turn, {"role": "assistant", "content": answer.strip()}]
-        writing = await run_in_threadpool(service.write, self.chosen.id, turns, "chat")
-        if writing.version is not None:
-            return writing.version
-        return (await carried_out(writing.done)).version
+        return (await run_in_threadpool(service.write, self.chosen.id, turns, "chat")).version
 
     def _shell(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
         facts = {"id": self.id, "object": kind, "created": int(self.started), "model": self.body.model}
