@@ -1,98 +1,220 @@
-"""One safetensors file: written atomically and durably, verified when it is read."""
+"""The one way in which the package writes files: complete or not at all, durable, verified when they are read.
+
+    write, read             a safetensors file: tensors, and a header of strings (safetensors calls it metadata)
+    to_bytes, from_bytes    the same, in memory; equal tensors and headers give equal bytes
+    replace_bytes           a small file of another kind, such as JSON
+    replacing               any other file: yields a temporary path beside it
+    replace_folder          a folder of files that belong together
+
+A new file is written beside the old one, flushed, and renamed over it; then the folder is flushed. A crash at any
+moment leaves the old file or the new one.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import mmap
 import os
+import shutil
 import struct
-import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as save_bytes
 from torch import Tensor
 
+from latentmem.errors import DamagedError
+
 Buffer = bytearray | mmap.mmap  # what can be read and, for torch, written
-DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I8": torch.int8},
+DTYPES = {  # in the order in which a file holds them, as the safetensors library writes it
+    **{"I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16},
+    **{"F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool},
 }
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def canonical(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """One safetensors file, its metadata in a fixed order: the library's own changes from process to process."""
-    data = save_bytes(tensors)
-    end = 8 + struct.unpack("<Q", data[:8])[0]
-    header = json.dumps({"__metadata__": metadata} | json.loads(data[8:end]), sort_keys=True).encode()
-    header += b" " * (-len(header) % 8)
-    return b"".join((struct.pack("<Q", len(header)), header, memoryview(data)[end:]))
+class Disk:
+    """The file operations that a crash may come between; tests put a forgetful disk in its place."""
+
+    def mkdir(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+
+    def create(self, path: Path, data: bytes) -> None:
+        path.write_bytes(data)
+
+    def sync(self, path: Path) -> None:
+        """Flush a file's content, or a folder's names, to the device."""
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def sync_folder(self, folder: Path) -> None:
+        if os.name == "posix":  # elsewhere a folder can not be opened, and a rename is as durable as it gets
+            self.sync(folder)
+
+    def rename(self, path: Path, to: Path) -> None:
+        path.replace(to)
+
+    def remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
 
 
-def opened_bytes(data: Buffer, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of one safetensors file; the tensors are views of `data`, nothing is copied.
+DISK = Disk()
+
+# --- safetensors ------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], *, private: bool = False) -> None:
+    """Write a safetensors file.
+
+    Args:
+        private: as in `replacing`.
+
+    Raises:
+        OSError: the disk is full or not writable; what stood at `path` before is untouched.
+    """
+    with replacing(path, private=private) as temporary, temporary.open("wb") as file:
+        file.writelines(_parts(tensors, header))
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file onto the CPU: its tensors and its header.
+
+    Raises:
+        DamagedError: the file is missing, not complete, or contradicts itself.
+    """
+    if not path.is_file():
+        raise DamagedError(f"{path}: no such file.")
+    with path.open("rb") as file:
+        data = bytearray(os.fstat(file.fileno()).st_size)
+        file.readinto(data)
+    return from_bytes(data, str(path))
+
+
+def to_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file; equal tensors and headers give equal bytes."""
+    return b"".join(_parts(tensors, header))
+
+
+def _parts(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """The parts of a safetensors file: length of the JSON, the JSON, then each tensor."""
+    order = list(DTYPES.values())
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
+    described: dict[str, object] = {"__metadata__": dict(header)}
+    end = 0
+    for name in names:
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.itemsize
+        about = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        described[name] = about
+    text = json.dumps(described, sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text))
+    yield text
+    for name in names:
+        yield _bits(tensors[name].detach().cpu().contiguous())
+
+
+def _bits(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def from_bytes(data: Buffer, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a safetensors file; the tensors are views of `data`.
 
     Args:
         data: the file, writable; it must stay as it is while the tensors are used.
         name: what an error calls it.
 
     Raises:
-        ValueError: it is not complete, or says something that can not be.
+        DamagedError: the file is not complete, or contradicts itself.
     """
     try:
         (length,) = struct.unpack_from("<Q", data)
-        header = json.loads(bytes(memoryview(data)[8 : 8 + length]))
-        metadata = header.pop("__metadata__", {})
+        described = json.loads(bytes(memoryview(data)[8 : 8 + length]))
+        header = described.pop("__metadata__", {})
         tensors, end = {}, 8 + length
-        for key, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        for key, about in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):
             start, stop = about["data_offsets"]
             dtype, shape = DTYPES[about["dtype"]], about["shape"]
-            if 8 + length + start != end or stop - start != math.prod(shape) * dtype.itemsize or min(shape) < 0:
+            size = math.prod(shape) * dtype.itemsize
+            if 8 + length + start != end or stop - start != size or min(shape, default=0) < 0:
                 raise ValueError(f"the tensor {key!r} does not lie where it should")
             flat = torch.empty(0, dtype=dtype)
             if stop > start:  # torch makes no view of nothing
                 flat = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=end)
             tensors[key] = flat.reshape(shape)
             end += stop - start
-        if end != len(data) or not all(type(value) is str for value in metadata.values()):
+        if end != len(data) or not all(type(value) is str for value in header.values()):
             raise ValueError(f"expected {end} bytes, got {len(data)}")
     except (struct.error, KeyError, TypeError, AttributeError, RecursionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{name} is not a complete safetensors file ({error}). Restore it from a copy.") from error
-    return tensors, metadata
+        raise DamagedError(f"{name} is not a complete safetensors file ({error}). Restore it from a copy.") from error
+    return tensors, header
+
+
+def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of a text and of contiguous tensors on the CPU: names, dtypes, shapes and bits, in their order."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(_bits(tensor))
+    return digest.hexdigest()
+
+
+# --- replacing --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file beside `path`; on success flush it and rename it over `path`, else remove it."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+def replacing(path: Path, *, private: bool = False, disk: Disk = DISK) -> Iterator[Path]:
+    """Give an empty temporary file beside `path`; at the end flush it and rename it over `path`.
+
+    Where the block raises, the temporary file goes and `path` stays as it was.
+
+    Args:
+        private: only the owner may read the file; else the process decides (umask).
+        disk: the file operations; for tests.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private else 0o666))
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        if os.name == "posix":  # elsewhere a folder can not be opened, and the rename is as durable as it gets
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
+        disk.sync(temporary)
+        disk.rename(temporary, path)
+    except BaseException:
+        disk.remove(temporary)
+        raise
+    disk.sync_folder(path.parent)
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error}). Restore it from a copy.") from error
+def replace_bytes(path: Path, data: bytes | str, *, private: bool = False, disk: Disk = DISK) -> None:
+    """Write a small file whole; a text is written as UTF-8.
+
+    Raises:
+        OSError: the disk is full or not writable; what stood at `path` before is untouched.
+    """
+    with replacing(path, private=private, disk=disk) as temporary:
+        disk.create(temporary, data.encode() if isinstance(data, str) else data)
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Put a folder of files in the place of another: flush all files, then rename.
+
+    A crash between the removal of the old folder and the rename leaves neither at `folder`; `temporary` is whole then.
+    """
+    for path in sorted(temporary.rglob("*"), reverse=True):
+        if path.is_file():
+            DISK.sync(path)
+        else:
+            DISK.sync_folder(path)
+    DISK.sync_folder(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    DISK.rename(temporary, folder)
+    DISK.sync_folder(folder.parent)

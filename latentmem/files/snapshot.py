@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
@@ -11,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from latentmem.core.memory import Memory, Source
-from latentmem.files.container import Buffer, _opened, canonical, opened_bytes, replacing
+from latentmem.files import container
+from latentmem.files.container import Buffer
 from latentmem.longterm import blocks as blockss
 from latentmem.longterm import longterm
 from latentmem.longterm.blocks import Block, Some, Span
@@ -57,11 +54,7 @@ def save(memory: Memory, path: str | Path) -> Memory:
     if not path.parent.is_dir():
         raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first.")
     tensors, metadata = _parts(memory)
-    with replacing(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:  # a full disk, for example: the library hides the number of the error
-            raise OSError(errno.EIO, f"the memory could not be written ({error})", str(path)) from error
+    container.write(path, tensors, metadata, private=True)
     return replace(memory, version=metadata["checksum"])
 
 
@@ -72,17 +65,17 @@ def to_bytes(memory: Memory, apart: Callable[[Block], str] | None = None) -> byt
         apart: keeps a block of the long-term memory that is full and gives the name by which `from_bytes` asks for it;
             by default all is in one file.
     """
-    return canonical(*_parts(memory, apart))
+    return container.to_bytes(*_parts(memory, apart))
 
 
 def block_to_bytes(block: Block) -> bytes:
     """A full block of a long-term memory as a file of its own."""
-    return canonical(_stored(block.some), {"format": BLOCK_FORMAT})
+    return container.to_bytes(_stored(block.some), {"format": BLOCK_FORMAT})
 
 
 def blocks_of(data: Buffer, name: str) -> set[str]:
     """The names of the blocks that a memory's file leaves out."""
-    says = _checked(name, opened_bytes(data, name)[1])[0].get("longterm") or {}
+    says = _checked(name, container.from_bytes(data, name)[1])[0].get("longterm") or {}
     try:
         return {block for block, *_ in says.get("blocks", ())}
     except (AttributeError, TypeError, ValueError) as error:
@@ -95,7 +88,7 @@ def block_from_bytes(data: Buffer, name: str) -> Block:
     Raises:
         ValueError: it is no block.
     """
-    tensors, metadata = opened_bytes(data, name)
+    tensors, metadata = container.from_bytes(data, name)
     if metadata != {"format": BLOCK_FORMAT}:
         raise ValueError(f"{name} is no block of this version: expected {BLOCK_FORMAT!r}, got {metadata!r}.")
     try:
@@ -110,14 +103,14 @@ def from_bytes(
     """Read a memory from the bytes of its file.
 
     Args:
-        data, name: as in `opened_bytes`; the memory's tensors are views of `data`.
+        data, name: as in `container.from_bytes`; the memory's tensors are views of `data`.
         verified: the caller has found a hash of `data` to be right, so the checksum is not computed.
         block: gives the blocks that `to_bytes` has kept apart.
 
     Raises:
         ValueError: as `load`.
     """
-    tensors, metadata = opened_bytes(data, name)
+    tensors, metadata = container.from_bytes(data, name)
     return _memory(name, tensors, *_checked(name, metadata), verified, block)
 
 
@@ -128,10 +121,8 @@ def load(path: str | Path) -> Memory:
         ValueError: no such file, not a memory, truncated, altered, or of a newer format; the message says which.
     """
     path = Path(path)
-    with _opened(path) as file:  # once: another process may put the next version in its place meanwhile
-        header, checksum, _ = _header(path, file)
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    return _memory(path, tensors, header, checksum)
+    tensors, metadata = container.read(path)
+    return _memory(path, tensors, *_checked(path, metadata))
 
 
 def _parts(memory: Memory, apart: Callable[[Block], str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -261,17 +252,6 @@ def _memory(
     return memory
 
 
-def read_header(path: str | Path) -> tuple[dict[str, Any], str, int]:
-    """What a snapshot says of itself, not yet verified: (fields of `Memory` without tensors, checksum, M)."""
-    with _opened(Path(path)) as file:
-        return _header(Path(path), file)
-
-
-def _header(path: Path, file: Any) -> tuple[dict[str, Any], str, int]:
-    shape = file.get_slice("slots").get_shape() if "slots" in file.keys() else []  # noqa: SIM118 - no mapping
-    return *_checked(path, file.metadata() or {}), shape[1] if len(shape) == 3 else 0
-
-
 def _checked(path: str | Path, metadata: dict[str, str]) -> tuple[dict[str, Any], str]:
     found = metadata.get("format", "")
     if found != FORMAT:
@@ -287,12 +267,9 @@ def _checked(path: str | Path, metadata: dict[str, str]) -> tuple[dict[str, Any]
 
 
 def _checksum(header: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(header.encode())
-    for name in (*TENSORS, *sorted(set(tensors) - set(TENSORS))):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return container.checksum(
+        header, {name: tensors[name] for name in (*TENSORS, *sorted(set(tensors) - set(TENSORS)))}
+    )
 
 
 Memory._save, Memory._load = staticmethod(save), staticmethod(load)

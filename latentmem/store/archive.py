@@ -67,7 +67,7 @@ def write(path: Path, rows: list[Row], expiries: dict[str, float], get: Callable
     for row in rows:
         sizes |= _blocks(row)
     manifest = {"format": FORMAT, "expiries": expiries, "objects": sizes}
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as file:
+    with replacing(path, private=True) as temporary, zipfile.ZipFile(temporary, "w") as file:
         _add(file, "manifest.json", json.dumps(manifest, sort_keys=True).encode())
         _add(file, "journal.jsonl", "\n".join(lines).encode())
         for name in sorted(sizes):

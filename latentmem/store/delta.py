@@ -49,7 +49,7 @@ def to_bytes(updates: list[Update]) -> bytes:
         if one.keys is not None:
             tensors[f"keys.{i}"] = one.keys.contiguous()
     books = [{"source": one.source, "tokens": one.tokens} for one in updates]
-    return container.canonical(tensors, {"format": FORMAT, "updates": json.dumps(books)})
+    return container.to_bytes(tensors, {"format": FORMAT, "updates": json.dumps(books)})
 
 
 def from_bytes(data: Buffer, name: str) -> list[Update]:
@@ -58,7 +58,7 @@ def from_bytes(data: Buffer, name: str) -> list[Update]:
     Raises:
         ValueError: it is no delta.
     """
-    tensors, metadata = container.opened_bytes(data, name)
+    tensors, metadata = container.from_bytes(data, name)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{name} is no delta of this version: expected the format {FORMAT!r}, got {metadata!r}.")
     try:

@@ -13,38 +13,10 @@ from pathlib import Path
 from fsspec.core import url_to_fs
 
 from latentmem.errors import DamagedError
-from latentmem.files.container import Buffer
+from latentmem.files.container import Buffer, Disk, replace_bytes
 
 HASH = re.compile(r"[0-9a-f]{64}")
 SUFFIX = ".safetensors"
-
-
-class Disk:
-    """The file operations of this machine that a crash may come between; tests put a forgetful one in its place."""
-
-    def mkdir(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-
-    def create(self, path: Path, data: bytes) -> None:
-        path.write_bytes(data)
-
-    def sync(self, path: Path) -> None:
-        """Flush a file's content, or a folder's names, to the device."""
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-    def sync_folder(self, folder: Path) -> None:
-        if os.name == "posix":  # elsewhere a folder can not be opened, and a rename is as durable as it gets
-            self.sync(folder)
-
-    def rename(self, path: Path, to: Path) -> None:
-        path.replace(to)
-
-    def remove(self, path: Path) -> None:
-        path.unlink(missing_ok=True)
 
 
 class Objects(ABC):
@@ -116,16 +88,8 @@ class Local(Objects):
 
     def _write(self, name: str, data: bytes) -> None:
         path = self._path(name)
-        temporary = path.with_name(f".{path.name}")
         self.disk.mkdir(path.parent)
-        try:
-            self.disk.create(temporary, data)
-            self.disk.sync(temporary)
-            self.disk.rename(temporary, path)
-        except OSError:
-            self.disk.remove(temporary)
-            raise
-        self.disk.sync_folder(path.parent)
+        replace_bytes(path, data, disk=self.disk)
         self.disk.sync_folder(self.folder)
 
     def _read(self, name: str) -> Buffer:
@@ -149,7 +113,7 @@ class Local(Objects):
         self.disk.remove(self._path(name))
 
     def tidy(self) -> None:
-        for path in self.folder.glob(f"??/.*{SUFFIX}"):
+        for path in self.folder.glob(f"??/.*{SUFFIX}.*"):
             self.disk.remove(path)
 
     def _path(self, name: str) -> Path:

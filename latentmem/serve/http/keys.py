@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from latentmem.files.container import replacing
+from latentmem.files.container import replace_bytes
 
 FILE = "keys.json"
 FORMAT = "latentmem keys 1"
@@ -144,9 +144,7 @@ class Keys:
             keys = dict(self._keys)
             yield keys
             data = json.dumps({"format": FORMAT, "keys": [asdict(key) for key in keys.values()]}, indent=1)
-            with replacing(self.path) as temporary:
-                temporary.chmod(0o600)
-                temporary.write_text(data, encoding="utf-8")
+            replace_bytes(self.path, data, private=True)
             self._refresh()
 
     def _refresh(self) -> None:
