@@ -7,7 +7,7 @@ import pytest
 
 from latentmem import cli
 from latentmem.evaluate import protocol
-from latentmem.evaluate.data import choices, questions
+from latentmem.evaluate.data import choices, hub, questions
 from latentmem.evaluate.data.choices import Choices, Item, is_right, logliks
 from latentmem.evaluate.data.sets import QuestionSet
 from latentmem.evaluate.protocols import ability
@@ -34,7 +34,7 @@ def llm(monkeypatch):
 def rows(monkeypatch):
     """The three sets as made-up files."""
     files = dict(zip(choices.FILES.values(), (BLIMP, PIQA, MMLU), strict=True))
-    monkeypatch.setattr(questions, "_local", lambda *names: [files[name] for name in names])
+    monkeypatch.setattr(hub, "local_rows", lambda *names: [files[name] for name in names])
 
 
 # --- the sets -------------------------------------------------------------------------------------------------------
@@ -76,8 +76,8 @@ def test_without_a_folder_the_sets_come_from_the_hub(monkeypatch):
 
     datasets = pytest.importorskip("datasets", reason="the hub is read with `datasets`")
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["one", "two"])
-    monkeypatch.setattr(questions, "_local", lambda *names: None)
-    monkeypatch.setattr(questions, "_hub", Hub)
+    monkeypatch.setattr(hub, "local_rows", lambda *names: None)
+    monkeypatch.setattr(hub, "reading", Hub)
     assert [len(choices.load(name, 4, 0).items) for name in choices.NAMES] == [4, 4, 4]
     assert asked == [
         *(("nyu-mll/blimp", part, "train") for part in ("one", "two")),

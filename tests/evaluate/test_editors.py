@@ -172,7 +172,7 @@ def test_within_a_bound_no_weight_moves_further_in_one_edit(llm):
 
 
 def test_fine_tuning_stops_when_it_has_learned_its_answer(llm, monkeypatch):
-    monkeypatch.setattr(editors, "ENOUGH", 1.0)  # the last layer of this model gets to 0.75 nats
+    monkeypatch.setattr(tunings, "ENOUGH", 1.0)  # the last layer of this model gets to 0.75 nats
     way, steps = FineTuned(llm, True, steps=200, rate=0.01), []
     monkeypatch.setattr(way, "bounded", lambda before, after: steps.append(1))
     state = way.edit(way.start("e0"), EDIT)

@@ -8,7 +8,7 @@ import pytest
 
 from latentmem import cli
 from latentmem.evaluate import asking, scoring
-from latentmem.evaluate.data import questions
+from latentmem.evaluate.data import hub
 from latentmem.evaluate.protocols import longbench
 from latentmem.evaluate.protocols.longbench import Example, Examples, LongBench, Settings, cut, lines, load, measure
 from latentmem.model.model import MemoryModel
@@ -95,7 +95,7 @@ def test_longbench_comes_from_the_hub(monkeypatch):
         def __exit__(self, *error):
             return False
 
-    monkeypatch.setattr(questions, "_hub", lambda name: Hub())
+    monkeypatch.setattr(hub, "reading", lambda name: Hub())
     assert len(load("musique", 2, 0).examples) == 2 and asked == [("musique", "test")]
 
 

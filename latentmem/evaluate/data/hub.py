@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
-def _local(*names: str) -> list[list[dict[str, Any]]] | None:
+def local_rows(*names: str) -> list[list[dict[str, Any]]] | None:
     """Files of `$LATENTMEM_DATA`, or None where the variable is not set."""
     folder = os.environ.get("LATENTMEM_DATA")
     if not folder:
@@ -30,7 +30,7 @@ def _local(*names: str) -> list[list[dict[str, Any]]] | None:
     return found
 
 
-def _given(file: Path, what: str, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+def rows_of_file(file: Path, what: str, fields: Mapping[str, type]) -> list[dict[str, Any]]:
     """Rows of a file that the user names: a JSON list, or one row a line, gzipped or not.
 
     Args:
@@ -57,7 +57,7 @@ def _given(file: Path, what: str, fields: Mapping[str, type]) -> list[dict[str, 
 
 
 @contextlib.contextmanager
-def _hub(name: str) -> Iterator[Callable[..., Any]]:
+def reading(name: str) -> Iterator[Callable[..., Any]]:
     """`datasets.load_dataset` for one set; where it or what it gives breaks off, the error says what to do instead."""
     try:
         from datasets import load_dataset

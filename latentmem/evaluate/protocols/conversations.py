@@ -111,7 +111,7 @@ def load(count: int, seed: int, file: Path | None = None) -> list[Dialogue]:
         ValueError: data that can not be found or read.
     """
     if file is None:
-        local = hubs._local(FILE)
+        local = hubs.local_rows(FILE)
         if local is None:
             raise ValueError(
                 "LoCoMo is not on the hub: get locomo10.json from github.com/snap-research/locomo and give it with "
@@ -119,7 +119,7 @@ def load(count: int, seed: int, file: Path | None = None) -> list[Dialogue]:
             )
         rows = local[0]
     else:
-        rows = hubs._given(file, "LoCoMo dialogues", {"qa": list, "conversation": dict})
+        rows = hubs.rows_of_file(file, "LoCoMo dialogues", {"qa": list, "conversation": dict})
     return [_some(dialogue(row), count, seed) for row in rows]
 
 

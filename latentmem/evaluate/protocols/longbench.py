@@ -114,13 +114,13 @@ def load(name: str, count: int, seed: int) -> Examples:
     if name not in NAMES:
         raise ValueError(f"the set must be one of {', '.join(NAMES)}, got {name!r}.")
     if name in LOCAL:
-        local = hubs._local(LOCAL[name])
+        local = hubs.local_rows(LOCAL[name])
         if local is None:
             raise ValueError(f"{name} is read from the folder LATENTMEM_DATA, as {LOCAL[name]}: set it to one.")
         found = {"altqa": altqa, "babi": babi}[name](local[0])
         source = LOCAL[name]
     else:
-        with hubs._hub(HUB) as hub:
+        with hubs.reading(HUB) as hub:
             found = longbench(name, list(hub(name, split="test")))
         source = f"{HUB}, {name}"
     drawn = [found[i] for i in np.random.default_rng(seed).permutation(len(found))]
