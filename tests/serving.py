@@ -115,10 +115,8 @@ def running(llm, path, keys=None, limits=None, *, scripted=True, memories=(), **
     for name in memories:
         store.create(name, llm.empty(N=64, K=16))
         store.write(llm, name, "the door is blue", source="notes")
-    service = Service(llm, store, **options)
     engine = Scripted() if scripted else None
-    if scripted:
-        service._engine = engine
+    service = Service(llm, store, engine=engine, **options)
     service.start()
     server = Running(service, keys, limits, engine)
     try:

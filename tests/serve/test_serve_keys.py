@@ -417,8 +417,8 @@ def test_what_runs_at_the_end_is_not_waited_for_forever(llm, tmp_path):
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("signals come to the main thread")
     store = latentmem.Store(tmp_path)
-    service = Service(llm, store)
-    service._engine = engine = Scripted()
+    engine = Scripted()
+    service = Service(llm, store, engine=engine)
     engine.go.clear()
     at, got = bound("127.0.0.1", 0), []
     body = {"model": "latentmem", "messages": [{"role": "user", "content": "?"}]}

@@ -63,6 +63,28 @@ def settled(service):
         time.sleep(0.01)
 
 
+def test_all_that_a_write_computes_is_computed_in_the_thread_of_the_engine(store):
+    """Passes of the model, and keys of the slots that go to a long-term memory; also where versions are replayed."""
+    own, threads = MemoryModel(tiny_model(), byte_tokenizer(), name="tiny"), []
+    seen = lambda *_: threads.append(threading.current_thread().name)  # noqa: E731
+    for module in own.base.modules():
+        module.register_forward_pre_hook(seen)
+    new_keys = own.recall.new_keys
+    own.recall.new_keys = lambda *args: seen() or new_keys(*args)
+    service = Service(own, store)
+    service.start()
+    service.create("a", N=32, K=16, longterm=8).result()
+    for i in range(3):
+        service.write("a", f"text {i}, which is long enough to be cut into pieces", f"s{i}").done.result()
+    service.write("a", "text that waits")
+    answer(service.read("a", question("which?"), Sampling(max_tokens=2)))
+    count = len(threads)
+    service.change(lambda store, llm: store.forget_by_replay(llm, "a", "s0")).result()
+    service.close()
+    assert len(threads) > count > 0
+    assert set(threads) == {"engine"}
+
+
 def test_a_read_comes_behind_the_writes_that_were_accepted_before(service, llm):
     service.create("a", N=64, K=16).result()
     free = held(service)

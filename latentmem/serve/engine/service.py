@@ -8,7 +8,6 @@ of a memory for which writes wait comes after them.
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import threading
 import time
@@ -17,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -26,6 +25,7 @@ from latentmem.errors import TooLongError
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Message, Prompts
 from latentmem.model.streaming import release_threads
+from latentmem.serve.engine.computing import EngineModel
 from latentmem.serve.engine.engine import Engine, Reading, Sampling
 from latentmem.store import Store, Version
 from latentmem.store.store import Content
@@ -99,6 +99,7 @@ class Service:
         prefix_bytes: keys and values of memories are kept on the model's device up to this size, the last used ones;
             by default a quarter of the device. The store keeps memories themselves up to its `cache_bytes`, and all
             others lie on the disk.
+        engine: what computes, by default one of its own.
     """
 
     def __init__(
@@ -110,19 +111,17 @@ class Service:
         waiting: int = 256,
         changes: int = 256,
         prefix_bytes: int | None = None,
+        engine: Engine | None = None,
     ) -> None:
         llm.prefix_bytes = quarter(llm.decoder.device) if prefix_bytes is None else prefix_bytes
         self.llm, self.store, self.waiting, self.changes = llm, store, waiting, changes
-        self._engine = Engine(llm, batch)
+        self._engine = engine or Engine(llm, batch)
+        self._computing = EngineModel(llm, self._engine)
+        self._model = cast(MemoryModel, self._computing)  # all that a store needs of one
         self._openers, self._writer = ThreadPoolExecutor(2, "open"), ThreadPoolExecutor(1, "write")
-        self._writing = copy.copy(llm)  # for the store: it computes in turns with the engine
-        self._writing.write_ids = self._write_ids  # type: ignore[method-assign,assignment]
         self._count = threading.Condition()
         self._readings: set[Reading] = set()
         self._changes = 0  # that were accepted and are not done
-        self._tokens_written = 0
-        self._settling = False  # whether others may look on
-        self._after: Memory | None = None  # what the last pass of the write that is seen has made
         self._underway: Underway | None = None
         self._seconds = 1.0  # that an answer takes, a running mean
         self.ready = False
@@ -134,7 +133,7 @@ class Service:
             if one.pending:
                 with contextlib.suppress(ValueError, OSError):  # of another model, damaged, in use: it goes on waiting
                     self.llm.check(self.store.open(one.name, self.store.applied(one.name)))
-                    self.store.apply(self._writing, one.name)
+                    self.store.apply(self._model, one.name)
         self.ready = True
 
     def close(self, grace: float | None = None) -> None:
@@ -208,7 +207,7 @@ class Service:
                 self._there(name)
                 later = version is None or version > self.store.applied(name)
                 if later and not settled and self.store.unsettled(name):
-                    waits = self._writer.submit(self._settle, name)
+                    waits = self._change(lambda: self._settle(name))
 
                     def go_on(waits: Future[int]) -> None:
                         error = waits.exception()
@@ -266,7 +265,7 @@ class Service:
             count = tokens(self.llm, content, role)  # what is refused, is refused before it is accepted
             key = key or f"{OWN_KEY}{uuid.uuid4().hex}"  # versions can be numbered anew before it is applied
             version = self.store.append(name, content, source, role=role, key=key)
-            done = self._writer.submit(self._apply, name, key)
+            done = self._change(lambda: self._apply(name, key))
         except BaseException:
             self._changed()
             raise
@@ -283,7 +282,7 @@ class Service:
         def made(store: Store, llm: MemoryModel) -> Version:
             if name in store:
                 raise Taken(f"there is a memory {name!r} already.")
-            store.create(name, llm.empty(**ways))
+            store.create(name, self.llm.empty(**ways))
             return store.version(name)
 
         return self.change(made)
@@ -295,7 +294,7 @@ class Service:
             Busy: too many wait.
         """
         self._accept()
-        done = self._writer.submit(lambda: action(self.store, self._writing))
+        done = self._change(lambda: action(self.store, self._model))
         done.add_done_callback(self._changed)
         return done
 
@@ -308,14 +307,10 @@ class Service:
         """Apply what waits for a memory, and let others look on."""
 
         def progress(done: int, total: int) -> None:
-            if self._after is not None:
-                self._underway = Underway(name, self._after, done, total)
+            if self._computing.newest is not None:
+                self._underway = Underway(name, self._computing.newest, done, total)
 
-        self._settling = True
-        try:
-            return self.store.apply(self._writing, name, progress)
-        finally:
-            self._settling, self._after, self._underway = False, None, None
+        return self.store.apply(self._model, name, progress)
 
     def _apply(self, name: str, key: str) -> Version:
         self._settle(name)
@@ -324,13 +319,17 @@ class Service:
             raise ValueError(version.error)
         return version
 
-    def _write_ids(self, memory: Memory, ids: Any, source: str = "text", progress: Any = None) -> Memory:
-        release_threads()
-        after = self._engine.call(lambda: self.llm.write_ids(memory, ids, source, progress))
-        self._tokens_written += len(ids)
-        if self._settling:
-            self._after = after
-        return after
+    def _change(self, action: Callable[[], Result]) -> Future[Result]:
+        """Do something behind all changes that were accepted before."""
+
+        def act() -> Result:
+            try:
+                return action()
+            finally:
+                self._underway = None
+                self._computing.clear()
+
+        return self._writer.submit(act)
 
     # --- numbers ----------------------------------------------------------------------------------------------------
 
@@ -339,7 +338,7 @@ class Service:
         return {
             "reads": len(self._readings),
             "changes": self._changes,
-            "tokens_written": self._tokens_written,
+            "tokens_written": self._computing.tokens_written,
             "prefix_bytes": self.llm.derived_bytes,
             **self._engine.stats(),
         }
