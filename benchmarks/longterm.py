@@ -20,9 +20,10 @@ import torch
 
 import latentmem
 from latentmem.core.memory import Memory, update
+from latentmem.decoder.adapters import READ
 from latentmem.longterm import blocks, longterm
 from latentmem.longterm.blocks import Some
-from latentmem.model.model import READ, MemoryModel
+from latentmem.model.model import MemoryModel
 
 
 def timed(runs: int, *ways: Callable[[], object]) -> list[float]:
@@ -67,7 +68,7 @@ def search(llm: MemoryModel, memory: Memory, ids: torch.Tensor) -> None:
     """What an answer does before its first token to find what it takes."""
     assert memory.longterm is not None
     with torch.no_grad(), llm.using(READ):
-        llm.recall.chosen(memory, llm._prefix(memory), ids, torch.ones(len(ids), dtype=torch.bool))
+        llm.recall.chosen(memory, llm.prefix(memory), ids, torch.ones(len(ids), dtype=torch.bool))
 
 
 def main() -> None:

@@ -20,19 +20,21 @@ from torch.nn.functional import normalize
 
 import latentmem
 from latentmem.core.memory import Memory
+from latentmem.decoder.adapters import READ
 from latentmem.decoder.cache import Front, attention_mask, memory_cache
 from latentmem.decoder.hooks import layers_seen
 from latentmem.evaluate.data import questions as sets
 from latentmem.longterm.ranking import marks
 from latentmem.longterm.search import Chosen
-from latentmem.model.model import READ, Context, MemoryModel
+from latentmem.model.context import Context, front_with, question_mask, retrieve
+from latentmem.model.model import MemoryModel
 
 SETS = {"1 to 3": range(1, 4), "0": range(1), "2": range(2, 3), "0 to 5": range(6), "6 to 12": range(6, 13)}
 
 
 def hidden_states(llm: MemoryModel, memory: Memory, ids: Tensor) -> list[Tensor]:
     """What each layer gets of a question behind the first position alone, [n, d] each."""
-    prefix = llm._prefix(memory)
+    prefix = llm.prefix(memory)
     first = [lambda kv=kv: kv for kv in prefix.first]
     cache = memory_cache([Front(prefix.s, first)], llm.decoder, store=False)
     with torch.no_grad(), llm.using(READ), layers_seen(llm.decoder) as seen:
@@ -95,7 +97,7 @@ def finding(llm: MemoryModel, data: Any, asked: list[tuple[str, Any]]) -> None:
     births, ranks = store.column("births"), dict[tuple[str, str, str], list[int]]()
     for name, question in asked:
         ids = torch.tensor(prompts.question(question.question, bare=True))
-        hidden, asking = hidden_states(llm, memory, ids), llm._asking(ids)
+        hidden, asking = hidden_states(llm, memory, ids), question_mask(llm, ids)
         totals: dict[tuple[str, str, str], Tensor] = {}
 
         def add(way: str, tokens: str, i: int, mark: Tensor, totals: dict = totals) -> None:
@@ -145,8 +147,8 @@ def in_8_bits(llm: MemoryModel, data: Any, count: int) -> None:
         assert memory.longterm is not None
         found, same = [], []
         for i, question in enumerate([q for text in data.texts[:10] for q in text.questions][:count]):
-            ids = llm._ids(prompts.question(question.question, bare=True))
-            chosen = llm._chosen(memory, ids)
+            ids = llm.ids(prompts.question(question.question, bare=True))
+            chosen = retrieve(llm, memory, ids)
             assert chosen is not None
             places = torch.stack(chosen.places)
             first += [] if int8 else [places]
@@ -182,12 +184,12 @@ def placing(llm: MemoryModel, data: Any, asked: list[tuple[str, Any]]) -> None:
     some = [question for text in data.texts[:10] for question in text.questions]
     found: dict[str, list[float]] = {way: [] for way in ways}
     for question in some[: len(asked)]:
-        ids = llm._ids(prompts.question(question.question, bare=True))
+        ids = llm.ids(prompts.question(question.question, bare=True))
         answer = prompts.answer(question.question, question.answers[0])
-        chosen = llm._chosen(memory, ids)
+        chosen = retrieve(llm, memory, ids)
         assert chosen is not None
         for way, order in ways.items():
-            front = llm._front(memory, replace(chosen, order=order(chosen)), ids)
+            front = front_with(llm, memory, replace(chosen, order=order(chosen)), ids)
             score = llm.score_rows(Context((front,), (llm.room(memory),), READ), [ids], [answer])[0]
             found[way].append(score.hits.double().mean().item())
     print(f"\n| the same slots, {len(found['where they were written'])} questions | token accuracy |\n| --- | --- |")

@@ -53,7 +53,7 @@ class Peer:
         if not memories[0].M:
             return None
         cache = DynamicCache()
-        prefixes = [llm._prefix(memory) for memory in memories]
+        prefixes = [llm.prefix(memory) for memory in memories]
         for i in range(llm.decoder.L):
             keys, values = (torch.cat(some) for some in zip(*(p._kv(i) for p in prefixes), strict=True))
             cache.update(keys, values, i)
@@ -103,7 +103,7 @@ def remembering(llm: MemoryModel, M: int, B: int, N: int, K: int) -> list[Memory
         births = torch.ones(llm.decoder.L, M, dtype=torch.int32)
         memory = replace(empty, slots=slots, births=births, origins=births - 2)
         if M:
-            llm._prefix(memory).rotated  # noqa: B018 - made once per memory
+            llm.prefix(memory).rotated  # noqa: B018 - made once per memory
         found.append(memory)
     return found
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from latentmem.evaluate.data.sets import Question
-from latentmem.model.model import Context, MemoryModel
+from latentmem.model.context import Context
+from latentmem.model.model import MemoryModel
 
 NEW_TOKENS = 10  # of an answer, as in the paper
 AT_ONCE = 8  # questions in one pass: more bring nothing on a CPU

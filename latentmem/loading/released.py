@@ -31,7 +31,8 @@ from latentmem.decoder.adapters import Adapters, insert
 from latentmem.longterm.blocks import Some
 from latentmem.longterm.longterm import FREQUENCY, LongTerm
 from latentmem.longterm.search import Projectors
-from latentmem.model.model import MemoryModel, Trained, fingerprint
+from latentmem.model.backbone import Trained, fingerprint
+from latentmem.model.model import MemoryModel
 
 KEYS = ("num_blocks", "num_tokens", "add_bos_embedding", "lora_config", "add_decoder_lora")
 LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules")

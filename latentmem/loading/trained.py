@@ -15,7 +15,8 @@ from latentmem.decoder import linear
 from latentmem.decoder.decoder import Decoder
 from latentmem.loading.hub import PACKAGED, _path
 from latentmem.longterm.search import Projectors
-from latentmem.model.model import MemoryModel, Shape, Trained
+from latentmem.model.backbone import Shape, Trained
+from latentmem.model.model import MemoryModel
 
 TRAINED, ADAPTERS = Path(__file__).parent.parent / "trained", "adapters.safetensors"
 

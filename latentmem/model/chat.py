@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from latentmem.core.memory import Memory
-from latentmem.model.model import MAX_NEW_TOKENS, MemoryModel
+from latentmem.model.generating import MAX_NEW_TOKENS
+from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Message
 
 

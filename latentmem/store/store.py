@@ -36,8 +36,9 @@ from latentmem.core import sources as source_ops
 from latentmem.core.memory import Memory
 from latentmem.files import snapshot
 from latentmem.longterm.blocks import Block
-from latentmem.model.model import MemoryModel, Progress
+from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Message
+from latentmem.model.writing import Progress
 from latentmem.store import archive, delta
 from latentmem.store.delta import Chain, Update
 from latentmem.store.journal import HiddenError, Journal, Row

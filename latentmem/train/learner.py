@@ -29,7 +29,8 @@ from latentmem.decoder.adapters import READ, WRITE
 from latentmem.decoder.attention import KV, begin
 from latentmem.decoder.cache import Front, attention_mask, memory_cache
 from latentmem.decoder.hooks import layers_seen
-from latentmem.model.model import MemoryModel, Trained
+from latentmem.model.backbone import Trained
+from latentmem.model.model import MemoryModel
 from latentmem.train.episodes import Episode, Row
 from latentmem.train.retriever import Retriever, Search, Seen
 

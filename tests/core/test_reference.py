@@ -17,7 +17,8 @@ from latentmem.core.write import write_paper
 from latentmem.decoder.attention import NAME
 from latentmem.decoder.cache import attention_mask
 from latentmem.decoder.decoder import Decoder
-from latentmem.model.model import MemoryModel, Trained, fingerprint
+from latentmem.model.backbone import Trained, fingerprint
+from latentmem.model.model import MemoryModel
 from latentmem.testing import byte_tokenizer, tiny_model
 
 N, K = 12, 4
@@ -255,7 +256,7 @@ def test_keys_and_values_kept_through_drops_equal_a_fresh_projection_to_the_bit(
     memory = llm.empty(capacity, piece, seed=1)
     for step in range(7):
         memory = llm.write_ids(memory, text(piece - step % 3, seed=step))
-        derived = llm._prefixes[memory]
+        derived = llm.prefixes.get(memory)
         with torch.no_grad():
             fresh = read(llm.decoder, llm.first, memory.slots)
         assert derived.P == fresh.P == 1 + memory.M
@@ -350,7 +351,7 @@ def test_a_cache_that_does_not_store_reads_the_same_any_number_of_times(gradient
     llm = trainable()
     memory, ids = holding(llm, 7), torch.tensor([Q])
     with torch.set_grad_enabled(gradients):
-        cache = llm._functional(memory) if gradients else llm._prefix(memory).cache(store=False)
+        cache = llm.functional(memory) if gradients else llm.prefix(memory).cache(store=False)
         first, second = (
             llm.base(input_ids=ids, attention_mask=attention_mask(cache, ids), past_key_values=cache).logits
             for _ in range(2)

@@ -15,7 +15,8 @@ from latentmem.core.memory import Memory, draw, kept, update
 from latentmem.core.read import read
 from latentmem.decoder.adapters import READ, WRITE, Adapters, insert
 from latentmem.loading.trained import born
-from latentmem.model.model import MemoryModel, Trained, fingerprint
+from latentmem.model.backbone import Trained, fingerprint
+from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Prompts
 from latentmem.testing import byte_tokenizer, tiny_model
 
@@ -217,7 +218,7 @@ def test_keys_and_values_kept_through_writes_are_those_of_the_read_adapter_to_th
     memory = llm.empty(N, K)
     for _ in range(4):
         memory = llm.write_ids(memory, A)
-    derived = llm._prefixes[memory]
+    derived = llm.prefixes.get(memory)
     with torch.no_grad(), llm.adapters.use(READ):
         fresh = read(llm.decoder, llm.first, memory.slots)
     for name in ("keys", "rotated", "values"):

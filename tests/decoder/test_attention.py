@@ -689,7 +689,7 @@ def test_a_second_turn_on_the_same_cache_is_that_of_sdpa(stock):
 def test_a_model_that_does_not_read_what_was_handed_over_is_noticed(n, error):
     llm = MemoryModel(tiny_model(attention=NAME), first_token=1)
     memory, ids = remembering(llm), torch.tensor([QUESTION[:n]])
-    expected, taken = llm.logits(memory, ids), llm._prefix(memory).cache(store=False)
+    expected, taken = llm.logits(memory, ids), llm.prefix(memory).cache(store=False)
     llm.base.set_attn_implementation("sdpa")
     with pytest.raises(RuntimeError, match=error):
         llm.base(input_ids=ids, attention_mask=attention_mask(taken, ids), past_key_values=taken, use_cache=False)

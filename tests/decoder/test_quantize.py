@@ -40,16 +40,16 @@ def test_answers_are_near_those_of_the_exact_model(tiny_folder):
 def test_keys_and_values_do_not_depend_on_what_is_projected_beside_them(tiny_folder):
     llm = latentmem.load(str(tiny_folder), quantize="int8")
     memory = llm.write_ids(llm.empty(N=16, K=6), TEXT)
-    kept = llm._prefix(memory)
-    llm._prefixes.clear()
-    assert all(map(torch.equal, kept.keys, llm._prefix(memory).keys))
+    kept = llm.prefix(memory)
+    llm.prefixes.clear()
+    assert all(map(torch.equal, kept.keys, llm.prefix(memory).keys))
 
 
 def test_adapters_stay_exact_and_work():
     llm = adapted()
     before = llm.logits(llm.write_ids(llm.empty(N=64, K=16), TEXT), QUESTION).detach()
     quantize(llm.base, "int8")
-    llm._prefixes.clear()
+    llm.prefixes.clear()
     after = llm.logits(llm.write_ids(llm.empty(N=64, K=16), TEXT), QUESTION).detach()
     assert 0 < (before - after).abs().max() / before.abs().max() < 0.3
     lora = {type(part) for name, part in llm.base.named_modules() if name.split(".")[-2:-1] in (["lora_A"], ["lora_B"])}

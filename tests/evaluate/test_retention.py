@@ -21,8 +21,9 @@ from latentmem.evaluate.data.sets import Question, QuestionSet, Text
 from latentmem.evaluate.protocols import retention
 from latentmem.evaluate.protocols.retention import ROWS, Retention, Settings, measure
 from latentmem.evaluate.tables import plots, summary
-from latentmem.model.model import MemoryModel, Score
+from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Style
+from latentmem.model.scoring import Score
 from latentmem.testing import byte_tokenizer, labelled_memory, tiny_model
 
 LENGTH = 20  # words of every text

@@ -12,6 +12,8 @@ from latentmem.core import sources
 from latentmem.longterm import longterm, ranking
 from latentmem.longterm.blocks import GONE
 from latentmem.longterm.search import Chosen
+from latentmem.model import generating
+from latentmem.model.context import question_mask
 from latentmem.model.model import MemoryModel
 from latentmem.testing import byte_tokenizer, labelled_memory, tiny_model
 
@@ -159,12 +161,12 @@ def test_marks_are_those_of_a_slow_twin():
 def test_what_a_template_puts_around_a_question_is_not_searched_for(llm):
     prompts = llm.prompts
     ids = torch.tensor(prompts.question("where is it?", bare=True))
-    asking = llm._asking(ids)
+    asking = question_mask(llm, ids)
     assert llm.tokenizer.decode(ids[asking]) == "where is it?"
-    assert llm._asking(torch.arange(30, 40)).all()
+    assert question_mask(llm, torch.arange(30, 40)).all()
     turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
     ids = torch.tensor(prompts.chat([*turns, {"role": "user", "content": "three"}], bare=True))
-    said = llm.tokenizer.decode(ids[llm._asking(ids)])
+    said = llm.tokenizer.decode(ids[question_mask(llm, ids)])
     assert said.startswith("one") and said.endswith("three")
 
 
@@ -335,8 +337,10 @@ def test_beams_of_several_memories_are_those_of_each_alone(llm, beams):
 
 def test_an_answer_that_has_ended_is_not_searched_for(llm, monkeypatch):
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "every": 2}), 9)
-    asked, search = [], llm.search_again
-    monkeypatch.setattr(llm, "search_again", lambda front, said: asked.append(said.tolist()) or search(front, said))
+    asked, search = [], generating.search_again
+    monkeypatch.setattr(
+        generating, "search_again", lambda llm, front, said: asked.append(said.tolist()) or search(llm, front, said)
+    )
     torch.manual_seed(0)
     prompt = torch.arange(30, 36)
     more = {"do_sample": True, "num_return_sequences": 3, "eos_token_id": [2, *range(100, 260)], "pad_token_id": 0}
@@ -399,8 +403,9 @@ def test_the_answer_is_not_what_is_searched_for(llm):
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6}), 9)
     ids, answer = torch.arange(30, 36), torch.arange(90, 96)
     chosen = llm.front(memory, ids).chosen
-    front = llm.recall.front(memory, llm._prefix(memory), chosen, ids)
-    from latentmem.model.model import READ, Context
+    front = llm.recall.front(memory, llm.prefix(memory), chosen, ids)
+    from latentmem.decoder.adapters import READ
+    from latentmem.model.context import Context
 
     context = Context((front,), (llm.room(memory),), READ)
     expected = llm.score_rows(context, [ids], [answer])[0]
@@ -430,7 +435,7 @@ def test_other_slots_are_read_from_there_on(attention, monkeypatch):
     settings = {"max_new_tokens": 2, "min_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
     made = llm.generate_ids(memory, prompt, **settings)
 
-    cache = llm.recall.front(memory, llm._prefix(memory), first, prompt)
+    cache = llm.recall.front(memory, llm.prefix(memory), first, prompt)
     from latentmem.decoder.cache import attention_mask, memory_cache
 
     with torch.no_grad():

@@ -10,10 +10,9 @@ from test_adapters import adapted
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from latentmem.core import memory as memories
-from latentmem.core import read as prefix
+from latentmem.decoder import cache as caches
 from latentmem.decoder.attention import CUDA, NAME, Stack
-from latentmem.model import model as models
-from latentmem.model import streaming
+from latentmem.model import passes, streaming
 from latentmem.model.model import MemoryModel
 from latentmem.model.streaming import Rows
 from latentmem.testing import byte_tokenizer, tiny_model
@@ -79,7 +78,7 @@ def test_texts_are_written_as_if_each_stood_alone(family, attention):
         assert all(torch.equal(m.slots, slots) for m, slots in before)
     for mine, theirs in zip(after, alone, strict=True):  # and what was derived from them on the way
         fresh = made(family, attention)
-        for a, b, c in zip(*(x._prefix(m).keys for x, m in ((llm, mine), (other, theirs), (fresh, mine))), strict=True):
+        for a, b, c in zip(*(x.prefix(m).keys for x, m in ((llm, mine), (other, theirs), (fresh, mine))), strict=True):
             assert (a - b).abs().max() < 1e-4 and (a - c).abs().max() < 1e-6
 
 
@@ -180,7 +179,7 @@ def test_answers_are_those_behind_each_memory_alone(family, attention, options):
 def test_memories_are_stacked_once_for_an_answer_if_they_are_not_too_large(monkeypatch, options, limit, stacks):
     made_of, calls = Stack.of, []
     monkeypatch.setattr(Stack, "of", lambda memories: (calls.append(len(memories)), made_of(memories))[1])
-    monkeypatch.setattr(prefix, "STACKED", limit)
+    monkeypatch.setattr(caches, "STACKED", limit)
     llm = made()
     after = written(llm)
     alone = [llm.generate_ids(m, p, max_new_tokens=9, **options) for m, p in zip(after, PROMPTS, strict=True)]
@@ -242,7 +241,7 @@ def test_more_rows_than_go_at_once_are_read_in_turns(monkeypatch):
     after = written(llm)
     expected = llm.generate_ids(after, PROMPTS, max_new_tokens=5)
     slots = [m.slots for m in llm.write_ids(after, MORE)]
-    monkeypatch.setattr(models, "ROWS", 3)
+    monkeypatch.setattr(passes, "ROWS", 3)
     found = llm.generate_ids(after, PROMPTS, max_new_tokens=5)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     assert all((m.slots - s).abs().max() < 1e-4 for m, s in zip(llm.write_ids(after, MORE), slots, strict=True))
@@ -260,7 +259,7 @@ def test_more_rows_than_go_at_once_are_read_in_turns(monkeypatch):
     ],
 )
 def test_writes_go_in_turns_of_so_many_tokens(lengths, most, expected):
-    assert models._turns(range(len(lengths)), lengths, most) == expected
+    assert passes.by_tokens(range(len(lengths)), lengths, most) == expected
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -316,7 +315,7 @@ def test_leaving_the_loop_stops_all_rows(talking):
 
 
 def test_nothing_more_is_begun_once_nobody_reads(talking, monkeypatch):
-    monkeypatch.setattr(models, "ROWS", 1)
+    monkeypatch.setattr(passes, "ROWS", 1)
     begun, generate = [], talking.base.generate
     monkeypatch.setattr(talking.base, "generate", lambda **more: begun.append(1) or generate(**more))
     after = talking.write([talking.empty(N=128, K=16) for _ in range(3)], NOTES)

@@ -9,7 +9,8 @@ from test_adapters import adapted, tiny
 
 from latentmem.core.memory import Memory
 from latentmem.decoder.adapters import READ
-from latentmem.model.model import MemoryModel, Trained, fingerprint
+from latentmem.model.backbone import Trained, fingerprint
+from latentmem.model.model import MemoryModel
 from latentmem.testing import tiny_model
 
 FAMILIES = {
@@ -210,7 +211,7 @@ def test_a_context_is_used_many_times_in_any_order_and_never_changed(family):
             for kind, context in contexts.items():
                 assert uses[i](context) == expected[kind][i]
     for kind, tensors in before.items():
-        assert contexts[kind].length == llm._cache(contexts[kind], store=True).get_seq_length() == 1 + len(TEXT)
+        assert contexts[kind].length == contexts[kind].cache(llm.decoder, store=True).get_seq_length() == 1 + len(TEXT)
         assert all(map(torch.equal, bits(contexts[kind]), tensors))
 
 
@@ -221,7 +222,7 @@ def bits(context):
 def test_a_context_outlives_its_memory():
     llm = untrained()
     context = made(llm, "a memory")
-    assert not llm._prefixes
+    assert not llm.prefixes.memories
     assert close(llm.score_rows(context, PROMPTS[:1], ANSWERS[:1])[0], *scored(llm.base, [FIRST, *TEXT], *row(0)))
 
 

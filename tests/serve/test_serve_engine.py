@@ -239,26 +239,26 @@ def test_settings_that_make_no_sense(bad, word):
 
 def test_keys_and_values_are_kept_up_to_their_bytes(llm):
     some = memories(llm, 5)[1:]
-    llm.prefix_bytes = None
+    llm.prefixes.limit = None
     for memory in some:
         llm.behind(memory)
-    each = llm.derived_bytes / 4
+    each = llm.prefixes.nbytes / 4
     try:
-        llm.prefix_bytes = int(2.5 * each)
+        llm.prefixes.limit = int(2.5 * each)
         ids = llm.prompts.text("?")
         before = [llm.logits(memory, ids) for memory in some]
-        assert llm.derived_bytes <= llm.prefix_bytes
-        assert len(llm._prefixes) < 4
-        assert list(llm._prefixes)[-1] is some[-1]
+        assert llm.prefixes.nbytes <= llm.prefixes.limit
+        assert len(llm.prefixes.memories) < 4
+        assert llm.prefixes.memories[-1] is some[-1]
         assert all(torch.equal(llm.logits(m, ids), logits) for m, logits in zip(some, before, strict=True))
     finally:
-        llm.prefix_bytes = None
+        llm.prefixes.limit = None
 
 
 def test_keys_and_values_are_gone_when_they_are_not_kept(llm):
     """Without a cycle of references, which only a collection would end: they are large."""
     memory = memories(llm, 2)[1]
-    front, prefix = llm.behind(memory).fronts[0], weakref.ref(llm._prefixes[memory])
+    front, prefix = llm.behind(memory).fronts[0], weakref.ref(llm.prefixes.get(memory))
     assert llm.behind(memory).fronts[0] is front
     del front
     gc.disable()

@@ -22,7 +22,8 @@ from latentmem.core.write import write_exact
 from latentmem.decoder.adapters import READ, WRITE, Adapters, insert
 from latentmem.decoder.cache import attention_mask, functional_cache
 from latentmem.decoder.decoder import Decoder
-from latentmem.model.model import MemoryModel, Trained
+from latentmem.model.backbone import Trained
+from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Prompts, Style
 from latentmem.testing import byte_tokenizer, tiny_model
 from latentmem.train import loop

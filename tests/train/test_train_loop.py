@@ -25,8 +25,9 @@ from test_train_learner import NAMES
 import latentmem
 from latentmem.core.memory import Memory
 from latentmem.decoder import adapters as pairs
-from latentmem.model.model import MemoryModel, Score
+from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Prompts
+from latentmem.model.scoring import Score
 from latentmem.testing import byte_tokenizer, tiny_model
 from latentmem.train import loop
 from latentmem.train.config import OBJECTIVES, Config, Lora, MemoryShape, Source, Steps, Texts, Watch

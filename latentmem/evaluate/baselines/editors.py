@@ -23,7 +23,8 @@ from latentmem.core.memory import Memory
 from latentmem.evaluate.asking import in_context, written
 from latentmem.evaluate.baselines.passages import indexed, nearest, searcher
 from latentmem.evaluate.data.edits import Edit, EditSet, Probe
-from latentmem.model.model import Context, MemoryModel
+from latentmem.model.context import Context
+from latentmem.model.model import MemoryModel
 
 ENOUGH = 0.01  # nats per token: the loss at which fine-tuning stops before its last step, as in ROME's released code
 PASS = 512  # tokens of text that go through the model at once

@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy, linear
 
 from latentmem.evaluate.baselines.editors import ENOUGH, answer_ids, drawn, prompt_ids
 from latentmem.evaluate.data.edits import Edit
-from latentmem.model.model import Context, MemoryModel
+from latentmem.model.context import Context
+from latentmem.model.model import MemoryModel
 
 Change = dict[str, tuple[Tensor, ...]]  # linear layer, as "3.mlp.down_proj" -> factors of what is added to its weight
 

@@ -33,7 +33,8 @@ from latentmem.evaluate.baselines.passages import ranked
 from latentmem.evaluate.data import hub as hubs
 from latentmem.evaluate.protocol import Line
 from latentmem.evaluate.stats import Estimate, mean
-from latentmem.model.model import Context, MemoryModel
+from latentmem.model.context import Context
+from latentmem.model.model import MemoryModel
 
 PROTOCOL = "conversations/2"
 FILE = "conversations/locomo8.jsonl.gz"

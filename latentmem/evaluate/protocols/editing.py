@@ -34,7 +34,9 @@ from latentmem.evaluate.baselines.tuning import FineTuned, LowRank
 from latentmem.evaluate.data.edits import Edit, EditSet, Probe
 from latentmem.evaluate.stats import Means, harmonic, mean, of_means
 from latentmem.evaluate.tables import plots
-from latentmem.model.model import Context, MemoryModel, Score
+from latentmem.model.context import Context
+from latentmem.model.model import MemoryModel
+from latentmem.model.scoring import Score
 
 PROTOCOL = "editing/2"
 ROWS = (

@@ -29,7 +29,8 @@ from latentmem.evaluate.asking import NEW_TOKENS, ask, in_context, written
 from latentmem.evaluate.data.sets import QuestionSet, Text
 from latentmem.evaluate.protocol import Line
 from latentmem.evaluate.stats import Estimate, mean, ratio
-from latentmem.model.model import Context, MemoryModel
+from latentmem.model.context import Context
+from latentmem.model.model import MemoryModel
 from latentmem.store import Store
 
 PROTOCOL = "forget/2"

@@ -14,7 +14,8 @@ from typing import Any
 
 from latentmem.core.memory import PAPER_PIECE, Memory
 from latentmem.evaluate.protocols.longbench import cut
-from latentmem.model.model import Context, MemoryModel
+from latentmem.model.context import Context
+from latentmem.model.model import MemoryModel
 
 try:
     from lm_eval.api.model import TemplateLM

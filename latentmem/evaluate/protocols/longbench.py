@@ -31,7 +31,8 @@ from latentmem.evaluate.baselines.passages import ranked
 from latentmem.evaluate.data import hub as hubs
 from latentmem.evaluate.protocol import Line
 from latentmem.evaluate.stats import Estimate, mean
-from latentmem.model.model import Context, MemoryModel
+from latentmem.model.context import Context
+from latentmem.model.model import MemoryModel
 
 PROTOCOL = "longbench/2"
 HUB = "Xnhyacinth/LongBench"  # the sets as files, for versions of `datasets` that run no scripts

@@ -35,7 +35,8 @@ from latentmem.evaluate.data.sets import Question, QuestionSet, Text
 from latentmem.evaluate.tables import plots, results
 from latentmem.evaluate.tables.summary import Line
 from latentmem.longterm.search import Recalled
-from latentmem.model.model import Context, MemoryModel
+from latentmem.model.context import Context
+from latentmem.model.model import MemoryModel
 
 PROTOCOL = "retention/1"  # another number where records of before and after can not stand in one table
 ROWS = ("floor", "dead", "oracle", "window", "bm25", "ours")

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from latentmem.decoder.adapters import READ
 from latentmem.decoder.cache import Front, joined, memory_cache
 from latentmem.longterm.search import Recalled
-from latentmem.model.model import READ, MemoryModel
+from latentmem.model.context import search_again
+from latentmem.model.model import MemoryModel
 
 CHUNK = 512  # positions of a prompt that are read between two tokens of other answers
 COLDEST = 1e-4  # temperature, below which the most likely token is drawn anyway
@@ -97,7 +99,7 @@ class Batch:
         for row in self.rows:
             every = row.front.every if isinstance(row.front, Recalled) else 0
             if every and len(row.said) % every == 0:
-                changed |= self.llm.search_again(row.front, row.said[-every:])
+                changed |= search_again(self.llm, row.front, row.said[-every:])
         if changed:
             self.cache.changed()
 

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 
 from latentmem.core.memory import Memory
-from latentmem.model.model import MAX_NEW_TOKENS, MemoryModel
+from latentmem.model.generating import MAX_NEW_TOKENS
+from latentmem.model.model import MemoryModel
 from latentmem.serve.engine.batch import Batch, Row
 
 Result = TypeVar("Result")

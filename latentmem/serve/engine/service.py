@@ -113,7 +113,7 @@ class Service:
         prefix_bytes: int | None = None,
         engine: Engine | None = None,
     ) -> None:
-        llm.prefix_bytes = quarter(llm.decoder.device) if prefix_bytes is None else prefix_bytes
+        llm.prefixes.limit = quarter(llm.decoder.device) if prefix_bytes is None else prefix_bytes
         self.llm, self.store, self.waiting, self.changes = llm, store, waiting, changes
         self._engine = engine or Engine(llm, batch)
         self._computing = EngineModel(llm, self._engine)
@@ -339,7 +339,7 @@ class Service:
             "reads": len(self._readings),
             "changes": self._changes,
             "tokens_written": self._computing.tokens_written,
-            "prefix_bytes": self.llm.derived_bytes,
+            "prefix_bytes": self.llm.prefixes.nbytes,
             **self._engine.stats(),
         }
 

@@ -1,0 +1,85 @@
+"""Text into memories: one update for each piece, several memories at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from latentmem.core import memory as memories
+from latentmem.core.memory import Memory
+from latentmem.core.write import write_exact, write_exact_rows, write_paper
+from latentmem.decoder.adapters import READ, WRITE
+from latentmem.decoder.cache import memory_cache
+from latentmem.model.backbone import Backbone, Ids
+from latentmem.model.context import Context
+from latentmem.model.passes import by_tokens
+
+Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
+
+
+def new_slots(llm: Backbone, memory: Memory, ids: Ids) -> Tensor:
+    """`MemoryModel.new_slots`."""
+    llm.check(memory)
+    tokens = llm.ids(ids)
+    if len(tokens) > memory.piece:
+        raise ValueError(f"one update reads at most {memory.piece} tokens, got {len(tokens)}; `write_ids` cuts them.")
+    with llm.using(WRITE):
+        if memory.preset == "paper":
+            mark = llm.trained.mark if llm.trained else memory.slots.new_zeros(memory.d)
+            newest = memory.slots.to(llm.decoder.device)[:, -memory.K :]
+            return write_paper(llm.decoder, llm.first, mark, newest, tokens, memory.K)
+        cache = llm.functional(memory) or llm.prefix(memory).cache(store=False)
+        return write_exact(llm.decoder, cache, tokens, memory.compression, memory.choice)
+
+
+@torch.no_grad()
+def write_all(
+    llm: Backbone, before: Sequence[Memory], texts: Sequence[Tensor], source: str, progress: Progress | None
+) -> list[Memory]:
+    """Each memory after its text [n], piece by piece; see `MemoryModel.write_ids`."""
+    if len(before) != len(texts):
+        raise ValueError(f"give as many texts as memories: got {len(texts)} and {len(before)}.")
+    after = list(before)
+    for memory in after:
+        llm.check(memory)
+    pieces = [text.split(memory.piece) for memory, text in zip(after, texts, strict=True)]
+    done, total = 0, sum(map(len, texts))
+    for number in range(max(map(len, pieces), default=0)):
+        waiting = [i for i, parts in enumerate(pieces) if number < len(parts)]
+        together = [i for i in waiting if after[i].preset == "exact"]
+        passes = by_tokens(together, [len(pieces[i][number]) for i in together], llm.tokens_at_once)
+        for rows in [*passes, *([i] for i in waiting if after[i].preset != "exact")]:
+            read = [pieces[i][number] for i in rows]
+            for i, new in zip(rows, _new_slots(llm, [after[i] for i in rows], read), strict=True):
+                after[i] = _following(llm, after[i], new, source, len(pieces[i][number]))
+            done += sum(map(len, read))
+            if progress:
+                progress(done, total)
+    return after
+
+
+def _new_slots(llm: Backbone, before: Sequence[Memory], pieces: Sequence[Tensor]) -> list[Tensor]:
+    """`new_slots` of several memories of the preset "exact" in one pass, without gradients."""
+    if len(before) == 1:
+        return [new_slots(llm, before[0], pieces[0])]
+    context = Context(tuple(llm.prefix(memory).front for memory in before), (), WRITE)
+    tokens = torch.nn.utils.rnn.pad_sequence(list(pieces), batch_first=True)
+    with llm.using(WRITE):
+        cache = memory_cache([front for front in context.fronts if front], llm.decoder, store=False)
+        ways = [(memory.compression, memory.choice) for memory in before]
+        return write_exact_rows(llm.decoder, cache, pieces, ways, **context.placed(tokens))
+
+
+def _following(llm: Backbone, memory: Memory, new: Tensor, source: str, tokens: int) -> Memory:
+    """The memory after an update, with its prefix derived from the one before."""
+    dropped = memories.draw(memory, new.shape[1])
+    on_device = replace(memory, slots=memory.slots.to(new.device))
+    keys = llm.recall.new_keys(on_device, dropped) if memory.longterm is not None else None
+    following = memories.update(on_device, new, dropped=dropped, source=source, tokens=tokens, keys=keys)
+    with llm.using(READ):
+        fresh = llm.decoder.project_all(new)
+    llm.prefixes.keep(following, llm.prefix(memory).after(memories.kept(dropped, memory.M), fresh))
+    return following
