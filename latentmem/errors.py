@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class LatentmemError(ValueError):
-    """What the package refuses: its message says what was expected, what came, and what to do."""
+    """What the package refuses: its message says what was expected, what came, and what to do.
+
+    Args:
+        message: for the owner of the store; may name other memories, processes and paths.
+        public: the same for everybody else, who may know none of those; by default the message.
+    """
+
+    def __init__(self, message: str, public: str = "") -> None:
+        super().__init__(message)
+        self.public = public or message
 
 
 class NotFoundError(LatentmemError):
     """There is no memory, version, source or key of this name."""
+
+    @classmethod
+    def memory(cls, name: str, known: Iterable[str] = ()) -> NotFoundError:
+        """There is no memory `name`; `known` are the memories that there are."""
+        there = f" (there are: {', '.join(known) or 'none yet'})"
+        remedy = "`create` or `latentmem write` makes one."
+        return cls(f"there is no memory {name!r}{there}. {remedy}", f"there is no memory {name!r}.")
 
 
 class NameTakenError(LatentmemError):

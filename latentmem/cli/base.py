@@ -83,14 +83,14 @@ def opened(name: str) -> Store:
 def settled(name: str, model: str | None = None) -> Store:
     """The store, in which nothing waits for a model: a write that was cut off is finished first."""
     store = opened(name)
-    if store.waits(name):
-        finish(store, name, load(store.open(name, store.applied(name)), model, None))
+    if store.pending_count(name):
+        finish(store, name, load(store.open(name, store.applied_version(name)), model, None))
     return store
 
 
 def finish(store: Store, name: str, llm: MemoryModel) -> None:
     """Apply what was acknowledged and cut off."""
-    if store.waits(name):
+    if store.pending_count(name):
         with progress() as bar:
             store.apply(llm, name, tokens(bar, "finishing what was cut off"))
 
@@ -104,7 +104,7 @@ def read(
     adapters: str | None = None,
 ) -> tuple[Memory, MemoryModel]:
     """A version of a memory and the model that reads it."""
-    known = store.open(name, store.applied(name) if version is None else version)
+    known = store.open(name, store.applied_version(name) if version is None else version)
     llm = load(known, model, device, adapters=adapters)
     if version is not None:
         return known, llm

@@ -60,7 +60,7 @@ def write(
     wanted = {"N": capacity, "K": per_update, "preset": preset, "seed": seed}
     wanted |= {"compression": compression, "choice": choice, "longterm": longterm}
     given: dict[str, Any] = {what: value for what, value in wanted.items() if value is not None}
-    before = store.open(memory, store.applied(memory)) if memory in store.names() else None
+    before = store.open(memory, store.applied_version(memory)) if memory in store.names() else None
     for what, value in given.items():
         now = None if before is None else getattr(before, what)
         now = (now.R if now is not None else 0) if what == "longterm" else now
@@ -129,7 +129,7 @@ def chat(
     from latentmem.store import Turns
 
     store, lines = base.opened(memory), _lines()
-    before = store.open(memory, store.applied(memory)) if memory in store.names() else None
+    before = store.open(memory, store.applied_version(memory)) if memory in store.names() else None
     llm = base.load(before, model, device, quantize, adapters)
     if before is None:  # it is made when there is something to remember
         first = next(lines, None)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from latentmem.errors import DamagedError, InUseError, NameTakenError
+
 FORMAT = 1
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -48,6 +50,7 @@ TURNS = "CREATE TABLE IF NOT EXISTS turns (memory INTEGER PRIMARY KEY REFERENCES
 EVENTS = ("create", "import", "write", "rollback", "fork", "pin", "unpin", "forget", "expire")
 STATES = ("pending", "applied", "failed")
 KINDS = ("snapshot", "delta", "none")
+BUSY, LATER = "another process uses the store", "try again later."
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,6 @@ class Row:
 
 COLUMNS = tuple(field.name for field in fields(Row))
 SELECT = f"SELECT {', '.join(COLUMNS)} FROM versions"
-
-
-class HiddenError(ValueError):
-    """Its message names what not every user of a store may know: other memories, processes, paths."""
 
 
 class Journal:
@@ -176,9 +175,9 @@ class Journal:
             if name.startswith(("SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")):
                 raise OSError(errno.EIO, f"the database can not be used ({error})", str(self._path)) from error
             if name.startswith("SQLITE_BUSY"):
-                raise HiddenError(f"another process keeps {self._path} busy; try again later.") from error
+                raise InUseError(f"another process keeps {self._path} busy; {LATER}", f"{BUSY}; {LATER}") from error
             if name in ("SQLITE_CORRUPT", "SQLITE_NOTADB"):
-                raise HiddenError(f"{self._path} is damaged or no store ({error}). Restore it from a copy.") from error
+                raise DamagedError(f"{self._path} is damaged or no store ({error}). Restore it from a copy.") from error
             raise
 
     def _all(self, sql: str, *values: Any) -> list[tuple]:
@@ -233,7 +232,7 @@ class Journal:
         """
         with self.transaction():
             if self.id(name) is not None:
-                raise ValueError(f"there is a memory {name!r} already; choose another name, or delete it.")
+                raise NameTakenError(f"there is a memory {name!r} already; choose another name, or delete it.")
             return self.append(replace(first, memory=self._do("INSERT INTO memories (name) VALUES (?)", name)))
 
     def forks(self, memory: int) -> list[str]:
@@ -386,8 +385,9 @@ class Journal:
         """
         (busy, _, _) = self._one("PRAGMA wal_checkpoint(TRUNCATE)")
         if busy:
-            raise HiddenError(
-                f"another process reads {self._path}, so its log still holds what was deleted; sweep again."
+            raise InUseError(
+                f"another process reads {self._path}, so its log still holds what was deleted; sweep again.",
+                f"{BUSY}, so its log still holds what was deleted; {LATER}",
             )
 
 

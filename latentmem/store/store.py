@@ -34,6 +34,7 @@ from filelock import FileLock, Timeout
 from latentmem.core import memory as memories
 from latentmem.core import sources as source_ops
 from latentmem.core.memory import Memory
+from latentmem.errors import InUseError, NotFoundError
 from latentmem.files import snapshot
 from latentmem.longterm.blocks import Block
 from latentmem.model.model import MemoryModel
@@ -41,7 +42,7 @@ from latentmem.model.prompts import Message
 from latentmem.model.writing import Progress
 from latentmem.store import archive, delta
 from latentmem.store.delta import Chain, Update
-from latentmem.store.journal import HiddenError, Journal, Row
+from latentmem.store.journal import Journal, Row
 from latentmem.store.objects import Disk, objects_at
 from latentmem.store.views import Change, Overview, SourceStats, Version
 from latentmem.version import __version__
@@ -175,7 +176,10 @@ class Store:
         with self._talking(name), self._alone(name) as memory:
             forks = self._journal.forks(memory)
             if forks:
-                raise HiddenError(f"{', '.join(forks)} was forked from {name!r} and needs it; delete the fork first.")
+                raise InUseError(
+                    f"{', '.join(forks)} was forked from {name!r} and needs it; delete the fork first.",
+                    f"memories that were forked from {name!r} need it; delete them first.",
+                )
             with self._journal.transaction():
                 self._journal.delete(memory)
                 self._journal.keep_setting("sweep", "due")
@@ -250,7 +254,7 @@ class Store:
             memory = self._id(name)
             row = self._row(name, memory, version) if key is None else self._journal.keyed(memory, key)
             if row is None:
-                raise ValueError(f"{name!r} has no version with the key {key!r}.")
+                raise NotFoundError(f"{name!r} has no version with the key {key!r}.")
             return self._view(row)
 
     def _view(self, row: Row) -> Version:
@@ -362,16 +366,16 @@ class Store:
             self._advance(llm, name, memory, progress)
             return self._journal.head(memory).seq
 
-    def waits(self, name: str) -> int:
+    def pending_count(self, name: str) -> int:
         """How many writes are acknowledged and not applied yet."""
         return len(self._journal.pending(self._id(name)))
 
-    def unsettled(self, name: str) -> bool:
+    def has_pending(self, name: str) -> bool:
         """Whether `apply` would change something: a write waits, or the time of a source is over."""
         memory = self._id(name)
         return bool(self._journal.pending(memory) or self._due(memory))
 
-    def applied(self, name: str) -> int:
+    def applied_version(self, name: str) -> int:
         """The newest version that can be opened without a model: nothing that it is made from waits."""
         row = self._journal.head(self._id(name))
         while row.base is not None and (row.state == "pending" or self._waits(row)):
@@ -381,21 +385,21 @@ class Store:
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def latest(self, name: str) -> tuple[int, Memory]:
-        """The version of `applied` and its memory, also while `forget_by_replay` numbers the versions anew.
+        """The version of `applied_version` and its memory, also while `forget_by_replay` numbers the versions anew.
 
         Raises:
             ValueError: as `open`.
         """
         for _ in range(8):
             with self._journal.one_look():
-                version = self.applied(name)
+                version = self.applied_version(name)
             try:
                 return version, self.open(name, version)
             except ValueError:
                 with self._journal.one_look():
-                    if self.applied(name) == version:
+                    if self.applied_version(name) == version:
                         raise
-        raise HiddenError(f"the versions of {name!r} are numbered anew; try again later.")
+        raise InUseError(f"the versions of {name!r} are numbered anew; try again later.")
 
     def open(self, name: str, version: int | None = None, *, llm: MemoryModel | None = None) -> Memory:
         """A version of a memory, by default the newest; sources whose time is over are forgotten before.
@@ -672,7 +676,7 @@ class Store:
         memory = self._id(name)
         with self._locked(memory, f"the memory {name!r}"):
             if self._id(name) != memory:
-                raise ValueError(f"the memory {name!r} was deleted meanwhile.")
+                raise NotFoundError(f"the memory {name!r} was deleted meanwhile.")
             yield memory
 
     @contextlib.contextmanager
@@ -697,8 +701,9 @@ class Store:
                 yield
         except Timeout:
             who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
-            raise HiddenError(
-                f"{who} is changing {called}, and did so for {self.timeout:g} seconds; try again later."
+            raise InUseError(
+                f"{who} is changing {called}, and did so for {self.timeout:g} seconds; try again later.",
+                "the memory is in use by another process; try again later.",
             ) from None
 
     def _lock_family(self, locks: contextlib.ExitStack, name: str) -> list[int]:
@@ -721,10 +726,7 @@ class Store:
     def _id(self, name: str) -> int:
         memory = self._journal.id(name)
         if memory is None:
-            known = ", ".join(self.names()) or "none yet"
-            raise HiddenError(
-                f"there is no memory {name!r} (there are: {known}). `create` or `latentmem write` makes one."
-            )
+            raise NotFoundError.memory(name, self.names())
         return memory
 
     def _versions(self, memory: int) -> list[Row]:
@@ -735,7 +737,7 @@ class Store:
         row = self._journal.head(memory) if version is None else self._journal.version(memory, version)
         if row is None:
             newest = self._journal.head(memory).seq
-            raise ValueError(f"{name!r} has no version {version}; it has 0 to {newest}.")
+            raise NotFoundError(f"{name!r} has no version {version}; it has 0 to {newest}.")
         return row
 
     def _done(self, name: str, row: Row) -> Row:
@@ -850,7 +852,7 @@ class Store:
         """Acknowledge a write."""
         with self._journal.transaction():
             if self._journal.id(name) != memory:
-                raise ValueError(f"the memory {name!r} was deleted meanwhile.")
+                raise NotFoundError(f"the memory {name!r} was deleted meanwhile.")
             return self._journal.append(Row(memory, "write", self._journal.head(memory).id, says, key, state="pending"))
 
     def _settle(self, llm: MemoryModel, memory: int, progress: Progress | None = None) -> None:

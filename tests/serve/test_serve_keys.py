@@ -388,7 +388,7 @@ def test_the_server_as_a_process_finishes_what_runs_and_ends(home, tiny_folder, 
     logged = [json.loads(line) for line in said if line.startswith("{")]
     assert [line["status"] for line in logged] == [200, 200, 201, 202, 200]
     store = latentmem.Store(home / "store")
-    assert store.history("m")[1].text == "the door" and not store.waits("m")
+    assert store.history("m")[1].text == "the door" and not store.pending_count("m")
     store.close()
 
 

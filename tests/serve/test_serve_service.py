@@ -203,7 +203,7 @@ def test_what_was_accepted_before_a_crash_is_applied_at_the_start(llm, store):
     service = Service(llm, store)
     service.start()
     assert store.version("a", key="k").state == "applied"
-    assert store.waits("b") == 1
+    assert store.pending_count("b") == 1
     with pytest.raises(ValueError, match="another model"):
         answer(service.read("b", question("?"), Sampling(), version=0))
     service.close()
@@ -291,5 +291,5 @@ def test_one_damaged_memory_does_not_keep_the_service_from_starting(llm, store):
     store.append("b", "waits too")
     service = Service(llm, store)
     service.start()
-    assert (store.waits("a"), store.waits("b")) == (1, 0)
+    assert (store.pending_count("a"), store.pending_count("b")) == (1, 0)
     service.close()

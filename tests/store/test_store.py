@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from latentmem.core.memory import Memory, draw, empty, update
 from latentmem.core.sources import forecast, forget, pin
+from latentmem.errors import InUseError, NameTakenError, NotFoundError
 from latentmem.files import snapshot
 from latentmem.model.model import MemoryModel
 from latentmem.store import Store, Turns, archive
@@ -176,7 +177,7 @@ def test_an_overview_says_what_the_journal_knows(llm, store):
     assert (f.name, f.versions, f.pending, f.bytes, f.model) == ("f", 2, 1, 0, "tiny")
     assert (m.name, m.versions, m.pending, m.model) == ("m", 5, 0, "tiny")
     assert m.bytes == sum(v.bytes for v in store.history("m")) and m.changed == store.history("m")[-1].time
-    assert (store.waits("f"), store.applied("f"), store.applied("m")) == (1, 0, 4)
+    assert (store.pending_count("f"), store.applied_version("f"), store.applied_version("m")) == (1, 0, 4)
     for change in (lambda: store.forget("m", store.open("m").sources[0].name), lambda: store.rollback("m", 1)):
         change()
         assert store.overview()[1].M == store.open("m").M and store.overview()[1].N == store.open("m").N
@@ -384,6 +385,21 @@ def test_what_is_not_there_is_refused_with_what_is(llm, store):
         with pytest.raises(ValueError, match=words):
             call()
     assert len(store.history("m")) == 2 and store.names() == ["m"]
+
+
+def test_what_everybody_may_be_told_names_no_other_memory_process_or_path(llm, store):
+    filled(llm, store)
+    store.fork("m", "secret")
+    impatient, lock = again(store, timeout=0.01), FileLock(store.path / "locks" / f"{store._id('secret')}.lock")
+    actions = [(NotFoundError, partial(store.open, "n")), (InUseError, partial(store.delete, "m"))]
+    actions += [(InUseError, partial(impatient.forget_by_replay, llm, "m", "a"))]
+    with lock:
+        for kind, action in actions:
+            with pytest.raises(kind) as error:
+                action()
+            assert "secret" in str(error.value) and not re.search(r"secret|process \d|/", error.value.public)
+    with pytest.raises(NameTakenError, match="there is a memory 'm' already"):
+        store.create("m", start(llm))
 
 
 def test_another_model_is_refused_and_nothing_is_marked(llm, other, store):

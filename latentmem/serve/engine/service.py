@@ -132,7 +132,7 @@ class Service:
         for one in self.store.overview():
             if one.pending:
                 with contextlib.suppress(ValueError, OSError):  # of another model, damaged, in use: it goes on waiting
-                    self.llm.check(self.store.open(one.name, self.store.applied(one.name)))
+                    self.llm.check(self.store.open(one.name, self.store.applied_version(one.name)))
                     self.store.apply(self._model, one.name)
         self.ready = True
 
@@ -205,8 +205,8 @@ class Service:
                 memory = self.llm.blank()
             else:
                 self._there(name)
-                later = version is None or version > self.store.applied(name)
-                if later and not settled and self.store.unsettled(name):
+                later = version is None or version > self.store.applied_version(name)
+                if later and not settled and self.store.has_pending(name):
                     waits = self._change(lambda: self._settle(name))
 
                     def go_on(waits: Future[int]) -> None:

@@ -21,6 +21,7 @@ from starlette.datastructures import FormData, UploadFile
 from torch import Tensor
 
 from latentmem.core.memory import Memory
+from latentmem.errors import InUseError
 from latentmem.model.model import MemoryModel
 from latentmem.model.streaming import release_threads
 from latentmem.serve.engine.service import OWN_KEY, Missing, Taken
@@ -40,7 +41,7 @@ from latentmem.serve.http.shared import (
     shared,
     touch,
 )
-from latentmem.store import HiddenError, Overview, Store, Version
+from latentmem.store import Overview, Store, Version
 from latentmem.store.store import Content
 
 router = APIRouter(prefix="/v1/memories", tags=["memories"])
@@ -141,7 +142,7 @@ async def write(
     record_of(request).written_tokens = count = writing.tokens
     if body.wait:
         # what fails here stays in the journal: whoever reads or writes the memory next applies it
-        with contextlib.suppress(TimeoutError, OSError, HiddenError, RuntimeError, MemoryError):
+        with contextlib.suppress(TimeoutError, OSError, InUseError, RuntimeError, MemoryError):
             return _written(id, await patient(request, carried_out(writing.done)), count)
     pending = schema.Written(id=id, version=writing.version, tokens=count, M=None, N=None, state="pending")
     return Json(pending.model_dump(), 202)
@@ -261,7 +262,7 @@ async def stats(
 ) -> schema.Stats:
     """How much of each source is left, and will be after 1, 10 and 100 more updates."""
     touch(request, id)
-    if version is None and await look(request, id, lambda store: store.unsettled(id)):
+    if version is None and await look(request, id, lambda store: store.has_pending(id)):
         await change(request, id, lambda store, llm: None)
 
     def found(store: Store) -> schema.Stats:
@@ -289,7 +290,7 @@ async def slots(
         if now is None:
             return _picture(id, *_opened(store, id, version), None)
         writing = schema.Underway(done=now.done, total=now.total)
-        return _picture(id, store.applied(id), now.memory, writing)
+        return _picture(id, store.applied_version(id), now.memory, writing)
 
     return await look(request, id, found)
 
@@ -473,7 +474,7 @@ async def import_(request: Request, id: str) -> schema.MemoryInfo:
             except ValueError as error:
                 raise ValueError(str(error).replace(str(path), "the file")) from None
             try:
-                llm.check(store.open(id, store.applied(id)))
+                llm.check(store.open(id, store.applied_version(id)))
             except BaseException:
                 store.delete(id)
                 raise

@@ -17,11 +17,11 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from latentmem.errors import DamagedError, OtherModelError, TooLongError
+from latentmem.errors import DamagedError, InUseError, NameTakenError, NotFoundError, OtherModelError, TooLongError
 from latentmem.model.model import MemoryModel
 from latentmem.serve.engine.service import Busy, Missing, Service, Taken
 from latentmem.serve.http.keys import EVERYONE, Key
-from latentmem.store import HiddenError, Store, check_name
+from latentmem.store import Store, check_name
 
 Result = TypeVar("Result")
 SOURCE = 256  # characters of the name of a source
@@ -189,9 +189,12 @@ def refusal(error: BaseException) -> Refused:
         case OtherModelError():
             what = "this memory was written by another model, or in another precision, than this server runs."
             return Refused(400, what, "other_model")
-        case HiddenError():
-            what = "the memory is in use by another process, or memories that were forked from it need it; try later."
-            return Refused(409, what, "in_use")
+        case NotFoundError():
+            return Refused(404, error.public, "not_found")
+        case NameTakenError():
+            return Refused(409, error.public, "taken")
+        case InUseError():
+            return Refused(409, error.public, "in_use")
         case DamagedError():
             return Refused(500, "what this memory is kept in is damaged; restore the store from a copy.", "damaged")
         case RequestValidationError():
@@ -327,7 +330,7 @@ async def change(request: Request, name: str, action: Callable[[Store, MemoryMod
             try:
                 return action(store, llm)
             except ValueError:
-                if not store.waits(name):  # else a write was accepted meanwhile
+                if not store.pending_count(name):  # else a write was accepted meanwhile
                     raise
         raise Busy(1)
 
