@@ -22,8 +22,13 @@ import latentmem
 from latentmem.core.memory import Memory, update
 from latentmem.decoder.adapters import READ
 from latentmem.longterm import blocks, longterm
+<<<<<<< HEAD
 from latentmem.longterm.blocks import Some
 from latentmem.model.model import MemoryModel
+=======
+from latentmem.longterm.blocks import StoredSlots
+from latentmem.model.model import READ, MemoryModel
+>>>>>>> bb14a36 (Long-term memory and decoder: classes and methods are named after the noun that is meant)
 
 
 def timed(runs: int, *ways: Callable[[], object]) -> list[float]:
@@ -58,7 +63,7 @@ def with_stored(memory: Memory, S: int, R: int, int8: bool) -> Memory:
         births = (torch.arange(start, start + k, dtype=torch.int32) // 150).expand(memory.L, k)
         orders = torch.arange(start, start + k).expand(memory.L, k)
         stored = blocks.packed(slots) if int8 else slots
-        store = store.with_more(Some(stored, births, torch.zeros_like(births), orders, None))
+        store = store.appended(StoredSlots(stored, births, torch.zeros_like(births), orders, None))
         start += k
     before = -(-S // 150)
     return replace(memory, longterm=store, births=memory.births + before, updates=memory.updates + before)
@@ -68,7 +73,11 @@ def search(llm: MemoryModel, memory: Memory, ids: torch.Tensor) -> None:
     """What an answer does before its first token to find what it takes."""
     assert memory.longterm is not None
     with torch.no_grad(), llm.using(READ):
+<<<<<<< HEAD
         llm.recall.chosen(memory, llm.prefix(memory), ids, torch.ones(len(ids), dtype=torch.bool))
+=======
+        llm.retriever.retrieve(memory, llm._prefix(memory), ids, torch.ones(len(ids), dtype=torch.bool))
+>>>>>>> bb14a36 (Long-term memory and decoder: classes and methods are named after the noun that is meant)
 
 
 def main() -> None:
@@ -99,7 +108,7 @@ def main() -> None:
         store = memory.longterm
         assert store is not None
         write, plain = timed(args.runs, lambda m=memory: llm.write_ids(m, text), lambda: llm.write_ids(bare, text))
-        keys = torch.empty(S * len(llm.recall.searched), bare.d, dtype=llm.decoder.dtype)
+        keys = torch.empty(S * len(llm.retriever.layers_searched), bare.d, dtype=llm.decoder.dtype)
         found, copied, first, beside = timed(
             args.runs,
             lambda m=memory: search(llm, m, ids),

@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 
 import latentmem
 from latentmem.core.memory import Memory
+<<<<<<< HEAD
 from latentmem.decoder.adapters import READ
 from latentmem.decoder.cache import Front, attention_mask, memory_cache
 from latentmem.decoder.hooks import layers_seen
@@ -28,6 +29,14 @@ from latentmem.longterm.ranking import marks
 from latentmem.longterm.search import Chosen
 from latentmem.model.context import Context, front_with, question_mask, retrieve
 from latentmem.model.model import MemoryModel
+=======
+from latentmem.decoder.cache import KVPrefix, attention_mask, memory_cache
+from latentmem.decoder.hooks import layers_seen
+from latentmem.evaluate.data import questions as sets
+from latentmem.longterm.ranking import marks
+from latentmem.longterm.search import Retrieval
+from latentmem.model.model import READ, Context, MemoryModel
+>>>>>>> bb14a36 (Long-term memory and decoder: classes and methods are named after the noun that is meant)
 
 SETS = {"1 to 3": range(1, 4), "0": range(1), "2": range(2, 3), "0 to 5": range(6), "6 to 12": range(6, 13)}
 
@@ -36,7 +45,7 @@ def hidden_states(llm: MemoryModel, memory: Memory, ids: Tensor) -> list[Tensor]
     """What each layer gets of a question behind the first position alone, [n, d] each."""
     prefix = llm.prefix(memory)
     first = [lambda kv=kv: kv for kv in prefix.first]
-    cache = memory_cache([Front(prefix.s, first)], llm.decoder, store=False)
+    cache = memory_cache([KVPrefix(prefix.s, first)], llm.decoder, store=False)
     with torch.no_grad(), llm.using(READ), layers_seen(llm.decoder) as seen:
         mask = attention_mask(cache, ids[None])
         llm.decoder.body(input_ids=ids[None], attention_mask=mask, past_key_values=cache, use_cache=False)
@@ -48,7 +57,7 @@ def attended(llm: MemoryModel, i: int, hidden: Tensor, slots: Tensor) -> Tensor:
     attention: Any = llm.decoder.layers[i].self_attn
     with torch.no_grad(), llm.using(READ):
         keys = llm.decoder.project(i, slots)[0][0].float()
-        queries = attention.q_proj(llm.recall.normed(i, hidden)).unflatten(-1, (-1, attention.head_dim))
+        queries = attention.q_proj(llm.retriever.normed(i, hidden)).unflatten(-1, (-1, attention.head_dim))
         queries = queries.transpose(0, 1).float()
     keys = keys.repeat_interleave(len(queries) // len(keys), dim=0)
     return (queries @ keys.transpose(1, 2)).amax(0)
@@ -106,11 +115,11 @@ def finding(llm: MemoryModel, data: Any, asked: list[tuple[str, Any]]) -> None:
                     totals[way, tokens, layers] = totals.get((way, tokens, layers), 0) + mark
 
         for i in range(llm.decoder.L):
-            slots = torch.cat([span.some.slots[i] for span in store.spans])
+            slots = torch.cat([span.stored.slots[i] for span in store.ranges])
             theirs = attended(llm, i, hidden[i], slots)
             add("attention of the layer", "all", i, marks(theirs, births[i]))
             if i < 13:
-                seen, kept = (normalize(llm.recall.normed(i, some), dim=-1) for some in (hidden[i], slots))
+                seen, kept = (normalize(llm.retriever.normed(i, some), dim=-1) for some in (hidden[i], slots))
                 likeness = seen @ kept.T
                 for tokens, some in (("all", torch.ones_like(asking)), ("question", asking)):
                     fits = likeness[some].float()
@@ -118,7 +127,7 @@ def finding(llm: MemoryModel, data: Any, asked: list[tuple[str, Any]]) -> None:
                     add("likeness, all tokens alike", tokens, i, plain_mean(fits, births[i]))
         for key, total in totals.items():
             ranks.setdefault(key, []).append(int((total > total[own[name]]).sum()))
-    print(f"{int(store.there.sum(1).min()):,} slots of {memory.updates} updates\n")
+    print(f"{int(store.occupied.sum(1).min()):,} slots of {memory.updates} updates\n")
     print("| way | tokens | layers | first | among the first three |\n| --- | --- | --- | --- | --- |")
     for (way, tokens, layers), found in ranks.items():
         if way.startswith("likeness") and layers == "all":
@@ -166,17 +175,17 @@ def placing(llm: MemoryModel, data: Any, asked: list[tuple[str, Any]]) -> None:
     store = memory.longterm
     assert store is not None
 
-    def in_front(chosen: Chosen) -> list[Tensor]:
+    def in_front(chosen: Retrieval) -> list[Tensor]:
         return [torch.arange(len(order)) for order in chosen.order]
 
-    def as_written(chosen: Chosen) -> list[Tensor]:
+    def as_written(chosen: Retrieval) -> list[Tensor]:
         own = memory.births.long() << 32 | store.places.long()
         return [
             torch.cat([store.column("orders")[i][places], own[i]]).argsort(stable=True)
             for i, places in enumerate(chosen.places)
         ]
 
-    ways: dict[str, Callable[[Chosen], list[Tensor]]] = {
+    ways: dict[str, Callable[[Retrieval], list[Tensor]]] = {
         "in front, oldest first (M+)": in_front,
         "where they were written": as_written,
         "the best updates last (ours)": lambda chosen: chosen.order,

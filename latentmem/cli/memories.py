@@ -200,7 +200,7 @@ def show(
                 "left": left.tolist(),
                 "expires": source.expires.isoformat() if source.expires else None,
             }
-            for source, left in zip(known, now.left(), strict=True)
+            for source, left in zip(known, now.slots_left(), strict=True)
         ]
         typer.echo(json.dumps(facts))
         return
@@ -363,7 +363,9 @@ def _show_facts(title: str, memory: Memory) -> None:
     )
     if memory.longterm is not None:
         store = memory.longterm
-        held = f"{int(store.there.sum(1).min())} slots in each layer, {base.size(store.nbytes)}" if store.S else "empty"
+        held = (
+            f"{int(store.occupied.sum(1).min())} slots in each layer, {base.size(store.nbytes)}" if store.S else "empty"
+        )
         takes = f"{held}; a question takes {store.R} of them at most"
         facts.add_row("long-term", takes if store.limit else "no store; a question arranges the memory's own slots")
     per_slot = f"{memory.compression} token(s) per slot" + f" ({memory.choice})" * (memory.compression > 1)
@@ -395,7 +397,7 @@ def _show_sources(known: list[SourceStats], memory: Memory) -> None:
 
 def _show_layers(memory: Memory) -> None:
     table = base.table("source", "slots", "left", "each layer, first to last", right=("slots", "left"))
-    for source, left in zip(memory.sources, memory.left(), strict=True):
+    for source, left in zip(memory.sources, memory.slots_left(), strict=True):
         share, low, high = left.float() / source.slots, int(left.min()), int(left.max())
         amount = f"{share.mean():.0%} ({low})" if low == high else f"{share.mean():.0%} ({low} to {high})"
         table.add_row(base.text(source.name), str(source.slots), amount, _bars(share.tolist()))

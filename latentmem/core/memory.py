@@ -138,7 +138,7 @@ class Memory:
         return self.longterm.most if self.longterm is not None else 0
 
     @property
-    def searched(self) -> bool:
+    def needs_search(self) -> bool:
         """Whether what a question asks decides what it reads, or in which order."""
         return self.R > 0 or (self.M > 0 and self.longterm is not None and self.longterm.arranges)
 
@@ -157,7 +157,7 @@ class Memory:
         """Updates of K slots after which half of what was written is expected to be left, once the memory is full."""
         return half_life(self.N, self.K)
 
-    def left(self) -> Tensor:
+    def slots_left(self) -> Tensor:
         """Slots that are left of each source in each layer, [number of sources, L] int64."""
         return (
             torch.stack([(self.origins == i).sum(1) for i in range(len(self.sources))])

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import Cache
 
 from latentmem.decoder.attention import KV
-from latentmem.decoder.cache import Front, memory_cache
+from latentmem.decoder.cache import KVPrefix, memory_cache
 from latentmem.decoder.decoder import Decoder
 
 
@@ -78,9 +78,9 @@ class Prefix:
         return sum(2 * keys.nbytes + values.nbytes for keys, values in zip(self.keys, self.values, strict=True))
 
     @cached_property
-    def front(self) -> Front:
+    def front(self) -> KVPrefix:
         """This prefix as what stands in front of a row; it holds no reference to the prefix, which would be a cycle."""
-        return Front(self.P, tuple(partial(_pair, k, v) for k, v in zip(self.rotated, self.values, strict=True)))
+        return KVPrefix(self.P, tuple(partial(_pair, k, v) for k, v in zip(self.rotated, self.values, strict=True)))
 
     def cache(self, *, store: bool = True) -> Cache:
         """A fresh cache over this prefix, for `forward` or `generate`; see `MemoryLayer`."""

@@ -21,7 +21,7 @@ STACKED = 2 * 2**30  # bytes up to which the memories of a batch are stacked whi
 
 
 @dataclass(frozen=True)
-class Front:
+class KVPrefix:
     """What stands in front of a row of text: keys and values of P positions in every layer.
 
     Args:
@@ -41,7 +41,7 @@ class MemoryCache(Cache):
         layers: one for each layer of the model.
     """
 
-    def __init__(self, fronts: Sequence[Front], layers: list[Any]) -> None:
+    def __init__(self, fronts: Sequence[KVPrefix], layers: list[Any]) -> None:
         super().__init__(layers=layers)
         self.fronts = list(fronts)
 
@@ -57,7 +57,9 @@ class MemoryCache(Cache):
         return [front for front in own for _ in range(B // len(own))]
 
 
-def memory_cache(fronts: Sequence[Front], decoder: Decoder, *, store: bool, stacked: int | None = None) -> MemoryCache:
+def memory_cache(
+    fronts: Sequence[KVPrefix], decoder: Decoder, *, store: bool, stacked: int | None = None
+) -> MemoryCache:
     """A fresh cache that shows each layer what stands in front of its text; see `MemoryLayer`.
 
     Args:
@@ -80,7 +82,7 @@ def memory_cache(fronts: Sequence[Front], decoder: Decoder, *, store: bool, stac
     )
 
 
-def joined(parts: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], fronts: Sequence[Front], L: int) -> Cache:
+def joined(parts: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], fronts: Sequence[KVPrefix], L: int) -> Cache:
     """Some rows of several caches in one, so that they go on together: shorter texts are padded on the left.
 
     Args:
@@ -130,7 +132,7 @@ def functional_cache(
 
         return wrap(kv) if wrap else kv
 
-    return memory_cache([Front(hidden.shape[1], [make(i) for i in range(decoder.L)])], decoder, store=False)
+    return memory_cache([KVPrefix(hidden.shape[1], [make(i) for i in range(decoder.L)])], decoder, store=False)
 
 
 class MemoryLayer(DynamicLayer):

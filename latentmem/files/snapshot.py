@@ -16,7 +16,7 @@ from latentmem.files import container
 from latentmem.files.container import Buffer
 from latentmem.longterm import blocks as blockss
 from latentmem.longterm import longterm
-from latentmem.longterm.blocks import Block, Some, Span
+from latentmem.longterm.blocks import Block, BlockRange, StoredSlots
 from latentmem.longterm.longterm import LongTerm
 
 FORMAT = "latentmem memory 1"
@@ -70,7 +70,7 @@ def to_bytes(memory: Memory, apart: Callable[[Block], str] | None = None) -> byt
 
 def block_to_bytes(block: Block) -> bytes:
     """A full block of a long-term memory as a file of its own."""
-    return container.to_bytes(_stored(block.some), {"format": BLOCK_FORMAT})
+    return container.to_bytes(_stored(block.stored), {"format": BLOCK_FORMAT})
 
 
 def blocks_of(data: Buffer, name: str) -> set[str]:
@@ -137,29 +137,29 @@ def _parts(memory: Memory, apart: Callable[[Block], str] | None = None) -> tuple
 
 def _longterm_parts(store: LongTerm, apart: Callable[[Block], str] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a long-term memory: full blocks apart, if asked to, and the rest in one piece."""
-    spans, blocks = list(store.spans), []
+    spans, blocks = list(store.ranges), []
     while apart and spans and spans[0].sealed:
         span = spans.pop(0)
         blocks.append([apart(span.block), span.start, span.end])
     tensors = {"longterm.places": store.places.contiguous()}
     if spans:
-        tensors |= _stored(Some.joined([span.some for span in spans]))
+        tensors |= _stored(StoredSlots.joined([span.stored for span in spans]))
     if store.frequencies is not None:
         tensors["longterm.frequencies"] = store.frequencies.contiguous()
     return tensors, store.settings | {"blocks": blocks}
 
 
-def _stored(some: Some) -> dict[str, Tensor]:
+def _stored(some: StoredSlots) -> dict[str, Tensor]:
     tensors = {name: getattr(some, name.split(".")[1]).contiguous() for name in STORED}
     return tensors | ({"longterm.keys": some.keys.contiguous()} if some.keys is not None else {})
 
 
-def _some(tensors: dict[str, Tensor]) -> Some:
+def _some(tensors: dict[str, Tensor]) -> StoredSlots:
     """Stored slots out of a file's tensors; a ValueError if they do not fit each other."""
     if set(tensors) - {"longterm.keys"} != set(STORED):
         raise ValueError(f"stored slots are the tensors {sorted(STORED)}, got {sorted(tensors)}")
     slots, births, origins, orders = (tensors[name] for name in STORED)
-    some = Some(slots, births, origins, orders, tensors.get("longterm.keys"))
+    some = StoredSlots(slots, births, origins, orders, tensors.get("longterm.keys"))
     shape, kinds = some.orders.shape, (torch.int32, torch.int32, torch.int64)
     columns = (some.births, some.origins, some.orders)
     wide = [t for t in (some.slots, some.keys) if t is not None]
@@ -186,11 +186,11 @@ def _longterm(
         found = block(name)
         if not 0 <= start < end == found.room:
             raise ValueError(f"a block of {found.room} places is used from {start} to {end}")
-        spans.append(Span(found, start, end))
+        spans.append(BlockRange(found, start, end))
     if tensors:
         rest = Block.of(_some(tensors))
-        spans.append(Span(rest, 0, rest.room))
-    store = LongTerm(places=places, spans=tuple(spans), frequencies=frequencies, **says)
+        spans.append(BlockRange(rest, 0, rest.room))
+    store = LongTerm(places=places, ranges=tuple(spans), frequencies=frequencies, **says)
     width = blockss.packed(torch.zeros(1, d)).shape[1] if store.int8 else d
     for span in spans:
         slots = span.block.slots
@@ -199,7 +199,7 @@ def _longterm(
     births = store.column("births")
     if births.numel() and not 0 <= int(births.min()) <= int(births.max()) <= updates:
         raise ValueError("a stored slot was written by no update")
-    parts = [span.some for span in spans]
+    parts = [span.stored for span in spans]
     if len({(part.slots.dtype, part.slots.shape[::2], part.keys is None) for part in parts}) > 1:
         raise ValueError("its stored slots do not fit each other")
     if places.dtype != torch.int32 or (parts and parts[0].slots.shape[0] != len(places)):
@@ -244,7 +244,7 @@ def _memory(
         store = _longterm(stored, says, own["slots"].shape[-1], header["updates"], block) if says else None
         memory = Memory(**own, **header, sources=sources, longterm=store, version=checksum)
         origins = [memory.origins, *((store.column("origins"),) if store is not None else ())]
-        least = blockss.GONE if store is not None else -1
+        least = blockss.NO_SLOT if store is not None else -1
         if any(t.numel() and not least <= int(t.min()) <= int(t.max()) < len(sources) for t in origins):
             raise ValueError("a slot has an unknown source")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:  # a checksum is no signature

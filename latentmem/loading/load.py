@@ -52,7 +52,7 @@ def load(
             adapters=llm.adapters,
             trained=trained,
             shape=llm.shape,
-            projectors=llm.recall.projectors,
+            projectors=llm.retriever.projectors,
             identity=identity,
         )
     where = _device(device) if device is not None else _fastest()

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from latentmem.core.memory import Memory
 from latentmem.decoder.adapters import Adapters, insert
-from latentmem.longterm.blocks import Some
+from latentmem.longterm.blocks import StoredSlots
 from latentmem.longterm.longterm import FREQUENCY, LongTerm
 from latentmem.longterm.search import Projectors
 from latentmem.model.backbone import Trained, fingerprint
@@ -156,7 +156,7 @@ def _store(config: dict[str, Any], found: dict[str, Tensor], N: int, dtype: torc
     each = {key: torch.stack([found[f"{key}.{i}"] for i in range(L)]) for key in STORE}
     old = torch.zeros(L, S, dtype=torch.int32)
     orders = -each["ltm_ages"].round().long()
-    some = Some(each["ltm"].to(dtype), old, old - 1, orders, each["ltm_keys"].to(dtype))
+    some = StoredSlots(each["ltm"].to(dtype), old, old - 1, orders, each["ltm_keys"].to(dtype))
     store = LongTerm(
         R=config["num_ltm_blocks"] * K,
         places=torch.full((L, N), K - 1, dtype=torch.int32),
@@ -167,7 +167,7 @@ def _store(config: dict[str, Any], found: dict[str, Tensor], N: int, dtype: torc
         frequencies=each["ltm_recall_frequencies"].float(),
         period=config["update_ltm_frequency"] * K,
     )
-    return store.with_more(some)
+    return store.appended(some)
 
 
 def _projectors(

@@ -47,7 +47,7 @@ def _with_adapters(llm: MemoryModel, path: Path) -> MemoryModel:
             f"{llm.name} ({llm.identity[:12]}). Load that model, or leave the adapters out."
         )
     llm.adapters = pairs.put(llm.base, tensors, facts)
-    llm.recall.projectors = _retriever(tensors, facts, llm.decoder)
+    llm.retriever.projectors = _retriever(tensors, facts, llm.decoder)
     linear.choose(llm.base)
     m = facts["memory"]
     if m["preset"] == "exact":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1024  # slots of a block
-GONE = -2  # origin of a place in a block that holds nothing (any more)
+NO_SLOT = -2  # origin of a place in a block that holds nothing (any more)
 GROUP = 32  # neighbouring numbers of a slot that share a scale in 8 bits
 
 
@@ -19,7 +19,7 @@ class Block:
 
     Args:
         slots: [L, room, d].
-        births, origins: as in `Memory`, [L, room] int32; an origin of `GONE` is an empty place.
+        births, origins: as in `Memory`, [L, room] int32; an origin of `NO_SLOT` is an empty place.
         orders: the lower, the older, [L, room] int64.
         keys: of a trained retriever, [L, room, width]; None: it has none.
         filled: places that are taken.
@@ -32,14 +32,14 @@ class Block:
         self.filled, self._lock = filled, threading.Lock()
 
     @staticmethod
-    def of(some: Some) -> Block:
+    def of(some: StoredSlots) -> Block:
         """A block that holds just these slots, which are not copied."""
         return Block(some.slots, some.births, some.origins, some.orders, some.keys, some.orders.shape[1])
 
     @property
-    def some(self) -> Some:
+    def stored(self) -> StoredSlots:
         """All its places."""
-        return Some(self.slots, self.births, self.origins, self.orders, self.keys)
+        return StoredSlots(self.slots, self.births, self.origins, self.orders, self.keys)
 
     @staticmethod
     def like(slots: Tensor, keys: Tensor | None) -> Block:
@@ -55,7 +55,7 @@ class Block:
     def room(self) -> int:
         return self.slots.shape[1]
 
-    def append(self, at: int, some: Some) -> bool:
+    def append(self, at: int, some: StoredSlots) -> bool:
         """Put slots at the places from `at` on, if nobody was there before."""
         count = some.orders.shape[1]
         with self._lock:
@@ -72,7 +72,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Some:
+class StoredSlots:
     """Slots with what belongs to them: fields as in `Block`, s of them in each layer."""
 
     slots: Tensor
@@ -81,21 +81,21 @@ class Some:
     orders: Tensor
     keys: Tensor | None
 
-    def part(self, start: int, end: int) -> Some:
+    def part(self, start: int, end: int) -> StoredSlots:
         keys = None if self.keys is None else self.keys[:, start:end]
         slots, births, origins, orders = (t[:, start:end] for t in (self.slots, self.births, self.origins, self.orders))
-        return Some(slots, births, origins, orders, keys)
+        return StoredSlots(slots, births, origins, orders, keys)
 
     @staticmethod
-    def joined(parts: Sequence[Some]) -> Some:
+    def joined(parts: Sequence[StoredSlots]) -> StoredSlots:
         keys = None if parts[0].keys is None else torch.cat([part.keys for part in parts if part.keys is not None], 1)
         names = ("slots", "births", "origins", "orders")
         slots, births, origins, orders = (torch.cat([getattr(part, name) for part in parts], 1) for name in names)
-        return Some(slots, births, origins, orders, keys)
+        return StoredSlots(slots, births, origins, orders, keys)
 
 
 @dataclass(frozen=True)
-class Span:
+class BlockRange:
     """The places `start` .. `end` of a block that belong to a store."""
 
     block: Block
@@ -106,8 +106,8 @@ class Span:
         return self.end - self.start
 
     @property
-    def some(self) -> Some:
-        return self.block.some.part(self.start, self.end)
+    def stored(self) -> StoredSlots:
+        return self.block.stored.part(self.start, self.end)
 
     @property
     def sealed(self) -> bool:

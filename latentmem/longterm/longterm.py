@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentmem.longterm.blocks import GONE, Block, Some, Span, packed, unpacked
+from latentmem.longterm.blocks import NO_SLOT, Block, BlockRange, StoredSlots, packed, unpacked
 
 LIMIT = 1 << 30  # bytes of a store, unless told otherwise
 GROUPS = ("slot", "update")  # what is retrieved together: single slots, or what one update wrote
@@ -39,7 +39,7 @@ class LongTerm:
         R: slots that each layer retrieves at most; without a store (`limit` 0) the best updates that have no more slots
             than this together, and at least the best one, stand nearest to the question.
         places: of each of the memory's own M slots its place within the update that wrote it, [L, M] int32, on the CPU.
-        spans: the stored slots.
+        ranges: the stored slots.
         limit: bytes of stored slots; the first that came are the first to go. 0: what is dropped is lost.
         int8: slots are stored in 8 bits, with a scale for every 32 of their numbers.
         group: what is retrieved together: "update" (what one update wrote; the best ones whole, as R allows) or "slot".
@@ -56,7 +56,7 @@ class LongTerm:
 
     R: int
     places: Tensor
-    spans: tuple[Span, ...] = ()
+    ranges: tuple[BlockRange, ...] = ()
     limit: int = LIMIT
     int8: bool = False
     group: str = "update"
@@ -101,53 +101,53 @@ class LongTerm:
     @property
     def S(self) -> int:
         """Places in each layer, those of slots that are gone included."""
-        return sum(map(len, self.spans))
+        return sum(map(len, self.ranges))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored slots."""
-        return self.S * self._each if self.spans else 0
+        return self.S * self._each if self.ranges else 0
 
     @property
     def _each(self) -> int:
         """Bytes of a slot in all layers, with what belongs to it."""
-        b = self.spans[0].block
+        b = self.ranges[0].block
         return sum(t[:, :1].nbytes for t in (b.slots, b.births, b.origins, b.orders, b.keys) if t is not None)
 
     def column(self, name: str) -> Tensor:
         """`births`, `origins` or `orders` of all stored slots, [L, S]."""
         if name not in self._cache:
             none = torch.zeros(self.places.shape[0], 0, dtype=torch.int64 if name == "orders" else torch.int32)
-            self._cache[name] = torch.cat([none, *(getattr(span.some, name) for span in self.spans)], dim=1)
+            self._cache[name] = torch.cat([none, *(getattr(span.stored, name) for span in self.ranges)], dim=1)
         return self._cache[name]
 
     @property
-    def there(self) -> Tensor:
+    def occupied(self) -> Tensor:
         """Which places hold a slot, [L, S] bool."""
-        if "there" not in self._cache:
-            alive = self.column("origins") != GONE
+        if "occupied" not in self._cache:
+            alive = self.column("origins") != NO_SLOT
             if self.frequencies is not None:
                 alive[:, : self.frequencies.shape[1]] &= self.frequencies > DEAD
-            self._cache["there"] = alive
-        return self._cache["there"]
+            self._cache["occupied"] = alive
+        return self._cache["occupied"]
 
     @property
-    def alive(self) -> Tensor:
+    def writers(self) -> Tensor:
         """The update that wrote each stored slot, -1 for a place that holds none, [L, S] int32."""
-        if "alive" not in self._cache:
-            self._cache["alive"] = self.column("births").where(self.there, -1)
-        return self._cache["alive"]
+        if "writers" not in self._cache:
+            self._cache["writers"] = self.column("births").where(self.occupied, -1)
+        return self._cache["writers"]
 
     @property
     def most(self) -> int:
         """Slots that each layer retrieves: R, or as many as the layer with the fewest has."""
         if "most" not in self._cache:
-            self._cache["most"] = self.there.sum(1).min() if self.spans else torch.tensor(0)
+            self._cache["most"] = self.occupied.sum(1).min() if self.ranges else torch.tensor(0)
         return min(self.R, int(self._cache["most"]))
 
-    def left(self, sources: int) -> Tensor:
+    def slots_left(self, sources: int) -> Tensor:
         """Stored slots of each source in each layer, [number of sources, L] int64."""
-        origins = self.column("origins").where(self.there, GONE)
+        origins = self.column("origins").where(self.occupied, NO_SLOT)
         counts = [row[row >= 0].bincount(minlength=sources) for row in origins]
         return torch.stack(counts, dim=1) if counts else torch.zeros(sources, 0, dtype=torch.long)
 
@@ -191,45 +191,45 @@ class LongTerm:
         following = replace(self, places=places, clock=clock)
         if dropped.shape[1] and self.limit:
             index = dropped.to(slots.device)[..., None].expand(-1, -1, slots.shape[2])
-            some = Some(
+            some = StoredSlots(
                 self._packed(slots.detach().gather(1, index)).cpu(),
                 births.gather(1, dropped),
                 origins.gather(1, dropped),
                 orders,
                 keys,
             )
-            following = following.with_more(some)
+            following = following.appended(some)
         return (following._counted(k) if self.rule == "frequency" else following)._within()
 
     def _packed(self, slots: Tensor) -> Tensor:
         return packed(slots) if self.int8 else slots
 
-    def slots(self, span: Span, i: int, places: Tensor | slice, like: Tensor) -> Tensor:
+    def slots(self, span: BlockRange, i: int, places: Tensor | slice, like: Tensor) -> Tensor:
         """Slots of layer i at places of a span's block, [s, d], in the type and on the device of `like`."""
         found = span.block.slots[i][places].to(like.device)
         return (unpacked(found, like.shape[-1]) if self.int8 else found).to(like.dtype)
 
-    def with_more(self, some: Some) -> LongTerm:
+    def appended(self, some: StoredSlots) -> LongTerm:
         """The store with more slots behind; only these are copied."""
-        spans, at = list(self.spans), 0
+        spans, at = list(self.ranges), 0
         count = some.orders.shape[1]
         if spans and (spans[-1].block.keys is None) != (some.keys is None):
             raise ValueError("slots of this long-term memory are found by a trained retriever's keys: give `keys`.")
         while at < count:
             last = spans[-1] if spans else None
             if last is None or last.end == last.block.room:
-                last = Span(Block.like(some.slots, some.keys), 0, 0)
+                last = BlockRange(Block.like(some.slots, some.keys), 0, 0)
                 spans.append(last)
             more = min(count - at, last.block.room - last.end)
             if not last.block.append(last.end, some.part(at, at + more)):  # another memory went on from here
                 own = Block.like(some.slots, some.keys)
-                own.append(0, last.some)
-                last = Span(own, 0, len(last))
+                own.append(0, last.stored)
+                last = BlockRange(own, 0, len(last))
                 spans[-1] = last
                 continue
-            spans[-1] = Span(last.block, last.start, last.end + more)
+            spans[-1] = BlockRange(last.block, last.start, last.end + more)
             at += more
-        return replace(self, spans=tuple(spans))
+        return replace(self, ranges=tuple(spans))
 
     def kept(self, stays: Tensor) -> LongTerm:
         """The store where `stays` [L, m] of the memory's own slots are left, and the others are not stored."""
@@ -237,21 +237,21 @@ class LongTerm:
 
     def without(self, source: int) -> LongTerm:
         """The store without the slots of a source; the numbers of later sources are one less."""
-        if not self.spans:
+        if not self.ranges:
             return self
-        everything = Some.joined([span.some for span in self.spans])
-        origins = everything.origins.where(self.there, GONE)
-        alive = (origins != source) & (origins != GONE)
+        everything = StoredSlots.joined([span.stored for span in self.ranges])
+        origins = everything.origins.where(self.occupied, NO_SLOT)
+        alive = (origins != source) & (origins != NO_SLOT)
         m = int(alive.sum(1).max())
         order = alive.long().argsort(dim=1, stable=True)[:, origins.shape[1] - m :]  # what is gone stands in front
-        origins = origins.where(alive, GONE).gather(1, order)
+        origins = origins.where(alive, NO_SLOT).gather(1, order)
         wide = order[..., None].expand(-1, -1, everything.slots.shape[2])
-        gone = (origins == GONE)[..., None]
+        gone = (origins == NO_SLOT)[..., None]
         keys = None
         if everything.keys is not None:
             keys = everything.keys.gather(1, order[..., None].expand(-1, -1, everything.keys.shape[2]))
             keys = keys.masked_fill(gone, 0)
-        some = Some(
+        some = StoredSlots(
             everything.slots.gather(1, wide).masked_fill(gone, 0),
             everything.births.gather(1, order),
             origins - (origins > source).int(),
@@ -262,11 +262,11 @@ class LongTerm:
         if frequencies is not None:
             own = torch.nn.functional.pad(frequencies, (0, self.S - frequencies.shape[1]), value=FREQUENCY)
             frequencies = own.gather(1, order)
-        return replace(self, spans=(), frequencies=frequencies).with_more(some)
+        return replace(self, ranges=(), frequencies=frequencies).appended(some)
 
     def _within(self) -> LongTerm:
         """The store within its limit."""
-        surplus = self.S - self.limit // self._each if self.spans else 0
+        surplus = self.S - self.limit // self._each if self.ranges else 0
         if surplus <= 0:
             return self
         frequencies = None if self.frequencies is None else self.frequencies[:, surplus:]
@@ -275,12 +275,12 @@ class LongTerm:
     def _from(self, start: int) -> LongTerm:
         """The store without the first places."""
         spans = []
-        for span in self.spans:
+        for span in self.ranges:
             cut = min(start, len(span))
             start -= cut
             if cut < len(span):
-                spans.append(Span(span.block, span.start + cut, span.end))
-        return replace(self, spans=tuple(spans))
+                spans.append(BlockRange(span.block, span.start + cut, span.end))
+        return replace(self, ranges=tuple(spans))
 
     def _counted(self, k: int) -> LongTerm:
         """The released rule: once in a while every stored slot loses one of its frequency, and goes at 0.
@@ -295,7 +295,7 @@ class LongTerm:
         fewer = torch.where(all_ > DEAD, all_ - 1, all_)
         enough = ((fewer > DEAD).sum(1) > self.R)[:, None]
         following = replace(self, frequencies=torch.where(enough, fewer, all_), since=0)
-        first = following.there.any(0).long()
+        first = following.occupied.any(0).long()
         start = int(first.argmax()) if first.any() else following.S
         if not start or following.frequencies is None:
             return following

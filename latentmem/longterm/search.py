@@ -26,10 +26,10 @@ from torch.nn.functional import linear, normalize
 from latentmem.core.memory import Memory
 from latentmem.core.read import Prefix
 from latentmem.decoder.attention import KV
-from latentmem.decoder.cache import Front, attention_mask, memory_cache
+from latentmem.decoder.cache import KVPrefix, attention_mask, memory_cache
 from latentmem.decoder.decoder import Decoder
 from latentmem.decoder.hooks import layers_seen
-from latentmem.longterm.blocks import Block, Span
+from latentmem.longterm.blocks import Block, BlockRange
 from latentmem.longterm.longterm import LongTerm, written
 from latentmem.longterm.ranking import best, marks, together
 
@@ -42,7 +42,7 @@ class _Enough(Exception):  # noqa: N818 - no error
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen:
+class Retrieval:
     """What a question takes of a store, and how it stands among the memory's own slots.
 
     Args:
@@ -57,7 +57,7 @@ class Chosen:
     def R(self) -> int:
         return len(self.places[0])
 
-    def same(self, other: Chosen) -> bool:
+    def same(self, other: Retrieval) -> bool:
         """Whether two questions read the same."""
         mine, theirs = [*self.places, *self.order], [*other.places, *other.order]
         return all(map(torch.equal, mine, theirs))
@@ -85,7 +85,7 @@ class Projectors:
         return linear(self.activation(linear(normed, pair[0])), pair[1])
 
 
-class Recall:
+class Retriever:
     """What finds stored slots for one model.
 
     Args:
@@ -98,7 +98,7 @@ class Recall:
         self._keys: weakref.WeakKeyDictionary[Block, dict[int, tuple[int, Tensor]]] = weakref.WeakKeyDictionary()
 
     @property
-    def searched(self) -> range:
+    def layers_searched(self) -> range:
         """The layers that are searched by update."""
         L = self.decoder.L
         return range(min(1, L - 1), min(L, 1 + -(-L // SHARE)))
@@ -123,18 +123,18 @@ class Recall:
         """How well stored slots of layer i fit each of n tokens [n, d] by themselves, [n, S] float32."""
         if self.projectors is not None:
             asked = self.projectors.project(self.projectors.query[i], self.normed(i, hidden))
-            keys = [span.some.keys[i] for span in store.spans if span.some.keys is not None]
+            keys = [span.stored.keys[i] for span in store.ranges if span.stored.keys is not None]
             return torch.cat([(asked @ key.to(asked).T).sigmoid().float() for key in keys], dim=1).cpu()
         return self.likeness(i, store, hidden)
 
     def likeness(self, i: int, store: LongTerm, hidden: Tensor) -> Tensor:
         """The cosine of what layer i sees of all stored slots and of each of n tokens [n, d], [n, S] float32."""
         asked = normalize(self.normed(i, hidden), dim=-1)
-        near = [(asked @ self._seen(store, span, i).T).float() for span in store.spans]
+        near = [(asked @ self._seen(store, span, i).T).float() for span in store.ranges]
         found = torch.cat([asked.new_empty(len(asked), 0, dtype=torch.float32), *near], dim=1).cpu()
         return (found * NEAR).round() / NEAR  # equal slots fit equally, however the store is cut into blocks
 
-    def _seen(self, store: LongTerm, span: Span, i: int) -> Tensor:
+    def _seen(self, store: LongTerm, span: BlockRange, i: int) -> Tensor:
         """Slots as layer i sees them, at length 1, [len(span), d]; made once for each place of a block."""
         block = span.block
         made = self._keys.setdefault(block, {})
@@ -155,7 +155,7 @@ class Recall:
     # --- what a question takes ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def chosen(self, memory: Memory, prefix: Prefix, ids: Tensor, asking: Tensor) -> Chosen:
+    def retrieve(self, memory: Memory, prefix: Prefix, ids: Tensor, asking: Tensor) -> Retrieval:
         """What tokens [n] take of a memory's store that holds something; to be called under the adapter that reads.
 
         Args:
@@ -167,37 +167,37 @@ class Recall:
         if store.group == "update":
             return self._by_update(memory, store, self._heard(prefix, ids), asking)
         in_front = torch.arange(store.most + memory.M)  # as in the released code
-        found = Chosen([], [in_front] * L)
+        found = Retrieval([], [in_front] * L)
 
         def at(i: int, hidden: Tensor) -> Tensor:
             found.places.append(self.by_slot(i, store, hidden[0] if self.projectors is not None else hidden[0][asking]))
             return hidden
 
         layers = [partial(self.layer, prefix, store, found, i) for i in range(L)]
-        self._pass(Front(prefix.P + store.most, layers), ids, at)
+        self._pass(KVPrefix(prefix.P + store.most, layers), ids, at)
         return found
 
     def by_slot(self, i: int, store: LongTerm, hidden: Tensor) -> Tensor:
         """The R slots of layer i that fit n tokens [n, d] best, by the mean over the tokens."""
         fits = self.fits(i, store, hidden).mean(0)
-        return best(fits, store.there[i], store.column("orders")[i], store.most)
+        return best(fits, store.occupied[i], store.column("orders")[i], store.most)
 
-    def _by_update(self, memory: Memory, store: LongTerm, heard: Sequence[Tensor], asking: Tensor) -> Chosen:
+    def _by_update(self, memory: Memory, store: LongTerm, heard: Sequence[Tensor], asking: Tensor) -> Retrieval:
         """An update is marked by all of its slots, those that the memory still holds as well.
 
         Those that are marked best stand last, nearest to the question, each with all of its slots together, as many as
         have R slots; all others in front of them in the order in which they were written. Without a store that is all
         that a search does.
         """
-        there = store.there
-        births = torch.cat([store.alive, memory.births], dim=1).long() + 1
+        there = store.occupied
+        births = torch.cat([store.writers, memory.births], dim=1).long() + 1
         known = torch.zeros(memory.updates + 2, dtype=torch.bool)
         known[births.flatten()] = True
         known[0] = False
         births = torch.where(births > 0, known.cumsum(0)[births] - 1, -1)  # of most that ever were nothing is left
         count = int(known.sum())
         S, total, layers = store.S, torch.zeros(count), torch.zeros(count)
-        for i, hidden in zip(self.searched, heard, strict=True):
+        for i, hidden in zip(self.layers_searched, heard, strict=True):
             asked = hidden[asking]
             own = normalize(self.normed(i, memory.slots[i].to(hidden.device)), dim=-1)
             near = (normalize(self.normed(i, asked), dim=-1) @ own.T).float().cpu()
@@ -207,11 +207,11 @@ class Recall:
             layers[: len(mark)] += some
         total = (total / layers).where(layers > 0, float("-inf"))
         best_first = total.argsort(descending=True, stable=True)
-        i = self.searched[0]
+        i = self.layers_searched[0]
         sizes = births[i][births[i] >= 0].bincount(minlength=len(total))[best_first]
         last = max(1, int((sizes.cumsum(0) <= (store.R if store.arranges else store.most)).sum()))
         rank = best_first.argsort()
-        found = Chosen([], [])
+        found = Retrieval([], [])
         for i in range(self.decoder.L):
             places = together(rank, births[i, :S], there[i], store.column("orders")[i], store.most)
             found.places.append(places)
@@ -225,16 +225,16 @@ class Recall:
         heard: list[Tensor] = []
 
         def at(i: int, hidden: Tensor) -> Tensor:
-            if i in self.searched:
+            if i in self.layers_searched:
                 heard.append(hidden[0])
-            if i == self.searched[-1]:
+            if i == self.layers_searched[-1]:
                 raise _Enough
             return hidden
 
-        self._pass(Front(prefix.s, [partial(_same, kv) for kv in prefix.first]), ids, at)
+        self._pass(KVPrefix(prefix.s, [partial(_same, kv) for kv in prefix.first]), ids, at)
         return heard
 
-    def _pass(self, front: Front, ids: Tensor, at: Callable[[int, Tensor], Tensor]) -> None:
+    def _pass(self, front: KVPrefix, ids: Tensor, at: Callable[[int, Tensor], Tensor]) -> None:
         cache = memory_cache([front], self.decoder, store=False) if front.P else None
         mask = attention_mask(cache, ids[None])
         with layers_seen(self.decoder, at):
@@ -245,16 +245,16 @@ class Recall:
 
     # --- what stands in front of a question ---------------------------------------------------------------------------
 
-    def front(self, memory: Memory, prefix: Prefix, chosen: Chosen, asked: Tensor) -> Recalled:
+    def prefix(self, memory: Memory, prefix: Prefix, chosen: Retrieval, asked: Tensor) -> RetrievedPrefix:
         """[first ; retrieved and slots] in front of a row that asks `asked`, [n] ids."""
-        return Recalled.of(self, memory, prefix, chosen, asked)
+        return RetrievedPrefix.of(self, memory, prefix, chosen, asked)
 
     def slots(self, store: LongTerm, i: int, places: Tensor) -> Tensor:
         """Stored slots of layer i, [R, d], on the model's device."""
         like = torch.empty(0, self.decoder.d, dtype=self.decoder.dtype, device=self.decoder.device)
         found, start = [like], 0
         order = places.argsort()
-        for span in store.spans:
+        for span in store.ranges:
             mine = places[order]
             mine = mine[(mine >= start) & (mine < start + len(span))] - start + span.start
             found.append(store.slots(span, i, mine, like))
@@ -262,7 +262,7 @@ class Recall:
         return torch.cat(found)[order.argsort().to(like.device)]
 
     @torch.no_grad()
-    def layer(self, prefix: Prefix, store: LongTerm, chosen: Chosen, i: int) -> KV:
+    def layer(self, prefix: Prefix, store: LongTerm, chosen: Retrieval, i: int) -> KV:
         """Rotated keys, and values, of layer i: [first ; retrieved and slots]."""
         own, s = [old[i][:, :, prefix.s :] for old in (prefix.keys, prefix.values)], prefix.s
         if chosen.R:
@@ -277,33 +277,33 @@ class Recall:
 
 
 @dataclass(frozen=True, eq=False)
-class Recalled(Front):
+class RetrievedPrefix(KVPrefix):
     """[first ; retrieved and slots] in front of a row; a layer's keys and values are made when it first asks for them.
 
     Args:
         recall, memory, prefix: what they are made of.
         chosen: what each layer takes.
-        begun: what it took first, behind which the prompt was read.
+        first_retrieval: what it took first, behind which the prompt was read.
         asked: the prompt, [n] ids.
         made: keys and values by layer.
     """
 
-    recall: Recall
+    recall: Retriever
     memory: Memory
     prefix: Prefix
-    chosen: Chosen
-    begun: Chosen
+    chosen: Retrieval
+    first_retrieval: Retrieval
     asked: Tensor
     made: dict[int, KV]
 
     @staticmethod
-    def of(recall: Recall, memory: Memory, prefix: Prefix, chosen: Chosen, asked: Tensor) -> Recalled:
+    def of(recall: Retriever, memory: Memory, prefix: Prefix, chosen: Retrieval, asked: Tensor) -> RetrievedPrefix:
         assert memory.longterm is not None
         made: dict[int, KV] = {}
-        now = Chosen(list(chosen.places), list(chosen.order))
+        now = Retrieval(list(chosen.places), list(chosen.order))
         make = [partial(recall.layer, prefix, memory.longterm, now, i) for i in range(len(now.places))]
         layers = [partial(_once, made, i, one) for i, one in enumerate(make)]
-        return Recalled(prefix.P + chosen.R, layers, recall, memory, prefix, now, chosen, asked, made)
+        return RetrievedPrefix(prefix.P + chosen.R, layers, recall, memory, prefix, now, chosen, asked, made)
 
     @property
     def every(self) -> int:
@@ -311,11 +311,11 @@ class Recalled(Front):
         assert self.memory.longterm is not None
         return self.memory.longterm.every
 
-    def stands(self, other: Front) -> bool:
+    def reads_like(self, other: KVPrefix) -> bool:
         """Whether a prompt that was read behind this front reads the same behind another one of the same memory."""
-        return isinstance(other, Recalled) and self.begun.same(other.chosen)
+        return isinstance(other, RetrievedPrefix) and self.first_retrieval.same(other.chosen)
 
-    def choose(self, chosen: Chosen) -> bool:
+    def take(self, chosen: Retrieval) -> bool:
         """Take other slots from now on; False if they are the same."""
         if self.chosen.same(chosen):
             return False

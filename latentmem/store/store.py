@@ -436,7 +436,7 @@ class Store:
         are left out."""
         found: dict[str, list[tuple[int, float]]] = {}
         for i, memory in enumerate((self.open(name, one), self.open(name, other))):
-            for source, left in zip(memory.sources, memory.left(), strict=True):
+            for source, left in zip(memory.sources, memory.slots_left(), strict=True):
                 found.setdefault(source.name, [(0, 0.0), (0, 0.0)])[i] = (source.tokens, left.double().mean().item())
         return [Change(source, (a[0], b[0]), (a[1], b[1])) for source, (a, b) in sorted(found.items()) if a != b]
 
@@ -449,8 +449,8 @@ class Store:
         memory, expiries = self.open(name, version), self._journal.expiries(self._id(name))
         survives = {t: source_ops.forecast(memory, t) for t in ahead}
         found, longterm = [], memory.longterm
-        kept = longterm.left(len(memory.sources)) if longterm is not None else torch.zeros(len(memory.sources), 1)
-        for source, slots, more in zip(memory.sources, memory.left(), kept, strict=True):
+        kept = longterm.slots_left(len(memory.sources)) if longterm is not None else torch.zeros(len(memory.sources), 1)
+        for source, slots, more in zip(memory.sources, memory.slots_left(), kept, strict=True):
             left = slots.double().mean().item() / source.slots
             at = expiries.get(source.name)
             found.append(
@@ -1106,7 +1106,7 @@ class _Cache:
 
 def _size(memory: Memory) -> int:
     """Bytes of a memory's tensors; of its long-term part what is not shared with others yet."""
-    spans = memory.longterm.spans[-1:] if memory.longterm is not None else ()
+    spans = memory.longterm.ranges[-1:] if memory.longterm is not None else ()
     tail = sum(span.block.slots[:, span.start : span.end].nbytes for span in spans if not span.sealed)
     return tail + sum(t.numel() * t.element_size() for t in (memory.slots, memory.births, memory.origins))
 
@@ -1216,7 +1216,7 @@ def _written(
         k = sum(s.slots for s in following.sources) - sum(s.slots for s in memory.sources)
         new = following.slots[:, -k:].clone().cpu()
         dropped = memories.draw(memory, k)
-        updates.append(Update(new, dropped, source, len(piece), llm.recall.new_keys(memory, dropped)))
+        updates.append(Update(new, dropped, source, len(piece), llm.retriever.new_keys(memory, dropped)))
         memory = following
         if progress is not None:
             progress(start + len(piece), len(ids))

@@ -27,7 +27,7 @@ from latentmem.core.memory import Memory
 from latentmem.core.write import write_exact, write_exact_rows, write_paper
 from latentmem.decoder.adapters import READ, WRITE
 from latentmem.decoder.attention import KV, begin
-from latentmem.decoder.cache import Front, attention_mask, memory_cache
+from latentmem.decoder.cache import KVPrefix, attention_mask, memory_cache
 from latentmem.decoder.hooks import layers_seen
 from latentmem.model.backbone import Trained
 from latentmem.model.model import MemoryModel
@@ -296,7 +296,7 @@ class Learner(nn.Module):
 
     def _see(self, seen: Seen, i: int, hidden: Tensor) -> Tensor:
         """Note what layer i sees, within its own forward, where its weights are whole; without gradient."""
-        normed, searches = self.llm.recall.normed, seen.searches
+        normed, searches = self.llm.retriever.normed, seen.searches
         with torch.no_grad():
             seen.asked.append(normed(i, torch.cat([hidden[search.row, : search.tokens] for search in searches])))
             seen.keys.append(normed(i, torch.cat([slots[i] for slots in seen.slots])))
@@ -353,7 +353,7 @@ class Learner(nn.Module):
             back = places[i].argsort()  # a window counts keys as they stand
             return decoder.rotate(i, keys.index_select(2, back), positions), values.index_select(2, back)
 
-        return memory_cache([Front(P, [partial(kv, i) for i in range(decoder.L)])], decoder, store=False)
+        return memory_cache([KVPrefix(P, [partial(kv, i) for i in range(decoder.L)])], decoder, store=False)
 
 
 def remember(pool: Memory, slots: Tensor) -> Memory:

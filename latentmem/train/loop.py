@@ -482,8 +482,8 @@ def _go_on(config: Config, llm: MemoryModel) -> None:
         raise ValueError(f"lora (r, alpha, target_modules) must be as in {config.adapters!r}: {found}, got {asked}.")
     if (llm.trained is not None) != (config.memory.preset == "paper"):
         raise ValueError(f"memory.preset is {config.memory.preset!r}, and {config.adapters!r} are of the other one.")
-    if llm.recall.projectors is not None:
-        first, second = llm.recall.projectors.query[0]
+    if llm.retriever.projectors is not None:
+        first, second = llm.retriever.projectors.query[0]
         sizes, mine = {"width": len(second), "hidden": len(first)}, config.retriever.sizes
         if mine != sizes:
             raise ValueError(f"retriever must be as in {config.adapters!r}: {sizes}, got {mine}.")
@@ -514,7 +514,7 @@ def learner_of(config: Config, llm: MemoryModel) -> Learner:
 
 def _retriever_of(config: Config, llm: MemoryModel) -> Retriever | None:
     """The retriever of the adapters that are gone on from, or else a fresh one."""
-    known, sizes = llm.recall.projectors, config.retriever.sizes
+    known, sizes = llm.retriever.projectors, config.retriever.sizes
     if not config.retriever.width:
         return None
     if known is not None:

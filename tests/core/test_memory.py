@@ -233,7 +233,7 @@ def test_births_origins_and_sources_say_what_each_slot_is():
     assert memory.births.dtype == memory.origins.dtype == torch.int32
     assert memory.sources == (Source("a", tokens=9, slots=4), Source("b", tokens=3, slots=1))
     assert (memory.updates, memory.tokens) == (3, 12)
-    assert memory.left().tolist() == [[4, 4], [1, 1]]
+    assert memory.slots_left().tolist() == [[4, 4], [1, 1]]
 
 
 def test_the_books_follow_their_slots_through_drops():
@@ -245,13 +245,13 @@ def test_the_books_follow_their_slots_through_drops():
     assert names == ["s1", "s2", "s3", "s4", "s0"]
     for i, name in enumerate(names):
         held = (memory.slots[:, :, 0] % 5 == int(name[1])).sum(1)
-        assert memory.left()[i].tolist() == held.tolist()
-    assert memory.left().sum(0).tolist() == [10, 10, 10]
+        assert memory.slots_left()[i].tolist() == held.tolist()
+    assert memory.slots_left().sum(0).tolist() == [10, 10, 10]
     assert sum(source.slots for source in memory.sources) == 29 * 4
 
 
 def test_a_memory_without_sources_has_nothing_left():
-    assert labelled_memory(3, N=4, K=2).left().shape == (0, 3)
+    assert labelled_memory(3, N=4, K=2).slots_left().shape == (0, 3)
 
 
 def test_the_next_memory_is_unsaved_and_points_to_its_newest_saved_ancestor():
@@ -291,9 +291,9 @@ def stream_of(*names, L=3, N=12, K=4, k=2, seed=3, memory=None):
 def test_a_pinned_source_loses_nothing_until_it_is_unpinned():
     memory = pin(stream_of("a", "b", "a"), "a")
     after = stream_of(*"bcde" * 10, memory=memory)
-    assert after.left()[0].tolist() == [4, 4, 4] and after.M == after.N
+    assert after.slots_left()[0].tolist() == [4, 4, 4] and after.M == after.N
     assert after.slots[:, :4, 0].tolist() == [[0, 0, 2, 2]] * 3
-    assert stream_of(*"bcde" * 10, memory=pin(after, "a", False)).left()[0].sum() == 0
+    assert stream_of(*"bcde" * 10, memory=pin(after, "a", False)).slots_left()[0].sum() == 0
 
 
 def test_what_is_not_pinned_is_drawn_in_its_own_order_by_the_same_keys():
@@ -331,7 +331,7 @@ def test_the_quota_bounds_what_is_pinned_when_pinning_and_when_a_pinned_source_g
 
 def test_an_update_that_does_not_fit_beside_what_is_pinned_is_refused():
     held = pin(stream_of("a", "a", "a", "b", "b", "b", K=12), "a")
-    assert update(held, labels(3, 6, 0), source="c").left()[0].tolist() == [6, 6, 6]
+    assert update(held, labels(3, 6, 0), source="c").slots_left()[0].tolist() == [6, 6, 6]
     with pytest.raises(ValueError, match="7 new slots do not fit beside 6 pinned"):
         update(held, labels(3, 7, 0), source="c")
 
@@ -341,7 +341,7 @@ def test_an_update_that_does_not_fit_beside_what_is_pinned_is_refused():
 
 def test_forgetting_drops_a_source_in_every_layer_and_as_many_others_where_fewer_are_left():
     memory = stream_of(*"abcdabcdabcd" * 3, k=1)
-    left = memory.left()
+    left = memory.slots_left()
     i = [source.name for source in memory.sources].index("b")
     assert len(set(left[i].tolist())) > 1, "proves nothing: as many in every layer"
     after = forget(memory, "b")
@@ -366,21 +366,21 @@ def test_forgetting_spares_what_is_pinned_and_forgets_what_is_pinned_when_told()
     held = pin(replace(memory, quota=1.0), "e")
     names = [source.name for source in memory.sources]
     after = forget(held, "b")
-    assert after.left()[-1].tolist() == held.left()[names.index("e")].tolist()
+    assert after.slots_left()[-1].tolist() == held.slots_left()[names.index("e")].tolist()
     assert "e" not in [source.name for source in forget(held, "e").sources]
 
 
 def test_forgetting_the_only_source_leaves_an_empty_memory_that_goes_on():
     memory = forget(stream_of("a", "a"), "a")
     assert (memory.M, memory.sources) == (0, ())
-    assert stream_of("b", memory=memory).left().tolist() == [[2, 2, 2]]
+    assert stream_of("b", memory=memory).slots_left().tolist() == [[2, 2, 2]]
     with pytest.raises(ValueError, match="no source 'a'"):
         forget(memory, "a")
 
 
 def test_an_account_without_slots_is_forgotten_too():
     memory = stream_of("a", *"bcde" * 20)
-    assert memory.left()[0].sum() == 0
+    assert memory.slots_left()[0].sum() == 0
     after = forget(memory, "a")
     assert torch.equal(after.slots, memory.slots) and torch.equal(after.origins, memory.origins - 1)
 
@@ -403,7 +403,7 @@ def test_the_forecast_is_what_is_left_on_average_also_beside_pins():
             memory = stream_of("a", "a", *"bcdefg", N=N, K=K, k=4, L=4, seed=seed)
             memory = pin(memory, "b") if pinned else memory
             later = stream_of(*"x" * t, k=4, memory=memory)
-            left.append(later.left()[0].double().mean() / memory.left()[0].double().mean())
+            left.append(later.slots_left()[0].double().mean() / memory.slots_left()[0].double().mean())
         expected = forecast(memory, t)
         assert abs(torch.stack(left).mean().item() - expected) < 0.025, pinned
         assert expected == pytest.approx((1 - K / (N - 4 * pinned)) ** (t - 2))

@@ -34,7 +34,7 @@ def steps(llm, expected):
     for t in range(STEPS):
         new = llm.new_slots(memory, expected[f"step{t}.ids"])
         dropped = expected[f"step{t}.randperm"][:, memory.N - memory.K :].sort(dim=1).values
-        memory = update(memory, new, dropped=dropped, keys=llm.recall.new_keys(memory, dropped))
+        memory = update(memory, new, dropped=dropped, keys=llm.retriever.new_keys(memory, dropped))
         after.append(memory)
     return after
 
@@ -85,8 +85,8 @@ def test_the_store_after_each_update_equals_the_released_one(steps, expected, t)
     assert gap(memory.slots, expected[f"step{t}.memory"]) < 1e-4
     for i in range(memory.L):
         S = len(expected[f"step{t}.ltm.{i}"])
-        there = store.there[i]
-        slots = torch.cat([span.some.slots[i] for span in store.spans])[there]
+        there = store.occupied[i]
+        slots = torch.cat([span.stored.slots[i] for span in store.ranges])[there]
         ages = store.clock - store.column("orders")[i][there]
         assert gap(slots[:S], expected[f"step{t}.ltm.{i}"]) < 1e-4
         assert torch.equal(ages[:S], expected[f"step{t}.ltm_ages.{i}"])
@@ -103,10 +103,10 @@ def test_logits_after_each_update_equal_the_released_ones(llm, steps, expected, 
 
 def test_what_has_lost_its_frequency_goes_unless_too_few_are_left(llm, steps):
     memory, generator = steps[-1], torch.Generator().manual_seed(0)
-    counts = [int(memory.longterm.there.sum(1).min())]
+    counts = [int(memory.longterm.occupied.sum(1).min())]
     for _ in range(40):
         memory = llm.write_ids(memory, torch.randint(3, 128, (8,), generator=generator))
-        counts.append(int(memory.longterm.there.sum(1).min()))
+        counts.append(int(memory.longterm.occupied.sum(1).min()))
     assert any(a > b for a, b in itertools.pairwise(counts))
     assert min(counts) > 16
     assert memory.longterm.S <= 8 * 3 * 12  # of ten merges and what waits for the next

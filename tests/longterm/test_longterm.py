@@ -10,10 +10,15 @@ import torch
 from latentmem.core import memory as memories
 from latentmem.core import sources
 from latentmem.longterm import longterm, ranking
+<<<<<<< HEAD
 from latentmem.longterm.blocks import GONE
 from latentmem.longterm.search import Chosen
 from latentmem.model import generating
 from latentmem.model.context import question_mask
+=======
+from latentmem.longterm.blocks import NO_SLOT
+from latentmem.longterm.search import Retrieval
+>>>>>>> bb14a36 (Long-term memory and decoder: classes and methods are named after the noun that is meant)
 from latentmem.model.model import MemoryModel
 from latentmem.testing import byte_tokenizer, labelled_memory, tiny_model
 
@@ -40,8 +45,8 @@ def write(memory, k, source="text"):
 def stored(memory):
     """The numbers of the stored slots of each layer."""
     store = memory.longterm
-    slots = [torch.cat([span.some.slots[i, :, 0] for span in store.spans]) for i in range(memory.L)]
-    return [row[there].tolist() for row, there in zip(slots, store.there, strict=True)]
+    slots = [torch.cat([span.stored.slots[i, :, 0] for span in store.ranges]) for i in range(memory.L)]
+    return [row[there].tolist() for row, there in zip(slots, store.occupied, strict=True)]
 
 
 def told(llm, memory, count, seed=0):
@@ -55,7 +60,9 @@ def told(llm, memory, count, seed=0):
 
 def twin_of(llm, memory, chosen):
     """An ordinary memory that holds what is retrieved and its slots, as they stand."""
-    both = [torch.cat([llm.recall.slots(memory.longterm, i, p), memory.slots[i]]) for i, p in enumerate(chosen.places)]
+    both = [
+        torch.cat([llm.retriever.slots(memory.longterm, i, p), memory.slots[i]]) for i, p in enumerate(chosen.places)
+    ]
     slots = torch.stack([some[order] for some, order in zip(both, chosen.order, strict=True)])
     none = torch.zeros(slots.shape[:2], dtype=torch.int32)
     return replace(memory, longterm=None, N=32, slots=slots, births=none, origins=none)
@@ -69,7 +76,7 @@ def test_what_is_dropped_is_stored_with_its_account():
         assert sorted([*mine, *memory.slots[i, :, 0].tolist()]) == list(range(24))  # nothing is lost, nothing twice
     for name in ("births", "origins"):
         both = torch.cat([memory.longterm.column(name), getattr(memory, name)], 1)
-        slots = torch.cat([*(span.some.slots for span in memory.longterm.spans), memory.slots], 1)[..., 0].long()
+        slots = torch.cat([*(span.stored.slots for span in memory.longterm.ranges), memory.slots], 1)[..., 0].long()
         assert torch.equal(both, (slots // 4 + 1 if name == "births" else slots // 4 % 2).int())
     orders = memory.longterm.column("orders")
     for i, mine in enumerate(stored(memory)):
@@ -93,7 +100,7 @@ def test_nothing_stored_is_copied_by_the_next_write():
     for _ in range(4):
         memory = write(memory, 4)
     following = write(memory, 4)
-    assert following.longterm.spans[0].block is memory.longterm.spans[0].block
+    assert following.longterm.ranges[0].block is memory.longterm.ranges[0].block
 
 
 def test_the_first_go_beyond_the_limit():
@@ -119,8 +126,8 @@ def test_forgetting_takes_what_is_stored():
         assert set(mine) == {n for n in stored(memory)[i] if n in left}
     origins = gone.longterm.column("origins")
     assert origins.max() == 1
-    assert gone.longterm.left(2).sum() == sum(map(len, stored(gone)))
-    assert (origins == GONE).any() or len(set(map(len, stored(gone)))) == 1
+    assert gone.longterm.slots_left(2).sum() == sum(map(len, stored(gone)))
+    assert (origins == NO_SLOT).any() or len(set(map(len, stored(gone)))) == 1
 
 
 def test_places_must_fit_the_memory():
@@ -195,7 +202,7 @@ def test_slots_are_chosen_behind_what_lower_layers_chose(llm):
     with layers_seen(llm.decoder) as seen:
         llm.logits(twin, ids)
     for i, layer in enumerate(llm.decoder.layers):
-        slots = torch.cat([span.some.slots[i] for span in memory.longterm.spans])
+        slots = torch.cat([span.stored.slots[i] for span in memory.longterm.ranges])
         cos = torch.nn.functional.cosine_similarity(
             layer.input_layernorm(seen[i][0])[:, None], layer.input_layernorm(slots)[None], dim=-1
         )
@@ -370,10 +377,10 @@ def test_an_update_of_which_a_layer_holds_nothing_can_be_found():
     wanted = torch.arange(100, 106)
     memory = told(llm, llm.write_ids(memory, wanted, source="wanted"), 12, seed=1)
     store = memory.longterm
-    (span,) = store.spans
+    (span,) = store.ranges
     births = store.column("births")
-    span.block.origins[2, : span.end][births[2] == 3] = GONE  # layers 1 and 2 are searched
-    memory = replace(memory, longterm=replace(store, spans=store.spans))
+    span.block.origins[2, : span.end][births[2] == 3] = NO_SLOT  # layers 1 and 2 are searched
+    memory = replace(memory, longterm=replace(store, ranges=store.ranges))
     _, chosen = llm.logits(memory, wanted, return_retrieved=True)
     assert (births[0][chosen[0]] == 3).sum() == (births[0] == 3).sum() > 0
 
@@ -403,9 +410,14 @@ def test_the_answer_is_not_what_is_searched_for(llm):
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6}), 9)
     ids, answer = torch.arange(30, 36), torch.arange(90, 96)
     chosen = llm.front(memory, ids).chosen
+<<<<<<< HEAD
     front = llm.recall.front(memory, llm.prefix(memory), chosen, ids)
     from latentmem.decoder.adapters import READ
     from latentmem.model.context import Context
+=======
+    front = llm.retriever.prefix(memory, llm._prefix(memory), chosen, ids)
+    from latentmem.model.model import READ, Context
+>>>>>>> bb14a36 (Long-term memory and decoder: classes and methods are named after the noun that is meant)
 
     context = Context((front,), (llm.room(memory),), READ)
     expected = llm.score_rows(context, [ids], [answer])[0]
@@ -415,8 +427,10 @@ def test_the_answer_is_not_what_is_searched_for(llm):
 def test_a_long_answer_is_searched_for_again(llm, monkeypatch):
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "every": 4}), 9)
     asked = []
-    chosen = llm.recall.chosen
-    monkeypatch.setattr(llm.recall, "chosen", lambda s, p, ids, of: asked.append(ids.tolist()) or chosen(s, p, ids, of))
+    chosen = llm.retriever.retrieve
+    monkeypatch.setattr(
+        llm.retriever, "retrieve", lambda s, p, ids, of: asked.append(ids.tolist()) or chosen(s, p, ids, of)
+    )
     prompt = torch.arange(30, 36)
     output = llm.generate_ids(memory, prompt, max_new_tokens=10, min_new_tokens=10)[0].tolist()
     assert asked == [prompt.tolist(), prompt.tolist() + output[6:10], prompt.tolist() + output[10:14]]
@@ -429,19 +443,23 @@ def test_other_slots_are_read_from_there_on(attention, monkeypatch):
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "every": 1}), 9)
     prompt = torch.arange(30, 36)
     first = llm.front(memory, prompt).chosen
-    other = Chosen([torch.arange(6)] * 3, [torch.arange(22)] * 3)
+    other = Retrieval([torch.arange(6)] * 3, [torch.arange(22)] * 3)
     found = iter([first, other, other])
-    monkeypatch.setattr(llm.recall, "chosen", lambda *_: next(found))
+    monkeypatch.setattr(llm.retriever, "retrieve", lambda *_: next(found))
     settings = {"max_new_tokens": 2, "min_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
     made = llm.generate_ids(memory, prompt, **settings)
 
+<<<<<<< HEAD
     cache = llm.recall.front(memory, llm.prefix(memory), first, prompt)
+=======
+    cache = llm.retriever.prefix(memory, llm._prefix(memory), first, prompt)
+>>>>>>> bb14a36 (Long-term memory and decoder: classes and methods are named after the noun that is meant)
     from latentmem.decoder.cache import attention_mask, memory_cache
 
     with torch.no_grad():
         text = memory_cache([cache], llm.decoder, store=True)
         llm.base(input_ids=prompt[None], attention_mask=attention_mask(text, prompt[None]), past_key_values=text)
-        cache.choose(other)
+        cache.take(other)
         text.changed()
         token = made.sequences[:, 6:7]
         logits = llm.base(input_ids=token, attention_mask=attention_mask(text, token), past_key_values=text).logits

@@ -289,7 +289,7 @@ def test_where_the_slots_came_from(llm, tmp_path):
         memory = server.service.store.open("m")
         assert {what: found[what] for what in "LMNKR"} == {what: getattr(memory, what) for what in "LMNKR"}
         assert (found["version"], found["updates"], found["writing"]) == (3, memory.updates, None)
-        assert found["stored"] == memory.longterm.there.sum(1).max() > 0 and found["sources"] == ["s0", "s1", "s2"]
+        assert found["stored"] == memory.longterm.occupied.sum(1).max() > 0 and found["sources"] == ["s0", "s1", "s2"]
         for layer, runs in enumerate(found["layers"]):
             rows = [(runs[i], runs[i + 1]) for i in range(0, len(runs), 3) for _ in range(runs[i + 2])]
             both = zip(memory.origins[layer].tolist(), memory.births[layer].tolist(), strict=True)

@@ -69,8 +69,8 @@ def test_all_that_a_write_computes_is_computed_in_the_thread_of_the_engine(store
     seen = lambda *_: threads.append(threading.current_thread().name)  # noqa: E731
     for module in own.base.modules():
         module.register_forward_pre_hook(seen)
-    new_keys = own.recall.new_keys
-    own.recall.new_keys = lambda *args: seen() or new_keys(*args)
+    new_keys = own.retriever.new_keys
+    own.retriever.new_keys = lambda *args: seen() or new_keys(*args)
     service = Service(own, store)
     service.start()
     service.create("a", N=32, K=16, longterm=8).result()

@@ -894,7 +894,7 @@ def test_stats_and_diff_count_slots(llm, store):
     store.expire("m", "a", 60)
     memory = store.open("m")
     a, b, c = store.stats("m", ahead=(0, 2))
-    left = memory.left().double().mean(1)
+    left = memory.slots_left().double().mean(1)
     assert (a.source, a.tokens, a.slots, a.pinned, c.pinned) == ("a", 22, 22, False, True)
     assert a.left == left[0].item() / 22 and b.left == left[1].item() / 11 and c.left == left[2].item() / 11
     assert a.forecast == {0: a.left, 2: pytest.approx(a.left * forecast(memory, 2))}
@@ -902,7 +902,7 @@ def test_stats_and_diff_count_slots(llm, store):
     assert timedelta(0) < a.expires - datetime.now(UTC) <= timedelta(seconds=60)
     changes = {change.source: change for change in store.diff("m", 1)}
     assert changes["a"].tokens == (11, 22) and changes["b"].tokens == (0, 11)
-    assert changes["a"].left == (live[1].left()[0].double().mean(), left[0].item())
+    assert changes["a"].left == (live[1].slots_left()[0].double().mean(), left[0].item())
     assert store.diff("m", 4, 5) == []
 
 

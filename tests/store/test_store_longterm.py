@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latentmem.longterm import longterm
+from latentmem.longterm import blocks
 from latentmem.model.model import MemoryModel
 from latentmem.store import Store
 from latentmem.testing import byte_tokenizer, tiny_model
@@ -21,7 +21,7 @@ def llm():
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(longterm, "BLOCK", 16)
+    monkeypatch.setattr(blocks, "BLOCK", 16)
 
 
 @pytest.fixture(params=[{}, {"int8": True}, {"rule": "frequency", "period": 48}], ids=["plain", "int8", "frequency"])
@@ -42,8 +42,8 @@ def places(memory):
     """All of a store that counts, in order: (layer, slot, birth, origin, order) of what is there."""
     store = memory.longterm
     found = []
-    for i, there in enumerate(store.there):
-        slots = torch.cat([span.some.slots[i] for span in store.spans])[there].tolist() if store.spans else []
+    for i, there in enumerate(store.occupied):
+        slots = torch.cat([span.stored.slots[i] for span in store.ranges])[there].tolist() if store.ranges else []
         columns = [store.column(name)[i][there].tolist() for name in ("births", "origins", "orders")]
         found.append(list(zip(slots, *columns, strict=True)))
     return found
@@ -106,7 +106,7 @@ def test_forks_rollbacks_and_forgetting(llm, filled):
     store.fork("m", "f", version=6)
     store.forget("f", "s1")
     forgotten = store.open("f")
-    assert forgotten.longterm.left(len(forgotten.sources)).shape[0] == 3
+    assert forgotten.longterm.slots_left(len(forgotten.sources)).shape[0] == 3
     kept = [[row[:2] for row in layer if row[2] != 1] for layer in places(states[6])]
     assert [[row[:2] for row in layer] for layer in places(forgotten)] == kept
     same(store.open("m"), states[-1])
@@ -191,7 +191,7 @@ def test_a_rebuilt_memory_has_the_same_store(llm, filled):
 
 def test_stats_say_what_is_stored(filled):
     store, states = filled
-    for source, kept in zip(store.stats("m"), states[-1].longterm.left(4), strict=True):
+    for source, kept in zip(store.stats("m"), states[-1].longterm.slots_left(4), strict=True):
         assert source.stored == pytest.approx(kept.double().mean().item() / source.slots)
     assert any(source.stored > 0 for source in store.stats("m"))
 

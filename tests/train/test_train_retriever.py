@@ -401,7 +401,7 @@ def test_the_result_retrieves(taught, tiny_folder, dtype):
     run, _ = taught
     llm, (tensors, facts) = loaded(tiny_folder, run, dtype=dtype), pairs.load(run.out / RESULT)
     assert facts["retriever"] == {"width": 16, "hidden": 32}
-    made = llm.recall.projectors
+    made = llm.retriever.projectors
     assert made.activation is torch.nn.functional.silu and len(made.writer) == 0
     for kind in ("query", "key"):
         for i, pair in enumerate(getattr(made, kind)):
@@ -415,7 +415,7 @@ def test_the_result_retrieves(taught, tiny_folder, dtype):
         memory = llm.write(memory, told(letter)["context"], source=letter)
     stored, shares, silu = memory.longterm, [], torch.nn.functional.silu
     (a, b), (c, d) = ([tensors[f"retriever.{kind}.0.{k}"].to(dtype) for k in (0, 1)] for kind in ("query", "key"))
-    slots, norm = torch.cat([span.some.slots[0] for span in stored.spans]), llm.decoder.layers[0].input_layernorm
+    slots, norm = torch.cat([span.stored.slots[0] for span in stored.ranges]), llm.decoder.layers[0].input_layernorm
     for i, letter in enumerate(letters[:5]):
         ids = torch.tensor(llm.prompts.question(told(letter)["question"], bare=True))
         logits, chosen = llm.logits(memory, ids, return_retrieved=True)
@@ -426,13 +426,13 @@ def test_the_result_retrieves(taught, tiny_folder, dtype):
         shares.append((stored.column("origins")[0][chosen[0]] == i).float().mean().item())
     assert sum(shares) / len(shares) > 0.7, shares  # by chance 1 of 6
     other = latentmem.load(str(tiny_folder), adapters=None, device="cpu")
-    assert other.recall.projectors is None
+    assert other.retriever.projectors is None
 
 
 def test_an_8_bit_model_keeps_it(taught, tiny_folder):
     llm = loaded(tiny_folder, taught[0], quantize="int8")
     plain = loaded(tiny_folder, taught[0])
-    for mine, theirs in zip(llm.recall.projectors.key, plain.recall.projectors.key, strict=True):
+    for mine, theirs in zip(llm.retriever.projectors.key, plain.retriever.projectors.key, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
@@ -465,7 +465,7 @@ def test_a_memory_belongs_to_its_retriever(taught, tiny_folder, tmp_path):
     )
     bare = latentmem.load(str(tiny_folder), adapters=str(changed(run, tmp_path, none)), device="cpu")
     assert one.adapters.identity == again.adapters.identity
-    assert len({llm.adapters.identity for llm in (one, two, bare)}) == 3 and bare.recall.projectors is None
+    assert len({llm.adapters.identity for llm in (one, two, bare)}) == 3 and bare.retriever.projectors is None
     assert bare.adapters.identity == run.llm.adapters.identity  # of the pair alone
     memory = one.write(one.empty(N=64, K=32, longterm=4), "a1 built mill 1.")
     again.check(memory)
@@ -538,7 +538,7 @@ def test_it_is_trained_alone_on_adapters_that_stay_as_they_are(preset, config, t
     known = latentmem.load(config.model, adapters=str(tmp_path / "before"), device="cpu")
     llm = latentmem.load(config.model, adapters=str(tmp_path / "alone"), device="cpu")
     assert facts["from"] == known.adapters.identity != llm.adapters.identity
-    assert known.recall.projectors is None and llm.recall.projectors is not None
+    assert known.retriever.projectors is None and llm.retriever.projectors is not None
 
 
 def test_alone_no_gradient_is_kept_of_what_is_read(config, tmp_path):

@@ -34,9 +34,14 @@ from latentmem.evaluate.data.questions import LONGEST
 from latentmem.evaluate.data.sets import Question, QuestionSet, Text
 from latentmem.evaluate.tables import plots, results
 from latentmem.evaluate.tables.summary import Line
+<<<<<<< HEAD
 from latentmem.longterm.search import Recalled
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
+=======
+from latentmem.longterm.search import RetrievedPrefix
+from latentmem.model.model import Context, MemoryModel
+>>>>>>> bb14a36 (Long-term memory and decoder: classes and methods are named after the noun that is meant)
 
 PROTOCOL = "retention/1"  # another number where records of before and after can not stand in one table
 ROWS = ("floor", "dead", "oracle", "window", "bm25", "ours")
@@ -329,11 +334,11 @@ class Retention:
         if store is None or not memory.R:
             return {}
         number = [s.name for s in memory.sources].index(source)
-        mine = (store.column("origins") == number) & store.there
+        mine = (store.column("origins") == number) & store.occupied
         if not mine.any():
             return {}
         front = self.llm.front(memory, self.llm.prompts_or_raise().question(question.question, bare=True))
-        assert isinstance(front, Recalled)
+        assert isinstance(front, RetrievedPrefix)
         layers = [i for i in range(memory.L) if mine[i].any()]
         shares = [int(mine[i][front.chosen.places[i]].sum()) / min(memory.R, int(mine[i].sum())) for i in layers]
         return {"found": sum(shares) / len(shares)}
@@ -470,7 +475,7 @@ def _records(questions: Sequence[Question], answers: Sequence[Answer], **facts: 
 def _left(memory: Memory, source: str) -> float:
     """Share of a source's slots that is left, over all layers."""
     i = [s.name for s in memory.sources].index(source)
-    return (memory.left()[i].double().mean() / memory.sources[i].slots).item()
+    return (memory.slots_left()[i].double().mean() / memory.sources[i].slots).item()
 
 
 def _in_window(N: int, newer: int, tokens: int) -> float:

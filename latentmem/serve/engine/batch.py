@@ -10,11 +10,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+<<<<<<< HEAD
 from latentmem.decoder.adapters import READ
 from latentmem.decoder.cache import Front, joined, memory_cache
 from latentmem.longterm.search import Recalled
 from latentmem.model.context import search_again
 from latentmem.model.model import MemoryModel
+=======
+from latentmem.decoder.cache import KVPrefix, joined, memory_cache
+from latentmem.longterm.search import RetrievedPrefix
+from latentmem.model.model import READ, MemoryModel
+>>>>>>> bb14a36 (Long-term memory and decoder: classes and methods are named after the noun that is meant)
 
 CHUNK = 512  # positions of a prompt that are read between two tokens of other answers
 COLDEST = 1e-4  # temperature, below which the most likely token is drawn anyway
@@ -35,7 +41,7 @@ class Row:
     """
 
     ids: Sequence[int]
-    front: Front | None
+    front: KVPrefix | None
     temperature: float = 0.0
     top_p: float = 1.0
     generator: torch.Generator | None = None
@@ -97,7 +103,7 @@ class Batch:
         """Rows whose answers have grown enough take other slots of their long-term memories."""
         changed = False
         for row in self.rows:
-            every = row.front.every if isinstance(row.front, Recalled) else 0
+            every = row.front.every if isinstance(row.front, RetrievedPrefix) else 0
             if every and len(row.said) % every == 0:
                 changed |= search_again(self.llm, row.front, row.said[-every:])
         if changed:
@@ -128,7 +134,7 @@ class Batch:
         return 2 * len(live) <= len(self.rows) or self._text.shape[1] > 2 * longest + SPARE
 
     @property
-    def _fronts(self) -> list[Front]:
+    def _fronts(self) -> list[KVPrefix]:
         return [row.front for row in self.rows if row.front is not None]
 
     def _read(self, tokens: Tensor) -> Tensor:

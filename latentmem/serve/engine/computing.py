@@ -70,7 +70,7 @@ class EngineModel:
 
     def new_keys(self, memory: Memory, dropped: Tensor) -> Tensor | None:
         """As `Recall.new_keys`."""
-        return self._compute(partial(self._llm.recall.new_keys, memory, dropped))
+        return self._compute(partial(self._llm.retriever.new_keys, memory, dropped))
 
     def _compute(self, action: Callable[[], Result]) -> Result:
         release_threads()

@@ -300,7 +300,7 @@ def _picture(name: str, version: int, memory: Memory, writing: schema.Underway |
         id=name,
         version=version,
         **{what: getattr(memory, what) for what in ("L", "M", "N", "K", "R", "updates")},
-        stored=int(memory.longterm.there.sum(1).max()) if memory.longterm is not None else 0,
+        stored=int(memory.longterm.occupied.sum(1).max()) if memory.longterm is not None else 0,
         sources=[source.name for source in memory.sources],
         layers=[_runs(*rows) for rows in zip(memory.origins, memory.births, strict=True)],
         writing=writing,
