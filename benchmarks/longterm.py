@@ -22,13 +22,7 @@ import latentmem
 from latentmem.core.memory import Memory, update
 from latentmem.decoder.adapters import READ
 from latentmem.longterm import blocks, longterm
-<<<<<<< HEAD
-from latentmem.longterm.blocks import Some
 from latentmem.model.model import MemoryModel
-=======
-from latentmem.longterm.blocks import StoredSlots
-from latentmem.model.model import READ, MemoryModel
->>>>>>> bb14a36 (Long-term memory and decoder: classes and methods are named after the noun that is meant)
 
 
 def timed(runs: int, *ways: Callable[[], object]) -> list[float]:
@@ -73,11 +67,7 @@ def search(llm: MemoryModel, memory: Memory, ids: torch.Tensor) -> None:
     """What an answer does before its first token to find what it takes."""
     assert memory.longterm is not None
     with torch.no_grad(), llm.using(READ):
-<<<<<<< HEAD
-        llm.recall.chosen(memory, llm.prefix(memory), ids, torch.ones(len(ids), dtype=torch.bool))
-=======
-        llm.retriever.retrieve(memory, llm._prefix(memory), ids, torch.ones(len(ids), dtype=torch.bool))
->>>>>>> bb14a36 (Long-term memory and decoder: classes and methods are named after the noun that is meant)
+        llm.retriever.retrieve(memory, llm.prefix(memory), ids, torch.ones(len(ids), dtype=torch.bool))
 
 
 def main() -> None:

@@ -20,23 +20,14 @@ from torch.nn.functional import normalize
 
 import latentmem
 from latentmem.core.memory import Memory
-<<<<<<< HEAD
 from latentmem.decoder.adapters import READ
-from latentmem.decoder.cache import Front, attention_mask, memory_cache
-from latentmem.decoder.hooks import layers_seen
-from latentmem.evaluate.data import questions as sets
-from latentmem.longterm.ranking import marks
-from latentmem.longterm.search import Chosen
-from latentmem.model.context import Context, front_with, question_mask, retrieve
-from latentmem.model.model import MemoryModel
-=======
 from latentmem.decoder.cache import KVPrefix, attention_mask, memory_cache
 from latentmem.decoder.hooks import layers_seen
 from latentmem.evaluate.data import questions as sets
 from latentmem.longterm.ranking import marks
 from latentmem.longterm.search import Retrieval
-from latentmem.model.model import READ, Context, MemoryModel
->>>>>>> bb14a36 (Long-term memory and decoder: classes and methods are named after the noun that is meant)
+from latentmem.model.context import Context, front_with, question_mask, retrieve
+from latentmem.model.model import MemoryModel
 
 SETS = {"1 to 3": range(1, 4), "0": range(1), "2": range(2, 3), "0 to 5": range(6), "6 to 12": range(6, 13)}
 

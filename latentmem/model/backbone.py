@@ -23,7 +23,7 @@ from latentmem.decoder.attention import KV
 from latentmem.decoder.cache import functional_cache
 from latentmem.decoder.decoder import Decoder
 from latentmem.errors import OtherModelError, TooLongError
-from latentmem.longterm.search import Chosen, Projectors, Recall
+from latentmem.longterm.search import Projectors, Retrieval, Retriever
 from latentmem.model.prompts import Prompts, Style
 
 Ids = Tensor | Sequence[int]
@@ -129,7 +129,7 @@ class Backbone:
         linear.choose(base)
         self.decoder = Decoder(base)
         self.adapters, self.trained, self.shape = adapters, trained, shape
-        self.recall = Recall(self.decoder, projectors)
+        self.retriever = Retriever(self.decoder, projectors)
         self.prompts = Prompts(tokenizer, style) if tokenizer is not None else None
         self.tokenizer_identity = self.prompts.identity if self.prompts else ""
         self.prefixes = Prefixes()
@@ -286,7 +286,7 @@ class Backbone:
         self.prefixes.keep(memory, prefix)
         return prefix
 
-    def functional(self, memory: Memory, chosen: Chosen | None = None) -> Cache | None:
+    def functional(self, memory: Memory, chosen: Retrieval | None = None) -> Cache | None:
         """The prefix with gradients, if there is anything to differentiate; `chosen` of the long-term slots in it."""
         if not torch.is_grad_enabled():
             return None
@@ -304,7 +304,7 @@ class Backbone:
         if memory.longterm is not None and chosen:
             store, s, layers = memory.longterm, self.first.shape[1], []
             for i, (places, order) in enumerate(zip(chosen.places, chosen.order, strict=True)):
-                both = torch.cat([self.recall.slots(store, i, places), hidden[i, s:]])
+                both = torch.cat([self.retriever.slots(store, i, places), hidden[i, s:]])
                 layers.append(both[order.to(both.device)])
             hidden = torch.cat([hidden[:, :s], torch.stack(layers)], dim=1)
         return functional_cache(self.decoder, hidden, reading)
@@ -314,7 +314,7 @@ class Backbone:
         stamp = self._state()
         if stamp != self._stamp:
             self.prefixes.clear()
-            self.recall.clear()
+            self.retriever.clear()
             self._first, self._stamp = None, stamp
 
     def _state(self) -> tuple[int, torch.dtype, torch.device]:

@@ -13,10 +13,10 @@ from transformers import Cache, DynamicCache
 from latentmem.core.memory import Memory
 from latentmem.decoder.adapters import READ
 from latentmem.decoder.attention import KV
-from latentmem.decoder.cache import Front, MemoryCache, memory_cache
+from latentmem.decoder.cache import KVPrefix, MemoryCache, memory_cache
 from latentmem.decoder.decoder import Decoder
 from latentmem.errors import TooLongError
-from latentmem.longterm.search import Chosen, Recalled
+from latentmem.longterm.search import Retrieval, RetrievedPrefix
 from latentmem.model.backbone import Backbone, Ids
 from latentmem.model.passes import alike
 
@@ -32,7 +32,7 @@ class Context:
         searched: the memories whose long-term part is still to be searched for what a row asks; () or one for each.
     """
 
-    fronts: tuple[Front | None, ...]
+    fronts: tuple[KVPrefix | None, ...]
     rooms: tuple[int, ...]
     adapter: str | None
     searched: tuple[Memory | None, ...] = ()
@@ -116,7 +116,7 @@ def behind(llm: Backbone, memory: Memory | Sequence[Memory]) -> Context:
     for one in memories:
         llm.check(one)
     fronts = tuple(llm.prefix(one).front if one.holds else None for one in memories)
-    searched = tuple(one if one.searched else None for one in memories)
+    searched = tuple(one if one.needs_search else None for one in memories)
     return Context(fronts, tuple(llm.room(one) for one in memories), READ, searched if any(searched) else ())
 
 
@@ -131,7 +131,7 @@ def plain(llm: Backbone, ids: Sequence[int]) -> Context:
     cache = DynamicCache()
     with llm.using(None):
         llm.decoder.body(input_ids=tokens, past_key_values=cache, use_cache=True)
-    front = Front(n, [partial(_pair, layer.keys, layer.values) for layer in cache.layers])
+    front = KVPrefix(n, [partial(_pair, layer.keys, layer.values) for layer in cache.layers])
     return Context((front,), (llm.limit - n,), None)
 
 
@@ -161,27 +161,27 @@ def retrieved(llm: Backbone, context: Context, prompts: Sequence[Ids]) -> Contex
     return Context(fronts, context.rooms * times, context.adapter)
 
 
-def front_of(llm: Backbone, memory: Memory, ids: Ids) -> Front | None:
+def front_of(llm: Backbone, memory: Memory, ids: Ids) -> KVPrefix | None:
     """`MemoryModel.front`."""
     asked = llm.ids(ids)
     chosen = retrieve(llm, memory, asked)
     return front_with(llm, memory, chosen, asked) if memory.holds else None
 
 
-def front_with(llm: Backbone, memory: Memory, chosen: Chosen | None, asked: Tensor) -> Front:
+def front_with(llm: Backbone, memory: Memory, chosen: Retrieval | None, asked: Tensor) -> KVPrefix:
     """A memory that holds something, with the long-term slots that tokens `asked` [n] have chosen."""
     prefix = llm.prefix(memory)
-    return llm.recall.front(memory, prefix, chosen, asked) if chosen else prefix.front
+    return llm.retriever.prefix(memory, prefix, chosen, asked) if chosen else prefix.front
 
 
-def retrieve(llm: Backbone, memory: Memory, tokens: Tensor) -> Chosen | None:
+def retrieve(llm: Backbone, memory: Memory, tokens: Tensor) -> Retrieval | None:
     """What tokens [n] take of the long-term memory; None: there is nothing to take."""
     llm.check(memory)
-    if not memory.searched:
+    if not memory.needs_search:
         return None
     prefix = llm.prefix(memory)
     with torch.no_grad(), llm.using(READ):
-        return llm.recall.chosen(memory, prefix, tokens, question_mask(llm, tokens))
+        return llm.retriever.retrieve(memory, prefix, tokens, question_mask(llm, tokens))
 
 
 def question_mask(llm: Backbone, prompt: Tensor) -> Tensor:
@@ -196,22 +196,22 @@ def question_mask(llm: Backbone, prompt: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def search_again(llm: Backbone, front: Front | None, said: Ids) -> bool:
+def search_again(llm: Backbone, front: KVPrefix | None, said: Ids) -> bool:
     """Let what was asked and what was answered lately take other long-term slots; whether they are others."""
-    if not isinstance(front, Recalled):
+    if not isinstance(front, RetrievedPrefix):
         return False
     answered = llm.ids(said)
     asks = torch.cat([question_mask(llm, front.asked), torch.ones(len(answered), dtype=torch.bool)])
     with llm.using(READ):
         ids = torch.cat([front.asked, answered])
-        return front.choose(llm.recall.chosen(front.memory, front.prefix, ids, asks))
+        return front.take(llm.retriever.retrieve(front.memory, front.prefix, ids, asks))
 
 
 def text_cache(llm: Backbone, memory: Memory, ids: Ids | None, old: Cache | None) -> Cache | None:
     """`MemoryModel.text_cache`."""
     if not memory.holds:
         return None
-    if ids is None and memory.searched:
+    if ids is None and memory.needs_search:
         raise ValueError("this memory has a long-term part, which is searched for what is asked: give `ids`.")
     front = llm.prefix(memory).front if ids is None else front_of(llm, memory, ids)
     assert front is not None
@@ -219,8 +219,8 @@ def text_cache(llm: Backbone, memory: Memory, ids: Ids | None, old: Cache | None
         there = old.fronts[0]
         if there is front:
             return old
-        if isinstance(there, Recalled) and there.stands(front):
-            if there.choose(there.begun):
+        if isinstance(there, RetrievedPrefix) and there.reads_like(front):
+            if there.take(there.first_retrieval):
                 old.changed()
             return old
     return memory_cache([front], llm.decoder, store=True)

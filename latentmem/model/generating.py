@@ -12,7 +12,7 @@ from transformers import Cache, StoppingCriteriaList
 from latentmem.core.memory import Memory
 from latentmem.decoder.adapters import READ
 from latentmem.decoder.cache import MemoryCache, attention_mask
-from latentmem.longterm.search import Recalled
+from latentmem.longterm.search import RetrievedPrefix
 from latentmem.model import streaming
 from latentmem.model.backbone import Backbone, Ids
 from latentmem.model.context import Context, behind, fits_behind, retrieved, search_again, text_cache
@@ -163,7 +163,7 @@ def _searching(llm: Backbone, cache: Cache | None, n: int, generate_kwargs: dict
     """
     if not isinstance(cache, MemoryCache):
         return generate_kwargs
-    due = [(i, front) for i, front in enumerate(cache.fronts) if isinstance(front, Recalled) and front.every]
+    due = [(i, front) for i, front in enumerate(cache.fronts) if isinstance(front, RetrievedPrefix) and front.every]
     if not due:
         return generate_kwargs
     settings = generate_kwargs.get("generation_config") or llm.base.generation_config

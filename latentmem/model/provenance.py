@@ -7,7 +7,7 @@ from torch import Tensor
 
 from latentmem.core.memory import Memory
 from latentmem.decoder import attention
-from latentmem.longterm.search import Chosen
+from latentmem.longterm.search import Retrieval
 from latentmem.model.backbone import Backbone, Ids
 from latentmem.model.context import retrieve
 from latentmem.model.prompts import Message
@@ -15,7 +15,7 @@ from latentmem.model.scoring import logits
 
 
 @torch.no_grad()
-def attended(llm: Backbone, memory: Memory, ids: Ids, answer: Ids) -> tuple[Tensor, Chosen | None]:
+def attended(llm: Backbone, memory: Memory, ids: Ids, answer: Ids) -> tuple[Tensor, Retrieval | None]:
     """`MemoryModel.attended`, with the long-term slots that `ids` have chosen."""
     asked, said = llm.ids(ids), llm.ids(answer)
     chosen = retrieve(llm, memory, asked)

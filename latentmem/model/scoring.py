@@ -11,7 +11,7 @@ from torch import Tensor
 from latentmem.core.memory import Memory
 from latentmem.decoder.adapters import READ
 from latentmem.decoder.cache import attention_mask, memory_cache
-from latentmem.longterm.search import Chosen
+from latentmem.longterm.search import Retrieval
 from latentmem.model.backbone import Backbone, Ids
 from latentmem.model.context import Context, fits_behind, front_with, retrieved
 
@@ -31,7 +31,7 @@ class Score:
     likeliest: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
 
-def logits(llm: Backbone, memory: Memory, tokens: Tensor, chosen: Chosen | None) -> Tensor:
+def logits(llm: Backbone, memory: Memory, tokens: Tensor, chosen: Retrieval | None) -> Tensor:
     """Logits of tokens [1, n] behind a memory and the long-term slots `chosen`, [n, vocab]."""
     llm.fits(memory, tokens.shape[1])
     if not memory.holds:

@@ -77,7 +77,7 @@ def _following(llm: Backbone, memory: Memory, new: Tensor, source: str, tokens: 
     """The memory after an update, with its prefix derived from the one before."""
     dropped = memories.draw(memory, new.shape[1])
     on_device = replace(memory, slots=memory.slots.to(new.device))
-    keys = llm.recall.new_keys(on_device, dropped) if memory.longterm is not None else None
+    keys = llm.retriever.new_keys(on_device, dropped) if memory.longterm is not None else None
     following = memories.update(on_device, new, dropped=dropped, source=source, tokens=tokens, keys=keys)
     with llm.using(READ):
         fresh = llm.decoder.project_all(new)

@@ -10,15 +10,10 @@ import torch
 from latentmem.core import memory as memories
 from latentmem.core import sources
 from latentmem.longterm import longterm, ranking
-<<<<<<< HEAD
-from latentmem.longterm.blocks import GONE
-from latentmem.longterm.search import Chosen
-from latentmem.model import generating
-from latentmem.model.context import question_mask
-=======
 from latentmem.longterm.blocks import NO_SLOT
 from latentmem.longterm.search import Retrieval
->>>>>>> bb14a36 (Long-term memory and decoder: classes and methods are named after the noun that is meant)
+from latentmem.model import generating
+from latentmem.model.context import question_mask
 from latentmem.model.model import MemoryModel
 from latentmem.testing import byte_tokenizer, labelled_memory, tiny_model
 
@@ -410,14 +405,9 @@ def test_the_answer_is_not_what_is_searched_for(llm):
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6}), 9)
     ids, answer = torch.arange(30, 36), torch.arange(90, 96)
     chosen = llm.front(memory, ids).chosen
-<<<<<<< HEAD
-    front = llm.recall.front(memory, llm.prefix(memory), chosen, ids)
+    front = llm.retriever.prefix(memory, llm.prefix(memory), chosen, ids)
     from latentmem.decoder.adapters import READ
     from latentmem.model.context import Context
-=======
-    front = llm.retriever.prefix(memory, llm._prefix(memory), chosen, ids)
-    from latentmem.model.model import READ, Context
->>>>>>> bb14a36 (Long-term memory and decoder: classes and methods are named after the noun that is meant)
 
     context = Context((front,), (llm.room(memory),), READ)
     expected = llm.score_rows(context, [ids], [answer])[0]
@@ -449,11 +439,7 @@ def test_other_slots_are_read_from_there_on(attention, monkeypatch):
     settings = {"max_new_tokens": 2, "min_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
     made = llm.generate_ids(memory, prompt, **settings)
 
-<<<<<<< HEAD
-    cache = llm.recall.front(memory, llm.prefix(memory), first, prompt)
-=======
-    cache = llm.retriever.prefix(memory, llm._prefix(memory), first, prompt)
->>>>>>> bb14a36 (Long-term memory and decoder: classes and methods are named after the noun that is meant)
+    cache = llm.retriever.prefix(memory, llm.prefix(memory), first, prompt)
     from latentmem.decoder.cache import attention_mask, memory_cache
 
     with torch.no_grad():

@@ -34,14 +34,9 @@ from latentmem.evaluate.data.questions import LONGEST
 from latentmem.evaluate.data.sets import Question, QuestionSet, Text
 from latentmem.evaluate.tables import plots, results
 from latentmem.evaluate.tables.summary import Line
-<<<<<<< HEAD
-from latentmem.longterm.search import Recalled
+from latentmem.longterm.search import RetrievedPrefix
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
-=======
-from latentmem.longterm.search import RetrievedPrefix
-from latentmem.model.model import Context, MemoryModel
->>>>>>> bb14a36 (Long-term memory and decoder: classes and methods are named after the noun that is meant)
 
 PROTOCOL = "retention/1"  # another number where records of before and after can not stand in one table
 ROWS = ("floor", "dead", "oracle", "window", "bm25", "ours")

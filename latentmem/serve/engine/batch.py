@@ -10,17 +10,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-<<<<<<< HEAD
 from latentmem.decoder.adapters import READ
-from latentmem.decoder.cache import Front, joined, memory_cache
-from latentmem.longterm.search import Recalled
-from latentmem.model.context import search_again
-from latentmem.model.model import MemoryModel
-=======
 from latentmem.decoder.cache import KVPrefix, joined, memory_cache
 from latentmem.longterm.search import RetrievedPrefix
-from latentmem.model.model import READ, MemoryModel
->>>>>>> bb14a36 (Long-term memory and decoder: classes and methods are named after the noun that is meant)
+from latentmem.model.context import search_again
+from latentmem.model.model import MemoryModel
 
 CHUNK = 512  # positions of a prompt that are read between two tokens of other answers
 COLDEST = 1e-4  # temperature, below which the most likely token is drawn anyway

@@ -64,12 +64,12 @@ class EngineModel:
         return memory
 
     @property
-    def recall(self) -> EngineModel:
+    def retriever(self) -> EngineModel:
         """What makes the keys of slots that go to a long-term memory."""
         return self
 
     def new_keys(self, memory: Memory, dropped: Tensor) -> Tensor | None:
-        """As `Recall.new_keys`."""
+        """As `Retriever.new_keys`."""
         return self._compute(partial(self._llm.retriever.new_keys, memory, dropped))
 
     def _compute(self, action: Callable[[], Result]) -> Result:
