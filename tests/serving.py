@@ -16,6 +16,7 @@ from latentmem.serve.http.app import create_app
 from latentmem.serve.http.logs import Log
 
 WORDS = ["the ", "door ", "is ", "blue"]
+HANG = 300  # seconds after which nothing comes any more
 
 
 class Scripted:
@@ -81,7 +82,7 @@ class Running:
         wait(lambda: self.server.started)
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.http = httpx.Client(base_url=self.url, timeout=HANG)
         self.model = self.app.state.shared.model
 
     def close(self):
@@ -111,7 +112,7 @@ class Running:
 @contextlib.contextmanager
 def running(llm, path, keys=None, limits=None, *, scripted=True, memories=(), **options):
     """A server with a store of its own, with some memories that hold "the door is blue"."""
-    store = latentmem.Store(path, timeout=5)
+    store = latentmem.Store(path)
     for name in memories:
         store.create(name, llm.empty(N=64, K=16))
         store.write(llm, name, "the door is blue", source="notes")
@@ -126,8 +127,8 @@ def running(llm, path, keys=None, limits=None, *, scripted=True, memories=(), **
         store.close()
 
 
-def wait(condition, seconds=10):
-    """Wait until something is so."""
+def wait(condition, seconds=HANG):
+    """Wait until something is so; only what hangs takes longer, on any machine."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come"

@@ -101,7 +101,10 @@ class Gate:
         raise Refused(401, message, "invalid_api_key", headers={"www-authenticate": "Bearer"})
 
     def _bounded(self, scope: Scope, headers: Headers, receive: Receive, start: float) -> Receive:
-        """Receive no more of a body than is allowed, and no longer."""
+        """Receive no more of a body than is allowed, and no longer.
+
+        What has come is taken also after the deadline: the client is late, never the server that was busy.
+        """
         limits = self.shared.limits
         most = limits.upload if IMPORT.fullmatch(scope["path"]) else limits.body
         too_large = Refused(413, f"the body may have {most} bytes; send less.", "too_large")
@@ -114,10 +117,14 @@ class Gate:
             nonlocal got, whole
             if whole:
                 return await receive()
-            try:
-                message = await asyncio.wait_for(receive(), max(0.0, start + limits.seconds - time.monotonic()))
-            except TimeoutError:
-                raise Refused(408, "the body did not come in time.", "timeout") from None
+            coming = asyncio.ensure_future(receive())
+            try:  # `wait`, because `wait_for` with no time left does not look at the socket at all
+                await asyncio.wait({coming}, timeout=max(0.0, start + limits.seconds - time.monotonic()))
+                if not coming.done():
+                    raise Refused(408, "the body did not come in time.", "timeout")
+                message = coming.result()
+            finally:
+                coming.cancel()
             if message["type"] == "http.request":
                 got += len(message.get("body", b""))
                 whole = not message.get("more_body", False)
