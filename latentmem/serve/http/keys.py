@@ -86,7 +86,7 @@ class Keys:
             try:
                 self._refresh()
             except (ValueError, OSError) as error:
-                self._keys = {}
+                self._seen, self._keys = (), {}  # read again, even if a whole file comes within the same tick
                 sys.stderr.write(f"latentmem: no key is taken: {error}\n")
             return list(self._keys.values())
 
