@@ -390,11 +390,11 @@ def test_a_switch_in_one_thread_is_not_seen_in_another():
     def other():
         with llm.adapters.use(READ):
             inside.set()
-            leave.wait(10)
+            leave.wait(300)
 
     thread = threading.Thread(target=other)
     thread.start()
-    inside.wait(10)
+    assert inside.wait(300)
     try:
         seen = output(llm)
         with llm.adapters.use(WRITE):  # entered while the other is inside, left after it has gone

@@ -479,9 +479,9 @@ def test_threads_do_not_see_each_others_memory(stock):
         mask = made(3, n, n, 20 if memory else 0)
         if memory:
             hand_over(key, [(keys, values)], [0] * 3)
-        barrier.wait(timeout=10)
+        barrier.wait(timeout=300)
         outputs[n] = attend(module, query, key, value, mask)[0]
-        barrier.wait(timeout=10)
+        barrier.wait(timeout=300)
 
     threads = [threading.Thread(target=read, args=args) for args in ((2, True), (3, True), (4, False))]
     for thread in threads:

@@ -4,9 +4,11 @@ import gzip
 import json
 import math
 import sys
+import time
 from itertools import count
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -343,7 +345,9 @@ def test_a_stream_is_made_longer_in_the_same_folder(tmp_path):
 
 def test_when_the_time_is_up_what_was_reached_is_the_result(tmp_path, monkeypatch):
     times = iter([0.0, 0.0, 10.0, 30.0, 70.0])  # begun; and as it goes on
-    monkeypatch.setattr(integrity.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(
+        integrity, "time", SimpleNamespace(monotonic=lambda: next(times), perf_counter=time.perf_counter)
+    )
     measure(tiny(), Settings(**SMALL, rows=("memory",), updates=400), tmp_path / "run", minutes=1)
     said = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert said["notes"][0] == "memory: 8 of 400 updates were reached." and "stopped" not in said["title"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from margins import nearly_best
 
 from latentmem.core import memory as memories
 from latentmem.core import sources
@@ -201,7 +202,7 @@ def test_slots_are_chosen_behind_what_lower_layers_chose(llm):
         cos = torch.nn.functional.cosine_similarity(
             layer.input_layernorm(seen[i][0])[:, None], layer.input_layernorm(slots)[None], dim=-1
         )
-        assert set(cos.mean(0).topk(6).indices.tolist()) == set(chosen.places[i].tolist())
+        assert nearly_best(cos.mean(0), chosen.places[i])
 
 
 def test_updates_are_taken_whole(llm):

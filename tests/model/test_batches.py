@@ -314,10 +314,16 @@ def test_leaving_the_loop_stops_all_rows(talking):
         list(talking.stream(after, QUESTIONS[:2], num_beams=2, max_new_tokens=4))
 
 
-def test_nothing_more_is_begun_once_nobody_reads(talking, monkeypatch):
+def test_nothing_more_is_begun_once_nobody_reads(talking, monkeypatch, until_the_reader_leaves):
     monkeypatch.setattr(passes, "ROWS", 1)
     begun, generate = [], talking.base.generate
-    monkeypatch.setattr(talking.base, "generate", lambda **more: begun.append(1) or generate(**more))
+
+    def watched(**more):
+        begun.append(1)
+        until_the_reader_leaves()
+        return generate(**more)
+
+    monkeypatch.setattr(talking.base, "generate", watched)
     after = talking.write([talking.empty(N=128, K=16) for _ in range(3)], NOTES)
     pieces = talking.stream(after * 4, QUESTIONS * 4, max_new_tokens=60)
     next(pieces)

@@ -14,6 +14,7 @@ import pytest
 
 httpx = pytest.importorskip("httpx", reason="the server's extra is not installed")
 pytest.importorskip("fastapi", reason="the server's extra is not installed")
+from serving import HANG, wait  # noqa: E402 - it needs both
 
 KILLS = int(os.environ.get("LATENTMEM_KILLS", "2"))
 CLIENTS = 6
@@ -26,10 +27,9 @@ def started(model, home, log):
     with log.open("w") as errors:
         server = subprocess.Popen(command, env=os.environ | {"LATENTMEM_HOME": str(home)}, stderr=errors)
     try:
-        end = time.monotonic() + 120
-        while "answers at http" not in (said := log.read_text()):
-            assert server.poll() is None and time.monotonic() < end, said
-            time.sleep(0.05)
+        wait(lambda: "answers at http" in log.read_text() or server.poll() is not None)
+        said = log.read_text()
+        assert server.poll() is None, said
         yield server, said.split("answers at ")[1].split(";")[0]
     finally:
         server.kill()
@@ -38,7 +38,7 @@ def started(model, home, log):
 
 def write(url, client, acknowledged, stop):
     """Write line after line, each with a key of its own; those that the server acknowledged are noted."""
-    with httpx.Client(base_url=url, timeout=30) as http:
+    with httpx.Client(base_url=url, timeout=HANG) as http:
         while not stop.is_set():
             number = len(acknowledged)
             body = {"text": f"line {number} of client {client}", "source": f"s{number % 3}", "wait": number % 2 == 0}
@@ -61,7 +61,7 @@ def test_no_acknowledged_write_is_lost_when_the_server_is_killed(tiny_folder, tm
     acknowledged = [[] for _ in range(CLIENTS)]
     for kill in range(KILLS + 1):
         with started(tiny_folder, home, tmp_path / f"log-{kill}") as (server, url):
-            with httpx.Client(base_url=url, timeout=60) as http:
+            with httpx.Client(base_url=url, timeout=HANG) as http:
                 for name in ("m0", "m1"):
                     assert http.post("/v1/memories", json={"id": name, "N": 64, "K": 16}).status_code == (
                         409 if kill else 201
@@ -78,14 +78,15 @@ def test_no_acknowledged_write_is_lost_when_the_server_is_killed(tiny_folder, tm
                     assert http.post(f"/v1/memories/{name}/ask", json={"question": "?"}).status_code == 200
             if kill == KILLS:
                 break
-            stop = threading.Event()
+            stop, enough = threading.Event(), sum(map(len, acknowledged)) + 10
             clients = [
                 threading.Thread(target=write, args=(url, client, acknowledged[client], stop))
                 for client in range(CLIENTS)
             ]
             for client in clients:
                 client.start()
-            time.sleep(draw.uniform(0.5, 1.5))
+            wait(lambda enough=enough: sum(map(len, acknowledged)) > enough)  # on a slow machine, too
+            time.sleep(draw.random() / 2)
             os.kill(server.pid, signal.SIGKILL)
             stop.set()
             for client in clients:

@@ -16,7 +16,7 @@ import time
 
 import httpx
 import pytest
-from serving import Scripted, running, wait
+from serving import HANG, Scripted, running, wait
 
 import latentmem
 from latentmem import cli
@@ -357,6 +357,7 @@ def test_a_taken_port_is_told_before_the_model_is_loaded(home, monkeypatch, caps
 def test_the_server_as_a_process_finishes_what_runs_and_ends(home, tiny_folder, tmp_path):
     environment = {**os.environ, "LATENTMEM_HOME": str(home)}
     command = [sys.executable, "-m", "latentmem.cli", "serve", str(tiny_folder), "--port", "0", "--device", "cpu"]
+    command += ["--grace", str(10 * HANG)]
     code = "import sys; from latentmem import cli; sys.argv = ['latentmem', *sys.argv[1:]]; cli.main()"
     command = [sys.executable, "-c", code, *command[3:]]
     with subprocess.Popen(
@@ -366,9 +367,9 @@ def test_the_server_as_a_process_finishes_what_runs_and_ends(home, tiny_folder, 
         reader = threading.Thread(target=lambda: said.extend(iter(process.stderr.readline, "")))
         reader.start()
         try:
-            wait(lambda: any("curl" in line for line in said) or process.poll() is not None, 60)
+            wait(lambda: any("curl" in line for line in said) or process.poll() is not None)
             url = re.search(r"answers at (http://127\.0\.0\.1:\d+)", "".join(said))[1]
-            with httpx.Client(base_url=url, timeout=30) as http:
+            with httpx.Client(base_url=url, timeout=HANG) as http:
                 assert http.get("/ready").status_code == 200
                 model = http.get("/v1/models").json()["data"][0]["id"]
                 assert http.post("/v1/memories", json={"id": "m", "N": 64, "K": 16}).status_code == 201
@@ -379,8 +380,7 @@ def test_the_server_as_a_process_finishes_what_runs_and_ends(home, tiny_folder, 
                     next(lines)
                     process.send_signal(signal.SIGTERM)
                     assert list(lines)[-2:] == ["data: [DONE]", ""], "what runs is finished"
-            start = time.monotonic()
-            assert process.wait(30) == 0 and time.monotonic() - start < 15
+            assert process.wait(HANG) == 0  # and before its grace is over
         finally:
             process.kill()
             reader.join()
@@ -426,7 +426,7 @@ def test_what_runs_at_the_end_is_not_waited_for_forever(llm, tmp_path):
 
     def client():
         with contextlib.suppress(httpx.HTTPError):
-            got.append(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).status_code)
+            got.append(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=HANG).status_code)
 
     def told(app):
         thread.start()
@@ -434,7 +434,10 @@ def test_what_runs_at_the_end_is_not_waited_for_forever(llm, tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread, start = threading.Thread(target=client), time.monotonic()
+    hang = threading.Timer(HANG, engine.go.set)  # else the answer never ends by itself
+    hang.start()
     serve(lambda: (create_app(service, log=Log(io.StringIO())), service), at, grace=1, told=told)
+    hang.cancel()
     thread.join()
     store.close()
-    assert 1 <= time.monotonic() - start < 8 and engine.readings[0].cancelled and 200 not in got
+    assert time.monotonic() - start >= 1 and engine.readings[0].cancelled and 200 not in got

@@ -81,7 +81,7 @@ def test_over_standard_input_and_output(home, tiny_folder):
         async with Client(stdio_client(parameters)) as client:
             return await use(client)
 
-    asyncio.run(asyncio.wait_for(main(), 100))
+    asyncio.run(asyncio.wait_for(main(), 300))  # only what hangs takes longer
     store = latentmem.Store(home / "store")
     assert store.names() == ["work"] and store.version("work").version == 3
     store.close()

@@ -1,12 +1,13 @@
 """The service: own memories only, changes in order, nothing accepted is lost, and no more than fits waits."""
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 
 import pytest
+import serving
 import torch
+from serving import HANG
 
 from latentmem import MemoryModel, Store
 from latentmem.serve.engine.engine import Sampling
@@ -48,19 +49,16 @@ def held(service):
 
     def hold():
         there.set()
-        assert free.wait(30)
+        assert free.wait(HANG)
 
     threading.Thread(target=service._engine.call, args=(hold,), daemon=True).start()
-    assert there.wait(30)
+    assert there.wait(HANG)
     return free
 
 
 def settled(service):
     """Nothing is counted any more; a change's result is there a moment before it is counted off."""
-    end = time.monotonic() + 10
-    while (service.stats()["reads"], service.stats()["changes"]) != (0, 0):
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    serving.wait(lambda: (service.stats()["reads"], service.stats()["changes"]) == (0, 0))
 
 
 def test_all_that_a_write_computes_is_computed_in_the_thread_of_the_engine(store):
@@ -138,6 +136,7 @@ def test_more_than_fits_is_refused_and_then_taken_again(llm, store):
         service.read(None, question("?"), Sampling())  # it has not begun
     service.start()
     service.create("a").result()
+    settled(service)
     free = held(service)
     readings = [service.read("a", question("?"), Sampling(max_tokens=2)) for _ in range(3)]
     with pytest.raises(Busy) as busy:

@@ -25,7 +25,7 @@ def work(llm: MemoryModel, folder: str, seed: int) -> None:
     rng, store = random.Random(seed), Store(folder, snapshot_every=4, cache_bytes=200_000)
     say("ready")
     for step in range(10**6):
-        name, key, what = rng.choice(["a", "b", "c"]), f"{seed}-{step}", rng.random()
+        name, key, what = rng.choice(["a", "b", "c"]), f"{seed}-{step}", rng.random() if step else 0.95 * (seed % 2)
         if name not in store.names():
             store.create(name, llm.empty(24, 8, seed=5))
         if what < 0.45:

@@ -891,7 +891,7 @@ def test_a_source_expires_by_slots_and_this_is_a_version(llm, store, monkeypatch
 def test_stats_and_diff_count_slots(llm, store):
     live = filled(llm, store)
     store.pin("m", "c")
-    store.expire("m", "a", 60)
+    store.expire("m", "a", 3600)
     memory = store.open("m")
     a, b, c = store.stats("m", ahead=(0, 2))
     left = memory.slots_left().double().mean(1)
@@ -899,7 +899,7 @@ def test_stats_and_diff_count_slots(llm, store):
     assert a.left == left[0].item() / 22 and b.left == left[1].item() / 11 and c.left == left[2].item() / 11
     assert a.forecast == {0: a.left, 2: pytest.approx(a.left * forecast(memory, 2))}
     assert c.forecast == {0: c.left, 2: c.left} and b.expires is None
-    assert timedelta(0) < a.expires - datetime.now(UTC) <= timedelta(seconds=60)
+    assert timedelta(0) < a.expires - datetime.now(UTC) <= timedelta(hours=1)
     changes = {change.source: change for change in store.diff("m", 1)}
     assert changes["a"].tokens == (11, 22) and changes["b"].tokens == (0, 11)
     assert changes["a"].left == (live[1].slots_left()[0].double().mean(), left[0].item())
@@ -1035,11 +1035,11 @@ def test_the_second_waits_or_is_told_whom_it_waits_for(llm, store):
     def hold():
         with store._alone("m"):
             held.set()
-            leave.wait(20)
+            leave.wait(300)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    held.wait(20)
+    assert held.wait(300)
     hasty = again(store, timeout=0.2)
     for call in (lambda: hasty.write(llm, "m", "x"), lambda: hasty.rollback("m", 1), lambda: hasty.delete("m")):
         with pytest.raises(ValueError, match=r"process \d+ on .* is changing the memory 'm'"):
@@ -1123,13 +1123,13 @@ def test_a_reader_waits_for_the_version_that_is_being_written(llm, store, monkey
 
     def slowly(*args):
         begun.set()
-        assert go.wait(30)
+        assert go.wait(300)
         return computed(*args)
 
     monkeypatch.setattr(Store, "_computed", slowly)
     writer = threading.Thread(target=store.write, args=(llm, "a", "a text", "s"))
     writer.start()
-    assert begun.wait(30)
+    assert begun.wait(300)
     found = []
     reader = threading.Thread(target=lambda: found.append(store.open("a")))
     reader.start()

@@ -357,7 +357,7 @@ def _do(out, seconds, job, *args):
         raise SystemExit(1) from None
 
 
-def together(jobs, seconds=120):
+def together(jobs, seconds=900):
     """Do functions with arguments in a process each; their exit codes, 0 for all that are done."""
     with tempfile.TemporaryDirectory() as folder:
         outs = [Path(folder) / str(i) for i in range(len(jobs))]
@@ -391,10 +391,11 @@ def apart(rank, world, port, *job):
 
 
 def in_two(*job):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    assert together([(apart, rank, 2, port, *job) for rank in range(2)]) == [0, 0]
+    with socket.socket() as taken:  # bound and not listened at: nobody else is given this port meanwhile
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        assert together([(apart, rank, 2, port, *job) for rank in range(2)]) == [0, 0]
 
 
 def forgetful(config, out):

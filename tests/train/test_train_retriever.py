@@ -6,6 +6,7 @@ from string import ascii_lowercase
 
 import pytest
 import torch
+from margins import nearly_best
 from safetensors.torch import load_file
 from test_train_learner import FORMS, ROWS, TEXTS, behind, episode_of, gradients, learner_of, pool_of, read_by
 from test_train_loop import all_forgetful, forgetful, in_two, same, sentence, settings, state, write_rows
@@ -168,7 +169,7 @@ def test_pieces_of_one_document_are_found_together():
     pool = pool_of(learner)
     apart, joined = (learner(episode(rows=(row,), names=names), pool).search for names in (NAMES, ("a", "b", "a")))
     every = learner(episode(rows=(row, replace(row, about=2)), names=("a", "b", "a")), pool).search
-    assert joined == every != pytest.approx(apart, abs=1e-4)
+    assert joined == pytest.approx(every, abs=1e-6) and joined != pytest.approx(apart, abs=1e-4)
 
 
 def test_rows_whose_text_is_gone_are_left_out():
@@ -422,7 +423,8 @@ def test_the_result_retrieves(taught, tiny_folder, dtype):
         assert logits.isfinite().all() and [len(places) for places in chosen] == [6, 6, 6]
         hidden = llm.base.get_input_embeddings()(ids)
         fits = ((silu(norm(hidden) @ a.T) @ b.T) @ (silu(norm(slots) @ c.T) @ d.T).T).sigmoid().mean(0)
-        assert dtype == torch.bfloat16 or set(fits.topk(6).indices.tolist()) == set(chosen[0].tolist())
+        within = 1e-5 if dtype == torch.float32 else 0.05
+        assert nearly_best(fits, chosen[0], within) and not nearly_best(fits, (-fits).topk(6).indices, within)
         shares.append((stored.column("origins")[0][chosen[0]] == i).float().mean().item())
     assert sum(shares) / len(shares) > 0.7, shares  # by chance 1 of 6
     other = latentmem.load(str(tiny_folder), adapters=None, device="cpu")
