@@ -4,20 +4,31 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+SPREAD := -n $(WORKERS) --dist worksteal
 LOWEST := 5.16.1#  of transformers, as in pyproject.toml; constraints.txt has the newest
 OLD := $(VENV)/transformers-$(LOWEST)
 MODELS := $(addprefix tests/,core decoder model/test_batches.py model/test_rows.py model/test_model.py model/test_chat.py \
 	loading/test_golden.py train/test_train_learner.py train/test_train_retriever.py)
+FAST := $(addprefix tests/,core files decoder/test_attention.py decoder/test_linear.py model/test_prompts.py test_layers.py)
 
-.PHONY: demo test lint docs page page-check page-built clean
+.PHONY: demo test test-fast test-newest test-lowest lint docs page page-check page-built clean
 
 demo: $(READY)  ## set up, write docs/concepts/paper.md into a memory, ask three questions with and without it
 	$(BIN)/python examples/demo.py
 
 test: $(READY) lint docs page-check $(OLD)/.ready  ## style, types, docs, tests, and all that runs models with the lowest transformers too
-	$(PYTEST)
-	PYTHONPATH=$(OLD) $(PYTEST) $(MODELS)
+	$(MAKE) --no-print-directory -j2 test-newest test-lowest
+
+test-newest: $(READY)
+	$(PYTEST) $(SPREAD)
+
+test-lowest: $(OLD)/.ready  # beside the others: what it says comes at its end
+	@PYTHONPATH=$(OLD) $(PYTEST) $(MODELS) >$(OLD).log 2>&1; code=$$?; \
+	echo "with transformers $(LOWEST):"; cat $(OLD).log; exit $$code
+
+test-fast: $(READY)  ## what the paper says, its files, attention and prompts: a minute, for the hand
+	$(PYTEST) $(SPREAD) $(FAST)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -18,12 +18,11 @@ from latentmem.model.streaming import Rows
 from latentmem.testing import byte_tokenizer, tiny_model
 
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+# One of each kind: without a window, with one in some layers, in all of them; with experts. The others: test_families.
 FAMILIES = {
     "llama": {},
     "gemma3_text": {**SLIDING, "head_dim": 8, "query_pre_attn_scalar": 8},
     "mistral": {"head_dim": 8, "sliding_window": 8},
-    "phi3": {"rope_scaling": None},
-    "qwen3": {"head_dim": 8},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 SIZES = [(64, 16), (20, 7), (64, 5), (12, 12)]  # N and K of four memories
@@ -34,7 +33,10 @@ ANSWERS = [[8, 9], [10, 11, 12, 13, 14, 15, 16], [13], [201, 5, 5]]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-@pytest.fixture(params=[NAME, CUDA, "sdpa", "eager"])
+ATTENTIONS = (NAME, CUDA, "sdpa", "eager")
+
+
+@pytest.fixture(params=ATTENTIONS)
 def attention(request):
     return request.param
 
@@ -161,10 +163,13 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize(
+    ("attention", "way"),  # what more there is stands above the attention
+    [*((NAME, way) for way in WAYS), *((other, way) for other in ATTENTIONS[1:] for way in ("greedy", "beams"))],
+)
 @every_family
-def test_answers_are_those_behind_each_memory_alone(family, attention, options):
-    llm = made(family, attention)
+def test_answers_are_those_behind_each_memory_alone(family, attention, way):
+    llm, options = made(family, attention), WAYS[way]
     after = [*written(llm), llm.empty(N=16, K=4)]
     prompts = [*PROMPTS, [9, 9, 9]]
     options = {"max_new_tokens": 9, **options} if "max_length" not in options else options
