@@ -20,8 +20,10 @@ import torch
 
 import latentmem
 from latentmem.core.memory import Memory, update
+from latentmem.core.settings import LongTermSettings
 from latentmem.decoder.adapters import READ
 from latentmem.longterm import blocks, longterm
+from latentmem.longterm.blocks import StoredSlots
 from latentmem.model.model import MemoryModel
 
 
@@ -49,7 +51,7 @@ def full(llm: MemoryModel, N: int) -> Memory:
 
 def with_stored(memory: Memory, S: int, R: int, int8: bool) -> Memory:
     """The memory with a store of S random slots, as 150 of them were written at once."""
-    store = longterm.empty(memory.L, memory.M, R=R, limit=1 << 40, int8=int8)
+    store = longterm.empty(memory.L, LongTermSettings(R, limit=1 << 40, int8=int8), memory.M)
     generator, start = torch.Generator().manual_seed(1), 0
     while start < S:
         k = min(blocks.BLOCK, S - start)
@@ -95,7 +97,7 @@ def main() -> None:
     print(f"| {columns} |\n|{' --- |' * 8}")
     for S in args.stored:
         memory = with_stored(bare, S, args.R, args.int8)
-        store = memory.longterm
+        store = longterm.of(memory)
         assert store is not None
         write, plain = timed(args.runs, lambda m=memory: llm.write_ids(m, text), lambda: llm.write_ids(bare, text))
         keys = torch.empty(S * len(llm.retriever.layers_searched), bare.d, dtype=llm.decoder.dtype)

@@ -24,6 +24,7 @@ from latentmem.decoder.adapters import READ
 from latentmem.decoder.cache import KVPrefix, attention_mask, memory_cache
 from latentmem.decoder.hooks import layers_seen
 from latentmem.evaluate.data import questions as sets
+from latentmem.longterm import longterm
 from latentmem.longterm.ranking import marks
 from latentmem.longterm.search import Retrieval
 from latentmem.model.context import Context, front_with, question_mask, retrieve
@@ -92,7 +93,7 @@ def finding(llm: MemoryModel, data: Any, asked: list[tuple[str, Any]]) -> None:
         memory = llm.write_ids(memory, prompts.written(text.text), source=text.id)
         own[text.id] = memory.updates
     memory = llm.write_ids(memory, torch.randint(100, 1000, (512,)), source="flood")  # all texts are stored now
-    store = memory.longterm
+    store = longterm.of(memory)
     assert store is not None
     births, ranks = store.column("births"), dict[tuple[str, str, str], list[int]]()
     for name, question in asked:
@@ -163,7 +164,7 @@ def in_8_bits(llm: MemoryModel, data: Any, count: int) -> None:
 def placing(llm: MemoryModel, data: Any, asked: list[tuple[str, Any]]) -> None:
     """The same slots retrieved, in three orders."""
     prompts, memory = llm.prompts_or_raise(), behind_others(llm, data)
-    store = memory.longterm
+    store = longterm.of(memory)
     assert store is not None
 
     def in_front(chosen: Retrieval) -> list[Tensor]:

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from latentmem.core.memory import Memory, empty
+from latentmem.core.settings import MemorySettings
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
@@ -74,4 +75,4 @@ def byte_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
 
 def labelled_memory(layers: int, N: int, K: int, *, seed: int = 0) -> Memory:
     """A memory of width 1 that holds nothing, for slots that are their own labels."""
-    return empty(layers, 1, N=N, K=K, seed=seed)
+    return empty(layers, 1, MemorySettings(N, K, seed=seed))

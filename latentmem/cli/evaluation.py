@@ -496,8 +496,10 @@ def _command() -> str:
 
 def _slots(llm: MemoryModel, compression: int | None, choice: str | None) -> tuple[int, str]:
     """Tokens per slot and which of them is kept: as given, or as the adapters were trained."""
-    shape = llm.shape
-    return compression or (shape.compression if shape else 1), choice or (shape.choice if shape else "last")
+    from latentmem.core.settings import MemorySettings
+
+    shape = llm.shape or MemorySettings()
+    return compression or shape.compression or 1, choice or shape.choice or "last"
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from latentmem.cli.base import Device, Json, ModelName, Name, NewTokens, OwnAdap
 
 if TYPE_CHECKING:
     from latentmem.core.memory import Memory
+    from latentmem.longterm.longterm import LongTerm
     from latentmem.model.model import MemoryModel
     from latentmem.store import SourceStats
 
@@ -63,7 +65,7 @@ def write(
     before = store.open(memory, store.applied_version(memory)) if memory in store.names() else None
     for what, value in given.items():
         now = None if before is None else getattr(before, what)
-        now = (now.R if now is not None else 0) if what == "longterm" else now
+        now = (now.settings.R if now is not None else 0) if what == "longterm" else now
         if before is not None and now != value:
             raise ValueError(
                 f"the memory {memory!r} was made with {what}={now}, not {value}. Leave it out, or choose a new name."
@@ -191,8 +193,8 @@ def show(
     if json_:
         facts: dict[str, Any] = {key: getattr(now, key) for key in _SHOWN}
         facts |= {"memory": memory, "version": number, "half_life": now.half_life}
-        if now.longterm is not None:
-            facts["longterm"] = now.longterm.settings | {"S": now.longterm.S, "bytes": now.longterm.nbytes}
+        if (longterm := _longterm(now)) is not None:
+            facts["longterm"] = asdict(longterm.settings) | {"S": longterm.S, "bytes": longterm.nbytes}
         facts["sources"] = [
             {
                 **{key: getattr(source, key) for key in ("tokens", "slots", "stored", "pinned", "forecast")},
@@ -331,6 +333,12 @@ _SHOWN = (
 )
 
 
+def _longterm(memory: Memory) -> LongTerm | None:
+    from latentmem.longterm import longterm
+
+    return longterm.of(memory)
+
+
 def _speak(parts: Any) -> str:
     """Print an answer as it comes, without blanks around it, and return it."""
     said = ""
@@ -344,8 +352,8 @@ def _speak(parts: Any) -> str:
 
 
 def _forgetting(memory: Memory) -> str:
-    if memory.longterm is not None and memory.longterm.S:
-        return f", and {memory.longterm.S} that were dropped in its long-term part"
+    if (longterm := _longterm(memory)) is not None and longterm.S:
+        return f", and {longterm.S} that were dropped in its long-term part"
     if memory.M < memory.N:
         return f", forgets nothing until {memory.N - memory.M} more slots are filled"
     return f", full: half of what is in it is left after {memory.half_life:.1f} more updates"
@@ -361,13 +369,14 @@ def _show_facts(title: str, memory: Memory) -> None:
     facts.add_row(
         "half-life", f"{memory.half_life:.1f} updates of {memory.K} slots once it is full" if memory.half_life else "0"
     )
-    if memory.longterm is not None:
-        store = memory.longterm
+    if (store := _longterm(memory)) is not None:
         held = (
             f"{int(store.occupied.sum(1).min())} slots in each layer, {base.size(store.nbytes)}" if store.S else "empty"
         )
-        takes = f"{held}; a question takes {store.R} of them at most"
-        facts.add_row("long-term", takes if store.limit else "no store; a question arranges the memory's own slots")
+        takes = f"{held}; a question takes {store.settings.R} of them at most"
+        facts.add_row(
+            "long-term", takes if store.settings.keep else "no store; a question arranges the memory's own slots"
+        )
     per_slot = f"{memory.compression} token(s) per slot" + f" ({memory.choice})" * (memory.compression > 1)
     facts.add_row("kind", f"{memory.preset}, {per_slot}, seed {memory.seed}")
     facts.add_row("model", base.text(f"{memory.model_name} {memory.model[:12]}"))

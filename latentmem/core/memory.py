@@ -6,16 +6,46 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from latentmem.longterm.longterm import LongTerm
+from latentmem.core.settings import LongTermSettings, MemorySettings
 
-PRESETS = ("exact", "paper")
-CHOICES = ("last", "surprise")
-PAPER_PIECE = 512  # tokens: the longest text that the released models were trained to write at once
+
+class LongTermPart(Protocol):
+    """What a memory asks of the part that keeps what it drops; `latentmem.longterm` has it."""
+
+    @property
+    def settings(self) -> LongTermSettings:
+        """How it keeps and retrieves."""
+
+    @property
+    def places(self) -> Tensor:
+        """Of each of the memory's own M slots its place within the update that wrote it, [L, M] int32."""
+
+    @property
+    def most(self) -> int:
+        """Slots that each layer retrieves now."""
+
+    def after(
+        self,
+        slots: Tensor,
+        births: Tensor,
+        origins: Tensor,
+        dropped: Tensor,
+        stays: Tensor,
+        k: int,
+        keys: Tensor | None = None,
+    ) -> LongTermPart:
+        """The part after an update of k slots."""
+
+    def kept(self, stays: Tensor) -> LongTermPart:
+        """The part where `stays` [L, m] of the memory's own slots are left, and the others are not stored."""
+
+    def without(self, source: int) -> LongTermPart:
+        """The part without the slots of a source; the numbers of later sources are one less."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +75,15 @@ class Memory:
         slots: hidden states, [L, M, d], in the dtype and on the device of the model.
         births: the number of the update that wrote each slot, [L, M] int32, on the CPU; 0 = older than this memory.
         origins: index into `sources` of each slot, [L, M] int32, on the CPU; -1 = older than this memory.
-        N: slots that a layer can hold.
-        K: slots that one update may write per layer.
-        preset: "exact" (slots are layer inputs; ours) or "paper" (layer outputs; the released checkpoints).
-        compression: tokens per slot, c >= 1; always 1 in "paper".
-        choice: which token of c becomes a slot, "last" or "surprise"; see `core.write.write_exact`.
-        seed: with the number of the update and of the layer it determines every random drop.
+        settings: N, K, preset and the others, made complete; each is a property of the memory, too.
         updates: updates so far.
         tokens: tokens read in so far.
         sources: what was written, in the order of first appearance.
-        quota: the share of N that pinned slots may take in a layer.
         model: identity (hash) of the model that wrote it; "" = none.
         adapters: identity of the adapters that wrote it; "" = none.
         tokenizer: identity of the tokenizer that wrote it; "" = none.
         model_name: the name by which that model was loaded, a hint for people and for the command line.
-        longterm: what it has dropped, if that is kept; see `latentmem.longterm`.
+        longterm: what it has dropped, if that is kept; see `latentmem.longterm`. `settings.longterm` follows it.
         version: checksum of the snapshot that holds this very memory; "" = not saved.
         parent: version of the newest ancestor that was saved; "" = none.
 
@@ -72,43 +96,23 @@ class Memory:
     slots: Tensor
     births: Tensor
     origins: Tensor
-    N: int
-    K: int
-    preset: str = "exact"
-    compression: int = 1
-    choice: str = "last"
-    seed: int = 0
+    settings: MemorySettings
     updates: int = 0
     tokens: int = 0
     sources: tuple[Source, ...] = ()
-    quota: float = 0.5
     model: str = ""
     adapters: str = ""
     tokenizer: str = ""
     model_name: str = ""
-    longterm: LongTerm | None = None
+    longterm: LongTermPart | None = None
     version: str = ""
     parent: str = ""
     _save: ClassVar[Callable[[Memory, str | Path], Memory]]  # given by `files.snapshot`, which knows the file format
     _load: ClassVar[Callable[[str | Path], Memory]]
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}.")
-        if not 1 <= self.K <= self.N:
-            raise ValueError(
-                f"K, the slots that one update writes, must lie between 1 and the capacity N: got K={self.K}, "
-                f"N={self.N}. Make N larger or K smaller."
-            )
-        if self.compression < 1 or (self.preset == "paper" and self.compression != 1):
-            raise ValueError(f"compression must be 1 or more, in 'paper' 1: got {self.compression} in {self.preset!r}.")
-        if self.choice not in CHOICES:
-            raise ValueError(f"choice must be one of {', '.join(CHOICES)}, got {self.choice!r}.")
-        if not 0 <= self.quota <= 1:
-            raise ValueError(f"the quota is a share of the N slots, between 0 and 1: got {self.quota}.")
-        object.__setattr__(self, "quota", float(self.quota))
-        if not -(1 << 63) <= self.seed < 1 << 63:
-            raise ValueError(f"the seed must fit into 64 bits, got {self.seed}.")
+        longterm = self.longterm.settings if self.longterm is not None else None
+        object.__setattr__(self, "settings", replace(self.settings, longterm=longterm).complete())
         if self.slots.ndim != 3:
             raise ValueError(f"slots must be [L, M, d], got the shape {list(self.slots.shape)}.")
         if self.M > self.N:
@@ -119,6 +123,38 @@ class Memory:
                 raise ValueError(f"{name} must be [L, M] = {[self.L, self.M]}, got {list(shape)}.")
         if self.longterm is not None and tuple(self.longterm.places.shape) != (self.L, self.M):
             raise ValueError(f"a long-term memory for {list(self.longterm.places.shape)} slots was given, not [L, M].")
+
+    def with_settings(self, **changes: object) -> Memory:
+        """The same slots under changed settings, for example another seed."""
+        return replace(self, settings=replace(self.settings, **changes))  # type: ignore[arg-type]
+
+    @property
+    def N(self) -> int:
+        return cast(int, self.settings.N)
+
+    @property
+    def K(self) -> int:
+        return cast(int, self.settings.K)
+
+    @property
+    def preset(self) -> str:
+        return cast(str, self.settings.preset)
+
+    @property
+    def compression(self) -> int:
+        return cast(int, self.settings.compression)
+
+    @property
+    def choice(self) -> str:
+        return cast(str, self.settings.choice)
+
+    @property
+    def seed(self) -> int:
+        return self.settings.seed
+
+    @property
+    def quota(self) -> float:
+        return self.settings.quota
 
     @property
     def L(self) -> int:
@@ -140,7 +176,7 @@ class Memory:
     @property
     def needs_search(self) -> bool:
         """Whether what a question asks decides what it reads, or in which order."""
-        return self.R > 0 or (self.M > 0 and self.longterm is not None and self.longterm.arranges)
+        return self.R > 0 or (self.M > 0 and self.longterm is not None and not self.longterm.settings.keep)
 
     @property
     def holds(self) -> bool:
@@ -150,7 +186,7 @@ class Memory:
     @property
     def piece(self) -> int:
         """Tokens that one update reads at most: K * c, or 512 in the preset "paper"."""
-        return PAPER_PIECE if self.preset == "paper" else self.K * self.compression
+        return self.settings.piece
 
     @property
     def half_life(self) -> float:
@@ -185,20 +221,15 @@ class Memory:
 def empty(
     layers: int,
     width: int,
+    settings: MemorySettings = MemorySettings(),  # noqa: B008 - frozen
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    N: int = 2048,
-    K: int = 256,
-    preset: str = "exact",
-    compression: int = 1,
-    choice: str = "last",
-    seed: int = 0,
 ) -> Memory:
-    """A memory that holds nothing, [L, 0, d]; the arguments are those of `Memory`."""
+    """A memory that holds nothing, [L, 0, d]; without a long-term part, which `longterm.longterm.empty` makes."""
     nothing = torch.zeros(layers, 0, dtype=torch.int32)
     slots = torch.zeros(layers, 0, width, dtype=dtype, device=device)
-    return Memory(slots, nothing, nothing, N, K, preset, compression, choice, seed)
+    return Memory(slots, nothing, nothing, settings)
 
 
 def draw(memory: Memory, k: int) -> Tensor:

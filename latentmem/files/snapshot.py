@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from latentmem.core.memory import Memory, Source
+from latentmem.core.settings import LongTermSettings, MemorySettings, settings_of
 from latentmem.files import container
 from latentmem.files.container import Buffer
 from latentmem.longterm import blocks as blockss
@@ -19,21 +20,17 @@ from latentmem.longterm import longterm
 from latentmem.longterm.blocks import Block, BlockRange, StoredSlots
 from latentmem.longterm.longterm import LongTerm
 
-FORMAT = "latentmem memory 1"
+FORMAT = "latentmem memory 2"
+EARLIER = {"latentmem memory 1": "4f1b448"}  # format -> the last commit that reads it
 BLOCK_FORMAT = "latentmem block 1"
 TENSORS = ("slots", "births", "origins")
 KINDS: dict[str, type] = {
-    **dict.fromkeys(("N", "K", "compression", "seed", "updates", "tokens"), int),
-    **dict.fromkeys(("preset", "choice", "model", "adapters", "tokenizer", "model_name", "parent"), str),
+    **dict.fromkeys(("updates", "tokens"), int),
+    **dict.fromkeys(("model", "adapters", "tokenizer", "model_name", "parent"), str),
+    "settings": dict,
     "sources": list,
-    "quota": float,
 }
 STORED = tuple(f"longterm.{name}" for name in ("slots", "births", "origins", "orders"))  # of a long-term memory
-LATER: dict[str, Any] = {
-    "choice": "last",
-    "quota": 0.5,
-    "longterm": None,
-}  # what older files of this format do not say, and mean
 HEADER = tuple(f.name for f in fields(Memory) if f.name not in (*TENSORS, "version"))
 
 
@@ -128,8 +125,9 @@ def load(path: str | Path) -> Memory:
 def _parts(memory: Memory, apart: Callable[[Block], str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = {name: getattr(memory, name).detach().cpu().contiguous() for name in TENSORS}
     says = {name: getattr(memory, name) for name in HEADER if name != "longterm"}
-    if memory.longterm is not None:
-        more, says["longterm"] = _longterm_parts(memory.longterm, apart)
+    says["longterm"] = None
+    if (store := longterm.of(memory)) is not None:
+        more, says["longterm"] = _longterm_parts(store, apart)
         tensors |= more
     header = json.dumps(says, default=asdict, sort_keys=True)
     return tensors, {"format": FORMAT, "memory": header, "checksum": _checksum(header, tensors)}
@@ -146,7 +144,7 @@ def _longterm_parts(store: LongTerm, apart: Callable[[Block], str] | None) -> tu
         tensors |= _stored(StoredSlots.joined([span.stored for span in spans]))
     if store.frequencies is not None:
         tensors["longterm.frequencies"] = store.frequencies.contiguous()
-    return tensors, store.settings | {"blocks": blocks}
+    return tensors, {"clock": store.clock, "since": store.since, "blocks": blocks}
 
 
 def _stored(some: StoredSlots) -> dict[str, Tensor]:
@@ -171,12 +169,17 @@ def _some(tensors: dict[str, Tensor]) -> StoredSlots:
 
 
 def _longterm(
-    tensors: dict[str, Tensor], says: dict[str, Any], d: int, updates: int, block: Callable[[str], Block] | None
+    tensors: dict[str, Tensor],
+    settings: LongTermSettings | None,
+    says: dict[str, Any],
+    d: int,
+    updates: int,
+    block: Callable[[str], Block] | None,
 ) -> LongTerm:
     """The other way of `_longterm_parts`; a ValueError or TypeError if something does not fit."""
     says = dict(says)
     blocks = says.pop("blocks")
-    if set(says) != set(longterm.SETTINGS) or not all(type(says[k]) is type(v) for k, v in _KINDS.items()):
+    if set(says) != {"clock", "since"} or not all(type(count) is int for count in says.values()) or settings is None:
         raise ValueError(f"the long-term memory says {says}")
     places, frequencies = tensors.pop("longterm.places"), tensors.pop("longterm.frequencies", None)
     spans = []
@@ -190,11 +193,11 @@ def _longterm(
     if tensors:
         rest = Block.of(_some(tensors))
         spans.append(BlockRange(rest, 0, rest.room))
-    store = LongTerm(places=places, ranges=tuple(spans), frequencies=frequencies, **says)
-    width = blockss.packed(torch.zeros(1, d)).shape[1] if store.int8 else d
+    store = LongTerm(settings, places, ranges=tuple(spans), frequencies=frequencies, **says)
+    width = blockss.packed(torch.zeros(1, d)).shape[1] if settings.int8 else d
     for span in spans:
         slots = span.block.slots
-        if slots.shape[2] != width or (slots.dtype == torch.int8) != store.int8:
+        if slots.shape[2] != width or (slots.dtype == torch.int8) != settings.int8:
             raise ValueError(f"stored slots are {slots.dtype} of width {slots.shape[2]}, and a slot has {width}")
     births = store.column("births")
     if births.numel() and not 0 <= int(births.min()) <= int(births.max()) <= updates:
@@ -214,9 +217,6 @@ def _longterm(
     return store
 
 
-_KINDS: dict[str, Any] = longterm.empty(0, R=1).settings
-
-
 def _memory(
     path: str | Path,
     tensors: dict[str, Any],
@@ -232,7 +232,6 @@ def _memory(
     if not verified and _checksum(json.dumps(header, sort_keys=True), tensors) != checksum:
         raise ValueError(f"{path} was altered or damaged: its checksum does not match. Restore it from a copy.")
     try:
-        header = LATER | header
         for name, kind in KINDS.items():
             if type(header[name]) is not kind:
                 raise ValueError(f"{name} is {header[name]!r}")
@@ -240,9 +239,13 @@ def _memory(
         for source in sources:
             if list(map(type, asdict(source).values())) != [str, int, int, bool]:
                 raise ValueError(f"a source is {source}")
-        says = header.pop("longterm")
-        store = _longterm(stored, says, own["slots"].shape[-1], header["updates"], block) if says else None
-        memory = Memory(**own, **header, sources=sources, longterm=store, version=checksum)
+        settings, says = _settings(header.pop("settings")), header.pop("longterm")
+        store = None
+        if says:
+            store = _longterm(stored, settings.longterm, says, own["slots"].shape[-1], header["updates"], block)
+        memory = Memory(**own, **header, settings=settings, sources=sources, longterm=store, version=checksum)
+        if memory.settings != settings:
+            raise ValueError(f"the settings {settings} are not complete")
         origins = [memory.origins, *((store.column("origins"),) if store is not None else ())]
         least = blockss.NO_SLOT if store is not None else -1
         if any(t.numel() and not least <= int(t.min()) <= int(t.max()) < len(sources) for t in origins):
@@ -252,13 +255,25 @@ def _memory(
     return memory
 
 
+def _settings(says: dict[str, Any]) -> MemorySettings:
+    """A memory's settings out of its header; a ValueError unless each is there."""
+    for kind, values in ((MemorySettings, says), (LongTermSettings, says.get("longterm"))):
+        if values is not None and set(values) != {one.name for one in settings_of(kind)}:
+            raise ValueError(f"the settings are {sorted(values)}")
+    return MemorySettings.of(says)
+
+
 def _checked(path: str | Path, metadata: dict[str, str]) -> tuple[dict[str, Any], str]:
     found = metadata.get("format", "")
+    if found in EARLIER:
+        raise ValueError(
+            f"{path} has the format {found!r} of an earlier version: latentmem of commit {EARLIER[found]} reads it."
+        )
     if found != FORMAT:
         raise ValueError(f"{path} is not a memory of this version: expected the format {FORMAT!r}, got {found!r}.")
     try:
         header = json.loads(metadata["memory"])
-        complete = isinstance(header, dict) and set(LATER | header) == set(HEADER) and metadata["checksum"]
+        complete = isinstance(header, dict) and set(header) == set(HEADER) and metadata["checksum"]
     except (KeyError, ValueError):
         complete = False
     if not complete:

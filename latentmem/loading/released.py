@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from latentmem.core.memory import Memory
+from latentmem.core.settings import LongTermSettings, MemorySettings
 from latentmem.decoder.adapters import Adapters, insert
 from latentmem.longterm.blocks import StoredSlots
 from latentmem.longterm.longterm import FREQUENCY, LongTerm
@@ -122,9 +123,7 @@ def load(name: str, config: dict[str, Any], dtype: torch.dtype, device: torch.de
         slots=own["memory"].to(device, dtype),
         births=old,
         origins=old - 1,
-        N=N,
-        K=K,
-        preset="paper",
+        settings=MemorySettings(N, K, "paper"),
         model=identity,
         adapters=adapters.identity,
         tokenizer=Prompts(tokenizer).identity if tokenizer is not None else "",
@@ -158,14 +157,16 @@ def _store(config: dict[str, Any], found: dict[str, Tensor], N: int, dtype: torc
     orders = -each["ltm_ages"].round().long()
     some = StoredSlots(each["ltm"].to(dtype), old, old - 1, orders, each["ltm_keys"].to(dtype))
     store = LongTerm(
-        R=config["num_ltm_blocks"] * K,
-        places=torch.full((L, N), K - 1, dtype=torch.int32),
-        limit=1 << 62,
-        group="slot",
-        every=0,
-        rule="frequency",
+        LongTermSettings(
+            R=config["num_ltm_blocks"] * K,
+            limit=1 << 62,
+            group="slot",
+            every=0,
+            rule="frequency",
+            period=config["update_ltm_frequency"] * K,
+        ),
+        torch.full((L, N), K - 1, dtype=torch.int32),
         frequencies=each["ltm_recall_frequencies"].float(),
-        period=config["update_ltm_frequency"] * K,
     )
     return store.appended(some)
 

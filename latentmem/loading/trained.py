@@ -11,11 +11,12 @@ from torch import Tensor
 
 from latentmem.core import memory as memories
 from latentmem.core.memory import Memory
+from latentmem.core.settings import MemorySettings
 from latentmem.decoder import linear
 from latentmem.decoder.decoder import Decoder
 from latentmem.loading.hub import PACKAGED, _path
 from latentmem.longterm.search import Projectors
-from latentmem.model.backbone import Shape, Trained
+from latentmem.model.backbone import Trained
 from latentmem.model.model import MemoryModel
 
 TRAINED, ADAPTERS = Path(__file__).parent.parent / "trained", "adapters.safetensors"
@@ -49,14 +50,14 @@ def _with_adapters(llm: MemoryModel, path: Path) -> MemoryModel:
     llm.adapters = pairs.put(llm.base, tensors, facts)
     llm.retriever.projectors = _retriever(tensors, facts, llm.decoder)
     linear.choose(llm.base)
-    m = facts["memory"]
-    if m["preset"] == "exact":
-        llm.shape = Shape(m["N"], m["K"], m["compression"], m["choice"])
+    settings = MemorySettings.of(facts["memory"])
+    if settings.preset == "exact":
+        llm.shape = settings
         return llm
     like: Any = {"device": llm.decoder.device, "dtype": llm.decoder.dtype}
     bos, mark = tensors["bos"].to(**like), tensors["mark"].to(**like)
     pool = replace(
-        memories.empty(llm.decoder.L, llm.decoder.d, N=m["N"], K=m["K"], preset="paper", **like),
+        memories.empty(llm.decoder.L, llm.decoder.d, settings, **like),
         model=llm.identity,
         adapters=llm.adapters.identity,
         tokenizer=llm.tokenizer_identity,

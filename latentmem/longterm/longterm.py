@@ -13,20 +13,14 @@ Source: M+ (arXiv 2502.00592) section 3.1 and the released `update_ltm`, `get_lt
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from latentmem.core.memory import Memory
+from latentmem.core.settings import LongTermSettings
 from latentmem.longterm.blocks import NO_SLOT, Block, BlockRange, StoredSlots, packed, unpacked
 
-LIMIT = 1 << 30  # bytes of a store, unless told otherwise
-GROUPS = ("slot", "update")  # what is retrieved together: single slots, or what one update wrote
-RULES = ("oldest", "frequency")
-CHOSEN = ("R", "int8", "limit", "group", "every", "rule", "period")  # what one may choose
-SETTINGS = (*CHOSEN, "clock", "since")
-KINDS: dict[str, type] = dict.fromkeys(("R", "limit", "every", "clock", "since", "period"), int)
-KINDS |= {"int8": bool, "group": str, "rule": str}
 FREQUENCY = 10.0  # recall frequency of a slot that comes to the store (released `initial_rf_when_moving_stm_to_ltm`)
 DEAD = 0.01  # recall frequency up to which a slot goes
 
@@ -36,65 +30,30 @@ class LongTerm:
     """What a memory has dropped: S slots of each layer, in the order in which they came.
 
     Args:
-        R: slots that each layer retrieves at most; without a store (`limit` 0) the best updates that have no more slots
-            than this together, and at least the best one, stand nearest to the question.
+        settings: how it keeps and retrieves. With `keep` off the best updates that have no more slots than R together,
+            and at least the best one, stand nearest to the question.
         places: of each of the memory's own M slots its place within the update that wrote it, [L, M] int32, on the CPU.
         ranges: the stored slots.
-        limit: bytes of stored slots; the first that came are the first to go. 0: what is dropped is lost.
-        int8: slots are stored in 8 bits, with a scale for every 32 of their numbers.
-        group: what is retrieved together: "update" (what one update wrote; the best ones whole, as R allows) or "slot".
-        every: tokens of an answer after which is retrieved again, by what was said since; 0: never.
-        rule: which slots go: "oldest", or "frequency", the released one.
         clock: slots written to each layer so far; in "frequency" a stored slot's age is this less its order.
         frequencies: of "frequency", of the stored slots that it has counted in, [L, S - not yet counted in] float32.
         since: of "frequency", slots written since it last counted.
-        period: of "frequency", slots to be written until it counts again.
 
     Raises:
         ValueError: sizes that make no sense.
     """
 
-    R: int
+    settings: LongTermSettings
     places: Tensor
     ranges: tuple[BlockRange, ...] = ()
-    limit: int = LIMIT
-    int8: bool = False
-    group: str = "update"
-    every: int = 64
-    rule: str = "oldest"
     clock: int = 0
     frequencies: Tensor | None = None
     since: int = 0
-    period: int = 0
     _cache: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_cache", {})
-        for name, kind in KINDS.items():
-            if type(getattr(self, name)) is not kind:
-                raise ValueError(f"{name} of a long-term memory is {kind.__name__}, got {getattr(self, name)!r}.")
-        if self.R < 1:
-            raise ValueError(f"a long-term memory retrieves at least one slot, got R={self.R}.")
-        if self.limit < 0:
-            raise ValueError(f"the limit is a number of bytes, got {self.limit}.")
-        if self.every < 0:
-            raise ValueError(f"`every` is a number of tokens, 0 for never: got {self.every}.")
-        if self.group not in GROUPS:
-            raise ValueError(f"group must be one of {', '.join(GROUPS)}, got {self.group!r}.")
-        if self.rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}.")
-        if self.rule == "frequency" and self.period < 1:
-            raise ValueError(f"the rule frequency needs a period of at least 1 slot written, got {self.period}.")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What it was made with and has counted, without tensors."""
-        return {name: getattr(self, name) for name in SETTINGS}
-
-    @property
-    def chosen_settings(self) -> dict[str, Any]:
-        """What it was made with."""
-        return {name: getattr(self, name) for name in CHOSEN}
+        if self.settings.R < 1:
+            raise ValueError(f"a long-term memory retrieves at least one slot, got R={self.settings.R}.")
 
     # --- what is there ----------------------------------------------------------------------------------------------
 
@@ -143,23 +102,13 @@ class LongTerm:
         """Slots that each layer retrieves: R, or as many as the layer with the fewest has."""
         if "most" not in self._cache:
             self._cache["most"] = self.occupied.sum(1).min() if self.ranges else torch.tensor(0)
-        return min(self.R, int(self._cache["most"]))
+        return min(self.settings.R, int(self._cache["most"]))
 
     def slots_left(self, sources: int) -> Tensor:
         """Stored slots of each source in each layer, [number of sources, L] int64."""
         origins = self.column("origins").where(self.occupied, NO_SLOT)
         counts = [row[row >= 0].bincount(minlength=sources) for row in origins]
         return torch.stack(counts, dim=1) if counts else torch.zeros(sources, 0, dtype=torch.long)
-
-    @property
-    def takes(self) -> int:
-        """Slots that each layer retrieves once there are as many; 0 without a store."""
-        return self.R if self.limit else 0
-
-    @property
-    def arranges(self) -> bool:
-        """Whether there is no store, and a question finds the memory's own slots in an order of its own."""
-        return self.limit == 0 and self.group == "update"
 
     # --- what changes it --------------------------------------------------------------------------------------------
 
@@ -184,12 +133,12 @@ class LongTerm:
         """
         places = torch.cat([self.places.gather(1, stays), torch.arange(k, dtype=torch.int32).expand(len(stays), k)], 1)
         clock = self.clock + k
-        if self.rule == "frequency":  # in the released code a slot ages from when it is dropped
+        if self.settings.rule == "frequency":  # in the released code a slot ages from when it is dropped
             orders = clock - (k - 1) + self.places.gather(1, dropped).long()
         else:
             orders = written(births.gather(1, dropped), self.places.gather(1, dropped))
         following = replace(self, places=places, clock=clock)
-        if dropped.shape[1] and self.limit:
+        if dropped.shape[1] and self.settings.keep:
             index = dropped.to(slots.device)[..., None].expand(-1, -1, slots.shape[2])
             some = StoredSlots(
                 self._packed(slots.detach().gather(1, index)).cpu(),
@@ -199,15 +148,15 @@ class LongTerm:
                 keys,
             )
             following = following.appended(some)
-        return (following._counted(k) if self.rule == "frequency" else following)._within()
+        return (following._counted(k) if self.settings.rule == "frequency" else following)._within()
 
     def _packed(self, slots: Tensor) -> Tensor:
-        return packed(slots) if self.int8 else slots
+        return packed(slots) if self.settings.int8 else slots
 
     def slots(self, span: BlockRange, i: int, places: Tensor | slice, like: Tensor) -> Tensor:
         """Slots of layer i at places of a span's block, [s, d], in the type and on the device of `like`."""
         found = span.block.slots[i][places].to(like.device)
-        return (unpacked(found, like.shape[-1]) if self.int8 else found).to(like.dtype)
+        return (unpacked(found, like.shape[-1]) if self.settings.int8 else found).to(like.dtype)
 
     def appended(self, some: StoredSlots) -> LongTerm:
         """The store with more slots behind; only these are copied."""
@@ -266,7 +215,7 @@ class LongTerm:
 
     def _within(self) -> LongTerm:
         """The store within its limit."""
-        surplus = self.S - self.limit // self._each if self.ranges else 0
+        surplus = self.S - self.settings.limit // self._each if self.ranges else 0
         if surplus <= 0:
             return self
         frequencies = None if self.frequencies is None else self.frequencies[:, surplus:]
@@ -288,12 +237,12 @@ class LongTerm:
         Those of a layer stay as they are where no more than R would be left.
         """
         since = self.since + k
-        if since < self.period:
+        if since < self.settings.period:
             return replace(self, since=since)
         old = self.frequencies if self.frequencies is not None else torch.zeros(len(self.places), 0)
         all_ = torch.nn.functional.pad(old, (0, self.S - old.shape[1]), value=FREQUENCY)
         fewer = torch.where(all_ > DEAD, all_ - 1, all_)
-        enough = ((fewer > DEAD).sum(1) > self.R)[:, None]
+        enough = ((fewer > DEAD).sum(1) > self.settings.R)[:, None]
         following = replace(self, frequencies=torch.where(enough, fewer, all_), since=0)
         first = following.occupied.any(0).long()
         start = int(first.argmax()) if first.any() else following.S
@@ -302,9 +251,15 @@ class LongTerm:
         return replace(following._from(start), frequencies=following.frequencies[:, start:])
 
 
-def empty(L: int, M: int = 0, **settings: object) -> LongTerm:
-    """A store that holds nothing, for a memory of M slots in each of L layers; the settings are those of `LongTerm`."""
-    return LongTerm(places=torch.zeros(L, M, dtype=torch.int32), **settings)  # type: ignore[arg-type]
+def empty(L: int, settings: LongTermSettings, M: int = 0) -> LongTerm:
+    """A store that holds nothing, for a memory of M slots in each of L layers that one update has written."""
+    return LongTerm(settings, torch.arange(M, dtype=torch.int32).expand(L, M))
+
+
+def of(memory: Memory) -> LongTerm | None:
+    """The long-term part of a memory, if there is one."""
+    assert memory.longterm is None or isinstance(memory.longterm, LongTerm)
+    return memory.longterm
 
 
 def written(births: Tensor, places: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from latentmem.decoder.attention import KV
 from latentmem.decoder.cache import KVPrefix, attention_mask, memory_cache
 from latentmem.decoder.decoder import Decoder
 from latentmem.decoder.hooks import layers_seen
+from latentmem.longterm import longterm
 from latentmem.longterm.blocks import Block, BlockRange
 from latentmem.longterm.longterm import LongTerm, written
 from latentmem.longterm.ranking import best, marks, together
@@ -111,7 +112,7 @@ class Retriever:
     @torch.no_grad()
     def new_keys(self, memory: Memory, dropped: Tensor) -> Tensor | None:
         """What a trained retriever makes of slots [L, count] of a memory that go to its store, [L, count, width]."""
-        if self.projectors is None or memory.longterm is None or not memory.longterm.limit:
+        if self.projectors is None or memory.longterm is None or not memory.longterm.settings.keep:
             return None
         found = []
         for i, pair in enumerate(self.projectors.key):
@@ -162,9 +163,9 @@ class Retriever:
             asking: which of the tokens say what is asked, and are no frame around it, [n] bool; for a trained
                 retriever all count, as it was trained.
         """
-        store, L = memory.longterm, self.decoder.L
+        store, L = longterm.of(memory), self.decoder.L
         assert store is not None
-        if store.group == "update":
+        if store.settings.group == "update":
             return self._by_update(memory, store, self._heard(prefix, ids), asking)
         in_front = torch.arange(store.most + memory.M)  # as in the released code
         found = Retrieval([], [in_front] * L)
@@ -209,7 +210,7 @@ class Retriever:
         best_first = total.argsort(descending=True, stable=True)
         i = self.layers_searched[0]
         sizes = births[i][births[i] >= 0].bincount(minlength=len(total))[best_first]
-        last = max(1, int((sizes.cumsum(0) <= (store.R if store.arranges else store.most)).sum()))
+        last = max(1, int((sizes.cumsum(0) <= (store.most if store.settings.keep else store.settings.R)).sum()))
         rank = best_first.argsort()
         found = Retrieval([], [])
         for i in range(self.decoder.L):
@@ -298,10 +299,11 @@ class RetrievedPrefix(KVPrefix):
 
     @staticmethod
     def of(recall: Retriever, memory: Memory, prefix: Prefix, chosen: Retrieval, asked: Tensor) -> RetrievedPrefix:
-        assert memory.longterm is not None
+        store = longterm.of(memory)
+        assert store is not None
         made: dict[int, KV] = {}
         now = Retrieval(list(chosen.places), list(chosen.order))
-        make = [partial(recall.layer, prefix, memory.longterm, now, i) for i in range(len(now.places))]
+        make = [partial(recall.layer, prefix, store, now, i) for i in range(len(now.places))]
         layers = [partial(_once, made, i, one) for i, one in enumerate(make)]
         return RetrievedPrefix(prefix.P + chosen.R, layers, recall, memory, prefix, now, chosen, asked, made)
 
@@ -309,7 +311,7 @@ class RetrievedPrefix(KVPrefix):
     def every(self) -> int:
         """Tokens of an answer after which is searched again."""
         assert self.memory.longterm is not None
-        return self.memory.longterm.every
+        return self.memory.longterm.settings.every
 
     def reads_like(self, other: KVPrefix) -> bool:
         """Whether a prompt that was read behind this front reads the same behind another one of the same memory."""
@@ -331,7 +333,7 @@ def arranged(memory: Memory, store: LongTerm, i: int, places: Tensor, ranks: Ten
         places: of the retrieved slots, oldest first, [R].
         ranks: of the update of each of [retrieved ; slots], 0 for the best, [R + M].
     """
-    if store.rule == "oldest":
+    if store.settings.rule == "oldest":
         own = written(memory.births[i], store.places[i])
         order = torch.cat([store.column("orders")[i][places], own]).argsort(stable=True)
     else:  # orders of another kind

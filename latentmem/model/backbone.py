@@ -16,6 +16,7 @@ from transformers import Cache, PreTrainedModel
 
 from latentmem.core.memory import Memory
 from latentmem.core.read import Prefix, read
+from latentmem.core.settings import MemorySettings
 from latentmem.core.write import first_states
 from latentmem.decoder import attention, linear
 from latentmem.decoder.adapters import READ, Adapters, bits, changes
@@ -23,6 +24,7 @@ from latentmem.decoder.attention import KV
 from latentmem.decoder.cache import functional_cache
 from latentmem.decoder.decoder import Decoder
 from latentmem.errors import OtherModelError, TooLongError
+from latentmem.longterm import longterm as longterms
 from latentmem.longterm.search import Projectors, Retrieval, Retriever
 from latentmem.model.prompts import Prompts, Style
 
@@ -42,20 +44,6 @@ class Trained:
     bos: Tensor
     mark: Tensor
     pool: Memory
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The memory that trained adapters were trained with: what `empty` makes unless told otherwise.
-
-    Args:
-        N, K, compression, choice: as in `Memory`.
-    """
-
-    N: int
-    K: int
-    compression: int
-    choice: str = "last"
 
 
 class Prefixes:
@@ -117,7 +105,7 @@ class Backbone:
         style: Style | None = None,
         adapters: Adapters | None = None,
         trained: Trained | None = None,
-        shape: Shape | None = None,
+        shape: MemorySettings | None = None,
         projectors: Projectors | None = None,
         first_token: int | None = None,
         identity: str | None = None,
@@ -220,7 +208,7 @@ class Backbone:
         if self.trained:  # a checkpoint was trained behind its pool
             return self.limit
         M = min(memory.N, memory.M + more)
-        R = memory.longterm.takes if memory.longterm is not None and more else memory.R
+        R = memory.longterm.settings.takes if memory.longterm is not None and more else memory.R
         return self.limit - (1 + R + M if R + M else 0)
 
     def fits(self, memory: Memory, n: int, new: int = 0) -> None:
@@ -301,8 +289,8 @@ class Backbone:
             return under_read
 
         hidden = torch.cat([self.first, memory.slots.to(self.decoder.device)], dim=1)
-        if memory.longterm is not None and chosen:
-            store, s, layers = memory.longterm, self.first.shape[1], []
+        if (store := longterms.of(memory)) is not None and chosen:
+            s, layers = self.first.shape[1], []
             for i, (places, order) in enumerate(zip(chosen.places, chosen.order, strict=True)):
                 both = torch.cat([self.retriever.slots(store, i, places), hidden[i, s:]])
                 layers.append(both[order.to(both.device)])

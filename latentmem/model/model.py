@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache
 
 from latentmem.core.memory import Memory
+from latentmem.core.settings import LongTermSettings, MemorySettings
 from latentmem.decoder.cache import KVPrefix
 from latentmem.files import snapshot as _snapshot  # noqa: F401 - gives `Memory` its `save` and `load`
 from latentmem.model import beginning, context, generating, provenance, scoring, writing
@@ -36,7 +37,7 @@ class MemoryModel(Backbone):
         style: how texts and questions are put.
         adapters: the write/read pair inside `base`, if any.
         trained: bos, mark and pool of a released checkpoint, if any.
-        shape: of the memory that the adapters were trained with, if it is known.
+        shape: settings of the memory that the adapters of the preset "exact" were trained with, if they are known.
         projectors: a trained retriever of a long-term memory, if any.
         first_token: id of the sink; by default bos, else the first id of the chat template.
         identity: hash of the weights; by default `fingerprint(base)`.
@@ -53,9 +54,10 @@ class MemoryModel(Backbone):
         K: int | None = None,
         preset: str | None = None,
         compression: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         choice: str | None = None,
-        longterm: int | Mapping[str, Any] | None = None,
+        longterm: int | Mapping[str, object] | LongTermSettings | None = None,
+        settings: MemorySettings | None = None,
     ) -> Memory:
         """A memory to begin with: one that holds nothing, or, for a released checkpoint, the checkpoint's own pool.
 
@@ -66,16 +68,19 @@ class MemoryModel(Backbone):
             K: slots that one update may write per layer; by default 256, or an eighth of a smaller N.
             preset: "exact" (default) or "paper"; see `core.write`.
             compression: tokens per slot, by default 1, "exact" only; above 1 only a trained model reads them well.
-            seed: determines every random drop.
+            seed: determines every random drop, by default 0.
             choice: which token of c becomes a slot, by default "last" of each group; "surprise" those of a piece that
                 were expected least.
             longterm: R, the slots that a question takes from what the memory has dropped, or a mapping with it and more
-                fields of `longterm.LongTerm`; by default what is dropped is lost.
+                of `LongTermSettings`; by default what is dropped is lost.
+            settings: all of these and more in one object; what is given beside it goes before.
 
         Raises:
             ValueError: sizes that do not fit each other, the model's context, or the checkpoint.
         """
-        return beginning.empty(self, N, K, preset, compression, seed, choice, longterm)
+        sizes = {"N": N, "K": K, "preset": preset, "compression": compression, "seed": seed, "choice": choice}
+        asked = (settings or MemorySettings()).given(**sizes, longterm=LongTermSettings.of(longterm))
+        return beginning.empty(self, asked)
 
     def blank(self) -> Memory:
         """A memory without a slot, so that the plain model answers, also for a checkpoint with a pool of its own."""

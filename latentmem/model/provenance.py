@@ -7,6 +7,7 @@ from torch import Tensor
 
 from latentmem.core.memory import Memory
 from latentmem.decoder import attention
+from latentmem.longterm import longterm
 from latentmem.longterm.search import Retrieval
 from latentmem.model.backbone import Backbone, Ids
 from latentmem.model.context import retrieve
@@ -44,8 +45,8 @@ def sources_of(llm: Backbone, memory: Memory, question: str | list[Message], ans
     mass, chosen = attended(llm, memory, asked, said)
     mass = mass / mass.sum(1, keepdim=True)
     origins = memory.origins
-    if memory.longterm is not None and chosen:
-        retrieved = memory.longterm.column("origins").gather(1, torch.stack(chosen.places))
+    if (store := longterm.of(memory)) is not None and chosen:
+        retrieved = store.column("origins").gather(1, torch.stack(chosen.places))
         origins = torch.cat([retrieved, origins], dim=1)
     names = {i: source.name for i, source in enumerate(memory.sources)}
     older = {-1: ""} if (origins < 0).any() else {}

@@ -36,6 +36,7 @@ from latentmem.core import sources as source_ops
 from latentmem.core.memory import Memory
 from latentmem.errors import InUseError, NotFoundError
 from latentmem.files import snapshot
+from latentmem.longterm import longterm as longterms
 from latentmem.longterm.blocks import Block
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Message
@@ -448,7 +449,7 @@ class Store:
         """
         memory, expiries = self.open(name, version), self._journal.expiries(self._id(name))
         survives = {t: source_ops.forecast(memory, t) for t in ahead}
-        found, longterm = [], memory.longterm
+        found, longterm = [], longterms.of(memory)
         kept = longterm.slots_left(len(memory.sources)) if longterm is not None else torch.zeros(len(memory.sources), 1)
         for source, slots, more in zip(memory.sources, memory.slots_left(), kept, strict=True):
             left = slots.double().mean().item() / source.slots
@@ -561,10 +562,7 @@ class Store:
             raise ValueError(
                 f"{name!r} began with a memory that held something already; its journal can not rebuild it."
             )
-        ways = {what: getattr(start, what) for what in ("N", "K", "preset", "compression", "seed", "choice")}
-        if start.longterm is not None:
-            ways["longterm"] = start.longterm.chosen_settings
-        self.create(new, replace(llm.empty(**ways), quota=start.quota))
+        self.create(new, llm.empty(settings=start.settings))
         path = [row for row in reversed(path[:-1]) if row.state != "failed"]
         writes = [row for row in path if row.event == "write"]
         told = _Told(progress, [_length(llm, row) for row in writes] if progress else [])
@@ -1106,7 +1104,8 @@ class _Cache:
 
 def _size(memory: Memory) -> int:
     """Bytes of a memory's tensors; of its long-term part what is not shared with others yet."""
-    spans = memory.longterm.ranges[-1:] if memory.longterm is not None else ()
+    longterm = longterms.of(memory)
+    spans = longterm.ranges[-1:] if longterm is not None else ()
     tail = sum(span.block.slots[:, span.start : span.end].nbytes for span in spans if not span.sealed)
     return tail + sum(t.numel() * t.element_size() for t in (memory.slots, memory.births, memory.origins))
 

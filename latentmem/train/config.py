@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentmem.core.memory import CHOICES, PAPER_PIECE, PRESETS
+from latentmem.core.settings import CHOICES, PAPER_PIECE, PRESETS
 
 OBJECTIVES = (
     "new_knowledge",

@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from latentmem.core import memory as memories
 from latentmem.core.memory import Memory
+from latentmem.core.settings import MemorySettings
 from latentmem.core.write import write_exact, write_exact_rows, write_paper
 from latentmem.decoder.adapters import READ, WRITE
 from latentmem.decoder.attention import KV, begin
@@ -105,7 +106,7 @@ class Learner(nn.Module):
         """The model as it is used, with the weights of now; in "paper" with an empty pool."""
         if self.bos is not None and self.mark is not None:
             llm, d = self.llm, self.llm.decoder
-            pool = memories.empty(d.L, d.d, dtype=d.dtype, device=d.device, N=N, K=self.K, preset="paper")
+            pool = memories.empty(d.L, d.d, dtype=d.dtype, device=d.device, settings=MemorySettings(N, self.K, "paper"))
             assert llm.adapters is not None
             of: Any = {"model": llm.identity, "adapters": llm.adapters.identity, "tokenizer": llm.tokenizer_identity}
             mark = self.mark.detach().to(d.dtype)

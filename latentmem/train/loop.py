@@ -43,6 +43,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from latentmem.core import memory as memories
 from latentmem.core.memory import Memory
+from latentmem.core.settings import MemorySettings
 from latentmem.decoder import adapters as pairs
 from latentmem.decoder.adapters import READ
 from latentmem.loading import load as loading
@@ -533,14 +534,9 @@ def _empty_pool(config: Config, llm: MemoryModel) -> Memory:
     return memories.empty(
         llm.decoder.L,
         llm.decoder.d,
+        MemorySettings(m.N, m.K, m.preset, m.compression, m.choice, config.seed),
         dtype=llm.decoder.dtype,
         device=llm.decoder.device,
-        N=m.N,
-        K=m.K,
-        preset=m.preset,
-        compression=m.compression,
-        choice=m.choice,
-        seed=config.seed,
     )
 
 

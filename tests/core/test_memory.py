@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentmem.core.memory import Memory, Source, draw, empty, half_life, kept, survival, update
+from latentmem.core.settings import MemorySettings
 from latentmem.core.sources import forecast, forget, pin
 from latentmem.testing import labelled_memory
 
@@ -17,7 +18,7 @@ def holding(L, M, N, K, *, seed=0, updates=0, d=1):
     """A memory whose slots are labelled 0..M-1 in every layer, all older than the memory."""
     slots = torch.arange(M, dtype=torch.float32)[None, :, None].repeat(L, 1, d)
     old = torch.zeros(L, M, dtype=torch.int32)
-    return Memory(slots, old, old - 1, N, K, seed=seed, updates=updates)
+    return Memory(slots, old, old - 1, MemorySettings(N, K, seed=seed), updates=updates)
 
 
 def labels(L, k, first):
@@ -263,7 +264,7 @@ def test_the_next_memory_is_unsaved_and_points_to_its_newest_saved_ancestor():
 
 def test_an_update_keeps_what_it_does_not_change():
     memory = replace(
-        empty(2, 3, N=8, K=2, compression=4, seed=9), model="m", adapters="a", tokenizer="t", model_name="n"
+        empty(2, 3, MemorySettings(8, 2, compression=4, seed=9)), model="m", adapters="a", tokenizer="t", model_name="n"
     )
     after = update(memory, torch.zeros(2, 2, 3))
     for name in ("N", "K", "preset", "compression", "seed", "model", "adapters", "tokenizer", "model_name"):
@@ -272,9 +273,9 @@ def test_an_update_keeps_what_it_does_not_change():
 
 
 def test_a_piece_is_k_times_c_tokens_and_512_in_the_preset_paper():
-    assert empty(1, 1, N=8, K=4).piece == 4
-    assert empty(1, 1, N=8, K=4, compression=3).piece == 12
-    assert empty(1, 1, N=8, K=4, preset="paper").piece == 512
+    assert empty(1, 1, MemorySettings(N=8, K=4)).piece == 4
+    assert empty(1, 1, MemorySettings(N=8, K=4, compression=3)).piece == 12
+    assert empty(1, 1, MemorySettings(N=8, K=4, preset="paper")).piece == 512
 
 
 # --- pins -----------------------------------------------------------------------------------------------------------
@@ -320,13 +321,13 @@ def test_the_quota_bounds_what_is_pinned_when_pinning_and_when_a_pinned_source_g
         update(held, labels(3, 2, 0), source="a")
     with pytest.raises(ValueError, match="10 of N=12"):
         pin(held, "b")
-    pin(replace(held, quota=0.9), "b")
+    pin(held.with_settings(quota=0.9), "b")
     assert update(held, labels(3, 2, 0), source="b").M == 12
     with pytest.raises(ValueError, match="no source 'z'"):
         pin(memory, "z")
     for quota in (-0.1, 1.1):
         with pytest.raises(ValueError, match="between 0 and 1"):
-            replace(memory, quota=quota)
+            memory.with_settings(quota=quota)
 
 
 def test_an_update_that_does_not_fit_beside_what_is_pinned_is_refused():
@@ -363,7 +364,7 @@ def _books(memory, layer):
 
 def test_forgetting_spares_what_is_pinned_and_forgets_what_is_pinned_when_told():
     memory = stream_of(*"abcabcdabe")
-    held = pin(replace(memory, quota=1.0), "e")
+    held = pin(memory.with_settings(quota=1.0), "e")
     names = [source.name for source in memory.sources]
     after = forget(held, "b")
     assert after.slots_left()[-1].tolist() == held.slots_left()[names.index("e")].tolist()
@@ -407,7 +408,7 @@ def test_the_forecast_is_what_is_left_on_average_also_beside_pins():
         expected = forecast(memory, t)
         assert abs(torch.stack(left).mean().item() - expected) < 0.025, pinned
         assert expected == pytest.approx((1 - K / (N - 4 * pinned)) ** (t - 2))
-    assert forecast(pin(replace(memory, quota=1.0), "a"), 1000) < 1e-9
+    assert forecast(pin(memory.with_settings(quota=1.0), "a"), 1000) < 1e-9
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
@@ -418,7 +419,7 @@ def test_the_forecast_is_what_is_left_on_average_also_beside_pins():
     [
         ({"N": 4, "K": 5}, "K=5, N=4"),
         ({"N": 4, "K": 0}, "K=0"),
-        ({"N": 0, "K": 0}, "between 1 and the capacity"),
+        ({"N": 0, "K": 0}, "N=0"),
         ({"compression": 0}, "compression"),
         ({"compression": 2, "preset": "paper"}, "compression"),
         ({"preset": "papers"}, "exact, paper"),
@@ -426,7 +427,7 @@ def test_the_forecast_is_what_is_left_on_average_also_beside_pins():
 )
 def test_settings_that_do_not_belong_together_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        empty(1, 1, **{"N": 8, "K": 4, **arguments})
+        empty(1, 1, MemorySettings(**{"N": 8, "K": 4, **arguments}))
 
 
 @pytest.mark.parametrize(

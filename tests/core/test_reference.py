@@ -12,6 +12,7 @@ from transformers import StoppingCriteria
 
 from latentmem.core.memory import Memory, draw, kept, update
 from latentmem.core.read import read
+from latentmem.core.settings import MemorySettings
 from latentmem.core.write import write_paper
 from latentmem.decoder.attention import NAME
 from latentmem.decoder.cache import attention_mask
@@ -44,7 +45,7 @@ def released(attention="sdpa"):
     base = tiny(attention)
     L, d = base.config.num_hidden_layers, base.config.hidden_size
     old = torch.zeros(L, N, dtype=torch.int32)
-    pool = Memory(random(L, N, d), old, old - 1, N, K, "paper", model=fingerprint(base))
+    pool = Memory(random(L, N, d), old, old - 1, MemorySettings(N, K, "paper"), model=fingerprint(base))
     return MemoryModel(base, trained=Trained(random(L, 1, d, seed=1), random(d, seed=2), pool))
 
 

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from latentmem.core.memory import Memory, draw, kept, update
 from latentmem.core.read import read
+from latentmem.core.settings import MemorySettings
 from latentmem.decoder.adapters import READ, WRITE, Adapters, insert
 from latentmem.loading.trained import born
 from latentmem.model.backbone import Trained, fingerprint
@@ -45,7 +46,9 @@ def adapted(preset="exact"):
         return MemoryModel(base, adapters=adapters, identity=identity)
     L, d = base.config.num_hidden_layers, base.config.hidden_size
     old = torch.zeros(L, N, dtype=torch.int32)
-    pool = Memory(random(L, N, d), old, old - 1, N, K, preset, model=identity, adapters=adapters.identity)
+    pool = Memory(
+        random(L, N, d), old, old - 1, MemorySettings(N, K, preset), model=identity, adapters=adapters.identity
+    )
     return MemoryModel(base, adapters=adapters, identity=identity, trained=Trained(random(L, 1, d), random(d), pool))
 
 

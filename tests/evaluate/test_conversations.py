@@ -163,7 +163,7 @@ def test_the_memory_holds_the_sessions_under_their_names_in_order(llm):
     assert [source.name for source in memory.sources] == ["session 1", "session 2", "session 3"]
     assert memory.updates >= 3
     longterm = worker._written("longterm", worker.data[0])
-    assert (longterm.N, longterm.longterm.R, longterm.updates) == (448, 64, memory.updates)
+    assert (longterm.N, longterm.longterm.settings.R, longterm.updates) == (448, 64, memory.updates)
 
 
 def test_the_table_is_by_category_and_adversarial_questions_count_apart():

@@ -15,6 +15,7 @@ import torch
 from latentmem import cli
 from latentmem.cli.evaluation import editing as command
 from latentmem.core.memory import Memory
+from latentmem.core.settings import MemorySettings
 from latentmem.evaluate.baselines.editors import Unwritten
 from latentmem.evaluate.baselines.passages import indexed, nearest
 from latentmem.evaluate.data import edits
@@ -70,7 +71,9 @@ def released():
     L, d = llm.decoder.L, llm.decoder.d
     slots, bos, mark = (torch.randn(shape, generator=generator) for shape in ((L, 12, d), (L, 1, d), (d,)))
     old = torch.zeros(L, 12, dtype=torch.int32)
-    pool = Memory(slots, old, old - 1, 12, 4, "paper", model=llm.identity, tokenizer=llm.tokenizer_identity)
+    pool = Memory(
+        slots, old, old - 1, MemorySettings(12, 4, "paper"), model=llm.identity, tokenizer=llm.tokenizer_identity
+    )
     return llm.with_trained(Trained(bos, mark, pool))
 
 
@@ -289,7 +292,7 @@ def test_a_long_term_part_has_the_edits_that_the_memory_has_dropped(llm, tmp_pat
     worker = Editing(llm, made(), Settings(N=32, edits=2, rows=rows, sequence=(6,)), tmp_path)
     way, edits = worker.ways["longterm"], worker.data.edits
     begun = way.start("e0")
-    assert (begun.N, begun.M, begun.longterm.R, begun.longterm.limit) == (24, 24, 8, editing.LIMIT)
+    assert (begun.N, begun.M, begun.longterm.settings.R, begun.longterm.settings.limit) == (24, 24, 8, editing.LIMIT)
     memory = begun
     for edit in edits:
         memory = way.edit(memory, edit)
@@ -325,7 +328,7 @@ def test_a_checkpoint_edits_its_own_pool_as_it_comes_and_other_models_have_none(
     assert [source.name for source in after.sources] == ["e0"]
     found = released.with_trained(replace(released.trained, pool=released.empty(longterm=2)))
     assert Editing(found, made(), replace(settings, rows=("none", "longterm")), tmp_path).rows == ["none"]
-    assert Editing(released, made(), replace(settings, rows=("longterm",)), tmp_path)._longterm.longterm.R == 3
+    assert Editing(released, made(), replace(settings, rows=("longterm",)), tmp_path)._longterm.longterm.settings.R == 3
     for model, row in ((llm, "memory-own"), (released, "memory-empty"), (found, "longterm")):
         with pytest.raises(ValueError, match=f"only a checkpoint has memory-own; got {row} for tiny"):
             Editing(model, made(), replace(settings, rows=(row,)), tmp_path)

@@ -15,6 +15,7 @@ import torch
 
 from latentmem import cli
 from latentmem.core.memory import Memory
+from latentmem.core.settings import MemorySettings
 from latentmem.evaluate import stats
 from latentmem.evaluate.baselines.tuned import Tuned
 from latentmem.evaluate.data import synthetic
@@ -246,8 +247,8 @@ def test_of_many_checkpoints_ten_are_shown_with_the_last():
 def test_slots_are_looked_at_layer_by_layer_and_broken_numbers_counted():
     values = torch.tensor([[[3.0, 4.0], [0.0, 1.0]], [[math.nan, 0.0], [math.inf, 0.0]]])
     zeros = torch.zeros(2, 2, dtype=torch.int32)
-    before = Memory(values, zeros, zeros, N=8, K=2)
-    after = Memory(values, zeros, zeros, N=8, K=2, updates=2, sources=(integrity_source(3),))
+    before = Memory(values, zeros, zeros, MemorySettings(8, 2))
+    after = Memory(values, zeros, zeros, MemorySettings(8, 2), updates=2, sources=(integrity_source(3),))
     record = integrity._slots(after, before, 2)
     assert (record["norms"][0], record["variances"][0], record["broken"], record["K"]) == (3.0, 8.0, 2, 1.5)
 

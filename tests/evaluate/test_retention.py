@@ -194,7 +194,7 @@ class Checkpoint(Knowing):
 
     def empty(self, seed=0):
         full = memories.update(labelled_memory(LAYERS, 40, 20), torch.zeros(LAYERS, 40, 1), source="pool")
-        return replace(full, origins=full.origins - 1, sources=(), updates=0, seed=seed)
+        return replace(full, origins=full.origins - 1, sources=(), updates=0).with_settings(seed=seed)
 
 
 def work(llm, settings, folder, data=None):
@@ -653,7 +653,7 @@ def test_what_is_measured_is_what_write_and_ask_give(tmp_path, llm):
     for text in data.texts:
         by_fill = {}
         for fill, start in (("full", full), ("empty", llm.empty(N=64, K=32, seed=5))):
-            memory = llm.write(replace(start, seed=retention._seed(5, text.id)), text.text)
+            memory = llm.write(start.with_settings(seed=retention._seed(5, text.id)), text.text)
             by_fill[fill, 0] = memory
             by_fill[fill, 2] = llm.write(llm.write(memory, data.unrelated[0]), data.unrelated[1])
         for question in text.questions:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from latentmem.core.memory import Memory, empty, update
+from latentmem.core.settings import MemorySettings
 from latentmem.core.sources import pin
 from latentmem.decoder.adapters import insert
 from latentmem.files import container, snapshot
@@ -22,12 +23,12 @@ from latentmem.testing import byte_tokenizer, tiny_model
 def written(dtype=torch.float32, d=3):
     """A memory in which no field but the preset has its default value."""
     generator = torch.Generator().manual_seed(0)
-    memory = empty(3, d, dtype=dtype, N=7, K=3, compression=2, choice="surprise", seed=-5)
+    memory = empty(3, d, MemorySettings(7, 3, compression=2, choice="surprise", seed=-5), dtype=dtype)
     for step in range(4):
         new = torch.randn(3, 3, d, generator=generator).to(dtype)
         memory = update(memory, new, source=f"Datei {step % 2} 'ü' \"\n", tokens=5)
     names = {"model": "m", "adapters": "a", "tokenizer": "t", "model_name": "owner/name", "parent": "p"}
-    return replace(memory, quota=0.75, **names)
+    return replace(memory.with_settings(quota=0.75), **names)
 
 
 @pytest.fixture
@@ -88,29 +89,28 @@ def test_every_field_comes_back_to_the_bit(tmp_path, dtype):
             assert getattr(saved, field.name) is not field.default, f"{field.name} proves nothing: its default"
 
 
-def test_a_file_of_before_there_were_a_choice_and_pins_means_the_last_and_none(tmp_path):
-    memory, path = replace(written(), choice="last", quota=0.5), tmp_path / "old.safetensors"
-    memory.save(path)
-    with safe_open(path, "pt") as opened:
-        header = json.loads(opened.metadata()["memory"])
-    del header["choice"], header["quota"]
-    for source in header["sources"]:
-        del source["pinned"]
-    old = json.dumps(header, sort_keys=True)
-    checksum = snapshot._checksum(old, load_file(path))
-    rewritten(path, memory=old, checksum=checksum)
-    assert same(Memory.load(path), replace(memory, version=checksum))
+def test_an_earlier_format_is_refused_with_the_commit_that_reads_it(file):
+    rewritten(file, format="latentmem memory 1")
+    refused(file, "earlier version", "4f1b448")
+
+
+def test_settings_that_are_not_complete_are_refused(file):
+    header = said(file)
+    for name, value in (("N", None), ("seed", "1"), ("more", 1), ("longterm", {"R": 1})):
+        text = json.dumps({**header, "settings": {**header["settings"], name: value}}, sort_keys=True)
+        rewritten(file, memory=text, checksum=snapshot._checksum(text, load_file(file)))
+        refused(file, "altered or damaged", "settings" if name != "seed" else "seed must be int")
 
 
 def test_the_bytes_of_a_memory_are_a_file_of_it_and_equal_in_every_process(tmp_path):
-    memory = pin(replace(written(), quota=1), written().sources[0].name)
+    memory = pin(written().with_settings(quota=1), written().sources[0].name)
     data = snapshot.to_bytes(memory)
     (tmp_path / "a.safetensors").write_bytes(data)
     saved = memory.save(tmp_path / "b.safetensors")
     loaded = Memory.load(tmp_path / "a.safetensors")
     assert same(loaded, saved) and same(snapshot.from_bytes(bytearray(data), "a"), saved)
     assert [source.pinned for source in loaded.sources] == [True, False]
-    assert hashlib.sha256(data).hexdigest() == "857739595c8ceeaac9864b049d44a6d62633ffe2305e9048af5118692edd0b77"
+    assert hashlib.sha256(data).hexdigest() == "00904875c82eb5c59bb5890c874b34cf24fdd8d0714218ecab5e734770aa86d3"
 
 
 def test_bytes_that_are_no_memory_are_refused_by_name():
@@ -155,7 +155,7 @@ def test_an_account_with_other_types_is_refused(file):
 
 
 def test_an_empty_memory_comes_back(tmp_path):
-    memory = empty(3, 4, N=7, K=3, preset="paper").save(tmp_path / "a.safetensors")
+    memory = empty(3, 4, MemorySettings(7, 3, "paper")).save(tmp_path / "a.safetensors")
     loaded = Memory.load(tmp_path / "a.safetensors")
     assert (loaded.L, loaded.M, loaded.d, loaded.preset, loaded.version) == (3, 0, 4, "paper", memory.version)
 
@@ -179,7 +179,7 @@ def test_equal_memories_have_equal_versions_and_any_change_gives_another(tmp_pat
     path, memory = tmp_path / "a.safetensors", written()
     version = memory.save(path).version
     assert version and memory.save(path).version == version
-    changed = [replace(memory, seed=1), replace(memory, tokens=1), replace(memory, slots=memory.slots + 1e-3)]
+    changed = [memory.with_settings(seed=1), replace(memory, tokens=1), replace(memory, slots=memory.slots + 1e-3)]
     changed += [replace(memory, births=memory.births + 1), replace(memory, slots=memory.slots.bfloat16())]
     assert len({version, *(m.save(path).version for m in changed)}) == 6
 
@@ -205,9 +205,10 @@ def test_saving_leaves_the_memory_itself_without_a_version(tmp_path):
 
 def test_the_header_says_what_the_memory_is(file):
     header = said(file)
-    assert (header["N"], header["K"], header["compression"], header["seed"]) == (7, 3, 2, -5)
+    settings = header["settings"]
+    assert (settings["N"], settings["K"], settings["compression"], settings["seed"]) == (7, 3, 2, -5)
     assert header["sources"][0] == {"name": "Datei 0 'ü' \"\n", "tokens": 10, "slots": 6, "pinned": False}
-    assert set(header) == {f.name for f in fields(Memory)} - {"slots", "births", "origins", "longterm", "version"}
+    assert set(header) == {f.name for f in fields(Memory)} - {"slots", "births", "origins", "version"}
 
 
 def test_a_snapshot_is_a_safetensors_file_and_no_pickle(file):
@@ -215,7 +216,7 @@ def test_a_snapshot_is_a_safetensors_file_and_no_pickle(file):
     length = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + length])
     assert set(header) == {"__metadata__", "slots", "births", "origins"}
-    assert header["slots"]["shape"] == [3, 7, 3] and header["__metadata__"]["format"] == "latentmem memory 1"
+    assert header["slots"]["shape"] == [3, 7, 3] and header["__metadata__"]["format"] == "latentmem memory 2"
     assert not data.startswith((b"PK", b"\x80"))
 
 
@@ -261,6 +262,7 @@ def test_a_flipped_bit_anywhere_in_the_header_is_refused_or_means_the_same(file)
 @pytest.mark.parametrize("change", [{"N": 8}, {"seed": 0}, {"sources": []}, {"model": "other"}, {"preset": "paper"}])
 def test_a_changed_header_is_noticed(file, change):
     header = said(file)
+    change = change if set(change) <= set(header) else {"settings": header["settings"] | change}
     rewritten(file, memory=json.dumps({**header, **change}, sort_keys=True))
     refused(file, "altered or damaged", "checksum")
 
@@ -273,7 +275,7 @@ def test_a_header_that_is_no_header_is_refused(file, memory):
 
 def test_a_header_with_a_field_more_or_less_is_refused(file):
     header = said(file)
-    for other in ({**header, "more": 1}, {key: value for key, value in header.items() if key != "seed"}):
+    for other in ({**header, "more": 1}, {key: value for key, value in header.items() if key != "updates"}):
         rewritten(file, memory=json.dumps(other, sort_keys=True))
         refused(file, "header is not complete")
 
@@ -300,8 +302,8 @@ def test_a_tensor_too_many_is_refused(file):
 
 
 def test_a_file_of_another_format_version_is_refused(file):
-    rewritten(file, format="latentmem memory 2")
-    refused(file, "latentmem memory 1", "latentmem memory 2")
+    rewritten(file, format="latentmem memory 3")
+    refused(file, "latentmem memory 2", "latentmem memory 3")
 
 
 def test_another_safetensors_file_is_refused(tmp_path):
@@ -330,7 +332,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(file, monkeypatc
     before = file.read_bytes()
     monkeypatch.setattr(container.DISK, "sync", full)
     with pytest.raises(OSError, match="No space left"):
-        replace(written(), seed=9).save(file)
+        written().with_settings(seed=9).save(file)
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]
 
@@ -343,7 +345,7 @@ def test_a_save_that_is_interrupted_before_the_rename_leaves_the_old_file_and_no
     before = file.read_bytes()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(of, call, interrupted)
-        replace(written(), seed=9).save(file)
+        written().with_settings(seed=9).save(file)
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]
 
@@ -351,7 +353,7 @@ def test_a_save_that_is_interrupted_before_the_rename_leaves_the_old_file_and_no
 def test_a_disk_that_takes_no_more_raises_an_os_error(file):
     resource = pytest.importorskip("resource")
     before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    large = empty(3, 4000, N=7, K=3)
+    large = empty(3, 4000, MemorySettings(7, 3))
     large = update(large, torch.zeros(3, 3, 4000))
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, limits[1]))  # a write beyond fails with EFBIG
     try:
@@ -364,7 +366,7 @@ def test_a_disk_that_takes_no_more_raises_an_os_error(file):
 
 
 def test_a_save_replaces_the_old_file_and_leaves_nothing_else(file):
-    memory = replace(written(), seed=9).save(file)
+    memory = written().with_settings(seed=9).save(file)
     assert Memory.load(file).version == memory.version
     assert list(file.parent.iterdir()) == [file]
 

@@ -10,6 +10,7 @@ from margins import nearly_best
 
 from latentmem.core import memory as memories
 from latentmem.core import sources
+from latentmem.core.settings import LongTermSettings
 from latentmem.longterm import longterm, ranking
 from latentmem.longterm.blocks import NO_SLOT
 from latentmem.longterm.search import Retrieval
@@ -28,7 +29,7 @@ def llm():
 
 def labelled(R=4, N=8, K=4, layers=2, **settings):
     memory = labelled_memory(layers, N, K)
-    return replace(memory, longterm=longterm.empty(layers, R=R, **settings))
+    return replace(memory, longterm=longterm.empty(layers, LongTermSettings(R, **settings)))
 
 
 def write(memory, k, source="text"):
@@ -61,7 +62,8 @@ def twin_of(llm, memory, chosen):
     ]
     slots = torch.stack([some[order] for some, order in zip(both, chosen.order, strict=True)])
     none = torch.zeros(slots.shape[:2], dtype=torch.int32)
-    return replace(memory, longterm=None, N=32, slots=slots, births=none, origins=none)
+    settings = replace(memory.settings, N=32)
+    return replace(memory, longterm=None, settings=settings, slots=slots, births=none, origins=none)
 
 
 def test_what_is_dropped_is_stored_with_its_account():
@@ -128,20 +130,28 @@ def test_forgetting_takes_what_is_stored():
 
 def test_places_must_fit_the_memory():
     with pytest.raises(ValueError, match="not \\[L, M\\]"):
-        replace(write(labelled(), 4), longterm=longterm.empty(2, R=4))
+        replace(write(labelled(), 4), longterm=longterm.empty(2, LongTermSettings(4)))
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        *({"R": 0}, {"limit": -1}, {"every": -1}, {"group": "text"}, {"rule": "newest"}, {"rule": "frequency"}),
+        *(
+            {"R": 0},
+            {"limit": 0},
+            {"limit": -1},
+            {"every": -1},
+            {"group": "text"},
+            {"rule": "newest"},
+            {"rule": "frequency"},
+        ),
         *({"R": True}, {"limit": 1e9}, {"int8": 1}, {"every": 8.0}, {"period": "3"}),  # would not come back from a file
     ],
     ids=str,
 )
 def test_settings_that_make_no_sense(settings):
     with pytest.raises(ValueError, match="got"):
-        longterm.empty(2, **{"R": 4, **settings})
+        longterm.empty(2, LongTermSettings(**{"R": 4, **settings}))
 
 
 def test_marks_are_those_of_a_slow_twin():
@@ -266,7 +276,7 @@ def test_slots_that_the_memory_still_holds_help_to_find_their_update():
 def test_without_a_store_the_best_updates_stand_last():
     """What is dropped is lost; what is there is read in another order, which only the reader sees."""
     llm = MemoryModel(tiny_model(num_hidden_layers=6, initializer_range=0.02), byte_tokenizer())
-    plain, searched = (told(llm, llm.empty(N=24, K=8, longterm=ways), 9) for ways in (None, {"R": 1, "limit": 0}))
+    plain, searched = (told(llm, llm.empty(N=24, K=8, longterm=ways), 9) for ways in (None, {"R": 1, "keep": False}))
     assert torch.equal(plain.slots, searched.slots) and searched.longterm.S == 0 and searched.R == 0
     text = torch.randint(4, 260, (5,), generator=torch.Generator().manual_seed(8))
     plain, searched = (told(llm, llm.write_ids(m, text, source="wanted"), 2, seed=7) for m in (plain, searched))
@@ -282,7 +292,9 @@ def test_without_a_store_the_best_updates_stand_last():
     torch.testing.assert_close(logits, llm.logits(twin_of(llm, searched, chosen), text), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(logits, llm.logits(plain, text), atol=1e-4)
     assert llm.positions(searched) == llm.positions(plain) and llm.room(searched, 9) == llm.room(plain, 9)
-    several = replace(searched, longterm=replace(searched.longterm, R=12))  # the best ones with 12 slots together
+    several = replace(
+        searched, longterm=replace(searched.longterm, settings=LongTermSettings(12, keep=False))
+    )  # the best ones with 12 slots together
     for i, order in enumerate(llm.front(several, text).chosen.order):
         births = several.births[i][order].tolist()
         assert births != sorted(births) and births[-1] == searched.births[i][chosen.order[i]][-1]

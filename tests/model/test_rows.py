@@ -8,6 +8,7 @@ import torch
 from test_adapters import adapted, tiny
 
 from latentmem.core.memory import Memory
+from latentmem.core.settings import MemorySettings
 from latentmem.decoder.adapters import READ
 from latentmem.model.backbone import Trained, fingerprint
 from latentmem.model.model import MemoryModel
@@ -271,7 +272,7 @@ def released(**config):
     base = tiny_model(initializer_range=0.15, **config)
     L, d = base.config.num_hidden_layers, base.config.hidden_size
     old = torch.zeros(L, 12, dtype=torch.int32)
-    pool = Memory(random(L, 12, d, seed=0), old, old - 1, 12, 4, "paper", model=fingerprint(base))
+    pool = Memory(random(L, 12, d, seed=0), old, old - 1, MemorySettings(12, 4, "paper"), model=fingerprint(base))
     return MemoryModel(base, trained=Trained(random(L, 1, d, seed=1), random(d, seed=2), pool))
 
 

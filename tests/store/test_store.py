@@ -16,6 +16,7 @@ import torch
 from filelock import FileLock
 
 from latentmem.core.memory import Memory, draw, empty, update
+from latentmem.core.settings import MemorySettings
 from latentmem.core.sources import forecast, forget, pin
 from latentmem.errors import InUseError, NameTakenError, NotFoundError
 from latentmem.files import snapshot
@@ -499,7 +500,7 @@ def test_a_random_walk_equals_the_slow_store(llm, tmp_path):
 def test_a_chain_of_changes_is_the_same_changes_one_after_another():
     rng, seen = random.Random(11), dict.fromkeys(("update", "pin", "unpin", "forget", "refused"), 0)
     for case in range(60):
-        memory = replace(empty(3, 4, N=20, K=6, seed=case), quota=rng.choice([0.3, 1.0]))
+        memory = empty(3, 4, MemorySettings(20, 6, seed=case, quota=rng.choice([0.3, 1.0])))
         for start in range(rng.randrange(5)):
             memory = update(memory, torch.randn(3, rng.randint(1, 6), 4), source=f"old {start % 2}")
         mapped, before = case % 2 == 0, memory
@@ -525,7 +526,7 @@ def test_a_chain_of_changes_is_the_same_changes_one_after_another():
 
 
 def test_a_chain_that_holds_much_goes_on_from_what_is_left():
-    memory = empty(2, 1 << 14, N=8, K=8)
+    memory = empty(2, 1 << 14, MemorySettings(8, 8))
     chain, most = Chain(memory), 0
     for i in range(20):
         new, dropped = torch.full((2, 8, memory.d), float(i)), draw(memory, 8)
@@ -629,7 +630,7 @@ def test_an_interrupted_write_is_taken_back_and_an_interrupted_apply_waits_on(ll
 
 def test_a_refused_write_changes_nothing(llm, store):
     live = filled(llm, store, sources="aaa")
-    pinned = pin(replace(live[-1], quota=1.0), "a")
+    pinned = pin(live[-1].with_settings(quota=1.0), "a")
     store.create("full", pinned)
     before = files(store)
     with pytest.raises(ValueError, match="do not fit beside"):
@@ -651,7 +652,7 @@ def test_forgetting_by_slots_is_that_of_the_core_and_older_versions_keep_the_sou
 
 def roomy(llm):
     """Full after a few writes, with room for pins."""
-    return replace(start(llm, N=40), quota=0.9)
+    return start(llm, N=40).with_settings(quota=0.9)
 
 
 def secretive(llm, store):

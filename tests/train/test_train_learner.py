@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from latentmem.core import memory as memories
 from latentmem.core.memory import update
+from latentmem.core.settings import MemorySettings
 from latentmem.core.write import write_exact
 from latentmem.decoder.adapters import READ, WRITE, Adapters, insert
 from latentmem.decoder.cache import attention_mask, functional_cache
@@ -69,7 +70,7 @@ def episode_of(texts=TEXTS, ages=None, *, in_sequence=True, fill=1.0, rows=ROWS,
 def pool_of(learner, updates=0, *, seed=0):
     """A memory that holds what is left of so many updates of five random slots, each slot with its birth."""
     D = learner.llm.decoder
-    pool = memories.empty(D.L, D.d, dtype=D.dtype, N=N, K=K, preset=learner.preset, compression=learner.compression)
+    pool = memories.empty(D.L, D.d, MemorySettings(N, K, learner.preset, learner.compression), dtype=D.dtype)
     for i in range(updates):
         pool = update(pool, random(D.L, 5, D.d, seed=1000 * seed + i + 7).to(D.dtype))
     return pool
@@ -319,7 +320,7 @@ def test_an_episode_is_written_with_its_own_tokens_per_slot(c, in_sequence, from
 def behind(learner, pool):
     """The model, and a memory of its own that holds a pool."""
     llm, memory = model_of(learner)
-    return llm, replace(pool, compression=memory.compression, choice=memory.choice, **identities(memory))
+    return llm, replace(pool.with_settings(compression=memory.compression, choice=memory.choice), **identities(memory))
 
 
 def identities(memory):
@@ -1013,7 +1014,7 @@ def test_more_tokens_per_slot_let_a_text_grow_older(data):
 def test_every_objective_teaches_its_adapters(data, objective):
     learner, (episodes, _) = learner_of(), episodes_of(data, objective, longest=90, at_once=2)
     learner.K = 128
-    pool = replace(pool_of(learner), N=1024, K=128)
+    pool = pool_of(learner).with_settings(N=1024, K=128)
     found = gradients(learner(episodes[0], pool).loss, learner)
     for name, grad in found.items():
         untaught = WRITE in name and (".2." in name or objective in ("recall", "unknown", "unrelated", "chat"))

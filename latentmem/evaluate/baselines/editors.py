@@ -14,7 +14,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -245,7 +244,7 @@ class Written:
         self.llm, self.begin, self.seed = llm, begin, seed
 
     def start(self, name: str) -> Memory:
-        return replace(self.begin(), seed=drawn(self.seed, name))
+        return self.begin().with_settings(seed=drawn(self.seed, name))
 
     def edit(self, state: Memory, edit: Edit) -> Memory:
         return self.llm.write_ids(state, written(self.llm, edit.sentence), edit.id)

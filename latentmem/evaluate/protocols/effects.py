@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
@@ -81,7 +81,7 @@ class Effects:
 
     def _abstention(self, i: int) -> Iterator[Record]:
         text, other = self.data.texts[i], self.data.texts[(i + 1) % len(self.data.texts)]
-        memory = replace(self._full, seed=int.from_bytes(hashlib.sha256(text.id.encode()).digest()[:7], "big"))
+        memory = self._full.with_settings(seed=int.from_bytes(hashlib.sha256(text.id.encode()).digest()[:7], "big"))
         memory = self.llm.write_ids(memory, written(self.llm, text.text), "target")
         kinds = dict(zip(KINDS, (text.questions, self.wrong.get(text.text, ()), other.questions), strict=True))
         for way, context in (("memory", self.llm.behind(memory)), ("floor", in_context(self.llm, ()))):

@@ -16,7 +16,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
@@ -94,7 +94,7 @@ class Forget:
         texts = self.data.texts
         target, *others = (texts[(i + j) % len(texts)] for j in range(self.settings.behind + 2))
         writes = [(others[0], others[0].id), (target, TARGET), *((text, text.id) for text in others[1:])]
-        start = replace(self._full, seed=int.from_bytes(hashlib.sha256(target.id.encode()).digest()[:7], "big"))
+        start = self._full.with_settings(seed=int.from_bytes(hashlib.sha256(target.id.encode()).digest()[:7], "big"))
         control = start
         for text, source in writes:
             if source != TARGET:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from latentmem.core.memory import PAPER_PIECE, Memory
+from latentmem.core.memory import Memory
+from latentmem.core.settings import PAPER_PIECE
 from latentmem.evaluate.protocols.longbench import cut
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel

@@ -34,6 +34,7 @@ from latentmem.evaluate.data.questions import LONGEST
 from latentmem.evaluate.data.sets import Question, QuestionSet, Text
 from latentmem.evaluate.tables import plots, results
 from latentmem.evaluate.tables.summary import Line
+from latentmem.longterm import longterm
 from latentmem.longterm.search import RetrievedPrefix
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
@@ -200,7 +201,7 @@ class Retention:
 
     def _ours(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
         memory = self._full(N) if fill == "full" else self._empty(N)
-        memory = self._write(replace(memory, seed=_seed(self.settings.seed, text.id)), text.text, "target")
+        memory = self._write(memory.with_settings(seed=_seed(self.settings.seed, text.id)), text.text, "target")
         for t in range(max(self.settings.own) + 1):
             if t:
                 memory = self._write(memory, self._other(t - 1), "unrelated")
@@ -281,7 +282,7 @@ class Retention:
         """The stream's memory before a segment: as it was kept, or written anew."""
         if segment and self._kept(N, segment - 1).exists():
             return Memory.load(self._kept(N, segment - 1))
-        memory = replace(self._full(N), seed=_seed(self.settings.seed, "stream"))
+        memory = self._full(N).with_settings(seed=_seed(self.settings.seed, "stream"))
         for step in range(segment * SEGMENT):
             memory = self._write(memory, *self._streamed(step))
         return memory
@@ -303,7 +304,8 @@ class Retention:
             return self.llm.empty(seed=s.seed)
         more: dict[str, Any] = {}
         if s.longterm:
-            more["longterm"] = {"R": s.longterm, "limit": s.longterm_limit, "group": s.group}
+            limit = {"limit": s.longterm_limit} if s.longterm_limit else {"keep": False}
+            more["longterm"] = {"R": s.longterm, "group": s.group, **limit}
         return self.llm.empty(N=N, K=min(N, s.K), compression=s.compression, seed=s.seed, choice=s.choice, **more)
 
     def _fill(self, N: int) -> Memory:
@@ -325,7 +327,7 @@ class Retention:
 
     def _found(self, memory: Memory, question: Question, source: str) -> dict[str, float]:
         """The share of a source's stored slots, or of R where they are more, that a question takes; mean of layers."""
-        store = memory.longterm
+        store = longterm.of(memory)
         if store is None or not memory.R:
             return {}
         number = [s.name for s in memory.sources].index(source)

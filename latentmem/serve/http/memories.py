@@ -22,6 +22,7 @@ from torch import Tensor
 
 from latentmem.core.memory import Memory
 from latentmem.errors import InUseError
+from latentmem.longterm import longterm
 from latentmem.model.model import MemoryModel
 from latentmem.model.streaming import release_threads
 from latentmem.serve.engine.service import OWN_KEY, Missing, Taken
@@ -296,11 +297,12 @@ async def slots(
 
 
 def _picture(name: str, version: int, memory: Memory, writing: schema.Underway | None) -> schema.Slots:
+    store = longterm.of(memory)
     return schema.Slots(
         id=name,
         version=version,
         **{what: getattr(memory, what) for what in ("L", "M", "N", "K", "R", "updates")},
-        stored=int(memory.longterm.occupied.sum(1).max()) if memory.longterm is not None else 0,
+        stored=int(store.occupied.sum(1).max()) if store is not None else 0,
         sources=[source.name for source in memory.sources],
         layers=[_runs(*rows) for rows in zip(memory.origins, memory.births, strict=True)],
         writing=writing,
