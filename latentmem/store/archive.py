@@ -192,6 +192,8 @@ class Reader:
             raise ValueError(f"line {i} of its journal does not belong there")
         if row.event == "write" and (row.state == "applied") != (row.kind != "none"):
             raise ValueError(f"line {i} of its journal is a write without an object, or one too many")
-        if row.state == "pending" and not (row.event == "write" and {"text", "turns", "ids"} & set(says)):
+        if (row.event == "write") != (len({"text", "turns", "ids"} & set(says)) == 1):
+            raise ValueError(f"line {i} of its journal holds no text, more than one, or one too many")
+        if row.state == "pending" and row.event != "write":
             raise ValueError(f"line {i} of its journal waits for what can not be applied")
         return row

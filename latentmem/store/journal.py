@@ -15,7 +15,8 @@ from typing import Any
 
 from latentmem.errors import DamagedError, InUseError, NameTakenError
 
-FORMAT = 1
+FORMAT = 2
+OLDER = "4f1b448"  # the last commit that reads format 1
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE memories (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE);
@@ -45,8 +46,8 @@ CREATE TABLE expiries (
     memory INTEGER NOT NULL REFERENCES memories, source TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY (memory, source)
 );
 CREATE TABLE building (object TEXT NOT NULL, memory INTEGER NOT NULL);
+CREATE TABLE turns (memory INTEGER PRIMARY KEY REFERENCES memories, kept TEXT NOT NULL);
 """
-TURNS = "CREATE TABLE IF NOT EXISTS turns (memory INTEGER PRIMARY KEY REFERENCES memories, kept TEXT NOT NULL)"
 EVENTS = ("create", "import", "write", "rollback", "fork", "pin", "unpin", "forget", "expire")
 STATES = ("pending", "applied", "failed")
 KINDS = ("snapshot", "delta", "none")
@@ -104,7 +105,7 @@ class Journal:
         timeout: seconds to wait for another process.
 
     Raises:
-        ValueError: not a store, of a newer format, or damaged.
+        ValueError: not a store, of another format, or damaged.
     """
 
     def __init__(self, path: Path, timeout: float) -> None:
@@ -116,14 +117,18 @@ class Journal:
             for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "foreign_keys=ON"):
                 self._connection.execute(f"PRAGMA {pragma}")
         with self.transaction():
-            (found,) = self._one("PRAGMA user_version")
-            if found == 0:
+            (number,) = self._one("PRAGMA user_version")
+            if number == 0:
                 for statement in SCHEMA.split(";\n"):
                     self._connection.execute(statement)
                 self._connection.execute(f"PRAGMA user_version={FORMAT}")
-            elif found != FORMAT:
-                raise ValueError(f"{path} has the format {found}, this version reads {FORMAT}. Update latentmem.")
-            self._connection.execute(TURNS)
+            elif number < FORMAT:
+                raise ValueError(
+                    f"{path} has the format {number}, this version reads {FORMAT}. Commit {OLDER} of latentmem reads "
+                    f"it: `latentmem export` there, `latentmem import` here."
+                )
+            elif number > FORMAT:
+                raise ValueError(f"{path} has the format {number}, this version reads {FORMAT}. Update latentmem.")
 
     def close(self) -> None:
         with self._lock:

@@ -49,8 +49,7 @@ from latentmem.store.views import Change, Overview, SourceStats, Version
 from latentmem.version import __version__
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
-JOURNALS = ("text", "hash")
-CONTENTS = ("text", "turns", "ids")  # what can be written, and replayed where the journal keeps it
+CONTENTS = ("text", "turns", "ids")  # what can be written
 Content = str | Sequence[Message] | Sequence[int]
 ATTEMPTS = 3  # broken-off attempts to apply a write before it is given up
 
@@ -65,8 +64,6 @@ class Store:
         path: a folder of this machine, made if it is not there; SQLite's log needs a real disk, no network folder.
         objects: where tensors go: a folder or an fsspec URL such as "s3://bucket/folder". As the store was made, by
             default inside `path`.
-        journal: "text" keeps what was written, so that it can be replayed; "hash" keeps its sha256 alone. As the
-            store was made, by default "text".
         snapshot_every: deltas after which a full snapshot is written.
         cache_bytes: memories that were opened are kept up to this size, the last used ones. Keys and values that a
             model has derived from them come on top.
@@ -74,7 +71,7 @@ class Store:
         disk: the file operations of a folder of objects; for tests.
 
     Raises:
-        ValueError: not a store, of a newer format, damaged, or made with another journal.
+        ValueError: not a store, of another format, or damaged.
         OSError: the folder can not be written.
     """
 
@@ -83,14 +80,11 @@ class Store:
         path: str | Path,
         *,
         objects: str | Path | None = None,
-        journal: str | None = None,
         snapshot_every: int = 16,
         cache_bytes: int = 1 << 30,
         timeout: float = 60,
         disk: Disk | None = None,
     ) -> None:
-        if journal not in (None, *JOURNALS):
-            raise ValueError(f"journal must be one of {', '.join(JOURNALS)}, got {journal!r}.")
         if snapshot_every < 1:
             raise ValueError(f"snapshot_every must be 1 or more, got {snapshot_every}.")
         self.path, self.timeout, self.snapshot_every = Path(path), timeout, snapshot_every
@@ -103,11 +97,6 @@ class Store:
         self._cache = _Cache(cache_bytes)
         self._block_names: weakref.WeakKeyDictionary[Block, tuple[str, int]] = weakref.WeakKeyDictionary()
         self._blocks: weakref.WeakValueDictionary[str, Block] = weakref.WeakValueDictionary()
-        self.journal = self._journal.setting("journal", journal or "text")
-        if journal not in (None, self.journal):
-            raise ValueError(
-                f"{self.path} was made with journal={self.journal!r}, got {journal!r}. Leave it out, or make another."
-            )
         if self._journal.setting("sweep", "no") == "due":
             self.sweep()
 
@@ -314,13 +303,7 @@ class Store:
             known = self._known(name, memory, key, says)
             if known is not None:
                 return _succeeded(known).seq
-            head = self._journal.head(memory)
             _ids(llm, says)
-            if self.journal == "hash":
-                before = self._state(head)
-                llm.check(before)
-                row = Row(memory, "write", head.id, says, key)
-                return self._commit(*self._computed(llm, row, before, self._deltas(head), progress)).seq
             pending = self._append(name, memory, says, key)
             try:
                 self._settle(llm, memory, progress)
@@ -344,10 +327,8 @@ class Store:
             The version that will hold it.
 
         Raises:
-            ValueError: an empty text, a source that has expired, a key of another text, or a store that keeps no text.
+            ValueError: an empty text, a source that has expired, or a key of another text.
         """
-        if self.journal == "hash":
-            raise ValueError("this store keeps no text, so a text can not wait in it; use `write`.")
         memory, says = self._id(name), _said(text, source, role)
         with self._journal.transaction():
             return (self._known(name, memory, key, says) or self._append(name, memory, says, key)).seq
@@ -414,11 +395,12 @@ class Store:
             ValueError: no such memory or version, a missing or damaged object, or writes that wait for a model.
         """
         memory = self._id(name)
-        if version is None and (self._due(memory) or self._journal.pending(memory)):
+        row = self._row(name, memory, version)  # before the look at what waits: a write can be acknowledged meanwhile
+        if version is None and (row.state == "pending" or self._journal.pending(memory) or self._due(memory)):
             with self._alone(name) as memory:
                 self._advance(llm, name, memory)
                 return self._state(self._done(name, self._journal.head(memory)))
-        row = self._done(name, self._row(name, memory, version))
+        row = self._done(name, row)
         try:
             return self._state(row)
         except ValueError:
@@ -527,8 +509,7 @@ class Store:
             The memories that were rewritten.
 
         Raises:
-            ValueError: the journal keeps only hashes, the source was in a memory before its journal began, or `llm`
-                is not the model that wrote it.
+            ValueError: the source was in a memory before its journal began, or `llm` is not the model that wrote it.
         """
         with contextlib.ExitStack() as locks:
             family = self._lock_family(locks, name)
@@ -549,7 +530,7 @@ class Store:
             progress: called after each piece with (tokens done, tokens in all).
 
         Raises:
-            ValueError: the journal keeps only hashes, or the memory held something before its journal began.
+            ValueError: the memory held something before its journal began.
         """
         memory = self._id(name)
         row = self._done(name, self._journal.head(memory))
@@ -605,8 +586,7 @@ class Store:
         """Make a memory from an exported file, with its versions; everything in the file is verified.
 
         Raises:
-            ValueError: a file that is damaged or was not made by `export`, a name that is taken, or texts where this
-                store keeps only hashes; nothing has changed.
+            ValueError: a file that is damaged or was not made by `export`, or a name that is taken. Nothing changes.
         """
         check_name(name)
         try:
@@ -617,8 +597,6 @@ class Store:
             raise
 
     def _take(self, file: archive.Reader, name: str) -> None:
-        if self.journal == "hash" and any(set(CONTENTS) & set(row.payload) for row in file.rows):
-            raise ValueError("the file holds texts, and this store was made to keep only hashes.")
         for row in file.rows:
             named = set((row.made or {}).get("blocks", ()))
             data = bytearray(file.read(row.object)) if row.kind == "snapshot" and row.object else None
@@ -899,18 +877,13 @@ class Store:
         small = deltas + 1 < self.snapshot_every and delta.size(updates) < _size(after)
         what: bytes | Memory = delta.to_bytes(updates) if small else after
         says = row.payload | {"tokens": len(ids), "resolved": role}
-        if self.journal == "hash":
-            says = {what: value for what, value in says.items() if what not in CONTENTS}
         return replace(row, payload=says, state="applied", made=_made(after)), what, after
 
     def _commit(self, row: Row, what: bytes | Memory, after: Memory) -> Row:
         """Put the object of a write on disk, then its row."""
         with self._putting():
             row = self._with_object(row, what)
-            if row.id:
-                self._journal.change(row)
-            else:
-                row = self._journal.append(row)
+            self._journal.change(row)
         self._cache.put(row.id, after)
         return row
 
@@ -991,8 +964,6 @@ class Store:
             if row.base is not None:
                 children[row.base].append(row)
         again = [row for row in rows if row.id in dirty - gone and row.event == "write" and row.state != "failed"]
-        for row in again:
-            _text(row)
         told = _Told(progress, [_length(llm, row) for row in again if row.state == "applied"] if progress else [])
         done: dict[int, Row | None] = {}
         todo: list[tuple[Row, Memory | None, int]] = [(rows[0], None, 0)]
@@ -1155,14 +1126,8 @@ def _said(text: Content, source: str, role: str | None) -> dict[str, Any]:
 
 
 def _text(row: Row) -> Content:
-    """What was written; a ValueError where the journal does not keep it."""
-    found = [row.payload[what] for what in CONTENTS if what in row.payload]
-    if not found:
-        raise ValueError(
-            f"version {row.seq} can not be replayed: the journal keeps only a hash of what was written. `forget` drops "
-            f"the slots of a source without a replay."
-        )
-    return found[0]
+    """What was written."""
+    return next(row.payload[what] for what in CONTENTS if what in row.payload)
 
 
 def _ids(llm: MemoryModel, says: dict[str, Any]) -> tuple[list[int], str | None]:

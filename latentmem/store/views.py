@@ -18,7 +18,7 @@ class Version:
         event: "create", "import", "write", "rollback", "fork", "pin", "unpin", "forget" or "expire".
         source: the source that was written, pinned or forgotten, if any.
         tokens: tokens that were written.
-        text: what was written, where the journal keeps it: a text, turns of a conversation, or token ids.
+        text: what was written: a text, turns of a conversation, or token ids.
         base: (name, version) that it was made from.
         state: "applied", "pending" (acknowledged, not yet in the memory) or "failed" (then it changed nothing).
         error: why it failed.
