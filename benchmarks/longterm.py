@@ -19,12 +19,13 @@ from datetime import date
 import torch
 
 import latentmem
-from latentmem.core.memory import Memory, update
+from latentmem.core.memory import Memory
 from latentmem.core.settings import LongTermSettings
 from latentmem.decoder.adapters import READ
 from latentmem.longterm import blocks, longterm
 from latentmem.longterm.blocks import StoredSlots
 from latentmem.model.model import MemoryModel
+from latentmem.testing import updated
 
 
 def timed(runs: int, *ways: Callable[[], object]) -> list[float]:
@@ -45,7 +46,7 @@ def full(llm: MemoryModel, N: int) -> Memory:
     generator = torch.Generator().manual_seed(0)
     while memory.M < memory.N:
         new = torch.randn(memory.L, min(256, memory.N - memory.M), memory.d, generator=generator).to(memory.slots)
-        memory = update(memory, new, source="random")
+        memory = updated(memory, new, source="random")
     return memory
 
 

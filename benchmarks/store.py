@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 
 import latentmem
-from latentmem.core.memory import Memory, update
+from latentmem.core.memory import Memory
 from latentmem.model.model import MemoryModel
 from latentmem.store import Store
-from latentmem.testing import byte_tokenizer, tiny_model
+from latentmem.testing import byte_tokenizer, tiny_model, updated
 
 
 def timed(runs: int, *ways: Callable[[], object]) -> list[float]:
@@ -64,7 +64,7 @@ def full(llm: MemoryModel, seed: int) -> Memory:
     generator = torch.Generator().manual_seed(seed)
     while memory.N > memory.M:
         new = torch.randn(memory.L, memory.K, memory.d, generator=generator).to(memory.slots)
-        memory = update(memory, new, source="random", tokens=memory.K)
+        memory = updated(memory, new, source="random", tokens=memory.K)
     return memory
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from latentmem.core.memory import Memory, empty
+from latentmem.core.memory import Memory, Update, drawn, empty, update
 from latentmem.core.settings import MemorySettings
 
 CHATML = (
@@ -76,3 +77,10 @@ def byte_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
 def labelled_memory(layers: int, N: int, K: int, *, seed: int = 0) -> Memory:
     """A memory of width 1 that holds nothing, for slots that are their own labels."""
     return empty(layers, 1, MemorySettings(N, K, seed=seed))
+
+
+def updated(memory: Memory, slots: torch.Tensor, *, source: str = "", tokens: int = 0, **more: Any) -> Memory:
+    """A memory after an update by slots [L, k, d]; `more` are fields of `Update`, without them what is drawn goes."""
+    dropped = more.pop("dropped", None)
+    change = drawn(memory, slots, source, tokens) if dropped is None else Update(slots, dropped, source, tokens)
+    return update(memory, replace(change, **more))

@@ -29,17 +29,8 @@ class LongTermPart(Protocol):
     def most(self) -> int:
         """Slots that each layer retrieves now."""
 
-    def after(
-        self,
-        slots: Tensor,
-        births: Tensor,
-        origins: Tensor,
-        dropped: Tensor,
-        stays: Tensor,
-        k: int,
-        keys: Tensor | None = None,
-    ) -> LongTermPart:
-        """The part after an update of k slots."""
+    def after(self, memory: Memory, change: Update, stays: Tensor) -> LongTermPart:
+        """The part after an update of `memory`, of whose own slots `stays` [L, m] are left."""
 
     def kept(self, stays: Tensor) -> LongTermPart:
         """The part where `stays` [L, m] of the memory's own slots are left, and the others are not stored."""
@@ -63,6 +54,25 @@ class Source:
     tokens: int
     slots: int
     pinned: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What a write makes of one piece of text: all that leads from a memory to the next one.
+
+    Args:
+        slots: new slots, [L, k, d], 1 <= k <= N, oldest first.
+        dropped: which old slots go, [L, max(0, M + k - N)] int64 on the CPU, ascending; see `draw`.
+        source: the name under which the new slots are accounted; writes of one name are one source.
+        tokens: tokens of text behind the new slots, for the account.
+        keys: what a trained retriever finds the dropped slots by, [L, dropped, width]; see `latentmem.longterm`.
+    """
+
+    slots: Tensor
+    dropped: Tensor
+    source: str = ""
+    tokens: int = 0
+    keys: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,10 +256,11 @@ def draw(memory: Memory, k: int) -> Tensor:
         Indices into the M old slots, ascending, [L, max(0, M + k - N)] int64, on the CPU.
 
     Raises:
-        ValueError: pinned slots leave no room for k new ones.
+        ValueError: another k, or pinned slots leave no room for k new ones.
 
     Source: MemoryLLM section 3.1.2; one draw per layer as in the released `drop_memory_per_layer`.
     """
+    _check_count(memory, k)
     count = max(0, memory.M + k - memory.N)
     if count == 0:
         return torch.zeros(memory.L, 0, dtype=torch.long)
@@ -261,6 +272,11 @@ def draw(memory: Memory, k: int) -> Tensor:
             f"write in smaller pieces."
         )
     return _first(memory, torch.arange(memory.L), pinned.long(), count)
+
+
+def drawn(memory: Memory, slots: Tensor, source: str = "", tokens: int = 0) -> Update:
+    """The update that appends slots [L, k, d] and drops what `draw` chooses."""
+    return Update(slots, draw(memory, slots.shape[1]), source, tokens)
 
 
 def _first(memory: Memory, streams: Tensor, rank: Tensor, count: int) -> Tensor:
@@ -298,66 +314,43 @@ def kept(dropped: Tensor, M: int) -> Tensor:
     return torch.arange(M).expand_as(stays)[stays].reshape(dropped.shape[0], M - dropped.shape[1])
 
 
-def update(
-    memory: Memory,
-    new_slots: Tensor,
-    *,
-    dropped: Tensor | None = None,
-    source: str = "",
-    tokens: int = 0,
-    keys: Tensor | None = None,
-) -> Memory:
-    """Append new slots to a memory, dropping as many old ones as do not fit.
+def update(memory: Memory, change: Update) -> Memory:
+    """Drop the old slots that do not fit, keep the order of the others, append the new ones.
 
-    Differentiable in `memory.slots` and `new_slots`.
+    Differentiable in `memory.slots` and `change.slots`.
 
     Args:
         memory: [L, M, d].
-        new_slots: [L, k, d], 1 <= k <= N, oldest first.
-        dropped: which old slots go, [L, max(0, M + k - N)] indices; by default `draw(memory, k)`.
-        source: the name under which the new slots are accounted; writes of one name are one source.
-        tokens: tokens of text behind the new slots, for the account.
-        keys: what a trained retriever finds the dropped slots by, [L, dropped, width]; see `latentmem.longterm`.
+        change: of this memory; its indices may come in any order.
 
     Returns:
-        The next memory, [L, min(M + k, N), d]. The given one is untouched.
+        The next memory, [L, min(M + k, N), d]. The one before is untouched.
 
     Raises:
         ValueError: shapes or indices that do not fit, or a pinned source that grows beyond the quota.
 
     Source: MemoryLLM section 3.1.2, figure 2.
     """
-    L, M, N = memory.L, memory.M, memory.N
-    if new_slots.ndim != 3 or new_slots.shape[0] != L or new_slots.shape[2] != memory.d:
-        raise ValueError(f"new slots must be [L, k, d] = [{L}, k, {memory.d}], got {list(new_slots.shape)}.")
-    if new_slots.dtype != memory.slots.dtype:
-        raise ValueError(f"new slots must be {memory.slots.dtype} as the memory, got {new_slots.dtype}.")
-    k = new_slots.shape[1]
-    if not 1 <= k <= N:
-        raise ValueError(f"one update writes between 1 and N={N} slots per layer, got {k}; write the text in pieces.")
-    dropped = draw(memory, k) if dropped is None else _checked(dropped, memory, max(0, M + k - N))
-    names = [s.name for s in memory.sources]
-    i = names.index(source) if source in names else len(names)
-    old = memory.sources[i] if i < len(names) else Source(source, 0, 0)
-    stays = kept(dropped, M)
-    longterm = memory.longterm
-    if longterm is not None:
-        longterm = longterm.after(memory.slots, memory.births, memory.origins, dropped, stays, k, keys)
+    change = _checked(memory, change)
+    L, k, _ = change.slots.shape
+    stays = kept(change.dropped, memory.M)
+    names = [source.name for source in memory.sources]
+    i = names.index(change.source) if change.source in names else len(names)
+    old = memory.sources[i] if i < len(names) else Source(change.source, 0, 0)
+    grown = replace(old, tokens=old.tokens + change.tokens, slots=old.slots + k)
+
+    def moved(column: Tensor, new: int) -> Tensor:
+        return torch.cat([column.gather(1, stays), torch.full((L, k), new, dtype=torch.int32)], 1)
+
     following = replace(
         memory,
-        longterm=longterm,
-        slots=_moved(memory.slots, stays.to(memory.slots.device), new_slots),
-        births=torch.cat(
-            [memory.births.gather(1, stays), torch.full((L, k), memory.updates + 1, dtype=torch.int32)], 1
-        ),
-        origins=torch.cat([memory.origins.gather(1, stays), torch.full((L, k), i, dtype=torch.int32)], 1),
+        slots=_moved(memory.slots, stays.to(memory.slots.device), change.slots),
+        births=moved(memory.births, memory.updates + 1),
+        origins=moved(memory.origins, i),
         updates=memory.updates + 1,
-        tokens=memory.tokens + tokens,
-        sources=(
-            *memory.sources[:i],
-            replace(old, tokens=old.tokens + tokens, slots=old.slots + k),
-            *memory.sources[i + 1 :],
-        ),
+        tokens=memory.tokens + change.tokens,
+        sources=(*memory.sources[:i], grown, *memory.sources[i + 1 :]),
+        longterm=memory.longterm.after(memory, change, stays) if memory.longterm is not None else None,
         version="",
         parent=memory.version or memory.parent,
     )
@@ -389,17 +382,31 @@ def _moved(slots: Tensor, stays: Tensor, new_slots: Tensor) -> Tensor:
     return moved
 
 
-def _checked(dropped: Tensor, memory: Memory, count: int) -> Tensor:
-    dropped = torch.as_tensor(dropped, dtype=torch.long, device="cpu")
-    if tuple(dropped.shape) != (memory.L, count):
+def _checked(memory: Memory, change: Update) -> Update:
+    """The update, its indices ascending; a ValueError if it is none of this memory."""
+    L, M, N, slots = memory.L, memory.M, memory.N, change.slots
+    if slots.ndim != 3 or slots.shape[0] != L or slots.shape[2] != memory.d:
+        raise ValueError(f"new slots must be [L, k, d] = [{L}, k, {memory.d}], got {list(slots.shape)}.")
+    if slots.dtype != memory.slots.dtype:
+        raise ValueError(f"new slots must be {memory.slots.dtype} as the memory, got {slots.dtype}.")
+    _check_count(memory, slots.shape[1])
+    dropped = torch.as_tensor(change.dropped, dtype=torch.long, device="cpu")
+    count = max(0, M + slots.shape[1] - N)
+    if tuple(dropped.shape) != (L, count):
         raise ValueError(
-            f"`dropped` must name {count} slots in each of {memory.L} layers, [{memory.L}, {count}]: "
-            f"got {list(dropped.shape)}."
+            f"`dropped` must name {count} slots in each of {L} layers, [{L}, {count}]: got {list(dropped.shape)}."
         )
-    ordered = dropped.sort(dim=1).values
-    if count and (ordered[:, 0].min() < 0 or ordered[:, -1].max() >= memory.M or (ordered.diff(dim=1) == 0).any()):
-        raise ValueError(f"`dropped` must hold different indices between 0 and M - 1 = {memory.M - 1} in each layer.")
-    return ordered
+    dropped = dropped.sort(dim=1).values
+    if count and (dropped[:, 0].min() < 0 or dropped[:, -1].max() >= M or (dropped.diff(dim=1) == 0).any()):
+        raise ValueError(f"`dropped` must hold different indices between 0 and M - 1 = {M - 1} in each layer.")
+    return replace(change, dropped=dropped)
+
+
+def _check_count(memory: Memory, k: int) -> None:
+    if not 1 <= k <= memory.N:
+        raise ValueError(
+            f"one update writes between 1 and N={memory.N} slots per layer, got {k}; write the text in pieces."
+        )
 
 
 def survival(N: int, K: int, t: int) -> float:

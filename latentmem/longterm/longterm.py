@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from latentmem.core.memory import Memory
+from latentmem.core.memory import Memory, Update
 from latentmem.core.settings import LongTermSettings
 from latentmem.longterm.blocks import NO_SLOT, Block, BlockRange, StoredSlots, packed, unpacked
 
@@ -112,42 +112,20 @@ class LongTerm:
 
     # --- what changes it --------------------------------------------------------------------------------------------
 
-    def after(
-        self,
-        slots: Tensor,
-        births: Tensor,
-        origins: Tensor,
-        dropped: Tensor,
-        stays: Tensor,
-        k: int,
-        keys: Tensor | None = None,
-    ) -> LongTerm:
-        """The store after an update of the memory.
-
-        Args:
-            slots, births, origins: of the memory before the update.
-            dropped: which of its slots went, [L, count], ascending.
-            stays: the others, [L, M - count], ascending.
-            k: slots that came.
-            keys: of the dropped slots, where a trained retriever makes them, [L, count, width].
-        """
+    def after(self, memory: Memory, change: Update, stays: Tensor) -> LongTerm:
+        """The store after an update of `memory`, of whose own slots `stays` [L, m], ascending, are left."""
+        k, dropped = change.slots.shape[1], change.dropped
         places = torch.cat([self.places.gather(1, stays), torch.arange(k, dtype=torch.int32).expand(len(stays), k)], 1)
-        clock = self.clock + k
-        if self.settings.rule == "frequency":  # in the released code a slot ages from when it is dropped
-            orders = clock - (k - 1) + self.places.gather(1, dropped).long()
-        else:
-            orders = written(births.gather(1, dropped), self.places.gather(1, dropped))
+        clock, births, at = self.clock + k, memory.births.gather(1, dropped), self.places.gather(1, dropped)
         following = replace(self, places=places, clock=clock)
         if dropped.shape[1] and self.settings.keep:
-            index = dropped.to(slots.device)[..., None].expand(-1, -1, slots.shape[2])
-            some = StoredSlots(
-                self._packed(slots.detach().gather(1, index)).cpu(),
-                births.gather(1, dropped),
-                origins.gather(1, dropped),
-                orders,
-                keys,
+            frequency = self.settings.rule == "frequency"  # in the released code a slot ages from when it is dropped
+            orders = clock - (k - 1) + at.long() if frequency else written(births, at)
+            index = dropped.to(memory.slots.device)[..., None].expand(-1, -1, memory.d)
+            slots = self._packed(memory.slots.detach().gather(1, index)).cpu()
+            following = following.appended(
+                StoredSlots(slots, births, memory.origins.gather(1, dropped), orders, change.keys)
             )
-            following = following.appended(some)
         return (following._counted(k) if self.settings.rule == "frequency" else following)._within()
 
     def _packed(self, slots: Tensor) -> Tensor:

@@ -75,11 +75,12 @@ def _new_slots(llm: Backbone, before: Sequence[Memory], pieces: Sequence[Tensor]
 
 def _following(llm: Backbone, memory: Memory, new: Tensor, source: str, tokens: int) -> Memory:
     """The memory after an update, with its prefix derived from the one before."""
-    dropped = memories.draw(memory, new.shape[1])
+    change = memories.drawn(memory, new, source, tokens)
     on_device = replace(memory, slots=memory.slots.to(new.device))
-    keys = llm.retriever.new_keys(on_device, dropped) if memory.longterm is not None else None
-    following = memories.update(on_device, new, dropped=dropped, source=source, tokens=tokens, keys=keys)
+    if memory.longterm is not None:
+        change = replace(change, keys=llm.retriever.new_keys(on_device, change.dropped))
+    following = memories.update(on_device, change)
     with llm.using(READ):
         fresh = llm.decoder.project_all(new)
-    llm.prefixes.keep(following, llm.prefix(memory).after(memories.kept(dropped, memory.M), fresh))
+    llm.prefixes.keep(following, llm.prefix(memory).after(memories.kept(change.dropped, memory.M), fresh))
     return following

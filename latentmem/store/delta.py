@@ -1,50 +1,31 @@
-"""What one write changed: the new slots of each of its updates, and which old ones were dropped; and many of them."""
+"""Many updates of a memory: as a file, and one after another."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from latentmem.core.memory import Memory, update
+from latentmem.core.memory import Memory, Update, update
 from latentmem.files import container
 from latentmem.files.container import Buffer
 
 FORMAT = "latentmem delta 1"
 
 
-@dataclass(frozen=True)
-class Update:
-    """One update of a memory.
-
-    Args:
-        new: new slots, [L, k, d].
-        dropped: old slots that went, [L, count] indices.
-        source: the name under which they are accounted.
-        tokens: tokens of text behind them.
-        keys: by which a trained retriever finds what was dropped, [L, count, width].
-    """
-
-    new: Tensor
-    dropped: Tensor
-    source: str
-    tokens: int
-    keys: Tensor | None = None
-
-
 def size(updates: list[Update]) -> int:
     """Bytes of the tensors of a delta."""
-    return sum(u.new.numel() * u.new.element_size() + u.dropped.numel() * 4 for u in updates)
+    return sum(u.slots.numel() * u.slots.element_size() + u.dropped.numel() * 4 for u in updates)
 
 
 def to_bytes(updates: list[Update]) -> bytes:
     """A delta as a safetensors file; equal updates give equal bytes."""
     tensors = {}
     for i, one in enumerate(updates):
-        tensors[f"new.{i}"] = one.new.detach().cpu().contiguous()
+        tensors[f"new.{i}"] = one.slots.detach().cpu().contiguous()
         tensors[f"dropped.{i}"] = one.dropped.int()
         if one.keys is not None:
             tensors[f"keys.{i}"] = one.keys.contiguous()
@@ -108,21 +89,18 @@ class Chain:
     def update(self, one: Update) -> None:
         """Apply an update; a ValueError if it does not fit."""
         like = self._parts[0]
-        if one.new.ndim != 3 or one.new.shape[::2] != like.shape[::2] or one.new.dtype != like.dtype:
+        if one.slots.ndim != 3 or one.slots.shape[::2] != like.shape[::2] or one.slots.dtype != like.dtype:
             raise ValueError(
                 f"new slots must be [{like.shape[0]}, k, {like.shape[2]}] in {like.dtype}, got "
-                f"{list(one.new.shape)} in {one.new.dtype}."
+                f"{list(one.slots.shape)} in {one.slots.dtype}."
             )
         if self._whole:
-            new = one.new.to(like.device)
-            self._books = update(
-                self._books, new, dropped=one.dropped, source=one.source, tokens=one.tokens, keys=one.keys
-            )
+            self._books = update(self._books, replace(one, slots=one.slots.to(like.device)))
             return
-        new = _numbers(like.shape[0], one.new.shape[1], sum(part.shape[1] for part in self._parts))
-        self._books = update(self._books, new, dropped=one.dropped, source=one.source, tokens=one.tokens)
-        self._parts.append(one.new.to(like.device))
-        self._bytes += one.new.nbytes
+        numbers = _numbers(like.shape[0], one.slots.shape[1], sum(part.shape[1] for part in self._parts))
+        self._books = update(self._books, replace(one, slots=numbers))
+        self._parts.append(one.slots.to(like.device))
+        self._bytes += one.slots.nbytes
         if self._bytes > 2 * like.nbytes + (1 << 20):  # what comes from elsewhere than a disk is held until then
             memory, self._mapped = self.memory(), False
             self._begin(memory)

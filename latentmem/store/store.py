@@ -33,7 +33,7 @@ from filelock import FileLock, Timeout
 
 from latentmem.core import memory as memories
 from latentmem.core import sources as source_ops
-from latentmem.core.memory import Memory
+from latentmem.core.memory import Memory, Update
 from latentmem.errors import InUseError, NotFoundError
 from latentmem.files import snapshot
 from latentmem.longterm import longterm as longterms
@@ -42,7 +42,7 @@ from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Message
 from latentmem.model.writing import Progress
 from latentmem.store import archive, delta
-from latentmem.store.delta import Chain, Update
+from latentmem.store.delta import Chain
 from latentmem.store.journal import Journal, Row
 from latentmem.store.objects import Disk, objects_at
 from latentmem.store.views import Change, Overview, SourceStats, Version

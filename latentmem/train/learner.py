@@ -359,7 +359,7 @@ class Learner(nn.Module):
 
 def remember(pool: Memory, slots: Tensor) -> Memory:
     """The pool after an update with new slots, [L, k, d]."""
-    return memories.update(pool, slots[:, -min(slots.shape[1], pool.N) :].to(pool.slots.dtype))
+    return memories.update(pool, memories.drawn(pool, slots[:, -min(slots.shape[1], pool.N) :].to(pool.slots.dtype)))
 
 
 class _Pool:

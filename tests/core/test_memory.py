@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentmem.core.memory import Memory, Source, draw, empty, half_life, kept, survival, update
+from latentmem.core.memory import Memory, Source, draw, empty, half_life, kept, survival
 from latentmem.core.settings import MemorySettings
 from latentmem.core.sources import forecast, forget, pin
-from latentmem.testing import labelled_memory
+from latentmem.testing import labelled_memory, updated
 
 
 def holding(L, M, N, K, *, seed=0, updates=0, d=1):
@@ -31,7 +31,7 @@ def labels(L, k, first):
 def test_a_memory_that_is_not_full_only_grows():
     memory = labelled_memory(3, N=12, K=4)
     for step in range(3):
-        memory = update(memory, labels(3, 4, 4 * step))
+        memory = updated(memory, labels(3, 4, 4 * step))
     assert memory.M == memory.N == 12
     assert torch.equal(memory.slots, labels(3, 12, 0))
 
@@ -39,7 +39,7 @@ def test_a_memory_that_is_not_full_only_grows():
 @pytest.mark.parametrize(("M", "k", "count"), [(12, 4, 4), (12, 1, 1), (10, 4, 2), (8, 4, 0), (12, 12, 12), (0, 12, 0)])
 def test_exactly_as_many_slots_drop_as_do_not_fit_and_the_order_is_kept(M, k, count):
     memory = holding(3, M, N=12, K=4)
-    after = update(memory, labels(3, k, 100))
+    after = updated(memory, labels(3, k, 100))
     assert draw(memory, k).shape == (3, count)
     assert M + k - count == after.M
     for layer, dropped in zip(after.slots[:, :, 0].tolist(), draw(memory, k).tolist(), strict=True):
@@ -54,7 +54,7 @@ def test_any_update_drops_the_needed_count_and_keeps_the_order(data):
     seed = data.draw(st.integers(-(2**63), 2**63 - 1))
     memory = holding(L, M, N, K, seed=seed, updates=data.draw(st.integers(0, 10**6)))
     dropped = draw(memory, k)
-    after = update(memory, labels(L, k, 100))
+    after = updated(memory, labels(L, k, 100))
     assert min(M + k, N) == after.M and dropped.shape == (L, max(0, M + k - N))
     for i in range(L):
         gone, stays = set(dropped[i].tolist()), after.slots[i, :-k, 0].tolist()
@@ -66,7 +66,7 @@ def test_any_update_drops_the_needed_count_and_keeps_the_order(data):
 
 def test_given_indices_are_dropped_in_any_order():
     memory = holding(2, 5, N=6, K=3)
-    after = update(memory, labels(2, 3, 100), dropped=torch.tensor([[4, 0], [1, 2]]))
+    after = updated(memory, labels(2, 3, 100), dropped=torch.tensor([[4, 0], [1, 2]]))
     assert after.slots[:, :, 0].tolist() == [[1, 2, 3, 100, 101, 102], [0, 3, 4, 100, 101, 102]]
 
 
@@ -74,7 +74,7 @@ def test_the_old_memory_stays_as_it_was_and_shares_nothing_with_the_next():
     for M in (0, 5, 12):
         memory, new = holding(2, M, N=12, K=4), labels(2, 4, 100)
         before = [t.clone() for t in (memory.slots, memory.births, memory.origins)]
-        after = update(memory, new, source="a", tokens=9)
+        after = updated(memory, new, source="a", tokens=9)
         after.slots.mul_(7.0)
         assert (memory.updates, memory.tokens, memory.sources) == (0, 0, ())
         assert all(map(torch.equal, before, (memory.slots, memory.births, memory.origins)))
@@ -90,7 +90,7 @@ def test_gradients_reach_new_slots_and_the_old_ones_that_stay():
     memory = holding(2, 5, N=6, K=3)
     slots, new = memory.slots.requires_grad_(), labels(2, 3, 100).requires_grad_()
     dropped = torch.tensor([[0, 4], [1, 2]])
-    update(memory, new, dropped=dropped).slots.sum().backward()
+    updated(memory, new, dropped=dropped).slots.sum().backward()
     assert torch.equal(new.grad, torch.ones_like(new))
     assert torch.equal(slots.grad[:, :, 0], torch.ones(2, 5).scatter(1, dropped, 0.0))
 
@@ -118,7 +118,7 @@ def test_the_draw_neither_reads_nor_moves_torchs_global_generator():
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = draw(memory, 10)
-    update(memory, labels(3, 10, 100))
+    updated(memory, labels(3, 10, 100))
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(2)
     assert torch.equal(first, draw(memory, 10))
@@ -198,7 +198,7 @@ def test_over_10000_updates_the_share_left_at_each_age_is_that_of_the_paper():
     left = torch.zeros(ages)
     full = N // K  # after this many updates every further one drops K of N
     for step in range(1, steps + 1):
-        memory = update(memory, torch.full((L, K, 1), float(step)))
+        memory = updated(memory, torch.full((L, K, 1), float(step)))
         age = step - memory.births
         left += torch.bincount(age[(memory.births >= full) & (age < ages)], minlength=ages)
     assert torch.equal(memory.slots[:, :, 0], memory.births.float())  # the slots are their own labels
@@ -226,9 +226,9 @@ def test_survival_begins_at_one_and_ends_where_an_update_replaces_everything():
 
 
 def test_births_origins_and_sources_say_what_each_slot_is():
-    memory = update(holding(2, 3, N=8, K=4), labels(2, 2, 10), source="a", tokens=5)
-    memory = update(memory, labels(2, 1, 20), source="b", tokens=3)
-    memory = update(memory, labels(2, 2, 30), source="a", tokens=4)
+    memory = updated(holding(2, 3, N=8, K=4), labels(2, 2, 10), source="a", tokens=5)
+    memory = updated(memory, labels(2, 1, 20), source="b", tokens=3)
+    memory = updated(memory, labels(2, 2, 30), source="a", tokens=4)
     assert memory.births[0].tolist() == [0, 0, 0, 1, 1, 2, 3, 3]
     assert memory.origins[0].tolist() == [-1, -1, -1, 0, 0, 1, 0, 0]
     assert memory.births.dtype == memory.origins.dtype == torch.int32
@@ -240,7 +240,7 @@ def test_births_origins_and_sources_say_what_each_slot_is():
 def test_the_books_follow_their_slots_through_drops():
     memory = labelled_memory(3, N=10, K=4, seed=2)
     for step in range(1, 30):
-        memory = update(memory, torch.full((3, 4, 1), float(step)), source=f"s{step % 5}", tokens=1)
+        memory = updated(memory, torch.full((3, 4, 1), float(step)), source=f"s{step % 5}", tokens=1)
     assert torch.equal(memory.births.float(), memory.slots[:, :, 0])
     names = [source.name for source in memory.sources]
     assert names == ["s1", "s2", "s3", "s4", "s0"]
@@ -257,8 +257,8 @@ def test_a_memory_without_sources_has_nothing_left():
 
 def test_the_next_memory_is_unsaved_and_points_to_its_newest_saved_ancestor():
     memory = replace(labelled_memory(1, N=4, K=2), version="v1", parent="v0")
-    once = update(memory, labels(1, 2, 0))
-    twice = update(once, labels(1, 2, 2))
+    once = updated(memory, labels(1, 2, 0))
+    twice = updated(once, labels(1, 2, 2))
     assert [(m.version, m.parent) for m in (once, twice)] == [("", "v1"), ("", "v1")]
 
 
@@ -266,7 +266,7 @@ def test_an_update_keeps_what_it_does_not_change():
     memory = replace(
         empty(2, 3, MemorySettings(8, 2, compression=4, seed=9)), model="m", adapters="a", tokenizer="t", model_name="n"
     )
-    after = update(memory, torch.zeros(2, 2, 3))
+    after = updated(memory, torch.zeros(2, 2, 3))
     for name in ("N", "K", "preset", "compression", "seed", "model", "adapters", "tokenizer", "model_name"):
         assert getattr(after, name) == getattr(memory, name)
     assert after.slots.dtype == memory.slots.dtype
@@ -285,7 +285,7 @@ def stream_of(*names, L=3, N=12, K=4, k=2, seed=3, memory=None):
     """A memory into which each of the names wrote k slots that carry its place in the row, in turn."""
     memory = memory or labelled_memory(L, N, K, seed=seed)
     for name in names:
-        memory = update(memory, torch.full((memory.L, k, 1), float(memory.updates)), source=name, tokens=k)
+        memory = updated(memory, torch.full((memory.L, k, 1), float(memory.updates)), source=name, tokens=k)
     return memory
 
 
@@ -318,11 +318,11 @@ def test_the_quota_bounds_what_is_pinned_when_pinning_and_when_a_pinned_source_g
     memory = stream_of(*"aaabb", N=12)
     held = pin(memory, "a")
     with pytest.raises(ValueError, match=r"8 of N=12 slots.*quota is 0.5.*6"):
-        update(held, labels(3, 2, 0), source="a")
+        updated(held, labels(3, 2, 0), source="a")
     with pytest.raises(ValueError, match="10 of N=12"):
         pin(held, "b")
     pin(held.with_settings(quota=0.9), "b")
-    assert update(held, labels(3, 2, 0), source="b").M == 12
+    assert updated(held, labels(3, 2, 0), source="b").M == 12
     with pytest.raises(ValueError, match="no source 'z'"):
         pin(memory, "z")
     for quota in (-0.1, 1.1):
@@ -332,9 +332,9 @@ def test_the_quota_bounds_what_is_pinned_when_pinning_and_when_a_pinned_source_g
 
 def test_an_update_that_does_not_fit_beside_what_is_pinned_is_refused():
     held = pin(stream_of("a", "a", "a", "b", "b", "b", K=12), "a")
-    assert update(held, labels(3, 6, 0), source="c").slots_left()[0].tolist() == [6, 6, 6]
+    assert updated(held, labels(3, 6, 0), source="c").slots_left()[0].tolist() == [6, 6, 6]
     with pytest.raises(ValueError, match="7 new slots do not fit beside 6 pinned"):
-        update(held, labels(3, 7, 0), source="c")
+        updated(held, labels(3, 7, 0), source="c")
 
 
 # --- forgetting a source --------------------------------------------------------------------------------------------
@@ -456,7 +456,7 @@ def test_tensors_that_do_not_belong_together_are_refused(changes, message):
 )
 def test_new_slots_that_do_not_fit_are_refused(shape, message):
     with pytest.raises(ValueError, match=message):
-        update(holding(2, 3, N=8, K=4), torch.zeros(shape))
+        updated(holding(2, 3, N=8, K=4), torch.zeros(shape))
 
 
 @pytest.mark.parametrize(
@@ -472,9 +472,9 @@ def test_new_slots_that_do_not_fit_are_refused(shape, message):
 )
 def test_dropped_indices_that_do_not_fit_are_refused(dropped, message):
     with pytest.raises(ValueError, match=message):
-        update(holding(2, 8, N=8, K=4), labels(2, 2, 100), dropped=torch.tensor(dropped))
+        updated(holding(2, 8, N=8, K=4), labels(2, 2, 100), dropped=torch.tensor(dropped))
 
 
 def test_nothing_may_be_dropped_while_there_is_room():
     with pytest.raises(ValueError, match="name 0 slots"):
-        update(holding(2, 3, N=8, K=4), labels(2, 2, 100), dropped=torch.tensor([[0], [0]]))
+        updated(holding(2, 3, N=8, K=4), labels(2, 2, 100), dropped=torch.tensor([[0], [0]]))

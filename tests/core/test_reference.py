@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from latentmem.core.memory import Memory, draw, kept, update
+from latentmem.core.memory import Memory, draw, kept
 from latentmem.core.read import read
 from latentmem.core.settings import MemorySettings
 from latentmem.core.write import write_paper
@@ -19,7 +19,7 @@ from latentmem.decoder.cache import attention_mask
 from latentmem.decoder.decoder import Decoder
 from latentmem.model.backbone import Trained, fingerprint
 from latentmem.model.model import MemoryModel
-from latentmem.testing import byte_tokenizer, tiny_model
+from latentmem.testing import byte_tokenizer, tiny_model, updated
 
 N, K = 12, 4
 ATTENTION = ("sdpa", "eager", NAME)
@@ -236,7 +236,7 @@ def test_write_ids_in_pieces_equals_new_slots_and_update_step_by_step(preset, c)
     written, stepped = llm.write_ids(memory, ids, "a"), memory
     with torch.no_grad():
         for piece in ids.split(memory.piece):
-            stepped = update(stepped, llm.new_slots(stepped, piece), source="a", tokens=len(piece))
+            stepped = updated(stepped, llm.new_slots(stepped, piece), source="a", tokens=len(piece))
     for name in ("slots", "births", "origins"):
         assert torch.equal(getattr(written, name), getattr(stepped, name)), name
     assert (written.updates, written.tokens, written.sources) == (stepped.updates, stepped.tokens, stepped.sources)
@@ -328,7 +328,7 @@ def test_gradients_through_write_update_write_update_read_equal_the_reference(at
             new = reference.write_paper(llm.base, llm.first, torch.zeros(memory.d), slots, ids, K)
         stays = kept(draw(memory, new.shape[1]), memory.M)
         slots = torch.stack([torch.cat([slots[i][stays[i]], new[i]]) for i in range(memory.L)])
-        memory = update(memory, llm.new_slots(memory, ids))
+        memory = updated(memory, llm.new_slots(memory, ids))
         assert gap(memory.slots, slots) < 1e-5
     assert memory.M == N and memory.updates == 2
     ours = grads((llm.logits(memory, Q) * weight).sum(), start, llm.base)

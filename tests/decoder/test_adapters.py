@@ -11,7 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from latentmem.core.memory import Memory, draw, kept, update
+from latentmem.core.memory import Memory, draw, kept
 from latentmem.core.read import read
 from latentmem.core.settings import MemorySettings
 from latentmem.decoder.adapters import READ, WRITE, Adapters, insert
@@ -19,7 +19,7 @@ from latentmem.loading.trained import born
 from latentmem.model.backbone import Trained, fingerprint
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Prompts
-from latentmem.testing import byte_tokenizer, tiny_model
+from latentmem.testing import byte_tokenizer, tiny_model, updated
 
 N, K, R, ALPHA = 12, 4, 3, 6.0
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -244,7 +244,7 @@ def test_both_adapters_get_their_gradients_in_one_graph_and_they_are_right():
         new = write_reference(write, reading, llm.first, slots, ids)
         stays = kept(draw(memory, len(ids)), memory.M)
         slots = torch.stack([torch.cat([slots[i][stays[i]], new[i]]) for i in range(memory.L)])
-        memory = update(memory, llm.new_slots(memory, ids))
+        memory = updated(memory, llm.new_slots(memory, ids))
     weight = random(len(Q), 260, seed=5)
     loss = (llm.logits(memory, Q) * weight).sum()
     theirs = (reference.read(reading, llm.first, slots, Q) * weight).sum()
@@ -278,7 +278,7 @@ def test_a_step_of_the_optimizer_changes_both_adapters_and_nothing_else():
         weight.requires_grad_()
     optimizer = torch.optim.SGD(weights.values(), lr=0.1)
     memory = holding(llm, 7)
-    memory = update(memory, llm.new_slots(memory, A))
+    memory = updated(memory, llm.new_slots(memory, A))
     llm.logits(memory, Q).logsumexp(-1).sum().backward()
     optimizer.step()
     changed = {name for name, weight in llm.base.state_dict().items() if not torch.equal(weight, before[name])}

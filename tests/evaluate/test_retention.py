@@ -24,7 +24,7 @@ from latentmem.evaluate.tables import plots, summary
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Style
 from latentmem.model.scoring import Score
-from latentmem.testing import byte_tokenizer, labelled_memory, tiny_model
+from latentmem.testing import byte_tokenizer, labelled_memory, tiny_model, updated
 
 LENGTH = 20  # words of every text
 LAYERS = 4
@@ -116,7 +116,7 @@ class StandIn:
         self.writes += 1
         for piece in torch.tensor(ids).split(memory.piece):
             new = piece.float()[None, :, None].repeat(LAYERS, 1, 1)
-            memory = memories.update(memory, new, source=source, tokens=len(piece))
+            memory = updated(memory, new, source=source, tokens=len(piece))
         return memory
 
     def behind(self, memory):
@@ -193,7 +193,7 @@ class Checkpoint(Knowing):
     trained = "something"
 
     def empty(self, seed=0):
-        full = memories.update(labelled_memory(LAYERS, 40, 20), torch.zeros(LAYERS, 40, 1), source="pool")
+        full = updated(labelled_memory(LAYERS, 40, 20), torch.zeros(LAYERS, 40, 1), source="pool")
         return replace(full, origins=full.origins - 1, sources=(), updates=0).with_settings(seed=seed)
 
 

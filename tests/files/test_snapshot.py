@@ -11,13 +11,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from latentmem.core.memory import Memory, empty, update
+from latentmem.core.memory import Memory, empty
 from latentmem.core.settings import MemorySettings
 from latentmem.core.sources import pin
 from latentmem.decoder.adapters import insert
 from latentmem.files import container, snapshot
 from latentmem.model.model import MemoryModel
-from latentmem.testing import byte_tokenizer, tiny_model
+from latentmem.testing import byte_tokenizer, tiny_model, updated
 
 
 def written(dtype=torch.float32, d=3):
@@ -26,7 +26,7 @@ def written(dtype=torch.float32, d=3):
     memory = empty(3, d, MemorySettings(7, 3, compression=2, choice="surprise", seed=-5), dtype=dtype)
     for step in range(4):
         new = torch.randn(3, 3, d, generator=generator).to(dtype)
-        memory = update(memory, new, source=f"Datei {step % 2} 'ü' \"\n", tokens=5)
+        memory = updated(memory, new, source=f"Datei {step % 2} 'ü' \"\n", tokens=5)
     names = {"model": "m", "adapters": "a", "tokenizer": "t", "model_name": "owner/name", "parent": "p"}
     return replace(memory.with_settings(quota=0.75), **names)
 
@@ -163,7 +163,7 @@ def test_an_empty_memory_comes_back(tmp_path):
 def test_what_goes_on_from_a_file_equals_what_goes_on_from_the_memory(tmp_path):
     memory = written().save(tmp_path / "a.safetensors")
     new = torch.ones(3, 3, 3)
-    one, other = update(memory, new, source="x"), update(Memory.load(tmp_path / "a.safetensors"), new, source="x")
+    one, other = updated(memory, new, source="x"), updated(Memory.load(tmp_path / "a.safetensors"), new, source="x")
     assert torch.equal(one.slots, other.slots) and torch.equal(one.births, other.births)
     assert one.sources == other.sources and one.parent == other.parent == memory.version
 
@@ -192,8 +192,8 @@ def test_the_version_does_not_depend_on_an_earlier_version(tmp_path):
 def test_parents_chain_through_saved_versions(tmp_path):
     new = torch.zeros(3, 1, 3)
     first = replace(written(), parent="").save(tmp_path / "1.safetensors")
-    second = update(update(first, new), new).save(tmp_path / "2.safetensors")
-    third = update(Memory.load(tmp_path / "2.safetensors"), new).save(tmp_path / "3.safetensors")
+    second = updated(updated(first, new), new).save(tmp_path / "2.safetensors")
+    third = updated(Memory.load(tmp_path / "2.safetensors"), new).save(tmp_path / "3.safetensors")
     assert [m.parent for m in (first, second, third)] == ["", first.version, second.version]
     assert len({first.version, second.version, third.version}) == 3
 
@@ -354,7 +354,7 @@ def test_a_disk_that_takes_no_more_raises_an_os_error(file):
     resource = pytest.importorskip("resource")
     before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     large = empty(3, 4000, MemorySettings(7, 3))
-    large = update(large, torch.zeros(3, 3, 4000))
+    large = updated(large, torch.zeros(3, 3, 4000))
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, limits[1]))  # a write beyond fails with EFBIG
     try:
         with pytest.raises(OSError):

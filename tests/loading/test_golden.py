@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import latentmem
-from latentmem.core.memory import update
+from latentmem.testing import updated
 
 FOLDER = Path(__file__).parent.parent / "golden" / "memoryllm"
 
@@ -88,7 +88,7 @@ def test_the_pool_is_the_memory_of_the_checkpoint(llm, expected):
 def test_update_with_the_recorded_permutation_gives_the_recorded_memory_to_the_bit(llm, expected):
     pool, after = llm.empty(), expected["update.memory_after"]
     dropped = expected["update.randperm"][:, pool.N - pool.K :]
-    assert torch.equal(update(pool, after[:, -pool.K :], dropped=dropped).slots, after)
+    assert torch.equal(updated(pool, after[:, -pool.K :], dropped=dropped).slots, after)
 
 
 def test_our_own_new_slots_of_the_update_equal_the_recorded_ones(llm, expected):
@@ -99,7 +99,7 @@ def test_our_own_new_slots_of_the_update_equal_the_recorded_ones(llm, expected):
 def test_logits_after_the_update_equal_the_recorded_ones(llm, expected):
     pool = llm.empty()
     dropped = expected["update.randperm"][:, pool.N - pool.K :]
-    memory = update(pool, llm.new_slots(pool, expected["update.ids"]), dropped=dropped)
+    memory = updated(pool, llm.new_slots(pool, expected["update.ids"]), dropped=dropped)
     logits = expected["update.read_logits"][0]
     assert gap(llm.logits(memory, expected["read.ids"]), logits) < 1e-4
     assert gap(expected["read.logits"][0], logits) > 0.1  # the update is felt at all

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import latentmem
-from latentmem.core.memory import update
 from latentmem.files import snapshot
+from latentmem.testing import updated
 
 FOLDER = Path(__file__).parent.parent / "golden" / "mplus"
 STEPS = 5
@@ -34,7 +34,7 @@ def steps(llm, expected):
     for t in range(STEPS):
         new = llm.new_slots(memory, expected[f"step{t}.ids"])
         dropped = expected[f"step{t}.randperm"][:, memory.N - memory.K :].sort(dim=1).values
-        memory = update(memory, new, dropped=dropped, keys=llm.retriever.new_keys(memory, dropped))
+        memory = updated(memory, new, dropped=dropped, keys=llm.retriever.new_keys(memory, dropped))
         after.append(memory)
     return after
 
@@ -177,7 +177,7 @@ def test_it_runs_in_other_dtypes(expected, dtype):
 
 def test_an_update_without_keys_is_refused(llm, expected):
     with pytest.raises(ValueError, match="give `keys`"):
-        update(llm.empty(), llm.new_slots(llm.empty(), expected["step0.ids"]))
+        updated(llm.empty(), llm.new_slots(llm.empty(), expected["step0.ids"]))
 
 
 def test_a_checkpoint_may_leave_its_store_out(llm):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from margins import nearly_best
 
-from latentmem.core import memory as memories
 from latentmem.core import sources
 from latentmem.core.settings import LongTermSettings
 from latentmem.longterm import longterm, ranking
@@ -17,7 +16,7 @@ from latentmem.longterm.search import Retrieval
 from latentmem.model import generating
 from latentmem.model.context import question_mask
 from latentmem.model.model import MemoryModel
-from latentmem.testing import byte_tokenizer, labelled_memory, tiny_model
+from latentmem.testing import byte_tokenizer, labelled_memory, tiny_model, updated
 
 GROUPS = ("update", "slot")
 
@@ -36,7 +35,7 @@ def write(memory, k, source="text"):
     """An update whose slots are numbered from where the last one ended, the same in all layers."""
     start = memory.tokens
     numbers = torch.arange(start, start + k, dtype=torch.float32)[None, :, None].expand(memory.L, k, 1)
-    return memories.update(memory, numbers, source=source, tokens=k)
+    return updated(memory, numbers, source=source, tokens=k)
 
 
 def stored(memory):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from latentmem.core.memory import Memory, draw, empty, update
+from latentmem.core.memory import Memory, draw, empty
 from latentmem.core.settings import MemorySettings
 from latentmem.core.sources import forecast, forget, pin
 from latentmem.errors import InUseError, NameTakenError, NotFoundError
@@ -24,7 +24,7 @@ from latentmem.model.model import MemoryModel
 from latentmem.store import Store, Turns, archive
 from latentmem.store.delta import Chain, Update
 from latentmem.store.objects import Disk
-from latentmem.testing import byte_tokenizer, tiny_model
+from latentmem.testing import byte_tokenizer, tiny_model, updated
 
 SECRET = "the safe opens with heliotrope"
 
@@ -500,7 +500,7 @@ def test_a_chain_of_changes_is_the_same_changes_one_after_another():
     for case in range(60):
         memory = empty(3, 4, MemorySettings(20, 6, seed=case, quota=rng.choice([0.3, 1.0])))
         for start in range(rng.randrange(5)):
-            memory = update(memory, torch.randn(3, rng.randint(1, 6), 4), source=f"old {start % 2}")
+            memory = updated(memory, torch.randn(3, rng.randint(1, 6), 4), source=f"old {start % 2}")
         mapped, before = case % 2 == 0, memory
         kept, chain = memory.slots.clone(), Chain(memory, mapped)
         for _ in range(rng.randrange(40)):
@@ -508,7 +508,7 @@ def test_a_chain_of_changes_is_the_same_changes_one_after_another():
             try:
                 if what == "update":
                     new = torch.randn(3, rng.randint(1, 6), 4)
-                    memory, dropped = update(memory, new, source=source, tokens=7), draw(memory, new.shape[1])
+                    memory, dropped = updated(memory, new, source=source, tokens=7), draw(memory, new.shape[1])
                     chain.update(Update(new, dropped, source, 7))
                 else:
                     change = {"pin": pin, "unpin": partial(pin, pinned=False), "forget": forget}[what]
@@ -528,7 +528,7 @@ def test_a_chain_that_holds_much_goes_on_from_what_is_left():
     chain, most = Chain(memory), 0
     for i in range(20):
         new, dropped = torch.full((2, 8, memory.d), float(i)), draw(memory, 8)
-        memory = update(memory, new, source="a")
+        memory = updated(memory, new, source="a")
         chain.update(Update(new, dropped, "a", 0))
         most = max(most, len(chain._parts))
     same(chain.memory(), memory)

@@ -17,7 +17,6 @@ from torch.nn.functional import cross_entropy, log_softmax, softmax
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from latentmem.core import memory as memories
-from latentmem.core.memory import update
 from latentmem.core.settings import MemorySettings
 from latentmem.core.write import write_exact
 from latentmem.decoder.adapters import READ, WRITE, Adapters, insert
@@ -26,7 +25,7 @@ from latentmem.decoder.decoder import Decoder
 from latentmem.model.backbone import Trained
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Prompts, Style
-from latentmem.testing import byte_tokenizer, tiny_model
+from latentmem.testing import byte_tokenizer, tiny_model, updated
 from latentmem.train import loop
 from latentmem.train.config import OBJECTIVES, Config, MemoryShape, Source, Steps, Texts
 from latentmem.train.data import Apart, Documents, cloze, sentences
@@ -72,7 +71,7 @@ def pool_of(learner, updates=0, *, seed=0):
     D = learner.llm.decoder
     pool = memories.empty(D.L, D.d, MemorySettings(N, K, learner.preset, learner.compression), dtype=D.dtype)
     for i in range(updates):
-        pool = update(pool, random(D.L, 5, D.d, seed=1000 * seed + i + 7).to(D.dtype))
+        pool = updated(pool, random(D.L, 5, D.d, seed=1000 * seed + i + 7).to(D.dtype))
     return pool
 
 
@@ -117,7 +116,7 @@ def through_the_model(learner, episode):
     llm, start = model_of(learner)
     memory = start
     for text in episode.texts:
-        memory = update(memory, llm.new_slots(memory if episode.in_sequence else start, text))
+        memory = updated(memory, llm.new_slots(memory if episode.in_sequence else start, text))
     return cross_entropy(*at_answers([llm.logits(memory, row.prompt + row.answer) for row in episode.rows]))
 
 
@@ -349,7 +348,7 @@ def test_recall_writes_into_the_pool_as_in_use_and_reads_all_of_it(preset, c):
     llm, memory = behind(learner, pool)
     with torch.no_grad():
         for text in TEXTS:
-            memory = update(memory, llm.new_slots(memory, text))
+            memory = updated(memory, llm.new_slots(memory, text))
         theirs = cross_entropy(*at_answers([llm.logits(memory, row.prompt + row.answer) for row in ROWS]))
     outcome = learner(asked, pool)
     assert abs(outcome.loss - theirs) < 1e-5
@@ -518,7 +517,7 @@ def test_unrelated_text_is_to_be_read_as_without_a_memory(preset, c):
     pool, episode = pool_of(learner, 40), replace(episode_of(rows=rows, taught=True), from_pool=True)
     llm, memory = behind(learner, pool)
     for text in TEXTS:
-        memory = update(memory, llm.new_slots(memory, text))
+        memory = updated(memory, llm.new_slots(memory, text))
     said = at_answers([llm.logits(memory, row.prompt + row.answer) for row in rows])[0]
     p = softmax(teacher(learner, rows), -1)
     by_hand = (p * (p.log() - log_softmax(said, -1))).sum(-1).mean()
@@ -566,7 +565,7 @@ def test_chat_is_to_be_answered_as_without_a_memory(preset, c, chat):
     episode, said, _, bos = asked_in_chat(learner, chat=chat)
     pool, (llm, memory) = pool_of(learner, 40), behind(learner, pool_of(learner, 40))
     for text in TEXTS:
-        memory = update(memory, llm.new_slots(memory, text).detach())
+        memory = updated(memory, llm.new_slots(memory, text).detach())
     plain, parts = tiny_model(initializer_range=0.15), []
     for row, ids in zip(episode.rows, said, strict=True):
         n = len(ids) + 1  # logits from the prompt's last token on

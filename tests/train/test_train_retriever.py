@@ -12,12 +12,11 @@ from test_train_learner import FORMS, ROWS, TEXTS, behind, episode_of, gradients
 from test_train_loop import all_forgetful, forgetful, in_two, same, sentence, settings, state, write_rows
 
 import latentmem
-from latentmem.core.memory import update
 from latentmem.decoder import adapters as pairs
 from latentmem.decoder.hooks import layers_seen
 from latentmem.errors import OtherModelError
 from latentmem.model.prompts import Prompts
-from latentmem.testing import byte_tokenizer
+from latentmem.testing import byte_tokenizer, updated
 from latentmem.train import loop
 from latentmem.train.config import Config, MemoryShape, RetrieverShape, Source, Steps
 from latentmem.train.data import Documents
@@ -93,7 +92,7 @@ def slots_of(learner, asked, pool):
     if asked.from_pool:
         with torch.no_grad():
             for text in asked.texts:
-                memory = update(memory, llm.new_slots(memory, text))
+                memory = updated(memory, llm.new_slots(memory, text))
         first = memory.updates - len(asked.texts) + 1
         return memory, [[birth - first for birth in births] for births in memory.births.tolist()]
     _, slots, read = read_by(learner, asked, pool)
