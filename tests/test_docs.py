@@ -60,9 +60,15 @@ def test_the_links_of_a_file_at_the_root_lead_somewhere(name):
         assert target.startswith("http") or (ROOT / target).exists(), target
 
 
+def test_every_test_that_a_page_names_exists():
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")):
+        for name in re.findall(r"\btests/[a-z_/]+\.py", page.read_text(encoding="utf-8")):
+            assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
 def test_every_page_is_in_the_navigation():
     pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
     listed = set(re.findall(r'= "([^"]+\.md)"', (ROOT / "zensical.toml").read_text(encoding="utf-8")))
-    generated = {"reference/python.md", "reference/cli.md", "reference/http.md"}
+    generated = {f"reference/{name}.md" for name in ("python", "cli", "http", "settings")}
     tables = {page for page in pages if re.fullmatch(r"results/[^/]+/.*", page)}  # linked from the pages of the results
     assert listed == pages - tables | generated

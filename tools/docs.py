@@ -3,13 +3,14 @@
     python tools/docs.py                # into build/site; any warning is an error
     python tools/docs.py --only-pages   # the generated pages of docs/reference alone
 
-`docs/reference/python.md`, `cli.md` and `http.md` are generated and not committed. No model is loaded, and nothing is
-fetched from a network.
+`python.md`, `cli.md`, `http.md` and `settings.md` of docs/reference are generated and not committed. No model is
+loaded, and nothing is fetched from a network.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import re
 import subprocess
@@ -184,6 +185,31 @@ def bounds(schema: dict[str, Any]) -> str:
     return f", at least {low:g}" if low is not None else f", at most {high:g}" if high is not None else ""
 
 
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def settings_page() -> str:
+    """Every setting of a memory and of its long-term part."""
+    from latentmem.core.settings import LongTermSettings, MemorySettings
+
+    page = (ROOT / "tools" / "settings.md").read_text(encoding="utf-8")
+    page = page.replace("MEMORY_TABLE", settings_table(MemorySettings().complete()))
+    return page.replace("LONGTERM_TABLE", settings_table(LongTermSettings(R=0)))
+
+
+def settings_table(defaults: Any) -> str:
+    return table(("setting", "meaning", "default"), settings_rows(defaults))
+
+
+def settings_rows(defaults: Any) -> Iterator[tuple[str, str, str]]:
+    from latentmem.core.settings import settings_of
+
+    for one in settings_of(type(defaults)):
+        value = None if one.default is dataclasses.MISSING else getattr(defaults, one.name)
+        choices = f" ({', '.join(f'`{choice}`' for choice in one.choices)})" if one.choices else ""
+        yield f"`{one.name}`", plain(one.help) + choices, "none" if value is None else f"`{value}`"
+
+
 # --- the site ---------------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +230,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only-pages", action="store_true", help="write the generated pages, and build nothing")
     only_pages = parser.parse_args().only_pages
-    for name, page in (("python", python_page), ("cli", cli_page), ("http", http_page)):
+    for name, page in (("python", python_page), ("cli", cli_page), ("http", http_page), ("settings", settings_page)):
         (PAGES / f"{name}.md").write_text(re.sub(r"\n{3,}", "\n\n", page()).strip() + "\n", encoding="utf-8")
     return 0 if only_pages else build()
 
