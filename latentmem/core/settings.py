@@ -159,7 +159,7 @@ class MemorySettings:
         names = [one.name for one in settings_of(MemorySettings) if getattr(self, one.name) is None]
         return replace(self, **{name: getattr(other, name) for name in names})
 
-    def given(self, **values: object) -> MemorySettings:
+    def override(self, **values: object) -> MemorySettings:
         """The same settings with each of these values that is not None."""
         return replace(self, **{name: value for name, value in values.items() if value is not None})  # type: ignore[arg-type]
 

@@ -79,7 +79,7 @@ class MemoryModel(Backbone):
             ValueError: sizes that do not fit each other, the model's context, or the checkpoint.
         """
         sizes = {"N": N, "K": K, "preset": preset, "compression": compression, "seed": seed, "choice": choice}
-        asked = (settings or MemorySettings()).given(**sizes, longterm=LongTermSettings.of(longterm))
+        asked = (settings or MemorySettings()).override(**sizes, longterm=LongTermSettings.of(longterm))
         return beginning.empty(self, asked)
 
     def blank(self) -> Memory:
