@@ -10,7 +10,7 @@ import httpx
 import uvicorn
 
 import latentmem
-from latentmem.serve.engine.engine import Piece
+from latentmem.serve.engine.answer import Piece
 from latentmem.serve.engine.service import Service
 from latentmem.serve.http.app import create_app
 from latentmem.serve.http.logs import Log
@@ -23,13 +23,13 @@ class Scripted:
     """Stands in for the engine: gives `words` for every answer, as soon as `go` is set.
 
     Attributes:
-        asked: (ids, sampling) of all readings.
-        readings: all of them.
+        asked: (ids, sampling) of all answers.
+        answers: all of them.
     """
 
     def __init__(self):
         self.words, self.go, self.error, self.finishes = WORDS, threading.Event(), None, True
-        self.asked, self.readings = [], []
+        self.asked, self.answers = [], []
         self.go.set()
         self._threads = []
 
@@ -47,26 +47,26 @@ class Scripted:
     def call(self, action):
         return action()
 
-    def submit(self, reading, memory, ids, sampling):
+    def submit(self, answer, memory, ids, sampling):
         self.asked.append((list(ids), sampling))
-        self.readings.append(reading)
-        self._threads.append(threading.Thread(target=self._say, args=(reading, len(ids), sampling)))
+        self.answers.append(answer)
+        self._threads.append(threading.Thread(target=self._say, args=(answer, len(ids), sampling)))
         self._threads[-1].start()
 
-    def _say(self, reading, count, sampling):
-        reading.prompt_tokens = count
+    def _say(self, answer, count, sampling):
+        answer.prompt_tokens = count
         while not self.go.wait(0.005):
-            if reading.cancelled:
-                return reading.give(None)
+            if answer.cancelled:
+                return answer.give(None)
         if self.error is not None:
-            return reading.give(self.error)
+            return answer.give(self.error)
         for choice in range(sampling.n):
             for word in self.words:
-                reading.completion_tokens += 1
-                reading.give(Piece(choice, word))
+                answer.completion_tokens += 1
+                answer.give(Piece(choice, word))
             if self.finishes:
-                reading.give(Piece(choice, "", "stop"))
-        return reading.give(None)
+                answer.give(Piece(choice, "", "stop"))
+        return answer.give(None)
 
 
 class Running:
@@ -83,7 +83,7 @@ class Running:
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, timeout=HANG)
-        self.model = self.app.state.shared.model
+        self.model = self.app.state.latentmem.model
 
     def close(self):
         self.http.close()

@@ -80,14 +80,14 @@ def serve(
         service = _service(model, store, cache_bytes, device, quantize, adapters, **sizes)
         return create_app(service, known, limits), service
 
-    def told(made: FastAPI) -> None:
-        served = made.state.shared.model
+    def show_address(app: FastAPI) -> None:
+        name = app.state.latentmem.model
         needs = " -H 'Authorization: Bearer lm-...'" if known.required else ""
-        base.error(f"{served} answers at {url}; open it in a browser, or ask it, for example:")
-        said = f'{{"model": "{served}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-        typer.echo(f"curl {url}/v1/chat/completions{needs} -H 'Content-Type: application/json' -d '{said}'", err=True)
+        base.error(f"{name} answers at {url}; open it in a browser, or ask it, for example:")
+        body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+        typer.echo(f"curl {url}/v1/chat/completions{needs} -H 'Content-Type: application/json' -d '{body}'", err=True)
 
-    run(make, at, grace=grace, told=told)
+    run(make, at, grace=grace, on_ready=show_address)
 
 
 @app.command(rich_help_panel=PANEL)

@@ -10,9 +10,10 @@ from dataclasses import asdict
 from mcp.server import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 
+from latentmem.errors import NameTakenError, NotFoundError
 from latentmem.model.model import MemoryModel
-from latentmem.serve.engine.engine import Sampling
-from latentmem.serve.engine.service import Busy, Missing, Service, Taken
+from latentmem.serve.engine.answer import Sampling
+from latentmem.serve.engine.service import BusyError, Service
 from latentmem.store import Store, check_name
 from latentmem.version import __version__
 
@@ -33,7 +34,7 @@ def create_server(service: Service, sampling: Sampling | None = None) -> MCPServ
     server = MCPServer("latentmem", instructions=INSTRUCTIONS, version=__version__, log_level="WARNING")
 
     @server.tool()
-    @_told
+    @_errors_to_client
     def memory_write(memory_id: str, text: str, source: str = "text") -> Facts:
         """Write a text into a memory; the memory is made if it is not there.
 
@@ -41,65 +42,65 @@ def create_server(service: Service, sampling: Sampling | None = None) -> MCPServ
         """
         check_name(memory_id)
         if memory_id not in service.store:
-            with contextlib.suppress(Taken):  # by somebody else meanwhile
+            with contextlib.suppress(NameTakenError):  # by somebody else meanwhile
                 service.create(memory_id).result()
-        done = service.write(memory_id, text, source).done.result()
-        sizes = {"slots": done.made.get("M"), "capacity": done.made.get("N")}
-        return {"memory_id": memory_id, "version": done.version, "source": source, "tokens": done.tokens, **sizes}
+        version = service.write(memory_id, text, source).done.result()
+        facts = {"version": version.version, "source": source, "tokens": version.tokens}
+        return {"memory_id": memory_id, **facts, "slots": version.made.get("M"), "capacity": version.made.get("N")}
 
     @server.tool()
-    @_told
+    @_errors_to_client
     def memory_ask(memory_id: str, question: str) -> Facts:
         """Answer a question with what a memory holds."""
         check_name(memory_id)
-        reading = service.ask(memory_id, question, sampling or Sampling())
-        answer = "".join(piece.text for piece in reading).strip()
-        return {"memory_id": memory_id, "version": reading.version, "answer": answer}
+        answer = service.ask(memory_id, question, sampling or Sampling())
+        text = "".join(piece.text for piece in answer).strip()
+        return {"memory_id": memory_id, "version": answer.version, "answer": text}
 
     @server.tool()
-    @_told
+    @_errors_to_client
     def memory_stats(memory_id: str) -> Facts:
         """How full a memory is, its sources, and how much of each is left."""
 
-        def found(store: Store, llm: MemoryModel) -> Facts:
-            _there(store, memory_id)
+        def read(store: Store, llm: MemoryModel) -> Facts:
+            _require_memory(store, memory_id)
             version = store.apply(llm, memory_id)
-            memory, sources = store.open(memory_id, version), store.stats(memory_id, version=version)
-            told = [asdict(one) | {"expires": one.expires and one.expires.isoformat()} for one in sources]
+            memory, stats = store.open(memory_id, version), store.stats(memory_id, version=version)
+            sources = [asdict(one) | {"expires": one.expires and one.expires.isoformat()} for one in stats]
             sizes = {"slots": memory.M, "capacity": memory.N}
-            return {"memory_id": memory_id, "version": version, **sizes, "sources": told}
+            return {"memory_id": memory_id, "version": version, **sizes, "sources": sources}
 
-        return service.change(found).result()
+        return service.change(read).result()
 
     @server.tool()
-    @_told
+    @_errors_to_client
     def memory_forget(memory_id: str, source: str) -> Facts:
         """Drop what is left of a source from a memory. Older versions of the memory keep it."""
 
-        def forgotten(store: Store, llm: MemoryModel) -> Facts:
-            _there(store, memory_id)
+        def forget(store: Store, llm: MemoryModel) -> Facts:
+            _require_memory(store, memory_id)
             store.apply(llm, memory_id)
             return {"memory_id": memory_id, "version": store.forget(memory_id, source), "forgotten": source}
 
-        return service.change(forgotten).result()
+        return service.change(forget).result()
 
     return server
 
 
-def _there(store: Store, name: str) -> None:
+def _require_memory(store: Store, name: str) -> None:
     check_name(name)
     if name not in store:
-        raise Missing(f"there is no memory {name!r}; memory_write makes one.")
+        raise NotFoundError(f"there is no memory {name!r}; memory_write makes one.")
 
 
-def _told(tool: Callable[..., Facts]) -> Callable[..., Facts]:
+def _errors_to_client(tool: Callable[..., Facts]) -> Callable[..., Facts]:
     """Tell the client what was wrong with a call."""
 
     @functools.wraps(tool)
-    def telling(*args: object, **kwargs: object) -> Facts:
+    def call(*args: object, **kwargs: object) -> Facts:
         try:
             return tool(*args, **kwargs)
-        except (ValueError, Busy, Missing) as error:
+        except (ValueError, BusyError) as error:
             raise ToolError(str(error)) from error
 
-    return telling
+    return call

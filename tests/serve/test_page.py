@@ -17,7 +17,7 @@ import pytest
 from serving import HANG, running, wait
 
 from latentmem.serve.http.keys import Keys
-from latentmem.serve.http.shared import Limits
+from latentmem.serve.http.state import Limits
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
@@ -213,7 +213,7 @@ def test_a_conversation_goes_on_and_is_written_if_one_wants(server, memory, open
 
 def test_an_answer_is_stopped(scripted, opened):
     def endless():
-        while not scripted.engine.readings[-1].cancelled:
+        while not scripted.engine.answers[-1].cancelled:
             yield "word "
             time.sleep(0.01)
 

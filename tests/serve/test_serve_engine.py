@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from latentmem import MemoryModel
+from latentmem.serve.engine.answer import Answer, Sampling
 from latentmem.serve.engine.batch import Batch, draw
-from latentmem.serve.engine.engine import Engine, Reading, Sampling, Words
+from latentmem.serve.engine.engine import Engine
+from latentmem.serve.engine.words import Words
 from latentmem.testing import byte_tokenizer, tiny_model
 
 FAMILIES = {
@@ -43,13 +45,13 @@ def memories(llm, count):
 
 
 def ask(engine, memory, ids, **sampling):
-    reading = Reading()
-    engine.submit(reading, memory, ids, Sampling(**sampling))
-    return reading
+    reply = Answer()
+    engine.submit(reply, memory, ids, Sampling(**sampling))
+    return reply
 
 
-def text(reading, choice=0):
-    pieces = [piece for piece in reading if piece.choice == choice]
+def text(reply, choice=0):
+    pieces = [piece for piece in reply if piece.choice == choice]
     assert [piece.finish for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
     return "".join(piece.text for piece in pieces), pieces[-1].finish
 
@@ -63,10 +65,10 @@ def alone(llm, memory, ids, new):
 def test_many_answers_at_once_are_those_of_each_alone(llm, engine):
     some = memories(llm, 7)
     prompts = [llm.prompts.text("x" * (3 + 5 * i) + "?") for i in range(7)]
-    readings = [ask(engine, m, p, max_tokens=5 + 3 * i) for i, (m, p) in enumerate(zip(some, prompts, strict=True))]
-    for i, (memory, ids, reading) in enumerate(zip(some, prompts, readings, strict=True)):
-        assert text(reading)[0] == alone(llm, memory, ids, 5 + 3 * i)
-        assert (reading.prompt_tokens, reading.completion_tokens <= 5 + 3 * i) == (len(ids), True)
+    replies = [ask(engine, m, p, max_tokens=5 + 3 * i) for i, (m, p) in enumerate(zip(some, prompts, strict=True))]
+    for i, (memory, ids, reply) in enumerate(zip(some, prompts, replies, strict=True)):
+        assert text(reply)[0] == alone(llm, memory, ids, 5 + 3 * i)
+        assert (reply.prompt_tokens, reply.completion_tokens <= 5 + 3 * i) == (len(ids), True)
 
 
 def test_rows_with_long_term_memories_search_them_again_as_each_alone(llm, engine):
@@ -78,9 +80,9 @@ def test_rows_with_long_term_memories_search_them_again_as_each_alone(llm, engin
         some.append(memory)
     assert [memory.R for memory in some[1:3]] == [8, 8]
     prompts = [llm.prompts.text("x" * (3 + 5 * i) + "?") for i in range(6)]
-    readings = [ask(engine, m, p, max_tokens=8 + 2 * i) for i, (m, p) in enumerate(zip(some, prompts, strict=True))]
-    for i, (memory, ids, reading) in enumerate(zip(some, prompts, readings, strict=True)):
-        assert text(reading)[0] == alone(llm, memory, ids, 8 + 2 * i)
+    replies = [ask(engine, m, p, max_tokens=8 + 2 * i) for i, (m, p) in enumerate(zip(some, prompts, strict=True))]
+    for i, (memory, ids, reply) in enumerate(zip(some, prompts, replies, strict=True)):
+        assert text(reply)[0] == alone(llm, memory, ids, 8 + 2 * i)
 
 
 def test_logits_of_joined_rows_are_those_of_each_alone(llm, engine, monkeypatch):
@@ -97,11 +99,11 @@ def test_logits_of_joined_rows_are_those_of_each_alone(llm, engine, monkeypatch)
     monkeypatch.setattr(Batch, "_read", watched)
     some = memories(llm, 6)
     prompts = [llm.prompts.text(f"{i}" * (4 + 3 * (i % 4))) for i in range(6)]
-    readings = [
+    replies = [
         ask(engine, m, p, max_tokens=4 + 5 * (i % 3)) for i, (m, p) in enumerate(zip(some, prompts, strict=True))
     ]
-    for reading in readings:
-        text(reading)
+    for reply in replies:
+        text(reply)
     assert len(seen) == 6
     for row, logits in seen.items():
         memory = some[prompts.index(list(row.ids))]
@@ -143,8 +145,8 @@ def test_a_cancelled_answer_makes_room(llm, engine):
     memory = memories(llm, 2)[1]
     slow = [ask(engine, memory, llm.prompts.text("a"), max_tokens=2000) for _ in range(4)]
     waits = ask(engine, memory, llm.prompts.text("b"), max_tokens=2)
-    for reading in slow:
-        next(iter(reading))  # leaving the loop cancels
+    for reply in slow:
+        next(iter(reply))  # leaving the loop cancels
     assert text(waits)[1] in ("length", "stop")
 
 
@@ -153,18 +155,18 @@ def test_what_does_not_fit_is_refused_and_what_is_long_is_cut(llm, engine):
     limit = llm.room(memory)
     with pytest.raises(ValueError, match="room for"):
         ask(engine, memory, [5] * limit)
-    reading = ask(engine, memory, [5] * (limit - 3), max_tokens=50)
-    assert text(reading)[1] in ("length", "stop")
-    assert reading.completion_tokens <= 3
+    reply = ask(engine, memory, [5] * (limit - 3), max_tokens=50)
+    assert text(reply)[1] in ("length", "stop")
+    assert reply.completion_tokens <= 3
 
 
 def test_a_failing_batch_is_told_to_its_readers_and_the_next_one_works(llm, engine, monkeypatch):
     memory, ids = memories(llm, 2)[1], llm.prompts.text("hello")
     monkeypatch.setattr(Batch, "advance", lambda self: 1 / 0)
-    readings = [ask(engine, memory, ids, n=2), ask(engine, memory, ids)]
-    for reading in readings:
+    replies = [ask(engine, memory, ids, n=2), ask(engine, memory, ids)]
+    for reply in replies:
         with pytest.raises(ZeroDivisionError):
-            list(reading)
+            list(reply)
     monkeypatch.undo()
     assert text(ask(engine, memory, ids, max_tokens=3))
     assert engine.stats()["answers_running"] == 0
@@ -278,16 +280,16 @@ def test_the_smallest_settings_take_the_likeliest_token(temperature, top_p):
 def test_what_is_cancelled_while_its_prompt_is_read_is_not_read_to_its_end(llm, engine, monkeypatch):
     monkeypatch.setattr("latentmem.serve.engine.batch.CHUNK", 4)
     memory, passes, read = memories(llm, 2)[1], [], Batch._read
-    reading = Reading()
+    reply = Answer()
 
     def watched(batch, tokens):
         passes.append(tokens.shape)
-        reading.cancel()
+        reply.cancel()
         return read(batch, tokens)
 
     monkeypatch.setattr(Batch, "_read", watched)
-    engine.submit(reading, memory, llm.prompts.text("a long prompt " * 10), Sampling())
-    assert list(reading) == []
+    engine.submit(reply, memory, llm.prompts.text("a long prompt " * 10), Sampling())
+    assert list(reply) == []
     assert len(passes) == 1
     assert engine.stats()["answers_running"] == 0
 
@@ -297,8 +299,8 @@ def test_prompts_that_are_read_in_chunks_give_the_same(llm, engine, monkeypatch)
     prompts = [llm.prompts.text("x" * n) for n in (3, 30, 17)]
     expected = [alone(llm, m, p, 5) for m, p in zip(some, prompts, strict=True)]
     monkeypatch.setattr("latentmem.serve.engine.batch.CHUNK", 7)
-    readings = [ask(engine, m, p, max_tokens=5) for m, p in zip(some, prompts, strict=True)]
-    assert [text(reading)[0] for reading in readings] == expected
+    replies = [ask(engine, m, p, max_tokens=5) for m, p in zip(some, prompts, strict=True)]
+    assert [text(reply)[0] for reply in replies] == expected
 
 
 def test_an_engine_that_has_ended_says_so(llm):

@@ -19,9 +19,10 @@ from starlette.datastructures import Headers
 
 import latentmem
 from latentmem.serve.http import run
+from latentmem.serve.http.errors import Refused
 from latentmem.serve.http.gate import Gate
 from latentmem.serve.http.keys import Keys
-from latentmem.serve.http.shared import Limits, Refused
+from latentmem.serve.http.state import Limits
 from latentmem.testing import byte_tokenizer, tiny_model
 
 SAID = "".join(WORDS)
@@ -651,8 +652,8 @@ def received(connection):
 def test_what_waits_too_long_is_given_up(llm, tmp_path):
     with running(llm, tmp_path, limits=Limits(seconds=0.3), memories=["m"]) as server:
         server.engine.go.clear()
-        read, readings = server.service.read, []
-        server.service.read = lambda *args: readings.append(read(*args)) or readings[-1]
+        read, replies = server.service.read, []
+        server.service.read = lambda *args: replies.append(read(*args)) or replies[-1]
         body = {"model": server.model, "messages": user("?")}
         for path, asked in (
             ("/v1/chat/completions", body),
@@ -660,8 +661,8 @@ def test_what_waits_too_long_is_given_up(llm, tmp_path):
             ("/v1/memories/m/ask", {"question": "?"}),
         ):
             refused(received(sent(server, path, asked)), 504, "timeout")
-        assert len(readings) == 3
-        wait(lambda: all(reading.cancelled for reading in readings) and server.service.stats()["reads"] == 0)
+        assert len(replies) == 3
+        wait(lambda: all(reply.cancelled for reply in replies) and server.service.stats()["reads"] == 0)
         refused(received(sent(server, "/v1/memories", {"id": "late"}, missing=1)), 408, "timeout")
 
 
@@ -673,7 +674,7 @@ def test_what_has_come_is_taken_however_late_the_server_looks(server, late):
         await asyncio.Event().wait() if late else await asyncio.sleep(0)
         return {"type": "http.request", "body": b"{}", "more_body": False}
 
-    gate = Gate(server.app, server.app.state.shared, None, None, None)
+    gate = Gate(server.app, server.app.state.latentmem, None, None, None)
     bounded = gate._bounded({"path": "/v1/memories"}, Headers({}), receive, time.monotonic() - 10_000)
     if late:
         with pytest.raises(Refused, match="did not come in time") as caught:
@@ -713,11 +714,11 @@ def test_too_many_are_sent_away_and_may_come_again(llm, tmp_path):
 def test_a_client_that_leaves_ends_its_answer(server, stream):
     server.engine.go.clear()
     try:
-        readings, logged = len(server.engine.readings), len(server.lines())
+        replies, logged = len(server.engine.answers), len(server.lines())
         body = {"model": server.model, "messages": user("?"), "stream": stream}
         with sent(server, "/v1/chat/completions", body):
-            wait(lambda: len(server.engine.readings) > readings)
-        wait(lambda: server.engine.readings[-1].cancelled)
+            wait(lambda: len(server.engine.answers) > replies)
+        wait(lambda: server.engine.answers[-1].cancelled)
         wait(lambda: server.service.stats()["reads"] == 0)
         wait(lambda: 499 in [line["status"] for line in server.lines()[logged:]])
     finally:
@@ -729,7 +730,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_it(llm, tmp_path):
 
         class Endless(list):
             def __iter__(self):
-                while not server.engine.readings[-1].cancelled:
+                while not server.engine.answers[-1].cancelled:
                     yield "word "
                     threading.Event().wait(0.005)
 
@@ -737,7 +738,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_it(llm, tmp_path):
         body = {"model": server.model, "messages": user("?"), "stream": True}
         with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
             assert response.status_code == 200 and next(response.iter_lines()).startswith("data: ")
-        wait(lambda: server.engine.readings[-1].cancelled)
+        wait(lambda: server.engine.answers[-1].cancelled)
         wait(lambda: server.service.stats()["reads"] == 0)
 
 
@@ -766,12 +767,12 @@ def test_an_error_in_the_middle_of_a_stream_is_an_event(server, monkeypatch):
 def test_health_and_readiness(llm, tmp_path):
     with running(llm, tmp_path) as server:
         assert server("GET", "/health") == (200, {"status": "ok"}) == server("GET", "/ready")
-        server.app.state.shared.closing = True
+        server.app.state.latentmem.closing = True
         assert server("GET", "/health")[0] == 200
         refused(server("GET", "/ready"), 503, "not_ready")
         refused(server("GET", "/v1/models"), 503, "not_ready")
         assert server("GET", "/metrics")[0] == 200
-        server.app.state.shared.closing, server.service.ready = False, False
+        server.app.state.latentmem.closing, server.service.ready = False, False
         refused(server("GET", "/ready"), 503)
         server.service.ready = True
 

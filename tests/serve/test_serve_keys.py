@@ -25,7 +25,7 @@ from latentmem.serve.http.app import create_app
 from latentmem.serve.http.keys import Keys
 from latentmem.serve.http.logs import Log
 from latentmem.serve.http.run import _Door, bound, is_loopback, serve
-from latentmem.serve.http.shared import Limits
+from latentmem.serve.http.state import Limits
 from latentmem.testing import byte_tokenizer, tiny_model
 
 
@@ -430,14 +430,14 @@ def test_what_runs_at_the_end_is_not_waited_for_forever(llm, tmp_path):
 
     def told(app):
         thread.start()
-        wait(lambda: engine.readings)
+        wait(lambda: engine.answers)
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread, start = threading.Thread(target=client), time.monotonic()
     hang = threading.Timer(HANG, engine.go.set)  # else the answer never ends by itself
     hang.start()
-    serve(lambda: (create_app(service, log=Log(io.StringIO())), service), at, grace=1, told=told)
+    serve(lambda: (create_app(service, log=Log(io.StringIO())), service), at, grace=1, on_ready=told)
     hang.cancel()
     thread.join()
     store.close()
-    assert time.monotonic() - start >= 1 and engine.readings[0].cancelled and 200 not in got
+    assert time.monotonic() - start >= 1 and engine.answers[0].cancelled and 200 not in got

@@ -10,8 +10,9 @@ import torch
 from serving import HANG
 
 from latentmem import MemoryModel, Store
-from latentmem.serve.engine.engine import Sampling
-from latentmem.serve.engine.service import Busy, Missing, Service, Taken
+from latentmem.errors import NameTakenError, NotFoundError, TooLongError
+from latentmem.serve.engine.answer import Sampling
+from latentmem.serve.engine.service import BusyError, Service
 from latentmem.testing import byte_tokenizer, tiny_model
 
 
@@ -39,8 +40,8 @@ def question(text):
     return lambda prompts, bare: prompts.question(text, bare=bare)
 
 
-def answer(reading):
-    return "".join(piece.text for piece in reading)
+def answer(reply):
+    return "".join(piece.text for piece in reply)
 
 
 def held(service):
@@ -87,13 +88,13 @@ def test_a_read_comes_behind_the_writes_that_were_accepted_before(service, llm):
     service.create("a", N=64, K=16).result()
     free = held(service)
     some = [service.write("a", f"text number {i}") for i in range(3)]
-    reading = service.read("a", question("which?"), Sampling(max_tokens=4))
+    reply = service.read("a", question("which?"), Sampling(max_tokens=4))
     assert [writing.version for writing in some] == [1, 2, 3]
     assert not any(writing.done.done() for writing in some)
     free.set()
-    said = answer(reading)
+    said = answer(reply)
     assert [writing.done.result().state for writing in some] == ["applied"] * 3
-    assert reading.version == 3
+    assert reply.version == 3
     assert said == llm.ask(service.store.open("a"), "which?", max_new_tokens=4)
 
 
@@ -102,9 +103,9 @@ def test_an_older_version_is_read_as_it_was(service, llm):
     service.write("a", "one").done.result()
     before = service.store.open("a", 1)
     service.write("a", "two").done.result()
-    reading = service.read("a", question("which?"), Sampling(max_tokens=4), version=1)
-    assert (answer(reading), reading.version) == (llm.ask(before, "which?", max_new_tokens=4), 1)
-    with pytest.raises(Missing, match="0 to 2"):
+    reply = service.read("a", question("which?"), Sampling(max_tokens=4), version=1)
+    assert (answer(reply), reply.version) == (llm.ask(before, "which?", max_new_tokens=4), 1)
+    with pytest.raises(NotFoundError, match="0 to 2"):
         answer(service.read("a", question("which?"), Sampling(), version=3))
 
 
@@ -123,53 +124,53 @@ def test_each_memory_answers_for_itself(service, llm):
     for i, name in enumerate(names):
         service.create(name, N=64, K=16, seed=i).result()
         service.write(name, f"the secret of {name} is {i * 7919}" * (i % 3 + 1)).done.result()
-    readings = [(name, service.read(name, question("secret?"), Sampling(max_tokens=6))) for name in names * 3]
-    for name, reading in readings:
-        assert answer(reading) == llm.ask(service.store.open(name), "secret?", max_new_tokens=6)
+    replies = [(name, service.read(name, question("secret?"), Sampling(max_tokens=6))) for name in names * 3]
+    for name, reply in replies:
+        assert answer(reply) == llm.ask(service.store.open(name), "secret?", max_new_tokens=6)
     plain = service.read(None, question("secret?"), Sampling(max_tokens=6))
     assert (answer(plain), plain.version) == (llm.ask(llm.blank(), "secret?", max_new_tokens=6), None)
 
 
 def test_more_than_fits_is_refused_and_then_taken_again(llm, store):
     service = Service(llm, store, batch=2, waiting=3, changes=2)
-    with pytest.raises(Busy):
+    with pytest.raises(BusyError):
         service.read(None, question("?"), Sampling())  # it has not begun
     service.start()
     service.create("a").result()
     settled(service)
     free = held(service)
-    readings = [service.read("a", question("?"), Sampling(max_tokens=2)) for _ in range(3)]
-    with pytest.raises(Busy) as busy:
+    replies = [service.read("a", question("?"), Sampling(max_tokens=2)) for _ in range(3)]
+    with pytest.raises(BusyError) as busy:
         service.read("a", question("?"), Sampling())
     assert 1 <= busy.value.retry_after <= 60
     writes = [service.write("a", "text") for _ in range(2)]
     for refused in (lambda: service.write("a", "text"), lambda: service.change(lambda store, llm: None)):
-        with pytest.raises(Busy):
+        with pytest.raises(BusyError):
             refused()
     assert store.version("a").version == 2  # what was refused is not in the journal
     free.set()
-    for reading in readings:
-        answer(reading)
+    for reply in replies:
+        answer(reply)
     wait([writing.done for writing in writes])
     settled(service)
     answer(service.read("a", question("?"), Sampling(max_tokens=2)))
     service.close()
-    with pytest.raises(Busy):
+    with pytest.raises(BusyError):
         service.write("a", "text")
 
 
 def test_what_is_wrong_changes_and_holds_nothing(service):
     service.create("a").result()
-    with pytest.raises(Taken):
+    with pytest.raises(NameTakenError):
         service.create("a").result()
-    with pytest.raises(Missing):
+    with pytest.raises(NotFoundError):
         service.write("b", "text")
     for bad in ({"content": " "}, {"content": "x", "role": "nobody"}, {"content": "\ud800"}, {"content": []}):
         with pytest.raises(ValueError):
             service.write("a", **bad)
-    with pytest.raises(Missing):
+    with pytest.raises(NotFoundError):
         answer(service.read("b", question("?"), Sampling()))
-    with pytest.raises(ValueError, match="room"):
+    with pytest.raises(TooLongError, match="room"):
         answer(service.read("a", lambda prompts, bare: [5] * 2000, Sampling()))
     assert len(service.store.history("a")) == 1
     settled(service)
@@ -186,10 +187,10 @@ def test_a_write_with_the_same_key_is_one(service):
 def test_a_cancelled_read_gives_its_place_back(service):
     service.create("a").result()
     free = held(service)
-    reading = service.read("a", question("?"), Sampling(max_tokens=500))
-    reading.cancel()
+    reply = service.read("a", question("?"), Sampling(max_tokens=500))
+    reply.cancel()
     free.set()
-    assert list(reading) == []
+    assert list(reply) == []
     assert service.stats()["reads"] == 0
 
 
@@ -213,11 +214,11 @@ def test_closing_finishes_what_was_accepted(llm, store):
     service.start()
     service.create("a").result()
     writing = service.write("a", "the last text")
-    reading = service.read("a", question("?"), Sampling(max_tokens=3))
+    reply = service.read("a", question("?"), Sampling(max_tokens=3))
     service.close()
     assert writing.done.result().state == "applied"
-    assert reading.version == 1
-    assert len(list(reading)) > 0
+    assert reply.version == 1
+    assert len(list(reply)) > 0
 
 
 def test_a_memory_that_another_process_has_broken_is_told_to_its_reader_alone(service, store, llm):
@@ -253,10 +254,10 @@ def test_a_version_that_is_accepted_and_not_applied_can_be_asked_for(service):
     service.create("a").result()
     free = held(service)
     writing = service.write("a", "text")
-    reading = service.read("a", question("?"), Sampling(max_tokens=2), version=writing.version)
+    reply = service.read("a", question("?"), Sampling(max_tokens=2), version=writing.version)
     free.set()
-    answer(reading)
-    assert reading.version == writing.version == 1
+    answer(reply)
+    assert reply.version == writing.version == 1
 
 
 def test_what_passes_does_not_fail_a_write_for_good(service, store, monkeypatch):
@@ -275,9 +276,9 @@ def test_what_passes_does_not_fail_a_write_for_good(service, store, monkeypatch)
             answer(service.read("a", question("?"), Sampling(max_tokens=2)))
     assert store.version("a", 1).state == "pending"
     monkeypatch.undo()
-    reading = service.read("a", question("?"), Sampling(max_tokens=2))
-    answer(reading)
-    assert (reading.version, store.version("a", 1).state) == (1, "applied")
+    reply = service.read("a", question("?"), Sampling(max_tokens=2))
+    answer(reply)
+    assert (reply.version, store.version("a", 1).state) == (1, "applied")
 
 
 def test_one_damaged_memory_does_not_keep_the_service_from_starting(llm, store):

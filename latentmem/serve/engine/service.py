@@ -21,12 +21,12 @@ from typing import Any, TypeVar, cast
 import torch
 
 from latentmem.core.memory import Memory
-from latentmem.errors import TooLongError
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Message, Prompts
 from latentmem.model.streaming import release_threads
+from latentmem.serve.engine.answer import Answer, Sampling
 from latentmem.serve.engine.computing import EngineModel
-from latentmem.serve.engine.engine import Engine, Reading, Sampling
+from latentmem.serve.engine.engine import Engine
 from latentmem.store import Store, Version
 from latentmem.store.store import Content
 
@@ -35,7 +35,7 @@ OWN_KEY = "request "  # begins the idempotency keys that the service makes itsel
 Prompt = Callable[[Prompts, bool], list[int]]  # (how text is put, whether a memory stands in front) -> token ids
 
 
-class Busy(Exception):  # noqa: N818 - no error of this program
+class BusyError(Exception):
     """More waits than is allowed to.
 
     Args:
@@ -45,14 +45,6 @@ class Busy(Exception):  # noqa: N818 - no error of this program
     def __init__(self, retry_after: int) -> None:
         super().__init__(f"the server is busy; try again in {retry_after} seconds.")
         self.retry_after = retry_after
-
-
-class Taken(Exception):  # noqa: N818 - no error of this program
-    """There is a memory of this name already."""
-
-
-class Missing(Exception):  # noqa: N818 - no error of this program
-    """There is no such memory or version."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +77,17 @@ class Underway:
     memory: Memory
     done: int
     total: int
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A question until the engine has it; fields as in `Service.read`."""
+
+    answer: Answer
+    name: str | None
+    prompt: Prompt
+    sampling: Sampling
+    version: int | None
 
 
 class Service:
@@ -120,7 +123,7 @@ class Service:
         self._model = cast(MemoryModel, self._computing)  # all that a store needs of one
         self._openers, self._writer = ThreadPoolExecutor(2, "open"), ThreadPoolExecutor(1, "write")
         self._count = threading.Condition()
-        self._readings: set[Reading] = set()
+        self._answers: set[Answer] = set()
         self._changes = 0  # that were accepted and are not done
         self._underway: Underway | None = None
         self._seconds = 1.0  # that an answer takes, a running mean
@@ -144,17 +147,17 @@ class Service:
         """
         self.ready = False
         with self._count:
-            if not self._count.wait_for(lambda: not self._readings, grace):
-                for reading in self._readings:
-                    reading.cancel()
-            self._count.wait_for(lambda: not self._readings and not self._changes)
+            if not self._count.wait_for(lambda: not self._answers, grace):
+                for answer in self._answers:
+                    answer.cancel()
+            self._count.wait_for(lambda: not self._answers and not self._changes)
         self._writer.shutdown()
         self._openers.shutdown()
         self._engine.stop()
 
     # --- reads ------------------------------------------------------------------------------------------------------
 
-    def read(self, name: str | None, prompt: Prompt, sampling: Sampling, version: int | None = None) -> Reading:
+    def read(self, name: str | None, prompt: Prompt, sampling: Sampling, version: int | None = None) -> Answer:
         """Answer a prompt behind a memory, or behind none.
 
         Args:
@@ -163,82 +166,82 @@ class Service:
             version: of the memory, by default the newest, with all that was accepted before.
 
         Returns:
-            The answer, whose pieces come when they are made. In place of a piece may come `Missing`: no such memory or
-            version; or a ValueError: the prompt does not fit, or another model wrote the memory.
+            The answer, whose pieces come when they are made. In place of a piece may come a ValueError: no
+            such memory or version, the prompt does not fit, or another model wrote the memory.
 
         Raises:
-            Busy: too many wait.
+            BusyError: too many wait.
         """
         start = time.monotonic()
 
         def ended() -> None:
             self._seconds += 0.1 * (time.monotonic() - start - self._seconds)
             with self._count:
-                self._readings.discard(reading)
+                self._answers.discard(answer)
                 self._count.notify_all()
 
-        reading = Reading(ended)
+        answer = Answer(ended)
         with self._count:
-            self._admit(len(self._readings), self.waiting)
-            self._readings.add(reading)
-        self._openers.submit(self._open, reading, name, prompt, sampling, version)
-        return reading
+            self._admit(len(self._answers), self.waiting)
+            self._answers.add(answer)
+        self._openers.submit(self._open, _Request(answer, name, prompt, sampling, version))
+        return answer
 
-    def ask(self, name: str, question: str, sampling: Sampling, version: int | None = None) -> Reading:
+    def ask(self, name: str, question: str, sampling: Sampling, version: int | None = None) -> Answer:
         """Answer a question as `MemoryModel.ask` puts it; else as `read`."""
         return self.read(name, lambda prompts, bare: prompts.question(question, bare=bare), sampling, version)
 
-    def _open(
-        self,
-        reading: Reading,
-        name: str | None,
-        prompt: Prompt,
-        sampling: Sampling,
-        version: int | None,
-        settled: bool = False,
-    ) -> None:
-        """Open the memory of a reading and hand both to the engine; where writes wait, behind them."""
+    def _open(self, request: _Request, settled: bool = False) -> None:
+        """Open the memory of a request and hand both to the engine; where writes wait, behind them.
+
+        Args:
+            settled: the writes that this request came behind are applied.
+        """
         try:
-            if reading.cancelled:
-                return reading.give(None)
-            if name is None:
-                memory = self.llm.blank()
-            else:
-                self._there(name)
-                later = version is None or version > self.store.applied_version(name)
-                if later and not settled and self.store.has_pending(name):
-                    waits = self._change(lambda: self._settle(name))
-
-                    def go_on(waits: Future[int]) -> None:
-                        error = waits.exception()
-                        if error is not None:
-                            reading.give(error if isinstance(error, Exception) else RuntimeError(str(error)))
-                        else:
-                            self._openers.submit(self._open, reading, name, prompt, sampling, version, True)
-
-                    waits.add_done_callback(go_on)
-                    return None
-                if version is not None and not 0 <= version <= (newest := self.store.version(name).version):
-                    raise Missing(f"{name!r} has no version {version}; it has 0 to {newest}.")
-                if version is None:
-                    reading.version, memory = self.store.latest(name)
-                else:
-                    reading.version, memory = version, self.store.open(name, version)
-                self.llm.check(memory)
-            ids = prompt(self.llm.prompts_or_raise(), memory.holds)
+            if request.answer.cancelled:
+                return request.answer.give(None)
+            if request.name is not None and not settled and self._comes_behind_writes(request.name, request.version):
+                return self._open_later(request.name, request)
+            memory = self._memory(request)
+            ids = request.prompt(self.llm.prompts_or_raise(), memory.holds)
             release_threads()
-            try:
-                self._engine.submit(reading, memory, ids, sampling)
-            except ValueError as error:
-                raise TooLongError(str(error)) from None
+            self._engine.submit(request.answer, memory, ids, request.sampling)
         except Exception as error:  # noqa: BLE001 - told to who asked
-            reading.give(error)
+            request.answer.give(error)
+
+    def _comes_behind_writes(self, name: str, version: int | None) -> bool:
+        newer = version is None or version > self.store.applied_version(name)
+        return newer and self.store.has_pending(name)
+
+    def _open_later(self, name: str, request: _Request) -> None:
+        """Open a request once all that waits for its memory is applied."""
+
+        def go_on(settled: Future[int]) -> None:
+            error = settled.exception()
+            if error is None:
+                self._openers.submit(self._open, request, True)
+            else:
+                request.answer.give(error if isinstance(error, Exception) else RuntimeError(str(error)))
+
+        self._change(lambda: self._settle(name)).add_done_callback(go_on)
+
+    def _memory(self, request: _Request) -> Memory:
+        """The memory of a request, which this model can read."""
+        name, version = request.name, request.version
+        if name is None:
+            return self.llm.blank()
+        if version is None:
+            request.answer.version, memory = self.store.latest(name)
+        else:
+            request.answer.version, memory = version, self.store.open(name, version)
+        self.llm.check(memory)
+        return memory
 
     def sources_of(self, memory: Memory, question: str | list[Message], answer: str) -> dict[str, float]:
         """Which sources of a memory an answer drew on, as `MemoryModel.sources_of`.
 
         Raises:
-            Busy: too many wait.
+            BusyError: too many wait.
         """
         self._accept()
         try:
@@ -255,13 +258,11 @@ class Service:
         """Accept a write and have it applied; arguments as in `Store.write`.
 
         Raises:
-            Busy: too many wait.
-            Missing: no such memory.
-            ValueError: what `Store.write` refuses; nothing has changed.
+            BusyError: too many wait.
+            ValueError: no such memory, or what `Store.write` refuses; nothing has changed.
         """
         self._accept()
         try:
-            self._there(name)
             count = tokens(self.llm, content, role)  # what is refused, is refused before it is accepted
             key = key or f"{OWN_KEY}{uuid.uuid4().hex}"  # versions can be numbered anew before it is applied
             version = self.store.append(name, content, source, role=role, key=key)
@@ -272,26 +273,24 @@ class Service:
         done.add_done_callback(self._changed)
         return Writing(version, count, done)
 
-    def create(self, name: str, **ways: Any) -> Future[Version]:
-        """Begin a memory; `ways` as in `MemoryModel.empty`.
+    def create(self, name: str, **settings: Any) -> Future[Version]:
+        """Begin a memory; `settings` as in `MemoryModel.empty`.
 
         Raises:
-            Busy: too many wait. The result may be `Taken`.
+            BusyError: too many wait. The result may be a `NameTakenError`.
         """
 
-        def made(store: Store, llm: MemoryModel) -> Version:
-            if name in store:
-                raise Taken(f"there is a memory {name!r} already.")
-            store.create(name, self.llm.empty(**ways))
+        def act(store: Store, llm: MemoryModel) -> Version:
+            store.create(name, self.llm.empty(**settings))
             return store.version(name)
 
-        return self.change(made)
+        return self.change(act)
 
     def change(self, action: Callable[[Store, MemoryModel], Result]) -> Future[Result]:
         """Do anything else with the store, behind all changes that were accepted before.
 
         Raises:
-            Busy: too many wait.
+            BusyError: too many wait.
         """
         self._accept()
         done = self._change(lambda: action(self.store, self._model))
@@ -336,7 +335,7 @@ class Service:
     def stats(self) -> dict[str, float]:
         """What the server does now, for its metrics: name -> number."""
         return {
-            "reads": len(self._readings),
+            "reads": len(self._answers),
             "changes": self._changes,
             "tokens_written": self._computing.tokens_written,
             "prefix_bytes": self.llm.prefixes.nbytes,
@@ -347,7 +346,7 @@ class Service:
 
     def _admit(self, there: int, most: int) -> None:
         if not self.ready or there >= most:
-            raise Busy(min(60, max(1, round(self._seconds))))
+            raise BusyError(min(60, max(1, round(self._seconds))))
 
     def _accept(self) -> None:
         """Count one more change, or refuse it."""
@@ -359,10 +358,6 @@ class Service:
         with self._count:
             self._changes -= 1
             self._count.notify_all()
-
-    def _there(self, name: str) -> None:
-        if name not in self.store:
-            raise Missing(f"there is no memory {name!r}.")
 
 
 def tokens(llm: MemoryModel, content: Content, role: str | None = None) -> int:

@@ -11,9 +11,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentmem.serve.http import static
+from latentmem.serve.http.errors import Refused, not_ready, refusal
 from latentmem.serve.http.keys import EVERYONE, Key, Keys
-from latentmem.serve.http.logs import Log, Metrics
-from latentmem.serve.http.shared import Record, Refused, Shared, loading, refusal
+from latentmem.serve.http.logs import Log, Metrics, RequestLog
+from latentmem.serve.http.state import AppState
 
 OPEN = ("/health", "/ready")  # no key, at any time
 LOADING = (*OPEN, "/metrics", "/openapi.json")  # also while the server is not ready
@@ -26,14 +27,14 @@ class Gate:
     """The outermost layer of the app.
 
     Args:
-        app: what is behind it.
-        shared: of the server.
+        app: what is behind the gate.
+        state: of the server.
         keys: None: everybody may do everything; then only this machine's own programs are let in, no web pages.
-        log, metrics: are told of every request.
+        log, metrics: get every request.
     """
 
-    def __init__(self, app: ASGIApp, shared: Shared, keys: Keys | None, log: Log, metrics: Metrics) -> None:
-        self.app, self.shared, self.keys, self.log, self.metrics = app, shared, keys, log, metrics
+    def __init__(self, app: ASGIApp, state: AppState, keys: Keys | None, log: Log, metrics: Metrics) -> None:
+        self.app, self.state, self.keys, self.log, self.metrics = app, state, keys, log, metrics
         self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,40 +44,38 @@ class Gate:
             return await self.app(scope, receive, send)
         if await static.respond(scope, receive, send):
             return None
-        headers, start, status = Headers(scope=scope), time.monotonic(), 0
-        given = headers.get("x-request-id", "")
-        record = Record(given if ID.fullmatch(given) else uuid.uuid4().hex)
-        scope["latentmem.record"] = record
+        own_id, start, status = Headers(scope=scope).get("x-request-id", ""), time.monotonic(), 0
+        request = scope["latentmem.log"] = RequestLog(own_id if ID.fullmatch(own_id) else uuid.uuid4().hex)
 
-        async def sending(message: Message) -> None:
+        async def send_marked(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                more = MutableHeaders(scope=message)
-                more["x-request-id"] = record.id
-                more["x-content-type-options"] = "nosniff"
-                more.setdefault("cache-control", "no-store")
+                _mark(message, request)
             await send(message)
 
         self._running += 1
         try:
-            try:
-                self._admit(scope, headers, record)
-                await self.app(scope, self._bounded(scope, headers, receive, start), sending)
-            except Exception as error:  # noqa: BLE001 - nothing of it is told to the client
-                if not isinstance(error, Refused):
-                    self.log.error(record, error)
-                if status:
-                    raise _Broken from None  # the response can not be ended properly any more
-                await refusal(error).response(scope, receive, sending)
+            await self._pass(scope, receive, send_marked, request, start)
+        except Exception as error:  # noqa: BLE001 - nothing of it is told to the client
+            if not isinstance(error, Refused):
+                self.log.error(request, error)
+            if status:
+                raise _BrokenOff from None  # the response can not be ended properly any more
+            await refusal(error).response(scope, receive, send_marked)
         finally:
             self._running -= 1
             route = getattr(scope.get("route"), "path", "unknown") if "endpoint" in scope else "unknown"
-            told = (record, scope["method"], route, status or 499, time.monotonic() - start)
-            self.log.request(*told)
-            self.metrics.request(*told)
+            for book in (self.log, self.metrics):
+                book.request(request, scope["method"], route, status or 499, time.monotonic() - start)
 
-    def _admit(self, scope: Scope, headers: Headers, record: Record) -> None:
+    async def _pass(self, scope: Scope, receive: Receive, send: Send, request: RequestLog, start: float) -> None:
+        """Let a request in, if it may come in."""
+        headers = Headers(scope=scope)
+        self._admit(scope, headers, request)
+        await self.app(scope, self._bounded(scope, headers, receive, start), send)
+
+    def _admit(self, scope: Scope, headers: Headers, request: RequestLog) -> None:
         """Refuse who may not come in."""
         path = scope["path"]
         if path in OPEN:
@@ -85,16 +84,16 @@ class Gate:
             key = self._key(headers)
         else:
             key = EVERYONE
-            _from_here(scope, headers)
-        scope["latentmem.key"], record.key = key, key.name
-        if not self.shared.ready and path not in LOADING:
-            raise loading()
-        if self._running > self.shared.limits.requests:
+            _require_local(scope, headers)
+        scope["latentmem.key"], request.key = key, key.name
+        if not self.state.ready and path not in LOADING:
+            raise not_ready()
+        if self._running > self.state.limits.requests:
             raise Refused(429, "too many requests run.", "rate_limit_exceeded", headers={"retry-after": "1"})
 
     def _key(self, headers: Headers) -> Key:
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        key = self.keys.find(given.strip()) if self.keys is not None else None
+        scheme, _, secret = headers.get("authorization", "").partition(" ")
+        key = self.keys.find(secret.strip()) if self.keys is not None else None
         if scheme.lower() == "bearer" and key is not None:
             return key
         message = "a valid key is needed: `Authorization: Bearer lm-...`; `latentmem keys add` makes one."
@@ -105,16 +104,16 @@ class Gate:
 
         What has come is taken also after the deadline: the client is late, never the server that was busy.
         """
-        limits = self.shared.limits
+        limits = self.state.limits
         most = limits.upload if IMPORT.fullmatch(scope["path"]) else limits.body
         too_large = Refused(413, f"the body may have {most} bytes; send less.", "too_large")
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > most:
             raise too_large
-        got, whole = 0, False
+        received, whole = 0, False
 
-        async def receiving() -> Message:
-            nonlocal got, whole
+        async def receive_bounded() -> Message:
+            nonlocal received, whole
             if whole:
                 return await receive()
             coming = asyncio.ensure_future(receive())
@@ -126,20 +125,27 @@ class Gate:
             finally:
                 coming.cancel()
             if message["type"] == "http.request":
-                got += len(message.get("body", b""))
+                received += len(message.get("body", b""))
                 whole = not message.get("more_body", False)
-                if got > most:
+                if received > most:
                     raise too_large
             return message
 
-        return receiving
+        return receive_bounded
 
 
-class _Broken(Exception):  # noqa: N818 - tells the server to cut the connection
+class _BrokenOff(Exception):  # noqa: N818 - tells the server to cut the connection
     """A response that broke off."""
 
 
-def _from_here(scope: Scope, headers: Headers) -> None:
+def _mark(message: Message, request: RequestLog) -> None:
+    headers = MutableHeaders(scope=message)
+    headers["x-request-id"] = request.id
+    headers["x-content-type-options"] = "nosniff"
+    headers.setdefault("cache-control", "no-store")
+
+
+def _require_local(scope: Scope, headers: Headers) -> None:
     """Let in programs of this machine, and no web page that a browser of this machine shows."""
     host, origin = headers.get("host", ""), headers.get("origin")
     if not LOCAL.fullmatch(host):

@@ -90,19 +90,19 @@ class Keys:
                 sys.stderr.write(f"latentmem: no key is taken: {error}\n")
             return list(self._keys.values())
 
-    def find(self, given: str) -> Key | None:
-        """The key that this is; takes as long for a wrong one."""
-        hashed, found = _hash(given), None
+    def find(self, secret: str) -> Key | None:
+        """The key with this secret; takes as long for a wrong one."""
+        hashed, match = _hash(secret), None
         for key in self.all():
             if hmac.compare_digest(key.sha256, hashed):
-                found = key
-        return found
+                match = key
+        return match
 
     def add(self, name: str, memories: Iterable[str], *, read_only: bool = False) -> str:
         """Make a key.
 
         Returns:
-            The key, which is kept nowhere else.
+            Its secret, which is kept nowhere else.
 
         Raises:
             ValueError: a name that is taken or can not be one, or no valid pattern.
@@ -117,12 +117,12 @@ class Keys:
                 )
         if not patterns:
             raise ValueError("a key needs the memories that it may touch, for example 'alice,team-*', or '*' for all.")
-        given = f"lm-{secrets.token_urlsafe(32)}"
+        secret = f"lm-{secrets.token_urlsafe(32)}"
         with self._changing() as keys:
             if name in keys:
                 raise ValueError(f"there is a key {name!r} already; remove it first, or choose another name.")
-            keys[name] = Key(name, _hash(given), patterns, RIGHTS[:1] if read_only else RIGHTS)
-        return given
+            keys[name] = Key(name, _hash(secret), patterns, RIGHTS[:1] if read_only else RIGHTS)
+        return secret
 
     def remove(self, name: str) -> None:
         """Take a key away, at once for servers that run.
@@ -149,15 +149,15 @@ class Keys:
 
     def _refresh(self) -> None:
         try:
-            found = self.path.stat()
+            status = self.path.stat()
         except FileNotFoundError:
             self._seen, self._keys = (), {}
             return
-        seen = (found.st_mtime_ns, found.st_ino, found.st_size, found.st_mode)
+        seen = (status.st_mtime_ns, status.st_ino, status.st_size, status.st_mode)
         if seen == self._seen:
             return
         try:
-            if os.name == "posix" and found.st_mode & 0o022:
+            if os.name == "posix" and status.st_mode & 0o022:
                 raise ValueError(f"{self.path} can be changed by others than its owner; chmod 600 it.")
             keys = _read(self.path)
         except ValueError:
@@ -179,5 +179,5 @@ def _read(path: Path) -> dict[str, Key]:
     return {key.name: key for key in keys}
 
 
-def _hash(given: str) -> str:
-    return hashlib.sha256(given.encode("utf-8", "surrogateescape")).hexdigest()
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()

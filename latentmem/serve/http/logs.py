@@ -1,4 +1,4 @@
-"""What is told of each request: one line of JSON, and numbers for Prometheus. Never a text, a question or a key."""
+"""What the log and Prometheus get of each request: one line of JSON, and numbers; never a text, a question or a key."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import json
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-
-if TYPE_CHECKING:
-    from latentmem.serve.http.shared import Record, Shared
 
 BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 METHODS = ("GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS")
@@ -25,6 +23,25 @@ KINDS = {
     "/v1/completions": "completion",
     "/v1/memories/{id}/write": "write",
 }
+
+
+@dataclass
+class RequestLog:
+    """What is known of one request.
+
+    Args:
+        id: of the request.
+        key: name of the key.
+        memory: the one that was chosen.
+        prompt_tokens, completion_tokens, written_tokens: tokens that were read, made and written.
+    """
+
+    id: str
+    key: str = ""
+    memory: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    written_tokens: int = 0
 
 
 class Log:
@@ -44,28 +61,26 @@ class Log:
             to.write(json.dumps(facts) + "\n")
             to.flush()
 
-    def request(self, record: Record, method: str, route: str, status: int, seconds: float) -> None:
+    def request(self, request: RequestLog, method: str, route: str, status: int, seconds: float) -> None:
         """One request that has ended."""
-        facts = {"key": record.key, "memory": record.memory}
-        facts |= {what: getattr(record, what) for what in ("prompt_tokens", "completion_tokens", "written_tokens")}
-        told = {name: value for name, value in facts.items() if value}
-        self.line(id=record.id, method=method, route=route, status=status, ms=round(seconds * 1000, 1), **told)
+        facts = {name: value for name, value in asdict(request).items() if value and name != "id"}
+        self.line(id=request.id, method=method, route=route, status=status, ms=round(seconds * 1000, 1), **facts)
 
-    def error(self, record: Record, error: BaseException) -> None:
+    def error(self, request: RequestLog, error: BaseException) -> None:
         """Where this program made an error, without its message, which may hold a text."""
         frames = traceback.extract_tb(error.__traceback__)
         where = [f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno} {frame.name}" for frame in frames]
-        self.line(id=record.id, error=type(error).__name__, where=where[-12:])
+        self.line(id=request.id, error=type(error).__name__, where=where[-12:])
 
 
 class Metrics:
     """Numbers for Prometheus.
 
     Args:
-        shared: of the server, for what it does now.
+        now: gives what the server does now, name -> number.
     """
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, now: Callable[[], dict[str, float]]) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "latentmem_requests", "Requests that have ended.", ["method", "route", "status"], registry=self.registry
@@ -75,9 +90,9 @@ class Metrics:
         )
         self._busy = Counter("latentmem_busy", "Requests refused because too many waited.", registry=self.registry)
         self._tokens = Counter("latentmem_tokens", "Tokens read, made and written.", ["kind"], registry=self.registry)
-        self.registry.register(_Now(shared))
+        self.registry.register(_Now(now))
 
-    def request(self, record: Record, method: str, route: str, status: int, seconds: float) -> None:
+    def request(self, request: RequestLog, method: str, route: str, status: int, seconds: float) -> None:
         """Count one request that has ended."""
         self._requests.labels(method if method in METHODS else "other", route, str(status)).inc()
         if route in KINDS and status < 400:
@@ -85,19 +100,18 @@ class Metrics:
         if status == 429:
             self._busy.inc()
         for kind in ("prompt", "completion", "written"):
-            self._tokens.labels(kind).inc(getattr(record, f"{kind}_tokens"))
+            self._tokens.labels(kind).inc(getattr(request, f"{kind}_tokens"))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
 
 class _Now(Collector):
-    """What the service does when it is asked."""
+    """What the server does when Prometheus asks."""
 
-    def __init__(self, shared: Shared) -> None:
-        self._shared = shared
+    def __init__(self, now: Callable[[], dict[str, float]]) -> None:
+        self._now = now
 
     def collect(self) -> Iterator[Metric]:
-        numbers = {"ready": float(self._shared.ready), **self._shared.service.stats()}
-        for name, value in numbers.items():
+        for name, value in self._now().items():
             yield GaugeMetricFamily(f"latentmem_service_{name}", "Of the service, now.", value=value)

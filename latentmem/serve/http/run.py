@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from latentmem.serve.engine.service import Service
 from latentmem.serve.http import static
-from latentmem.serve.http.shared import Json, loading
+from latentmem.serve.http.errors import Json, not_ready
 
 
 def is_loopback(host: str) -> bool:
@@ -37,15 +37,15 @@ def serve(
     at: socket.socket,
     *,
     grace: int = 30,
-    told: Callable[[FastAPI], None] = lambda app: None,
+    on_ready: Callable[[FastAPI], None] = lambda app: None,
 ) -> None:
-    """Load and answer until SIGTERM or SIGINT; then finish what runs, and close the service.
+    """Load the model and answer until SIGTERM or SIGINT; then finish what runs, and close the service.
 
     Args:
         make: loads the model, and makes the app and the service that it answers with.
-        at: where it listens: `/health` and the page answer from the beginning, all else when the service has started.
+        at: the socket; `/health` and the page answer from the beginning, all else when the service has started.
         grace: seconds for requests that run at the end.
-        told: called when the service is ready.
+        on_ready: called when the service is ready.
     """
     door = _Door()
     config = uvicorn.Config(
@@ -59,14 +59,14 @@ def serve(
         proxy_headers=False,
         timeout_graceful_shutdown=grace,
     )
-    server, made, errors = _Server(config, door), [], []
+    server, services, errors = _Server(config, door), [], []
 
     def start() -> None:
         try:
             door.app, service = make()
-            made.append(service)
+            services.append(service)
             service.start()
-            told(door.app)
+            on_ready(door.app)
         except BaseException as error:  # noqa: BLE001 - raised below
             errors.append(error)
             server.should_exit = True
@@ -77,8 +77,8 @@ def serve(
         server.run(sockets=[at])
     finally:
         starting.join()
-        if made and not errors:
-            made[0].close(grace)
+        if services and not errors:
+            services[0].close(grace)
     if errors:
         raise errors[0]
 
@@ -93,13 +93,13 @@ class _Door:
         if self.app is not None:
             await self.app(scope, receive, send)
         elif not await static.respond(scope, receive, send) and scope["type"] == "http":
-            response = Json({"status": "ok"}) if scope["path"] == "/health" else loading().response
+            response = Json({"status": "ok"}) if scope["path"] == "/health" else not_ready().response
             await response(scope, receive, send)
 
     def close(self) -> None:
         """Say from now on that the server is not ready."""
         if self.app is not None:
-            self.app.state.shared.closing = True
+            self.app.state.latentmem.closing = True
 
 
 class _Server(uvicorn.Server):

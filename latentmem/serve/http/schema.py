@@ -5,15 +5,17 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
+from fastapi import Query
 from pydantic import BaseModel, ConfigDict, Field
 
-from latentmem.serve.engine.engine import Sampling
-from latentmem.serve.http.shared import SOURCE
+from latentmem.serve.engine.answer import Sampling
 
+SOURCE_LENGTH = 256  # characters of the name of a source
+Limit = Annotated[int, Query(ge=1, le=100)]
 Count = Annotated[int, Field(ge=0, le=1 << 31)]
 Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9_][A-Za-z0-9_-]{0,63}$")]  # as the store's; there the last word is said
-SourceName = Annotated[str, Field(min_length=1, max_length=SOURCE)]
+SourceName = Annotated[str, Field(min_length=1, max_length=SOURCE_LENGTH)]
 Role = Literal["raw", "system", "user", "assistant"]
 
 
@@ -43,9 +45,9 @@ class SamplingFields(BaseModel):
 
     def sampling(self, **more: Any) -> Sampling:
         """The same for the engine; `more` takes precedence."""
-        given = {what: getattr(self, what) for what in ("max_tokens", "temperature", "top_p", "seed")} | more
+        fields = {what: getattr(self, what) for what in ("max_tokens", "temperature", "top_p", "seed")} | more
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return Sampling(**{what: value for what, value in given.items() if value is not None}, stop=stop)
+        return Sampling(**{what: value for what, value in fields.items() if value is not None}, stop=stop)
 
 
 class Turn(Strict):

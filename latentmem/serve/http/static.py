@@ -25,9 +25,9 @@ POLICY = (  # the page talks to its own server only, loads nothing of others and
 @cache
 def files() -> dict[str, tuple[bytes, str]]:
     """Content and type of the page's files, by their addresses; none where it was not built."""
-    there = sorted(FOLDER.iterdir()) if FOLDER.is_dir() else []
-    found = {f"/{f.name}": (f.read_bytes(), KINDS[f.suffix]) for f in there if f.suffix in KINDS and f.is_file()}
-    return {"/": found.pop("/index.html"), **found} if "/index.html" in found else {}
+    paths = sorted(FOLDER.iterdir()) if FOLDER.is_dir() else []
+    page = {f"/{f.name}": (f.read_bytes(), KINDS[f.suffix]) for f in paths if f.suffix in KINDS and f.is_file()}
+    return {"/": page.pop("/index.html"), **page} if "/index.html" in page else {}
 
 
 async def respond(scope: Scope, receive: Receive, send: Send) -> bool:

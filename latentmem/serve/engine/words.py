@@ -1,0 +1,53 @@
+"""Tokens of an answer -> text, as soon as it can not change any more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class Words:
+    """Tokens -> text, given as soon as it can not change any more, up to a stop string.
+
+    Args:
+        tokenizer: its special tokens are left out.
+        stop: strings that end the text; they are not part of it.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._ids: list[int] = []
+        self._from = self._to = 0  # ids[from:to] are text already, and decoded again with what follows
+        self._held = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """What is new with this token."""
+        self._ids.append(token)
+        before = self._decoded(self._from, self._to)
+        text = self._decoded(self._from, len(self._ids))
+        if len(text) <= len(before) or text.endswith("\ufffd"):  # the rest of a character comes with the next token
+            return ""
+        self._from, self._to = self._to, len(self._ids)
+        return self._without_stop(text[len(before) :])
+
+    def rest(self) -> str:
+        """What was held back, at the end."""
+        text = self._decoded(self._from, len(self._ids))[len(self._decoded(self._from, self._to)) :]
+        rest = self._without_stop(text) + self._held
+        self._held = ""
+        return rest
+
+    def _decoded(self, start: int, end: int) -> str:
+        return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
+
+    def _without_stop(self, text: str) -> str:
+        """As much of the text as is no stop string and can not become one."""
+        text, self._held = self._held + text, ""
+        ends = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if ends:
+            self.stopped = True
+            return text[: min(ends)]
+        held = max((n for stop in self._stop for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
