@@ -64,13 +64,11 @@ def cli_page() -> str:
     from latentmem.cli import app
 
     root: Any = get_command(app)
-    text, panel = ["# Command line", "", plain(root.help), ""], None
+    panels: dict[str, list[str]] = {}
     for name, command in root.commands.items():
-        if command.rich_help_panel != panel:
-            panel = command.rich_help_panel
-            text.append(f"## {panel}\n")
-        text += command_lines(("latentmem", name), command)
-    return "\n".join(text)
+        panels.setdefault(command.rich_help_panel, []).extend(command_lines(("latentmem", name), command))
+    sections = (line for panel, lines in panels.items() for line in (f"## {panel}\n", *lines))
+    return "\n".join(["# Command line", "", plain(root.help), "", *sections])
 
 
 def command_lines(path: tuple[str, ...], command: Any) -> Iterator[str]:
