@@ -66,6 +66,16 @@ def test_every_test_that_a_page_names_exists():
             assert (ROOT / name).exists(), f"{page.name} names {name}"
 
 
+def test_the_table_of_the_papers_sentences_names_code_that_exists():
+    table = (ROOT / "docs" / "concepts" / "code.md").read_text(encoding="utf-8").split("| --- |\n")[1]
+    named = re.findall(r"`([\w/]+(?:\.py|/))`(?: `(\w+)`)?", table)
+    assert len(named) > 10
+    for place, name in named:
+        path = ROOT / place if place.startswith("tests/") else ROOT / "latentmem" / place
+        assert path.exists(), place
+        assert not name or re.search(rf"(class|def) {name}\b", path.read_text(encoding="utf-8")), f"{name} in {place}"
+
+
 def test_every_page_is_in_the_navigation():
     pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
     listed = set(re.findall(r'= "([^"]+\.md)"', (ROOT / "zensical.toml").read_text(encoding="utf-8")))
