@@ -19,10 +19,11 @@ from datetime import date
 import torch
 
 import latentmem
+from latentmem import longterm
 from latentmem.core.memory import Memory
 from latentmem.core.settings import LongTermSettings
 from latentmem.decoder.adapters import READ
-from latentmem.longterm import blocks, longterm
+from latentmem.longterm import blocks
 from latentmem.longterm.blocks import StoredSlots
 from latentmem.model.model import MemoryModel
 from latentmem.testing import updated
@@ -60,7 +61,8 @@ def with_stored(memory: Memory, S: int, R: int, int8: bool) -> Memory:
         births = (torch.arange(start, start + k, dtype=torch.int32) // 150).expand(memory.L, k)
         orders = torch.arange(start, start + k).expand(memory.L, k)
         stored = blocks.packed(slots) if int8 else slots
-        store = store.appended(StoredSlots(stored, births, torch.zeros_like(births), orders, None))
+        slots = StoredSlots(stored, births, torch.zeros_like(births), orders, None)
+        store = replace(store, ranges=blocks.extended(store.ranges, slots))
         start += k
     before = -(-S // 150)
     return replace(memory, longterm=store, births=memory.births + before, updates=memory.updates + before)

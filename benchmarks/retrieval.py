@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import latentmem
+from latentmem import longterm
 from latentmem.core.memory import Memory
 from latentmem.decoder.adapters import READ
 from latentmem.decoder.cache import KVPrefix, attention_mask, memory_cache
 from latentmem.decoder.hooks import layers_seen
 from latentmem.evaluate.data import questions as sets
-from latentmem.longterm import longterm
 from latentmem.longterm.ranking import marks
 from latentmem.longterm.search import Retrieval
 from latentmem.model.context import Context, front_with, question_mask, retrieve
@@ -95,7 +95,7 @@ def finding(llm: MemoryModel, data: Any, asked: list[tuple[str, Any]]) -> None:
     memory = llm.write_ids(memory, torch.randint(100, 1000, (512,)), source="flood")  # all texts are stored now
     store = longterm.of(memory)
     assert store is not None
-    births, ranks = store.column("births"), dict[tuple[str, str, str], list[int]]()
+    births, ranks = store.births, dict[tuple[str, str, str], list[int]]()
     for name, question in asked:
         ids = torch.tensor(prompts.question(question.question, bare=True))
         hidden, asking = hidden_states(llm, memory, ids), question_mask(llm, ids)
@@ -109,13 +109,13 @@ def finding(llm: MemoryModel, data: Any, asked: list[tuple[str, Any]]) -> None:
         for i in range(llm.decoder.L):
             slots = torch.cat([span.stored.slots[i] for span in store.ranges])
             theirs = attended(llm, i, hidden[i], slots)
-            add("attention of the layer", "all", i, marks(theirs, births[i]))
+            add("attention of the layer", "all", i, marks(theirs, births[i], memory.updates + 1))
             if i < 13:
                 seen, kept = (normalize(llm.retriever.normed(i, some), dim=-1) for some in (hidden[i], slots))
                 likeness = seen @ kept.T
                 for tokens, some in (("all", torch.ones_like(asking)), ("question", asking)):
                     fits = likeness[some].float()
-                    add("likeness, what stands out", tokens, i, marks(fits, births[i]))
+                    add("likeness, what stands out", tokens, i, marks(fits, births[i], memory.updates + 1))
                     add("likeness, all tokens alike", tokens, i, plain_mean(fits, births[i]))
         for key, total in totals.items():
             ranks.setdefault(key, []).append(int((total > total[own[name]]).sum()))
@@ -173,8 +173,7 @@ def placing(llm: MemoryModel, data: Any, asked: list[tuple[str, Any]]) -> None:
     def as_written(chosen: Retrieval) -> list[Tensor]:
         own = memory.births.long() << 32 | store.places.long()
         return [
-            torch.cat([store.column("orders")[i][places], own[i]]).argsort(stable=True)
-            for i, places in enumerate(chosen.places)
+            torch.cat([store.orders[i][places], own[i]]).argsort(stable=True) for i, places in enumerate(chosen.places)
         ]
 
     ways: dict[str, Callable[[Retrieval], list[Tensor]]] = {

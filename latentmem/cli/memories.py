@@ -334,7 +334,7 @@ _SHOWN = (
 
 
 def _longterm(memory: Memory) -> LongTerm | None:
-    from latentmem.longterm import longterm
+    from latentmem import longterm
 
     return longterm.of(memory)
 

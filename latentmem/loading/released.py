@@ -29,8 +29,8 @@ from torch import Tensor
 from latentmem.core.memory import Memory
 from latentmem.core.settings import LongTermSettings, MemorySettings
 from latentmem.decoder.adapters import Adapters, insert
-from latentmem.longterm.blocks import StoredSlots
-from latentmem.longterm.longterm import FREQUENCY, LongTerm
+from latentmem.longterm.blocks import StoredSlots, extended
+from latentmem.longterm.frequency import FREQUENCY, FrequencyLongTerm
 from latentmem.longterm.search import Projectors
 from latentmem.model.backbone import Trained, fingerprint
 from latentmem.model.model import MemoryModel
@@ -145,7 +145,7 @@ def _is_plus(config: dict[str, Any]) -> bool:
     return bool(set(PLUS) & set(config))
 
 
-def _store(config: dict[str, Any], found: dict[str, Tensor], N: int, dtype: torch.dtype) -> LongTerm:
+def _store(config: dict[str, Any], found: dict[str, Tensor], N: int, dtype: torch.dtype) -> FrequencyLongTerm:
     """The long-term memory of a checkpoint; slots of its pool count as the newest that were ever written."""
     L, d, S, K = config["num_hidden_layers"], config["hidden_size"], config["ltm_initial_size"], config["num_tokens"]
     shapes = {"ltm": (S, d), "ltm_keys": (S, config["selector_hidden_dim"]), "ltm_ages": (S,)}
@@ -155,8 +155,8 @@ def _store(config: dict[str, Any], found: dict[str, Tensor], N: int, dtype: torc
     each = {key: torch.stack([found[f"{key}.{i}"] for i in range(L)]) for key in STORE}
     old = torch.zeros(L, S, dtype=torch.int32)
     orders = -each["ltm_ages"].round().long()
-    some = StoredSlots(each["ltm"].to(dtype), old, old - 1, orders, each["ltm_keys"].to(dtype))
-    store = LongTerm(
+    stored = StoredSlots(each["ltm"].to(dtype), old, old - 1, orders, each["ltm_keys"].to(dtype))
+    return FrequencyLongTerm(
         LongTermSettings(
             R=config["num_ltm_blocks"] * K,
             limit=1 << 62,
@@ -166,9 +166,9 @@ def _store(config: dict[str, Any], found: dict[str, Tensor], N: int, dtype: torc
             period=config["update_ltm_frequency"] * K,
         ),
         torch.full((L, N), K - 1, dtype=torch.int32),
+        extended((), stored),
         frequencies=each["ltm_recall_frequencies"].float(),
     )
-    return store.appended(some)
 
 
 def _projectors(

@@ -2,60 +2,88 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-# --- retrieval --------------------------------------------------------------------------------------------------------
+NEVER = float("-inf")  # fit of a slot, or mark of an update, that is not there
 
 
-def best(fits: Tensor, there: Tensor, orders: Tensor, R: int) -> Tensor:
+def best_slots(fits: Tensor, occupied: Tensor, orders: Tensor, R: int) -> Tensor:
     """The R slots of a layer that fit best, the oldest first.
 
     Args:
         fits: [S].
-        there: which of them hold a slot, [S] bool.
+        occupied: which places hold a slot, [S] bool.
         orders: the lower, the older, [S].
 
     Returns:
         [R] indices.
     """
-    found = fits.masked_fill(~there, float("-inf")).topk(R).indices.sort().values
+    places = fits.masked_fill(~occupied, NEVER).topk(R).indices.sort().values
     # equally old ones, as there are in released checkpoints alone, stand as the released code puts them: last first
-    return found.flip(0)[orders[found].flip(0).argsort(stable=True)]
+    return places.flip(0)[orders[places].flip(0).argsort(stable=True)]
 
 
-def marks(fits: Tensor, births: Tensor) -> Tensor:
-    """How well what each update wrote fits, from how well its slots fit, in one layer.
+def marks(fits: Tensor, updates: Tensor, count: int) -> Tensor:
+    """How well each update fits a question, from how well its slots fit the question's tokens, in one layer.
 
-    For each token that asks, the best slot of an update counts, less the mean over updates; the more it stands out
-    among them (in units of their spread), the more it counts. So words that all texts have in common decide nothing.
+        best[n, u]    = the largest of fits[n, slots of u]
+        beyond[n, u]  = best[n, u] - mean over u of best[n, u]
+        spread[n]     = root of the mean over u of beyond[n, u]^2
+        mark[u]       = mean over n of beyond[n, u] * |beyond[n, u]| / spread[n]
+
+    Each token votes for updates by its best slot there. A vote counts more if that update stands out, so words that are
+    common to all texts have no effect.
 
     Args:
         fits: [n, S].
-        births: the update of each slot, from 0 without gaps; -1 for what is not there, [S].
+        updates: the update of each slot, 0 .. count - 1; -1: no slot, [S].
 
     Returns:
-        [updates up to the newest that is there]; -inf for one of which nothing is there.
+        [count]; -inf for an update that has no slot here.
     """
-    there = births >= 0
-    index = births[there].long()
-    top = fits.new_full((len(fits), int(index.max()) + 1 if len(index) else 0), float("-inf"))
-    top.scatter_reduce_(1, index.expand(len(fits), -1), fits[:, there], "amax")
-    some = top > float("-inf")
-    count = some.sum(1, keepdim=True).clamp(min=1)
-    beyond = top - top.where(some, 0).sum(1, keepdim=True) / count
-    spread = (beyond.where(some, 0).square().sum(1, keepdim=True) / count).sqrt()
-    return (beyond * beyond.abs() / (spread + 1e-6)).where(some, float("-inf")).mean(0)
+    slots = updates >= 0
+    best = fits.new_full((len(fits), count), NEVER)
+    best.scatter_reduce_(1, updates[slots].expand(len(fits), -1), fits[:, slots], "amax")
+    held = best > NEVER
+
+    def mean(values: Tensor) -> Tensor:
+        return values.where(held, 0).sum(1, keepdim=True) / held.sum(1, keepdim=True).clamp(min=1)
+
+    beyond = best - mean(best)
+    spread = mean(beyond.square()).sqrt()
+    return (beyond * beyond.abs() / (spread + 1e-6)).where(held, NEVER).mean(0)
 
 
-def together(rank: Tensor, births: Tensor, there: Tensor, orders: Tensor, R: int) -> Tensor:
-    """R slots of a layer: all of the best update, then of the next, of the last one the first; oldest first.
+def numbered(births: Tensor, updates: int) -> tuple[Tensor, int]:
+    """Updates of which a slot is left, numbered from 0 in their order: of most that ever were nothing is left.
+
+    Args:
+        births: the update of each slot, -1: no slot, [L, s].
+        updates: the largest birth that can be.
+
+    Returns:
+        The number of each slot's update, -1: no slot, [L, s] int64; and how many numbers there are.
+    """
+    shifted = births.long() + 1
+    present = torch.zeros(updates + 2, dtype=torch.bool)
+    present[shifted.flatten()] = True
+    present[0] = False
+    return torch.where(shifted > 0, present.cumsum(0)[shifted] - 1, -1), int(present.sum())
+
+
+def slots_of_best(rank: Tensor, updates: Tensor, orders: Tensor, R: int) -> Tensor:
+    """R slots of a layer: all of the best update, then of the next, of the last one the oldest; oldest first.
 
     Args:
         rank: of each update, 0 for the best.
-        births: the update of each slot, [S].
-        there, orders: as in `best`.
+        updates: the update of each slot, -1: no slot, [S].
+        orders: the lower, the older, [S].
+
+    Returns:
+        [R] indices.
     """
-    mine = rank[births.clamp(min=0).long()].masked_fill(~there, len(rank))
-    first = orders.argsort(stable=True)
-    found = first[mine[first].argsort(stable=True)][:R]
-    return found[orders[found].argsort(stable=True)]
+    ranks = rank[updates.clamp(min=0)].masked_fill(updates < 0, len(rank))
+    oldest_first = orders.argsort(stable=True)
+    places = oldest_first[ranks[oldest_first].argsort(stable=True)][:R]
+    return places[orders[places].argsort(stable=True)]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from latentmem import longterm as longterms
 from latentmem.core.memory import Memory
 from latentmem.core.read import Prefix, read
 from latentmem.core.settings import MemorySettings
@@ -24,7 +25,6 @@ from latentmem.decoder.attention import KV
 from latentmem.decoder.cache import functional_cache
 from latentmem.decoder.decoder import Decoder
 from latentmem.errors import OtherModelError, TooLongError
-from latentmem.longterm import longterm as longterms
 from latentmem.longterm.search import Projectors, Retrieval, Retriever
 from latentmem.model.prompts import Prompts, Style
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from latentmem import longterm as longterms
 from latentmem.core import memory as memories
 from latentmem.core.memory import Memory
 from latentmem.core.settings import LongTermSettings, MemorySettings, settings_of
-from latentmem.longterm import longterm as longterms
 from latentmem.model.backbone import Backbone
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from latentmem import longterm
 from latentmem.core.memory import Memory
 from latentmem.decoder import attention
-from latentmem.longterm import longterm
 from latentmem.longterm.search import Retrieval
 from latentmem.model.backbone import Backbone, Ids
 from latentmem.model.context import retrieve
@@ -46,7 +46,7 @@ def sources_of(llm: Backbone, memory: Memory, question: str | list[Message], ans
     mass = mass / mass.sum(1, keepdim=True)
     origins = memory.origins
     if (store := longterm.of(memory)) is not None and chosen:
-        retrieved = store.column("origins").gather(1, torch.stack(chosen.places))
+        retrieved = store.origins.gather(1, torch.stack(chosen.places))
         origins = torch.cat([retrieved, origins], dim=1)
     names = {i: source.name for i, source in enumerate(memory.sources)}
     older = {-1: ""} if (origins < 0).any() else {}

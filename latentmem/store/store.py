@@ -31,12 +31,12 @@ import torch
 import transformers
 from filelock import FileLock, Timeout
 
+from latentmem import longterm as longterms
 from latentmem.core import memory as memories
 from latentmem.core import sources as source_ops
 from latentmem.core.memory import Memory, Update
 from latentmem.errors import InUseError, NotFoundError
 from latentmem.files import snapshot
-from latentmem.longterm import longterm as longterms
 from latentmem.longterm.blocks import Block
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Message
@@ -1077,7 +1077,7 @@ def _size(memory: Memory) -> int:
     """Bytes of a memory's tensors; of its long-term part what is not shared with others yet."""
     longterm = longterms.of(memory)
     spans = longterm.ranges[-1:] if longterm is not None else ()
-    tail = sum(span.block.slots[:, span.start : span.end].nbytes for span in spans if not span.sealed)
+    tail = sum(span.stored.slots.nbytes for span in spans if not span.sealed)
     return tail + sum(t.numel() * t.element_size() for t in (memory.slots, memory.births, memory.origins))
 
 

@@ -299,7 +299,7 @@ def test_a_long_term_part_has_the_edits_that_the_memory_has_dropped(llm, tmp_pat
     written, stored = memory.sources[1:], memory.longterm
     assert [source.name for source in written] == [edit.id for edit in edits]
     for number, source in enumerate(written, 1):
-        here, dropped = memory.origins == number, (stored.column("origins") == number) & stored.occupied
+        here, dropped = memory.origins == number, (stored.origins == number) & stored.occupied
         assert dropped.any() and set((here.sum(1) + dropped.sum(1)).tolist()) == {source.slots}
     records = worker.run(("sequence", "longterm", 6, 0, 0))
     assert [r["edit"] for r in records] == [edit.id for edit in edits]

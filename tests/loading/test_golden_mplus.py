@@ -87,7 +87,7 @@ def test_the_store_after_each_update_equals_the_released_one(steps, expected, t)
         S = len(expected[f"step{t}.ltm.{i}"])
         there = store.occupied[i]
         slots = torch.cat([span.stored.slots[i] for span in store.ranges])[there]
-        ages = store.clock - store.column("orders")[i][there]
+        ages = store.clock - store.orders[i][there]
         assert gap(slots[:S], expected[f"step{t}.ltm.{i}"]) < 1e-4
         assert torch.equal(ages[:S], expected[f"step{t}.ltm_ages.{i}"])
         assert torch.equal(store.frequencies[i][store.frequencies[i] > 0.01], expected[f"step{t}.ltm_recall.{i}"])

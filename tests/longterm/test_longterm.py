@@ -8,9 +8,10 @@ import pytest
 import torch
 from margins import nearly_best
 
+from latentmem import longterm
 from latentmem.core import sources
 from latentmem.core.settings import LongTermSettings
-from latentmem.longterm import longterm, ranking
+from latentmem.longterm import ranking
 from latentmem.longterm.blocks import NO_SLOT
 from latentmem.longterm.search import Retrieval
 from latentmem.model import generating
@@ -72,10 +73,10 @@ def test_what_is_dropped_is_stored_with_its_account():
     for i, mine in enumerate(stored(memory)):
         assert sorted([*mine, *memory.slots[i, :, 0].tolist()]) == list(range(24))  # nothing is lost, nothing twice
     for name in ("births", "origins"):
-        both = torch.cat([memory.longterm.column(name), getattr(memory, name)], 1)
+        both = torch.cat([getattr(memory.longterm, name), getattr(memory, name)], 1)
         slots = torch.cat([*(span.stored.slots for span in memory.longterm.ranges), memory.slots], 1)[..., 0].long()
         assert torch.equal(both, (slots // 4 + 1 if name == "births" else slots // 4 % 2).int())
-    orders = memory.longterm.column("orders")
+    orders = memory.longterm.orders
     for i, mine in enumerate(stored(memory)):
         assert torch.tensor(mine)[orders[i].argsort()].diff().gt(0).all()  # orders are those of writing
 
@@ -121,7 +122,7 @@ def test_forgetting_takes_what_is_stored():
     for i, mine in enumerate(stored(gone)):
         assert set(mine) <= set(left)
         assert set(mine) == {n for n in stored(memory)[i] if n in left}
-    origins = gone.longterm.column("origins")
+    origins = gone.longterm.origins
     assert origins.max() == 1
     assert gone.longterm.slots_left(2).sum() == sum(map(len, stored(gone)))
     assert (origins == NO_SLOT).any() or len(set(map(len, stored(gone)))) == 1
@@ -158,7 +159,7 @@ def test_marks_are_those_of_a_slow_twin():
     fits, births = torch.rand(4, 20, generator=generator), torch.randint(-1, 7, (20,), generator=generator)
     births[births == 3], births[0] = -1, 6
     best = [[max(fits[n][births == u].tolist(), default=None) for u in range(7)] for n in range(4)]
-    for u, mark in enumerate(ranking.marks(fits, births).tolist()):
+    for u, mark in enumerate(ranking.marks(fits, births, 7).tolist()):
         if not (births == u).any():
             assert mark == float("-inf")
             continue
@@ -187,20 +188,20 @@ def test_a_question_reads_retrieved_slots_in_front_of_the_others(llm, group):
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "group": group}), 9)
     ids = torch.randint(4, 260, (7,), generator=torch.Generator().manual_seed(5))
     logits, places = llm.logits(memory, ids, return_retrieved=True)
-    chosen = llm.front(memory, ids).chosen
+    chosen = llm.front(memory, ids).retrieval
     assert all(map(torch.equal, places, chosen.places))
     twin = twin_of(llm, memory, chosen)
     torch.testing.assert_close(logits, llm.logits(twin, ids), atol=1e-5, rtol=1e-5)
     assert [len(some) for some in places] == [6] * 6
     for i, places in enumerate(chosen.places):
-        assert memory.longterm.column("orders")[i][places].diff().gt(0).all()  # oldest first
+        assert memory.longterm.orders[i][places].diff().gt(0).all()  # oldest first
 
 
 def test_slots_are_chosen_behind_what_lower_layers_chose(llm):
     """The twin: layer by layer, the likeness of hidden states computed densely behind all that was chosen below."""
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "group": "slot"}), 9)
     ids = torch.randint(4, 260, (7,), generator=torch.Generator().manual_seed(6))
-    chosen = llm.front(memory, ids).chosen
+    chosen = llm.front(memory, ids).retrieval
     twin = twin_of(llm, memory, chosen)
     from latentmem.decoder.hooks import layers_seen
 
@@ -217,7 +218,7 @@ def test_slots_are_chosen_behind_what_lower_layers_chose(llm):
 def test_updates_are_taken_whole(llm):
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 10}), 12)
     _, chosen = llm.logits(memory, torch.arange(10, 20), return_retrieved=True)
-    births = memory.longterm.column("births")
+    births = memory.longterm.births
     for i, places in enumerate(chosen):
         counts = {b: int((births[i] == b).sum()) for b in births[i][places].tolist()}
         taken = {b: births[i][places].tolist().count(b) for b in counts}
@@ -227,11 +228,11 @@ def test_updates_are_taken_whole(llm):
 def test_the_best_updates_stand_last_and_whole_the_others_as_they_were_written(llm):
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 10}), 12)
     ids = torch.arange(10, 20)
-    chosen = llm.front(memory, ids).chosen
+    chosen = llm.front(memory, ids).retrieval
     store, tails = memory.longterm, set()
     for i, (places, order) in enumerate(zip(chosen.places, chosen.order, strict=True)):
-        births = torch.cat([store.column("births")[i][places], memory.births[i]])[order].tolist()
-        steps = torch.cat([store.column("orders")[i][places] & 0xFFFFFFFF, store.places[i].long()])[order].tolist()
+        births = torch.cat([store.births[i][places], memory.births[i]])[order].tolist()
+        steps = torch.cat([store.orders[i][places] & 0xFFFFFFFF, store.places[i].long()])[order].tolist()
         assert sorted(order.tolist()) == list(range(26))
         blocks = [birth for birth, before in zip(births, [None, *births], strict=False) if birth != before]
         tail = len(blocks) - next(k for k in range(len(blocks)) if blocks[: k + 1] != sorted(set(blocks[: k + 1])))
@@ -253,7 +254,7 @@ def test_what_a_text_says_is_found_again():
     memory = told(llm, memory, 12, seed=1)
     number = [s.name for s in memory.sources].index("wanted")
     _, chosen = llm.logits(memory, wanted, return_retrieved=True)
-    origins = memory.longterm.column("origins")
+    origins = memory.longterm.origins
     for i, places in enumerate(chosen):
         assert (origins[i][places] == number).sum() == (origins[i] == number).sum() > 0
 
@@ -269,7 +270,7 @@ def test_slots_that_the_memory_still_holds_help_to_find_their_update():
     asked = torch.tensor([50 + int(places[i]) for i in held])
     assert 0 < len(held) < 8
     _, chosen = llm.logits(memory, asked, return_retrieved=True)
-    assert (memory.longterm.column("births")[1][chosen[1]] == 2).sum() == min(4, 8 - len(held))
+    assert (memory.longterm.births[1][chosen[1]] == 2).sum() == min(4, 8 - len(held))
 
 
 def test_without_a_store_the_best_updates_stand_last():
@@ -280,7 +281,7 @@ def test_without_a_store_the_best_updates_stand_last():
     text = torch.randint(4, 260, (5,), generator=torch.Generator().manual_seed(8))
     plain, searched = (told(llm, llm.write_ids(m, text, source="wanted"), 2, seed=7) for m in (plain, searched))
     logits, places = llm.logits(searched, text, return_retrieved=True)
-    chosen = llm.front(searched, text).chosen
+    chosen = llm.front(searched, text).retrieval
     wanted = [s.name for s in searched.sources].index("wanted")
     for i, order in enumerate(chosen.order):
         mine = searched.origins[i] == wanted
@@ -294,7 +295,7 @@ def test_without_a_store_the_best_updates_stand_last():
     several = replace(
         searched, longterm=replace(searched.longterm, settings=LongTermSettings(12, keep=False))
     )  # the best ones with 12 slots together
-    for i, order in enumerate(llm.front(several, text).chosen.order):
+    for i, order in enumerate(llm.front(several, text).retrieval.order):
         births = several.births[i][order].tolist()
         assert births != sorted(births) and births[-1] == searched.births[i][chosen.order[i]][-1]
     rows = llm.generate_ids([searched, plain], [text, text], max_new_tokens=6)
@@ -385,8 +386,8 @@ def test_an_update_of_which_a_layer_holds_nothing_can_be_found():
     memory = told(llm, llm.write_ids(memory, wanted, source="wanted"), 12, seed=1)
     store = memory.longterm
     (span,) = store.ranges
-    births = store.column("births")
-    span.block.origins[2, : span.end][births[2] == 3] = NO_SLOT  # layers 1 and 2 are searched
+    births = store.births
+    span.block.stored.origins[2, : span.end][births[2] == 3] = NO_SLOT  # layers 1 and 2 are searched
     memory = replace(memory, longterm=replace(store, ranges=store.ranges))
     _, chosen = llm.logits(memory, wanted, return_retrieved=True)
     assert (births[0][chosen[0]] == 3).sum() == (births[0] == 3).sum() > 0
@@ -410,13 +411,13 @@ def test_a_pool_of_a_checkpoint_keeps_its_order():
     memory = llm.write_ids(memory, torch.arange(20, 30))
     _, chosen = llm.logits(memory, [5, 6, 7], return_retrieved=True)
     for i, places in enumerate(chosen):
-        assert memory.longterm.column("orders")[i][places].diff().gt(0).all()
+        assert memory.longterm.orders[i][places].diff().gt(0).all()
 
 
 def test_the_answer_is_not_what_is_searched_for(llm):
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6}), 9)
     ids, answer = torch.arange(30, 36), torch.arange(90, 96)
-    chosen = llm.front(memory, ids).chosen
+    chosen = llm.front(memory, ids).retrieval
     front = llm.retriever.prefix(memory, llm.prefix(memory), chosen, ids)
     from latentmem.decoder.adapters import READ
     from latentmem.model.context import Context
@@ -444,7 +445,7 @@ def test_other_slots_are_read_from_there_on(attention, monkeypatch):
     llm = MemoryModel(tiny_model(attention=attention), byte_tokenizer())
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "every": 1}), 9)
     prompt = torch.arange(30, 36)
-    first = llm.front(memory, prompt).chosen
+    first = llm.front(memory, prompt).retrieval
     other = Retrieval([torch.arange(6)] * 3, [torch.arange(22)] * 3)
     found = iter([first, other, other])
     monkeypatch.setattr(llm.retriever, "retrieve", lambda *_: next(found))
@@ -470,7 +471,7 @@ def test_shares_of_sources_count_what_is_retrieved(llm):
     assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
     mass = llm.attended(memory, [5, 6], [7])
     assert mass.shape == (6, 8 + 16)
-    chosen = llm.front(memory, [5, 6]).chosen
+    chosen = llm.front(memory, [5, 6]).retrieval
     theirs = llm.attended(twin_of(llm, memory, chosen), [5, 6], [7])
     for i, order in enumerate(chosen.order):
         torch.testing.assert_close(mass[i][order], theirs[i], atol=1e-5, rtol=1e-5)

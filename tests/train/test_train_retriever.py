@@ -424,7 +424,7 @@ def test_the_result_retrieves(taught, tiny_folder, dtype):
         fits = ((silu(norm(hidden) @ a.T) @ b.T) @ (silu(norm(slots) @ c.T) @ d.T).T).sigmoid().mean(0)
         within = 1e-5 if dtype == torch.float32 else 0.05
         assert nearly_best(fits, chosen[0], within) and not nearly_best(fits, (-fits).topk(6).indices, within)
-        shares.append((stored.column("origins")[0][chosen[0]] == i).float().mean().item())
+        shares.append((stored.origins[0][chosen[0]] == i).float().mean().item())
     assert sum(shares) / len(shares) > 0.7, shares  # by chance 1 of 6
     other = latentmem.load(str(tiny_folder), adapters=None, device="cpu")
     assert other.retriever.projectors is None

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from latentmem import longterm
 from latentmem.core.memory import Memory
 from latentmem.evaluate import runner
 from latentmem.evaluate.asking import NEW_TOKENS, Answer, ask, in_context, written
@@ -34,7 +35,6 @@ from latentmem.evaluate.data.questions import LONGEST
 from latentmem.evaluate.data.sets import Question, QuestionSet, Text
 from latentmem.evaluate.tables import plots, results
 from latentmem.evaluate.tables.summary import Line
-from latentmem.longterm import longterm
 from latentmem.longterm.search import RetrievedPrefix
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
@@ -331,13 +331,13 @@ class Retention:
         if store is None or not memory.R:
             return {}
         number = [s.name for s in memory.sources].index(source)
-        mine = (store.column("origins") == number) & store.occupied
+        mine = (store.origins == number) & store.occupied
         if not mine.any():
             return {}
         front = self.llm.front(memory, self.llm.prompts_or_raise().question(question.question, bare=True))
         assert isinstance(front, RetrievedPrefix)
         layers = [i for i in range(memory.L) if mine[i].any()]
-        shares = [int(mine[i][front.chosen.places[i]].sum()) / min(memory.R, int(mine[i].sum())) for i in layers]
+        shares = [int(mine[i][front.retrieval.places[i]].sum()) / min(memory.R, int(mine[i].sum())) for i in layers]
         return {"found": sum(shares) / len(shares)}
 
     def _ask(self, context: Context, questions: Sequence[Question]) -> list[Answer]:

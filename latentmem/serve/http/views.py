@@ -9,8 +9,8 @@ import torch
 from fastapi import APIRouter, Query, Request
 from torch import Tensor
 
+from latentmem import longterm
 from latentmem.core.memory import Memory
-from latentmem.longterm import longterm
 from latentmem.model.streaming import release_threads
 from latentmem.serve.engine.service import OWN_KEY
 from latentmem.serve.http import schema
