@@ -442,7 +442,7 @@ def _bars(shares: list[float]) -> str:
 
 
 def _show_text(memory: Memory, llm: MemoryModel) -> None:
-    if memory.preset != "exact":
+    if not memory.rules.holds_inputs:
         raise ValueError("only memories of the preset 'exact' hold embeddings in layer 0; this one can not be printed.")
     ids, origins = llm.text_of(memory), memory.origins[0]
     edges = [0, *((origins.diff() != 0).nonzero().flatten() + 1).tolist(), memory.M]

@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol, cast
 import torch
 from torch import Tensor
 
+from latentmem.core.presets import PRESETS, Preset
 from latentmem.core.settings import LongTermSettings, MemorySettings
 
 
@@ -151,6 +152,11 @@ class Memory:
         return cast(str, self.settings.preset)
 
     @property
+    def rules(self) -> Preset:
+        """The preset itself, as `preset` is its name."""
+        return PRESETS[self.preset]
+
+    @property
     def compression(self) -> int:
         return cast(int, self.settings.compression)
 
@@ -196,7 +202,7 @@ class Memory:
     @property
     def piece(self) -> int:
         """Tokens that one update reads at most: K * c, or 512 in the preset "paper"."""
-        return self.settings.piece
+        return self.rules.piece(self)
 
     @property
     def half_life(self) -> float:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-PRESETS = ("exact", "paper")
+from latentmem.core.presets import PRESETS
+
 CHOICES = ("last", "surprise")
 GROUPS = ("update", "slot")
 RULES = ("oldest", "frequency")
-PAPER_PIECE = 512  # tokens: the longest text that the released models were trained to write at once
 LARGEST = 1 << 24  # slots, tokens per slot
 
 
@@ -126,7 +126,7 @@ class MemorySettings:
 
     N: int | None = setting("slots that a layer can hold", None, least=1, most=LARGEST)
     K: int | None = setting("slots that one update writes in a layer at most", None, least=1, most=LARGEST)
-    preset: str | None = setting("exact: slots are layers' inputs; paper: their outputs", None, choices=PRESETS)
+    preset: str | None = setting("exact: slots are layers' inputs; paper: their outputs", None, choices=tuple(PRESETS))
     compression: int | None = setting("tokens per slot, in the preset exact", None, least=1, most=LARGEST)
     choice: str | None = setting("which of these tokens becomes a slot", None, choices=CHOICES)
     seed: int = setting("determines every random drop", 0, least=-(1 << 63), most=(1 << 63) - 1)
@@ -143,7 +143,7 @@ class MemorySettings:
                 f"K, the slots that one update writes, must lie between 1 and the capacity N: got K={self.K}, "
                 f"N={self.N}. Make N larger or K smaller."
             )
-        if self.preset == "paper" and self.compression not in (None, 1):
+        if self.compression not in (None, 1) and self.preset is not None and not PRESETS[self.preset].holds_inputs:
             raise ValueError(f"compression is for the preset 'exact': got {self.compression} in {self.preset!r}.")
 
     @staticmethod
@@ -169,8 +169,3 @@ class MemorySettings:
         defaults = MemorySettings(N, min(256, max(1, N // 8)), "exact", 1, "last")
         longterm = self.longterm if self.longterm is not None and self.longterm.R else None
         return replace(self.filled(defaults), longterm=longterm)
-
-    @property
-    def piece(self) -> int:
-        """Tokens that one update of complete settings reads at most: K * c, or 512 in the preset "paper"."""
-        return PAPER_PIECE if self.preset == "paper" else (self.K or 0) * (self.compression or 0)

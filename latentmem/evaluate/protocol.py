@@ -65,7 +65,7 @@ def empty(llm: MemoryModel, slots: Slots, seed: int, longterm: Mapping[str, int]
         longterm: as of `MemoryModel.empty`. Its R of the N slots are what a question takes of what was dropped; a
             checkpoint has them beside its N.
     """
-    if llm.trained is not None:
+    if llm.born_full:
         return llm.empty(seed=seed, longterm=longterm)
     of: Any = {"compression": slots.compression, "seed": seed, "choice": slots.choice}
     whole = llm.empty(slots.N, **of)

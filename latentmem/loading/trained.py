@@ -11,6 +11,7 @@ from torch import Tensor
 
 from latentmem.core import memory as memories
 from latentmem.core.memory import Memory
+from latentmem.core.presets import PRESETS
 from latentmem.core.settings import MemorySettings
 from latentmem.decoder import linear
 from latentmem.decoder.decoder import Decoder
@@ -51,7 +52,7 @@ def _with_adapters(llm: MemoryModel, path: Path) -> MemoryModel:
     llm.retriever.projectors = _retriever(tensors, facts, llm.decoder)
     linear.choose(llm.base)
     settings = MemorySettings.of(facts["memory"])
-    if settings.preset == "exact":
+    if not PRESETS[facts["memory"]["preset"]].born_full:
         llm.shape = settings
         return llm
     like: Any = {"device": llm.decoder.device, "dtype": llm.decoder.dtype}

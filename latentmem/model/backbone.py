@@ -205,7 +205,7 @@ class Backbone:
 
     def room(self, memory: Memory, more: int = 0) -> int:
         """Tokens of text and answer that fit behind a memory, once `more` slots are written into it."""
-        if self.trained:  # a checkpoint was trained behind its pool
+        if self.born_full:  # a checkpoint was trained behind its pool
             return self.limit
         M = min(memory.N, memory.M + more)
         R = memory.longterm.settings.takes if memory.longterm is not None and more else memory.R
@@ -263,6 +263,18 @@ class Backbone:
                     first = first_states(self.decoder, self.first_token)
             self._first = first
         return first
+
+    @property
+    def mark(self) -> Tensor:
+        """What a write of the preset "paper" adds to the positions that become slots, [d]; zeros if untrained."""
+        if self.trained is not None:
+            return self.trained.mark
+        return torch.zeros(self.decoder.d, dtype=self.decoder.dtype, device=self.decoder.device)
+
+    @property
+    def born_full(self) -> bool:
+        """Whether memories begin with a checkpoint's own pool, which is full."""
+        return self.trained is not None
 
     def prefix(self, memory: Memory) -> Prefix:
         """Keys and values of [first ; slots], made once per memory."""

@@ -15,10 +15,8 @@ def empty(llm: Backbone, asked: MemorySettings) -> Memory:
     """`MemoryModel.empty`."""
     if llm.trained is not None:
         return _pool(llm.trained.pool, asked)
-    asked = _sized(llm, asked)
-    decoder = llm.decoder
-    memory = memories.empty(decoder.L, decoder.d, asked, dtype=decoder.dtype, device=decoder.device)
-    longterm = longterms.empty(memory.L, asked.longterm) if asked.longterm is not None else None
+    memory = _sized(llm, asked)
+    longterm = longterms.empty(memory.L, asked.longterm) if asked.longterm is not None and asked.longterm.R else None
     return replace(memory, longterm=longterm, **llm.identities, model_name=llm.name)  # type: ignore[arg-type]
 
 
@@ -28,27 +26,31 @@ def blank(memory: Memory) -> Memory:
     return replace(memory, slots=slots, births=births, origins=origins, longterm=None)
 
 
-def _sized(llm: Backbone, asked: MemorySettings) -> MemorySettings:
-    """Complete settings: as the adapters were trained, with a capacity that fits the context.
+def _sized(llm: Backbone, asked: MemorySettings) -> Memory:
+    """An empty memory as the adapters were trained, with a capacity that fits the context.
 
     Raises:
         ValueError: a capacity that was asked for does not fit.
     """
-    if llm.shape is not None and asked.preset in (None, "exact"):
+    if llm.shape is not None and asked.preset in (None, llm.shape.preset):
         N = llm.shape.N if asked.N is None else asked.N
         asked = asked.filled(replace(llm.shape, N=N, K=min(llm.shape.K or 1, N or 1)))
-    sized = asked.complete()
-    while asked.N is None and (sized.N or 0) > 8 and _positions_needed(sized) > llm.limit:
-        sized = replace(asked, N=(sized.N or 0) // 2).complete()
-    need = _positions_needed(sized)
+    decoder, R = llm.decoder, asked.longterm.takes if asked.longterm is not None else 0
+
+    def memory_of(settings: MemorySettings) -> Memory:
+        return memories.empty(decoder.L, decoder.d, settings, dtype=decoder.dtype, device=decoder.device)
+
+    memory = memory_of(asked)
+    while asked.N is None and memory.N > 8 and _positions_needed(memory, R) > llm.limit:
+        memory = memory_of(replace(asked, N=memory.N // 2))
+    need = _positions_needed(memory, R)
     if need > llm.limit:
-        R = sized.longterm.takes if sized.longterm is not None else 0
         more = f", {R} retrieved ones" if R else ""
         raise ValueError(
-            f"a memory of N={sized.N} slots{more} and a text of {sized.piece} tokens need {need} positions, "
+            f"a memory of N={memory.N} slots{more} and a text of {memory.piece} tokens need {need} positions, "
             f"and this model has {llm.limit}. Choose a smaller N{', R' if R else ''} or K."
         )
-    return sized
+    return memory
 
 
 def _pool(pool: Memory, asked: MemorySettings) -> Memory:
@@ -82,8 +84,6 @@ def _with_longterm(pool: Memory, asked: LongTermSettings) -> Memory:
     return pool
 
 
-def _positions_needed(settings: MemorySettings) -> int:
+def _positions_needed(memory: Memory, R: int) -> int:
     """Positions of the longest pass: a question behind all slots, or one piece behind what a write sees."""
-    N, K = settings.N or 0, settings.K or 0
-    R = settings.longterm.takes if settings.longterm is not None else 0
-    return 1 + max(R + N + 1, (K if settings.preset == "paper" else N) + settings.piece)
+    return 1 + max(R + memory.N + 1, memory.rules.reads(memory) + memory.piece)

@@ -112,8 +112,8 @@ class Conversation:
                 cache.crop(-surplus)
 
     def _slots_of_turns(self) -> int:
-        """The most slots that writing all turns may take; a short text fills up to K in the preset "paper"."""
-        if self.memory.preset == "paper":
+        """The most slots that writing all turns may take; a preset may fill up what a short text writes."""
+        if self.memory.rules.slots(self.memory, 1) > 1:
             return self.memory.N
         tokens = sum(len(self.llm.prompts_or_raise().turn(message)) for message in self.messages)
         return tokens // self.memory.compression + len(self.messages) + tokens // self.memory.piece

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from latentmem.core import memory as memories
 from latentmem.core.memory import Memory
-from latentmem.core.write import write_exact, write_exact_rows, write_paper
+from latentmem.core.presets import WriteInputs
+from latentmem.core.write import write_exact_rows
 from latentmem.decoder.adapters import READ, WRITE
 from latentmem.decoder.cache import memory_cache
 from latentmem.model.backbone import Backbone, Ids
@@ -26,13 +28,14 @@ def new_slots(llm: Backbone, memory: Memory, ids: Ids) -> Tensor:
     tokens = llm.ids(ids)
     if len(tokens) > memory.piece:
         raise ValueError(f"one update reads at most {memory.piece} tokens, got {len(tokens)}; `write_ids` cuts them.")
+    slots = memory.slots.to(llm.decoder.device)
     with llm.using(WRITE):
-        if memory.preset == "paper":
-            mark = llm.trained.mark if llm.trained else memory.slots.new_zeros(memory.d)
-            newest = memory.slots.to(llm.decoder.device)[:, -memory.K :]
-            return write_paper(llm.decoder, llm.first, mark, newest, tokens, memory.K)
-        cache = llm.functional(memory) or llm.prefix(memory).cache(store=False)
-        return write_exact(llm.decoder, cache, tokens, memory.compression, memory.choice)
+        inputs = WriteInputs(llm.decoder, slots, llm.first, llm.mark, lambda: _cache(llm, memory), memory.choice)
+        return memory.rules.write(inputs, memory, tokens)
+
+
+def _cache(llm: Backbone, memory: Memory) -> Cache:
+    return llm.functional(memory) or llm.prefix(memory).cache(store=False)
 
 
 @torch.no_grad()
@@ -49,9 +52,9 @@ def write_all(
     done, total = 0, sum(map(len, texts))
     for number in range(max(map(len, pieces), default=0)):
         waiting = [i for i, parts in enumerate(pieces) if number < len(parts)]
-        together = [i for i in waiting if after[i].preset == "exact"]
+        together = [i for i in waiting if after[i].rules.sees_all]
         passes = by_tokens(together, [len(pieces[i][number]) for i in together], llm.tokens_at_once)
-        for rows in [*passes, *([i] for i in waiting if after[i].preset != "exact")]:
+        for rows in [*passes, *([i] for i in waiting if not after[i].rules.sees_all)]:
             read = [pieces[i][number] for i in rows]
             for i, new in zip(rows, _new_slots(llm, [after[i] for i in rows], read), strict=True):
                 after[i] = _following(llm, after[i], new, source, len(pieces[i][number]))
@@ -62,7 +65,7 @@ def write_all(
 
 
 def _new_slots(llm: Backbone, before: Sequence[Memory], pieces: Sequence[Tensor]) -> list[Tensor]:
-    """`new_slots` of several memories of the preset "exact" in one pass, without gradients."""
+    """`new_slots` of several memories, whose presets see all slots, in one pass, without gradients."""
     if len(before) == 1:
         return [new_slots(llm, before[0], pieces[0])]
     context = Context(tuple(llm.prefix(memory).front for memory in before), (), WRITE)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentmem.core.settings import CHOICES, PAPER_PIECE, PRESETS
+from latentmem.core.presets import PRESETS
+from latentmem.core.settings import CHOICES
 
 OBJECTIVES = (
     "new_knowledge",
@@ -253,7 +254,8 @@ class Config:
 
     def __post_init__(self) -> None:
         m, t, s, r = self.memory, self.texts, self.steps, self.retriever
-        piece = PAPER_PIECE if m.preset == "paper" else m.K * min(m.drawn)
+        preset = PRESETS.get(m.preset, PRESETS["exact"])
+        piece = preset.piece(dataclasses.replace(m, compression=min(m.drawn)))
         rules = [
             (self.data, "data: give at least one source."),
             (self.objectives, f"objectives: give at least one of {', '.join(OBJECTIVES)}."),
@@ -269,8 +271,8 @@ class Config:
             (1 <= m.K <= m.N, f"memory.K must lie between 1 and memory.N={m.N}, got {m.K}."),
             (m.compression >= 1, f"memory.compression must be at least 1, got {m.compression}."),
             (min(m.drawn) >= 1, f"memory.compressions must be at least 1, got {list(m.drawn)}."),
-            (m.preset == "exact" or m.compression == 1, "memory.compression is for the preset exact."),
-            (m.preset == "exact" or set(m.drawn) == {1}, "memory.compressions is for the preset exact."),
+            (preset.sees_all or m.compression == 1, "memory.compression is for the preset exact."),
+            (preset.sees_all or set(m.drawn) == {1}, "memory.compressions is for the preset exact."),
             (self.adapters != "", "adapters: give a file, auto or null."),
             (not (self.adapters and self.lora.dropout), "lora.dropout must be 0 with adapters to go on from."),
             (r.width >= 0 and r.hidden >= 0, "retriever.width and retriever.hidden must not be negative."),

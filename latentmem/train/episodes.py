@@ -27,6 +27,7 @@ from zlib import crc32
 
 import numpy as np
 
+from latentmem.core.presets import PRESETS
 from latentmem.model.prompts import Message, Prompts
 from latentmem.train.config import Config
 from latentmem.train.data import Apart, Document, Documents, cloze, sentences
@@ -418,7 +419,7 @@ class Episodes:
     def _age(self, number: int, random: np.random.Generator, n: int) -> int:
         """An age for a text of n tokens: often 0, else as likely between 1 and 2 as between 20 and 40."""
         t, m = self.config.texts, self.config.memory
-        k = m.K if m.preset == "paper" else -(-n // self._tokens_per_slot(number))
+        k = PRESETS[m.preset].slots(replace(m, compression=self._tokens_per_slot(number)), n)
         oldest = min(t.oldest, math.log(t.least_left) / math.log1p(-min(k, m.N - 1) / m.N))
         if oldest < 1 or random.random() < t.recent:
             return 0

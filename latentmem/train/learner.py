@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from latentmem.core import memory as memories
 from latentmem.core.memory import Memory
+from latentmem.core.presets import PRESETS
 from latentmem.core.settings import MemorySettings
 from latentmem.core.write import write_exact, write_exact_rows, write_paper
 from latentmem.decoder.adapters import READ, WRITE
@@ -92,6 +93,7 @@ class Learner(nn.Module):
         assert llm.adapters is not None
         self.base = llm.base
         self.preset, self.K, self.compression, self.choice = preset, K, compression, choice
+        self.rules = PRESETS[preset]
         self.bos = nn.Parameter(bos.float()) if bos is not None else None
         self.mark = nn.Parameter(mark.float()) if mark is not None else None
         self.retriever, self.weight = retriever, weight
@@ -124,7 +126,7 @@ class Learner(nn.Module):
         Returns:
             Times as teacher, to write without gradient, to write with gradient.
         """
-        writes = len(episode.texts) if episode.in_sequence or self.preset == "paper" else 1
+        writes = len(episode.texts) if episode.in_sequence or not self.rules.sees_all else 1
         teaches = len(episode.rows) if episode.taught else 0
         return (teaches, writes, 0) if episode.from_pool else (teaches, 0, writes)
 
@@ -166,9 +168,9 @@ class Learner(nn.Module):
     def _part(self, pool: Memory, episode: Episode) -> Memory:
         """What stands of the pool in front of an episode's texts: as much as it says, of the newest."""
         c = self._tokens_per_slot(episode)
-        slots = sum(self.K if self.preset == "paper" else -(-len(text) // c) for text in episode.texts)
+        slots = sum(-(-len(text) // c) if self.rules.sees_all else self.K for text in episode.texts)
         M = min(int(episode.fill * pool.M), max(0, pool.N - slots))
-        if self.preset == "paper":
+        if not self.rules.sees_all:
             M = max(M, min(pool.M, self.K))
         start = pool.M - M
         return replace(
@@ -193,7 +195,7 @@ class Learner(nn.Module):
         """New slots of each text, [L, k, d], with gradient."""
         device = self.sink.device
         texts = [torch.tensor(text, device=device) for text in episode.texts]
-        if self.preset == "paper":
+        if not self.rules.sees_all:
             return self._write_paper(before, texts, episode.in_sequence)
         new: list[Tensor] = []
         c = self._tokens_per_slot(episode)

@@ -43,6 +43,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from latentmem.core import memory as memories
 from latentmem.core.memory import Memory
+from latentmem.core.presets import PRESETS
 from latentmem.core.settings import MemorySettings
 from latentmem.decoder import adapters as pairs
 from latentmem.decoder.adapters import READ
@@ -426,7 +427,7 @@ def _peak() -> int:
 def result(path: Path, config: Config, llm: MemoryModel, tensors: dict[str, Tensor], more: dict[str, Any]) -> None:
     """Write trained adapters, from a run's state."""
     m = config.memory  # an update in use is as long as the longest in training
-    K = m.K if m.preset == "paper" else min(m.K, -(-config.texts.longest // m.compression))
+    K = min(m.K, PRESETS[m.preset].slots(m, config.texts.longest))
     own = {
         name.removeprefix("model."): t.to(torch.bfloat16) for name, t in tensors.items() if name.startswith("model.")
     }
@@ -437,7 +438,7 @@ def result(path: Path, config: Config, llm: MemoryModel, tensors: dict[str, Tens
         "alpha": config.lora.alpha,
         "target_modules": list(config.lora.target_modules),
         "memory": {"preset": m.preset, "N": m.N, "K": K, "compression": m.compression, "choice": m.choice},
-        "birth": BIRTH if m.preset == "paper" else "",
+        "birth": BIRTH if PRESETS[m.preset].born_full else "",
         **({"retriever": config.retriever.sizes} if config.retriever.width else {}),
         **more,
     }
@@ -481,7 +482,7 @@ def _go_on(config: Config, llm: MemoryModel) -> None:
     asked = [config.lora.r, config.lora.alpha, sorted({name.split(".")[-1] for name in config.lora.target_modules})]
     if found != asked:
         raise ValueError(f"lora (r, alpha, target_modules) must be as in {config.adapters!r}: {found}, got {asked}.")
-    if (llm.trained is not None) != (config.memory.preset == "paper"):
+    if llm.born_full != PRESETS[config.memory.preset].born_full:
         raise ValueError(f"memory.preset is {config.memory.preset!r}, and {config.adapters!r} are of the other one.")
     if llm.retriever.projectors is not None:
         first, second = llm.retriever.projectors.query[0]
@@ -493,17 +494,15 @@ def _go_on(config: Config, llm: MemoryModel) -> None:
 def learner_of(config: Config, llm: MemoryModel) -> Learner:
     """The learner for a config; in "paper", bos begins as the sink and mark as zeros, unless they are trained."""
     m = config.memory
-    paper = m.preset == "paper"
-    first = llm.first
-    mark = llm.trained.mark if llm.trained else first.new_zeros(first.shape[-1])
+    first, mark, marked = llm.first, llm.mark, not PRESETS[m.preset].holds_inputs
     learner = Learner(
         llm,
         preset=m.preset,
         K=m.K,
         compression=m.compression,
         choice=m.choice,
-        bos=first.detach().clone() if paper else None,
-        mark=mark.detach().clone() if paper else None,
+        bos=first.detach().clone() if marked else None,
+        mark=mark.detach().clone() if marked else None,
         retriever=_retriever_of(config, llm),
         weight=config.retriever.weight,
     )
@@ -546,7 +545,7 @@ def recompute(learner: Learner) -> None:
     Raises:
         ValueError: the preset "paper" with a transformers that recomputes a layer without what was done to its input.
     """
-    if learner.preset == "paper" and not HOOKS_STAY:
+    if not learner.rules.holds_inputs and not HOOKS_STAY:
         raise ValueError(
             f"checkpointing of the preset 'paper' needs a newer transformers than {transformers.__version__}, "
             f"5.23 for example. Install it, or set checkpointing to false."

@@ -52,12 +52,12 @@ class Probe:
 
     def _curve(self, llm: MemoryModel) -> list[dict[str, Any]]:
         prompts, m, ages = llm.prompts_or_raise(), self.config.memory, self.config.watch.ages
-        if llm.trained is not None:
+        if llm.born_full:
             memory = born(llm, llm.empty(), BIRTH)
         else:
             memory = llm.empty(m.N, m.K, m.preset, m.compression, choice=m.choice)
         others = itertools.cycle(self.others)
-        while memory.M < memory.N or (llm.trained is not None and memory.updates * memory.K < memory.N):
+        while memory.M < memory.N or (llm.born_full and memory.updates * memory.K < memory.N):
             memory = llm.write_ids(memory, prompts.written(next(others).text))
         found: dict[int, list[float]] = {age: [] for age in ages}
         for step in range(len(self.asked) + max(ages)):

@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 
-from latentmem.core.settings import PAPER_PIECE
+from latentmem.core.presets import PAPER_PIECE
 from latentmem.train.config import CONFIGS, OBJECTIVES, Config, load
 
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))

@@ -109,7 +109,7 @@ class Ability:
         """What stands in front in each state; a checkpoint's own pool is always full."""
         s = self.settings
         found: dict[str, Memory | None] = {"plain": None, "empty": self.llm.blank()}
-        if self.llm.trained is None:
+        if not self.llm.born_full:
             found["half"] = protocol.full(self.llm, s, self.unrelated, s.seed, share=0.5)
         return found | {"full": protocol.full(self.llm, s, self.unrelated, s.seed)}
 

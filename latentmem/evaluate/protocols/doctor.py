@@ -72,7 +72,7 @@ def law(llm: MemoryModel) -> float | None:
 
     None where the law does not hold by design: with adapters, or for a checkpoint with its own pool.
     """
-    if llm.adapters or llm.trained:
+    if llm.adapters or llm.born_full:
         return None
     prompts = llm.prompts_or_raise()
     text, question = prompts.text(" ".join(fact(i) for i in range(len(THINGS)))), prompts.text(" And the old safe?")

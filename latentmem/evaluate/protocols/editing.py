@@ -137,9 +137,8 @@ class Editing:
 
         What has long-term slots of its own is not measured with others.
         """
-        trained = self.llm.trained
-        missing = ["memory-own"] if trained is None else ["memory-empty"]
-        missing += ["longterm"] if trained is not None and trained.pool.longterm is not None else []
+        missing = ["memory-empty"] if self.llm.born_full else ["memory-own"]
+        missing += ["longterm"] if self.llm.empty().longterm is not None else []
         return [row for row in self.settings.rows if row not in missing]
 
     # --- units ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from latentmem.core.memory import Memory
-from latentmem.core.settings import PAPER_PIECE
+from latentmem.core.presets import PAPER_PIECE
 from latentmem.evaluate.protocols.longbench import cut
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel

@@ -246,7 +246,7 @@ class Integrity:
 
     def _left(self, memory: Memory, i: int, update: int) -> float:
         """Share of the slots of fact i, written by this update, that is left, over all layers."""
-        written = memory.K if memory.preset == "paper" else -(-len(self._ids(i)) // memory.compression)
+        written = memory.rules.slots(memory, len(self._ids(i)))
         return int((memory.births == update).sum()) / (memory.L * written)
 
     def _fact(self, i: int) -> Text:

@@ -24,7 +24,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from latentmem.core.settings import PAPER_PIECE
+from latentmem.core.presets import PAPER_PIECE
 from latentmem.evaluate import protocol, scoring
 from latentmem.evaluate.asking import in_context, named, written
 from latentmem.evaluate.baselines.passages import ranked

@@ -157,7 +157,7 @@ class Retention:
                 units += [("dead", N, "full", i)] if "dead" in s.rows else []
                 if s.own:
                     units += [(row, N, "full", i) for row in ("window", "bm25") if row in s.rows]
-                    fills = ("full",) if self.llm.trained else s.fills  # a checkpoint's own pool is full at birth
+                    fills = ("full",) if self.llm.born_full else s.fills  # a checkpoint's own pool is full at birth
                     units += [("ours", N, fill, i) for fill in fills if "ours" in s.rows]
         return [
             *units,
@@ -186,7 +186,7 @@ class Retention:
     @property
     def capacities(self) -> tuple[int, ...]:
         """N of the memories that are measured: a checkpoint has its own."""
-        return (self.llm.empty().N,) if self.llm.trained else self.settings.capacities
+        return (self.llm.empty().N,) if self.llm.born_full else self.settings.capacities
 
     # --- rows -------------------------------------------------------------------------------------------------------
 
@@ -300,7 +300,7 @@ class Retention:
 
     def _empty(self, N: int) -> Memory:
         s = self.settings
-        if self.llm.trained:
+        if self.llm.born_full:
             return self.llm.empty(seed=s.seed)
         more: dict[str, Any] = {}
         if s.longterm:
@@ -322,7 +322,7 @@ class Retention:
             if slots >= N:
                 break
             texts.append(text)
-            slots += memory.K if self.llm.trained else len(self._ids(text)) // self.settings.compression
+            slots += memory.K if self.llm.born_full else len(self._ids(text)) // self.settings.compression
         return texts
 
     def _found(self, memory: Memory, question: Question, source: str) -> dict[str, float]:
@@ -345,7 +345,7 @@ class Retention:
 
     def _check_supply(self, N: int) -> None:
         supply = sum(len(self._ids(t)) for t in self.data.unrelated[self._steps_supply :])
-        if not self.llm.trained and supply // self.settings.compression < N:
+        if not self.llm.born_full and supply // self.settings.compression < N:
             raise ValueError(
                 f"the set {self.data.name} has too few unrelated texts to fill a memory of N={N} slots; "
                 f"choose a smaller capacity."
