@@ -1,4 +1,4 @@
-"""What all protocols but `retention` share: a memory that is full at first, the run, and its table."""
+"""What all protocols share: a memory that is full at first, the run, and its table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 from latentmem.core.memory import Memory
 from latentmem.evaluate import runner
@@ -39,7 +39,7 @@ class EnoughError(Exception):
 
 
 class How(TypedDict, total=False):
-    """How a protocol is run, whichever it is; see `measure`."""
+    """How a protocol is run, whichever it is; see `carry_out`."""
 
     command: str
     workers: int
@@ -56,6 +56,7 @@ class Line:
 
 
 AnyLine = TypeVar("AnyLine", bound=Line)
+Result = TypeVar("Result")
 
 
 def empty(llm: MemoryModel, slots: Slots, seed: int, longterm: Mapping[str, int] | None = None) -> Memory:
@@ -111,6 +112,54 @@ def full(
     return memory
 
 
+def carry_out(
+    protocol: str,
+    llm: MemoryModel,
+    worker: runner.Worker,
+    asked: dict[str, Any],
+    finish: Callable[[runner.Folder, bool], Result],
+    out: Path,
+    *,
+    args: Sequence[Any] = (),
+    command: str = "",
+    workers: int = 1,
+    loading: dict[str, Any] | None = None,
+    progress: runner.Progress = lambda done, total: None,
+) -> Result:
+    """Run a protocol, or go on with it, and write its results.
+
+    Args:
+        protocol: its name and version, such as "effects/1".
+        worker: does the work in this process.
+        asked: settings and data, as JSON: what a folder is about; "model" is added where it is not there.
+        finish: given the folder and whether the run is complete, writes the results and returns them.
+        out: gets config.json and records.jsonl.
+        args: what another process makes its own worker of, behind the model.
+        command: what was typed, for the record.
+        workers: processes; more than 1 needs `loading`.
+        loading: arguments of `latentmem.load` that give the same model again, for other processes.
+        progress: called with (units done, units in all); may raise `EnoughError`.
+
+    Raises:
+        KeyboardInterrupt: stopped; the results then show what was finished, and the next run goes on from there.
+        ValueError: the folder holds another run or is in use.
+    """
+    if workers > 1 and loading is None:
+        raise ValueError("more than one worker needs `loading`, the arguments with which they load the model.")
+    config: dict[str, Any] = {"protocol": protocol, **asked}
+    config.setdefault("model", model(llm))
+    folder = runner.Folder(out, config)
+    with folder.working(results.this_run(command)):
+        try:
+            runner.run(folder, worker, _made, (type(worker), loading, args), workers, progress)
+        except EnoughError:
+            pass
+        except KeyboardInterrupt:
+            finish(folder, False)
+            raise
+        return finish(folder, True)
+
+
 def measure(
     protocol: str,
     llm: MemoryModel,
@@ -121,48 +170,25 @@ def measure(
     *,
     title: str,
     args: Sequence[Any] = (),
-    command: str = "",
-    workers: int = 1,
-    loading: dict[str, Any] | None = None,
-    progress: runner.Progress = lambda done, total: None,
     after: Callable[[Sequence[Record], Path], list[str]] | None = None,
     table: Callable[[Sequence[AnyLine]], str] | None = None,
     over: str = "texts",
+    **how: Unpack[How],
 ) -> list[AnyLine]:
-    """Run a protocol, or go on with it, and write table.md and summary.json.
+    """`carry_out` a protocol whose results are table.md and summary.json.
 
     Args:
-        protocol: its name and version, such as "effects/1".
-        worker: does the work in this process.
-        asked: settings and data, as JSON: what a folder is about.
         lines: of all records, those of the table.
-        out: gets config.json, records.jsonl, summary.json and table.md.
-        args: what another process makes its own worker of, behind the model.
-        command: what was typed, for the record.
-        workers: processes; more than 1 needs `loading`.
-        loading: arguments of `latentmem.load` that give the same model again, for other processes.
-        progress: called with (units done, units in all); may raise `EnoughError`.
         after: given all records and the folder, writes more files and returns sentences to stand over the table.
         table: the lines as Markdown; by default `markdown`.
         over: what is drawn anew for the intervals, in words.
-
-    Raises:
-        KeyboardInterrupt: stopped; the table then shows what was finished, and the next run goes on from there.
-        ValueError: the folder holds another run or is in use.
     """
-    if workers > 1 and loading is None:
-        raise ValueError("more than one worker needs `loading`, the arguments with which they load the model.")
-    config: dict[str, Any] = {"protocol": protocol, **asked, "model": model(llm)}
-    folder, table = runner.Folder(out, config), table or markdown
-    with folder.working(results.this_run(command)):
-        try:
-            runner.run(folder, worker, _made, (type(worker), loading, args), workers, progress)
-        except EnoughError:
-            pass
-        except KeyboardInterrupt:
-            _write(folder, lines, f"{title}, stopped before its end", after, table, over)
-            raise
-        return _write(folder, lines, title, after, table, over)
+
+    def finish(folder: runner.Folder, complete: bool) -> list[AnyLine]:
+        heading = title if complete else f"{title}, stopped before its end"
+        return _write(folder, lines, heading, after, table or markdown, over)
+
+    return carry_out(protocol, llm, worker, asked, finish, out, args=args, **how)
 
 
 def model(llm: MemoryModel) -> dict[str, Any]:

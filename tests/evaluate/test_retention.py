@@ -767,7 +767,7 @@ def test_too_few_texts_to_fill_a_memory_are_refused_at_once(tmp_path):
 def test_workers_need_to_know_what_to_load(tmp_path):
     data = made()
     with pytest.raises(ValueError, match="more than one worker needs `loading`"):
-        measure(Knowing(data), data, Settings(), tmp_path / "run", workers=2)
+        measure(Knowing(data), data, Settings(steps=(0, 1), capacities=(40,)), tmp_path / "run", workers=2)
 
 
 # --- what is left in the folder -------------------------------------------------------------------------------------

@@ -22,17 +22,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from latentmem import longterm
 from latentmem.core.memory import Memory
-from latentmem.evaluate import runner
+from latentmem.evaluate import protocol, runner
 from latentmem.evaluate.asking import NEW_TOKENS, Answer, ask, in_context, written
 from latentmem.evaluate.baselines.passages import ranked
 from latentmem.evaluate.data.questions import LONGEST
 from latentmem.evaluate.data.sets import Question, QuestionSet, Text
+from latentmem.evaluate.protocol import How
 from latentmem.evaluate.tables import plots, results
 from latentmem.evaluate.tables.summary import Line
 from latentmem.longterm.search import RetrievedPrefix
@@ -46,12 +47,6 @@ OWN_RUN = 50  # steps up to which every sample has its own run
 LONGEST_ANSWER = 64  # tokens that are kept free for a gold answer
 SEGMENT = 20  # steps of a stream that are one unit of work
 CHOSEN = ("rows", "fills", "capacities")  # settings that choose units and change none: a later run may add to them
-UNSAID = (
-    ("choice", "last"),
-    ("longterm", 0),
-    ("longterm_limit", 1 << 30),
-    ("group", "update"),
-)  # settings that folders of before did not know
 Unit = tuple[Any, ...]  # (row, N, fill, index of the text), or ("stream", row, N, segment)
 Record = dict[str, Any]
 
@@ -388,11 +383,8 @@ def measure(
     settings: Settings,
     out: Path,
     *,
-    command: str = "",
     drawn: dict[str, Any] | None = None,
-    workers: int = 1,
-    loading: dict[str, Any] | None = None,
-    progress: runner.Progress = lambda done, total: None,
+    **how: Unpack[How],
 ) -> list[Line]:
     """Run the protocol, or go on with it, and write everything that the folder then holds.
 
@@ -401,11 +393,8 @@ def measure(
     Args:
         llm: the model; other processes load theirs anew.
         out: gets config.json, records.jsonl, summary.json, table.md, plot.png and report.html.
-        command: what was typed, for the record.
         drawn: how the questions were drawn, for the record.
-        workers: processes; more than 1 needs `loading`.
-        loading: arguments of `latentmem.load` that give the same model again.
-        progress: called with (units done, units in all).
+        how: as of `protocol.carry_out`.
 
     Returns:
         The lines of all tables.
@@ -414,42 +403,23 @@ def measure(
         KeyboardInterrupt: stopped; the tables then show what was finished, and the next run goes on from there.
         ValueError: the folder holds another run or is in use, or settings that do not fit the model or the data.
     """
-    if workers > 1 and loading is None:
-        raise ValueError("more than one worker needs `loading`, the arguments with which they load the model.")
     if len(data.texts) < 2:
         raise ValueError("one text has no interval, and without an interval there is no result: take more questions.")
     plots.require()
     worker = Retention(llm, data, settings, out)
-    config = {
-        "protocol": PROTOCOL,
+    asked = {
         "data": {"name": data.name, "source": data.source, "sha256": data.identity, **(drawn or {})},
-        "settings": {
-            key: value for key, value in asdict(settings).items() if (key, value) not in UNSAID and key not in CHOSEN
-        },
-        "model": {
-            "name": llm.name,
-            "sha256": llm.identity,
-            "adapters": llm.adapters.identity if llm.adapters else "",
-            "tokenizer": llm.tokenizer_identity,
-            "dtype": str(llm.decoder.dtype)[6:],
-            "style": asdict(llm.prompts_or_raise().style),
-        },
+        "settings": {key: value for key, value in asdict(settings).items() if key not in CHOSEN},
+        "model": protocol.model(llm)
+        | {"tokenizer": llm.tokenizer_identity, "style": asdict(llm.prompts_or_raise().style)},
     }
-    folder = runner.Folder(out, config)
-    with folder.working(results.this_run(command)):
-        try:
-            runner.run(folder, worker, _make, (loading, data, settings, out), workers, progress)
-        except KeyboardInterrupt:
-            results.write(folder, data, unfinished=True)  # the next run goes on
-            raise
-        worker.clear()
-        return results.write(folder, data)
 
+    def finish(folder: runner.Folder, complete: bool) -> list[Line]:
+        if complete:
+            worker.clear()
+        return results.write(folder, data, unfinished=not complete)
 
-def _make(loading: dict[str, Any], data: QuestionSet, settings: Settings, folder: Path) -> Retention:
-    from latentmem.loading.load import load
-
-    return Retention(load(**loading), data, settings, folder)
+    return protocol.carry_out(PROTOCOL, llm, worker, asked, finish, out, args=(data, settings, out), **how)
 
 
 def _find(library: Sequence[str], questions: Sequence[str]) -> list[str]:
