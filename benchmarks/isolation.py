@@ -20,8 +20,8 @@ import torch
 
 import latentmem
 from latentmem import Store
+from latentmem.model.batch import Batch, Row
 from latentmem.serve.engine.answer import Sampling
-from latentmem.serve.engine.batch import Batch, Row
 from latentmem.serve.engine.service import Service
 
 

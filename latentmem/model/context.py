@@ -196,10 +196,8 @@ def question_mask(llm: Backbone, prompt: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def search_again(llm: Backbone, front: KVPrefix | None, said: Ids) -> bool:
-    """Let what was asked and what was answered lately take other long-term slots; whether they are others."""
-    if not isinstance(front, RetrievedPrefix):
-        return False
+def search_again(llm: Backbone, front: RetrievedPrefix, said: Ids) -> bool:
+    """Let a prompt and the last tokens of its answer take other long-term slots; True if the slots are others."""
     answered = llm.ids(said)
     asks = torch.cat([question_mask(llm, front.asked), torch.ones(len(answered), dtype=torch.bool)])
     with llm.using(READ):

@@ -1,204 +1,281 @@
-"""Answers token by token, through transformers' `generate`: behind one memory, or behind several at once."""
+"""Answers token by token, behind one memory or behind several at once.
+
+Transformers' `generate` reads the options: it makes the processors of logits and the criteria that end an answer. The
+tokens are made by `Batch`, also for the server. Only what makes no token after another (beams, speculation) and what
+gives more than tokens runs in transformers' own loop, behind one memory after another.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, StoppingCriteriaList
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache, DynamicCache, StoppingCriteriaList, StopStringCriteria
+from transformers.generation import GenerationMode
 
 from latentmem.core.memory import Memory
 from latentmem.decoder.adapters import READ
-from latentmem.decoder.cache import MemoryCache, attention_mask
+from latentmem.decoder.cache import MemoryCache
 from latentmem.longterm.search import RetrievedPrefix
-from latentmem.model import streaming
 from latentmem.model.backbone import Backbone, Ids
-from latentmem.model.context import Context, behind, fits_behind, retrieved, search_again, text_cache
+from latentmem.model.batch import Batch, Row
+from latentmem.model.context import Context, behind, fits_behind, retrieved, search_again
+from latentmem.model.streaming import Detokenizer
 
-Streamer = Callable[[list[int], Collection[int]], Any]  # (rows of a pass, end tokens) -> what takes their tokens
 MAX_NEW_TOKENS = 128  # of an answer, unless the caller says otherwise
+LOOKING_BACK = ("no_repeat_ngram_size", "min_length", "logits_processor", "exponential_decay_length_penalty")
+OWN_LOOP = ("streamer", "return_dict_in_generate", "custom_generate")  # what transformers' own loop is needed for
 
 
-@torch.no_grad()
-def generate_rows(
-    llm: Backbone, context: Context, ids: Sequence[Ids], streamer: Streamer | None = None, **generate_kwargs: Any
-) -> list[Tensor]:
-    """Transformers' `generate` for B prompts, in as few passes as are right.
+class Options:
+    """Options of transformers' `generate`: greedy and at most 128 new tokens, unless the caller says otherwise.
 
     Args:
-        streamer: made for the rows of each pass.
+        kwargs: as in `generate`.
 
-    Returns:
-        For each prompt [answers, n + new]: the prompt and its continuations, up to where the last of them ended.
+    Raises:
+        ValueError: `use_cache=False`.
+    """
+
+    def __init__(self, llm: Backbone, kwargs: dict[str, Any]) -> None:
+        self.kwargs = dict(kwargs)
+        self._config = kwargs.get("generation_config") or llm.base.generation_config
+        if "generation_config" not in kwargs:
+            self.kwargs.setdefault("do_sample", False)
+            if "max_length" not in kwargs:
+                self.kwargs.setdefault("max_new_tokens", MAX_NEW_TOKENS)
+        if False in (kwargs.get("use_cache"), getattr(kwargs.get("generation_config"), "use_cache", None)):
+            raise ValueError("use_cache=False: a memory is read through the cache; leave it on.")
+        if self.get("pad_token_id") is None:
+            self.kwargs["pad_token_id"] = _pad_id(llm)
+        criteria = list(kwargs.get("stopping_criteria") or [])
+        if kwargs.get("stop_strings"):
+            tokenizer = self.kwargs.pop("tokenizer", llm.tokenizer)
+            criteria.append(StopStringCriteria(tokenizer, self.kwargs.pop("stop_strings")))
+        self.kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
+
+    def get(self, name: str) -> Any:
+        """An option of the caller, or else of the model."""
+        value = self.kwargs.get(name)
+        return getattr(self._config, name, None) if value is None else value
+
+    @property
+    def answers(self) -> int:
+        """Answers to each prompt."""
+        return self.get("num_return_sequences") or 1
+
+    @property
+    def pad(self) -> int:
+        """The id in front of shorter prompts, and behind shorter answers."""
+        return self.get("pad_token_id") or 0
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens that end an answer."""
+        ends = self.get("eos_token_id")
+        return [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
+
+    def new(self, n: int) -> int:
+        """Tokens that an answer to a prompt of n tokens may have."""
+        return self.get("max_new_tokens") or max(0, (self.get("max_length") or 0) - n)
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether each pass makes the next token of each answer, and nothing else is asked for."""
+        config = copy.deepcopy(self._config)
+        config.update(**{name: value for name, value in self.kwargs.items() if hasattr(config, name)})
+        mode = config.get_generation_mode(self.kwargs.get("assistant_model"))
+        plain = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        return plain and not any(map(self.get, (*OWN_LOOP, "stop_strings")))
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a row's next token depends on the length or the tokens of its prompt: there padding counts."""
+        penalty = self.get("repetition_penalty") not in (None, 1.0)
+        of_all = self.get("max_length") is not None and self.get("max_new_tokens") is None
+        return penalty or of_all or any(map(self.get, LOOKING_BACK))
+
+    def refuse_for_several(self, cache: Cache | None) -> None:
+        """A ValueError for what only one memory takes."""
+        single = [name for name in ("streamer", "return_dict_in_generate") if self.get(name)]
+        if cache is not None or single:
+            names = ", ".join(["cache"] * (cache is not None) + single)
+            raise ValueError(f"{names}: this takes one memory, not a list.")
+
+
+def asked(
+    llm: Backbone, memory: Memory | Sequence[Memory], ids: Ids | Sequence[Ids], options: Options, cache: Cache | None
+) -> tuple[Context, Sequence[Ids]]:
+    """The context and the prompts of what is asked behind one memory, or behind several.
+
+    Args:
+        cache: of one memory and of a text already read, to go on from.
+
+    Raises:
+        ValueError: lists of different lengths, or what only one memory takes.
+    """
+    if isinstance(memory, Memory):
+        if cache is None:
+            return behind(llm, memory), [ids]  # type: ignore[list-item]
+        llm.check(memory)
+        front = cache.fronts[0] if isinstance(cache, MemoryCache) else None
+        text = cache.get_seq_length() - (front.P if front else 0)
+        return Context((front,), (llm.room(memory) - text,), READ), [ids]  # type: ignore[list-item]
+    options.refuse_for_several(cache)
+    if len(memory) != len(ids):
+        raise ValueError(f"give as many prompts as memories: got {len(ids)} and {len(memory)}.")
+    return behind(llm, memory) if len(memory) else Context((), (), None), list(ids)
+
+
+def generate(
+    llm: Backbone, context: Context, ids: Sequence[Ids], options: Options, cache: Cache | None = None
+) -> list[Any]:
+    """Each prompt with its answers, [answers, n + new], padded behind shorter ones; or what `generate` returns.
+
+    Args:
+        ids: B prompts, [n] each.
+        cache: as in `_passes`.
     """
     prompts = [llm.ids(i) for i in ids]
+    several = max(options.answers, options.get("num_beams") or 1) > 1
+    if several and cache is not None and cache.get_seq_length() > context.length:
+        raise ValueError("a cache that already holds text has one row: beams and several answers need a fresh one.")
+    if not options.stepwise:
+        return [_alone(llm, context.of([i]), prompt, options, cache) for i, prompt in enumerate(prompts)]
     outputs: dict[int, Tensor] = {}
-    settings = generate_kwargs.get("generation_config") or llm.base.generation_config
-
-    def option(name: str) -> Any:
-        value = generate_kwargs.get(name)
-        return getattr(settings, name, None) if value is None else value
-
-    ends = option("eos_token_id")
-    ends = [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
-    if option("pad_token_id") is None:
-        generate_kwargs["pad_token_id"] = _pad_id(llm)
-    pad = option("pad_token_id") or 0
-    one = any(map(option, ("prompt_lookup_num_tokens", "assistant_model")))  # transformers takes one row
-    lengths = [len(prompt) for prompt in prompts]
-    exact = any(_looks_back(option))
-    for rows in context.passes(lengths, 1 if one else None, slides=llm.decoder.slides, exact=exact):
-        part, n = context.of(rows), max(lengths[i] for i in rows)
-        for i, room in zip(rows, part.rooms_of(len(rows)), strict=True):
-            fits_behind(llm, room, lengths[i], option("max_new_tokens") or max(0, (option("max_length") or 0) - n))
-        text = torch.ones(len(rows), n, dtype=torch.long, device=llm.decoder.device)
-        for line, i in zip(text, rows, strict=True):
-            line[: n - lengths[i]] = 0
-        part = retrieved(llm, part, [prompts[i] for i in rows])
-        cache = part.cache(llm.decoder, store=True)
-        with llm.using(part.reader):
-            output = llm.base.generate(
-                input_ids=torch.stack([_padded(prompts[i], n, pad) for i in rows]),
-                attention_mask=part.mask(text),
-                past_key_values=cache,
-                streamer=streamer(rows, ends) if streamer else None,
-                **_searching(llm, cache, n, generate_kwargs),
-            )
-        criteria = option("stopping_criteria") or option("stop_strings")
-        for i, answers in zip(rows, output.unflatten(0, (len(rows), -1)), strict=True):
-            answers = _ended(answers[:, n - lengths[i] :], lengths[i], ends)
-            outputs[i] = _unpadded(answers, lengths[i], pad) if criteria and pad not in ends else answers
+    for numbers, batch, steps in _passes(llm, context, prompts, options, cache):
+        for _ in steps:
+            pass
+        for k, i in enumerate(numbers):
+            answers = [torch.tensor(row.said) for row in batch.rows[k * options.answers : (k + 1) * options.answers]]
+            new = pad_sequence(answers, batch_first=True, padding_value=options.pad).to(prompts[i])
+            outputs[i] = torch.cat([prompts[i].expand(len(new), -1), new], dim=1)
     return [outputs[i] for i in range(len(prompts))]
 
 
-@torch.no_grad()
-def generate_one(llm: Backbone, memory: Memory, ids: Ids, cache: Cache | None, generate_kwargs: dict[str, Any]) -> Any:
-    """`MemoryModel.generate_ids` behind one memory."""
-    llm.check(memory)
-    tokens = llm.ids(ids)[None]
-    _set_defaults(generate_kwargs)
-    if llm.base.generation_config.pad_token_id is None and generate_kwargs.get("pad_token_id") is None:
-        generate_kwargs["pad_token_id"] = _pad_id(llm)
-    if cache is None:
-        cache = text_cache(llm, memory, tokens, None)
-    settings = generate_kwargs.get("generation_config") or llm.base.generation_config
-    new, longest, beams, rows = (
-        generate_kwargs.get(key) or getattr(settings, key, None) or 0
-        for key in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences")
+def stream(
+    llm: Backbone, context: Context, ids: Sequence[Ids], options: Options, cache: Cache | None = None
+) -> Iterator[tuple[int, str]]:
+    """Pieces of the answers to B prompts as they come: (number of the prompt, text); arguments as in `generate`.
+
+    Raises:
+        ValueError: options that do not give one answer, token by token.
+    """
+    if options.answers > 1:
+        raise ValueError(f"a stream gives one answer to each question, got num_return_sequences={options.answers}.")
+    if not options.stepwise:
+        raise ValueError("a stream takes one token after another: leave out num_beams, speculation and streamer.")
+    prompts, tokenizer = [llm.ids(i) for i in ids], llm.prompts_or_raise().tokenizer
+    for numbers, batch, steps in _passes(llm, context, prompts, options, cache):
+        texts = {row: (number, Detokenizer(tokenizer)) for number, row in zip(numbers, batch.rows, strict=True)}
+        for rows in steps:
+            for row in rows:
+                number, text = texts[row]
+                piece = text.add(row.token) + (text.rest() if row.ended else "")
+                if piece:
+                    yield number, piece
+
+
+Pass = tuple[list[int], Batch, Iterator[list[Row]]]  # numbers of prompts, their rows, and at each step who has a token
+
+
+def _passes(
+    llm: Backbone, context: Context, prompts: list[Tensor], options: Options, cache: Cache | None
+) -> Iterator[Pass]:
+    """Rows that go together, one batch after another.
+
+    Args:
+        cache: over the context of one prompt, to go on from the text in it.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    for numbers in context.passes(lengths, slides=llm.decoder.slides, exact=options.looks_back):
+        part, n = context.of(numbers), max(lengths[i] for i in numbers)
+        for i, room in zip(numbers, part.rooms_of(len(numbers)), strict=True):
+            fits_behind(llm, room, lengths[i], options.new(n))
+        part = retrieved(llm, part, [prompts[i] for i in numbers])
+        fronts = part.fronts * (len(numbers) // len(part.fronts))
+        rows = [
+            Row(prompts[i], front) for i, front in zip(numbers, fronts, strict=True) for _ in range(options.answers)
+        ]
+        own = cache or part.cache(llm.decoder, store=True) or DynamicCache(config=llm.base.config.get_text_config())
+        batch = Batch(llm, rows, adapter=part.adapter, cache=own, pad=options.pad)
+        yield numbers, batch, _steps(llm, batch, options)
+
+
+def _steps(llm: Backbone, batch: Batch, options: Options) -> Iterator[list[Row]]:
+    """One token more for each row at each step, until all have ended; the rows that took one."""
+
+    @torch.no_grad()
+    def loop(
+        model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **_: Any
+    ) -> Iterator[list[Row]]:
+        ids = input_ids
+
+        def choose(logits: Tensor) -> list[int]:
+            nonlocal ids
+            scores = logits_processor(ids, logits)
+            draws = generation_config.do_sample
+            tokens = torch.multinomial(scores.softmax(-1), 1) if draws else scores.argmax(-1, keepdim=True)
+            ended = torch.tensor([[row.ended] for row in batch.rows], device=ids.device)
+            ids = torch.cat([ids, tokens.masked_fill(ended, options.pad)], dim=1)
+            return tokens[:, 0].tolist()
+
+        while growing := [row for row in batch.rows if not row.ended]:
+            batch.advance(choose)
+            for row, ends in zip(batch.rows, stopping_criteria(ids, None).tolist(), strict=True):
+                row.ended |= ends
+            yield growing
+
+    each = slice(None, None, options.answers)  # `generate` makes a row for each answer
+    yield from llm.base.generate(
+        input_ids=batch.ids[each], attention_mask=batch.mask[each], custom_generate=loop, **options.kwargs
     )
-    past = cache.get_seq_length() - llm.positions(memory) if cache is not None else 0
-    if past and max(beams, rows) > 1:
-        raise ValueError("a cache that already holds text has one row: beams and several answers need a fresh one.")
-    llm.fits(memory, past + tokens.shape[1], new or max(0, longest - tokens.shape[1]))
-    with llm.using(READ if memory.holds else None):
+
+
+def _alone(llm: Backbone, context: Context, prompt: Tensor, options: Options, cache: Cache | None) -> Any:
+    """Transformers' own loop behind one memory."""
+    n = len(prompt)
+    fits_behind(llm, context.room, n, options.new(n))
+    context = retrieved(llm, context, [prompt])
+    cache = cache or context.cache(llm.decoder, store=True)
+    past = cache.get_seq_length() if cache is not None else 0
+    with llm.using(context.reader):
         return llm.base.generate(
-            input_ids=tokens,
-            attention_mask=attention_mask(cache, tokens),
+            input_ids=prompt[None],
+            attention_mask=torch.ones(1, past + n, dtype=torch.long, device=prompt.device),
             past_key_values=cache,
-            **_searching(llm, cache, tokens.shape[1], generate_kwargs),
+            **_searching(llm, cache, n, options),
         )
 
 
-def generate_many(
-    llm: Backbone,
-    memory: Sequence[Memory],
-    ids: Sequence[Ids],
-    cache: Cache | None,
-    generate_kwargs: dict[str, Any],
-    streamer: Streamer | None = None,
-) -> list[Tensor]:
-    """`MemoryModel.generate_ids` behind several memories."""
-    one = [name for name in ("streamer", "return_dict_in_generate") if generate_kwargs.get(name)]
-    if cache is not None or one:
-        raise ValueError(f"{', '.join(['cache'] * (cache is not None) + one)}: this takes one memory, not a list.")
-    if len(memory) != len(ids):
-        raise ValueError(f"give as many prompts as memories: got {len(ids)} and {len(memory)}.")
-    _set_defaults(generate_kwargs)
-    settings = generate_kwargs.get("generation_config")
-    if getattr(settings, "return_dict_in_generate", None):
-        raise ValueError("return_dict_in_generate: this takes one memory, not a list.")
-    answers = generate_kwargs.get("num_return_sequences") or getattr(settings, "num_return_sequences", None) or 1
-    if streamer and answers > 1:
-        raise ValueError(f"a stream gives one answer to each question, got num_return_sequences={answers}.")
-    return generate_rows(llm, behind(llm, memory), ids, streamer, **generate_kwargs) if len(ids) else []
+def _searching(llm: Backbone, cache: Cache | None, n: int, options: Options) -> dict[str, Any]:
+    """Options by which a long-term memory is searched again while answers behind n tokens grow.
 
-
-def stream_one(llm: Backbone, memory: Memory, ids: Ids, generate_kwargs: dict[str, Any]) -> Iterator[str]:
-    """`MemoryModel.stream_ids` behind one memory."""
-    tokenizer = llm.prompts_or_raise().tokenizer
-    criteria, cache = generate_kwargs.pop("stopping_criteria", []), generate_kwargs.pop("cache", None)
-
-    def generate(give: Callable[[str], None], left: streaming.Left) -> None:
-        generate_kwargs["streamer"] = streaming.Pieces(tokenizer, give, skip_prompt=True)
-        generate_kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, left])
-        generate_one(llm, memory, ids, cache, generate_kwargs)
-
-    return streaming.stream(generate)
-
-
-def stream_many(
-    llm: Backbone, memory: Sequence[Memory], ids: Sequence[Ids], generate_kwargs: dict[str, Any]
-) -> Iterator[tuple[int, str]]:
-    """`MemoryModel.stream_ids` behind several memories."""
-    tokenizer = llm.prompts_or_raise().tokenizer
-    criteria = generate_kwargs.pop("stopping_criteria", [])
-
-    def generate(give: Callable[[tuple[int, str]], None], left: streaming.Left) -> None:
-        def streamer(rows: list[int], ends: Collection[int]) -> streaming.Rows:
-            left.check()
-            return streaming.Rows(tokenizer, rows, ends, give)
-
-        generate_kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, left])
-        generate_many(llm, memory, ids, None, generate_kwargs, streamer)
-
-    return streaming.stream(generate)
-
-
-def _searching(llm: Backbone, cache: Cache | None, n: int, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Options of `generate` by which long-term memories are searched again while answers behind n tokens grow.
-
-    Of several answers behind one memory the first that goes on is what is searched for.
+    The first answer that goes on is what is searched for.
     """
     if not isinstance(cache, MemoryCache):
-        return generate_kwargs
-    due = [(i, front) for i, front in enumerate(cache.fronts) if isinstance(front, RetrievedPrefix) and front.every]
-    if not due:
-        return generate_kwargs
-    settings = generate_kwargs.get("generation_config") or llm.base.generation_config
-    ends = generate_kwargs.get("eos_token_id") or settings.eos_token_id
-    ended = torch.as_tensor([] if ends is None else ends, device=llm.decoder.device).reshape(-1)
-    searched = [0] * len(due)
+        return options.kwargs
+    front = cache.fronts[0]
+    if not isinstance(front, RetrievedPrefix) or not front.every:
+        return options.kwargs
+    ends, searched = torch.tensor(options.ends, device=llm.decoder.device), 0
 
     def again(ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        changed, rows = False, cache.rows(len(ids))
-        for k, (i, front) in enumerate(due):
-            times = (ids.shape[1] - n) // front.every  # some ways to generate make several tokens at once
-            if times <= searched[k]:
-                continue
-            searched[k] = times
-            mine = ids[[row == i for row in rows]]
-            alive = mine[~torch.isin(mine[:, n:], ended).any(1)]
-            if len(alive):
-                changed |= search_again(llm, front, alive[0, -front.every :])
-        if changed:
-            cache.changed()
+        nonlocal searched
+        times = (ids.shape[1] - n) // front.every  # some ways to generate make several tokens at once
+        if times > searched:
+            searched = times
+            growing = ids[~torch.isin(ids[:, n:], ends).any(1)]
+            if len(growing) and search_again(llm, front, growing[0, -front.every :]):
+                cache.changed()
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    criteria = [again, *(generate_kwargs.get("stopping_criteria") or [])]
-    return {**generate_kwargs, "stopping_criteria": StoppingCriteriaList(criteria)}
-
-
-def _set_defaults(generate_kwargs: dict[str, Any]) -> None:
-    """Greedy and a bound for the answer, unless the caller says otherwise."""
-    if "generation_config" not in generate_kwargs:
-        generate_kwargs.setdefault("do_sample", False)
-        if "max_length" not in generate_kwargs:
-            generate_kwargs.setdefault("max_new_tokens", MAX_NEW_TOKENS)
-    settings = generate_kwargs.get("generation_config")
-    if False in (generate_kwargs.get("use_cache"), getattr(settings, "use_cache", None)):
-        raise ValueError("use_cache=False: a memory is read through the cache; leave it on.")
+    criteria = StoppingCriteriaList([again, *options.kwargs["stopping_criteria"]])
+    return {**options.kwargs, "stopping_criteria": criteria}
 
 
 def _pad_id(llm: Backbone) -> int | None:
@@ -206,30 +283,3 @@ def _pad_id(llm: Backbone) -> int | None:
     config = llm.base.generation_config
     eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     return config.pad_token_id if config.pad_token_id is not None else eos
-
-
-def _looks_back(option: Callable[[str], Any]) -> Iterator[bool]:
-    """Options by which a row's next token depends on the length or the tokens of its prompt: there padding counts."""
-    yield option("repetition_penalty") not in (None, 1.0)
-    yield option("max_length") is not None and option("max_new_tokens") is None
-    names = ("no_repeat_ngram_size", "min_length", "logits_processor", "exponential_decay_length_penalty")
-    yield from (bool(option(name)) for name in names)
-
-
-def _padded(prompt: Tensor, n: int, pad: int) -> Tensor:
-    return torch.nn.functional.pad(prompt, (n - len(prompt), 0), value=pad)
-
-
-def _ended(rows: Tensor, start: int, ends: Sequence[int]) -> Tensor:
-    """Rows [answers, n], without what follows the end token of the last that ends; answers begin at `start`."""
-    if not ends:
-        return rows
-    stops = torch.isin(rows[:, start:], torch.tensor(ends, device=rows.device))
-    last = torch.where(stops.any(1), stops.int().argmax(1) + 1, stops.shape[1]).max() if stops.shape[1] else 0
-    return rows[:, : start + int(last)]
-
-
-def _unpadded(rows: Tensor, start: int, pad: int) -> Tensor:
-    """Rows without the padding at the end of all of them: they were stopped by something else than an end token."""
-    held = (rows[:, start:] != pad).any(0).nonzero()
-    return rows[:, : start + (int(held[-1]) + 1 if len(held) else 0)]

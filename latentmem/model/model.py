@@ -16,6 +16,7 @@ from latentmem.files import snapshot as _snapshot  # noqa: F401 - gives `Memory`
 from latentmem.model import beginning, context, generating, provenance, scoring, writing
 from latentmem.model.backbone import Backbone, Ids
 from latentmem.model.context import Context
+from latentmem.model.generating import Options
 from latentmem.model.prompts import Message
 from latentmem.model.scoring import Score
 from latentmem.model.writing import Progress
@@ -257,23 +258,29 @@ class MemoryModel(Backbone):
             ValueError: memory, prompt and answer do not fit into the model's context, or options that several
                 memories do not take.
         """
-        if isinstance(memory, Memory):
-            return generating.generate_one(self, memory, ids, cache, generate_kwargs)  # type: ignore[arg-type]
-        return generating.generate_many(self, memory, ids, cache, generate_kwargs)  # type: ignore[arg-type]
-
-    @overload
-    def stream_ids(self, memory: Memory, ids: Ids, **generate_kwargs: Any) -> Iterator[str]: ...
+        options = Options(self, generate_kwargs)
+        asked = generating.asked(self, memory, ids, options, cache)
+        outputs = generating.generate(self, *asked, options, cache)
+        return outputs[0] if isinstance(memory, Memory) else outputs
 
     @overload
     def stream_ids(
-        self, memory: Sequence[Memory], ids: Sequence[Ids], **generate_kwargs: Any
+        self, memory: Memory, ids: Ids, cache: Cache | None = ..., **generate_kwargs: Any
+    ) -> Iterator[str]: ...
+
+    @overload
+    def stream_ids(
+        self, memory: Sequence[Memory], ids: Sequence[Ids], cache: None = ..., **generate_kwargs: Any
     ) -> Iterator[tuple[int, str]]: ...
 
-    def stream_ids(self, memory: Memories, ids: Ids | Sequence[Ids], **generate_kwargs: Any) -> Iterator[Any]:
+    def stream_ids(
+        self, memory: Memories, ids: Ids | Sequence[Ids], cache: Cache | None = None, **generate_kwargs: Any
+    ) -> Iterator[str] | Iterator[tuple[int, str]]:
         """Continue token ids and give the text in pieces; arguments as in `generate_ids`, pieces as in `stream`."""
-        if isinstance(memory, Memory):
-            return generating.stream_one(self, memory, ids, generate_kwargs)  # type: ignore[arg-type]
-        return generating.stream_many(self, memory, ids, generate_kwargs)  # type: ignore[arg-type]
+        options = Options(self, generate_kwargs)
+        asked = generating.asked(self, memory, ids, options, cache)
+        pieces = generating.stream(self, *asked, options, cache)
+        return (piece for _, piece in pieces) if isinstance(memory, Memory) else pieces
 
     def text_cache(self, memory: Memory, ids: Ids | None = None, old: Cache | None = None) -> Cache | None:
         """A cache with the memory and no text in it; None for an empty memory: the plain model makes its own.
@@ -322,7 +329,8 @@ class MemoryModel(Backbone):
         Raises:
             ValueError: empty rows, or prompt and answer do not fit into the model's context.
         """
-        outputs = generating.generate_rows(self, context, ids, do_sample=False, max_new_tokens=max_new_tokens)
+        options = Options(self, {"do_sample": False, "max_new_tokens": max_new_tokens})
+        outputs = generating.generate(self, context, ids, options)
         return [output[0, len(row) :] for output, row in zip(outputs, ids, strict=True)]
 
     def score_rows(self, context: Context, ids: Sequence[Ids], answers: Sequence[Ids]) -> list[Score]:

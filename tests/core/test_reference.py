@@ -491,6 +491,6 @@ def test_writing_while_an_answer_is_being_streamed_changes_neither():
     answer, written = llm.ask(memory, "Where?", max_new_tokens=200), llm.write_ids(memory, A).slots
     pieces = []
     for piece in llm.stream(memory, "Where?", max_new_tokens=200):
-        assert torch.equal(llm.write_ids(memory, A).slots, written)  # the answer goes on in its thread meanwhile
+        assert torch.equal(llm.write_ids(memory, A).slots, written)  # the answer goes on afterwards
         pieces.append(piece)
     assert "".join(pieces).strip() == answer

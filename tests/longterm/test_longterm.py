@@ -14,7 +14,7 @@ from latentmem.core.settings import LongTermSettings
 from latentmem.longterm import ranking
 from latentmem.longterm.blocks import NO_SLOT
 from latentmem.longterm.search import Retrieval
-from latentmem.model import generating
+from latentmem.model import batch as batches
 from latentmem.model.context import question_mask
 from latentmem.model.model import MemoryModel
 from latentmem.testing import byte_tokenizer, labelled_memory, tiny_model, updated
@@ -352,9 +352,9 @@ def test_beams_of_several_memories_are_those_of_each_alone(llm, beams):
 
 def test_an_answer_that_has_ended_is_not_searched_for(llm, monkeypatch):
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "every": 2}), 9)
-    asked, search = [], generating.search_again
+    asked, search = [], batches.search_again
     monkeypatch.setattr(
-        generating, "search_again", lambda llm, front, said: asked.append(said.tolist()) or search(llm, front, said)
+        batches, "search_again", lambda llm, front, said: asked.append(said.tolist()) or search(llm, front, said)
     )
     torch.manual_seed(0)
     prompt = torch.arange(30, 36)
@@ -362,7 +362,7 @@ def test_an_answer_that_has_ended_is_not_searched_for(llm, monkeypatch):
     rows = llm.generate_ids(memory, prompt, max_new_tokens=12, **more)[:, 6:]
     ended = [next((i for i, t in enumerate(row) if t >= 100 or t == 2), 99) for row in rows.tolist()]
     expected = []
-    for end in range(2, rows.shape[1] + 1, 2):
+    for end in range(2, rows.shape[1], 2):
         alive = [row for row, at in zip(rows, ended, strict=True) if at >= end]
         expected += [alive[0][end - 2 : end].tolist()] if alive else []
     assert asked == expected

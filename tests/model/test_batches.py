@@ -1,8 +1,6 @@
 """Several memories at once: each row is written, read and continued as if it stood alone."""
 
-import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +10,8 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from latentmem.core import memory as memories
 from latentmem.decoder import cache as caches
 from latentmem.decoder.attention import CUDA, NAME, Stack
-from latentmem.model import passes, streaming
+from latentmem.model import passes
 from latentmem.model.model import MemoryModel
-from latentmem.model.streaming import Rows
 from latentmem.testing import byte_tokenizer, tiny_model
 
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
@@ -298,19 +295,6 @@ def test_several_answers_are_streamed_at_once(talking):
     assert [a.strip() for a in answers] == alone
 
 
-def test_rows_come_side_by_side_each_up_to_its_end():
-    tokenizer, found = byte_tokenizer(), []
-    rows = Rows(tokenizer, [4, 7], [tokenizer.eos_token_id], found.append)
-    rows.put(torch.zeros(2, 3, dtype=torch.long))  # the prompts
-    left, right = (tokenizer.encode(text) for text in ("one two three", "six nine"))
-    right += [tokenizer.eos_token_id] + [tokenizer.pad_token_id] * (len(left) - len(right) - 1)
-    for tokens in zip(left, right, strict=True):
-        rows.put(torch.tensor(tokens))
-    assert found == [(4, "one "), (7, "six "), (4, "two "), (7, "nine")]
-    rows.end()
-    assert found[4:] == [(4, "three")]
-
-
 def test_leaving_the_loop_stops_all_rows(talking):
     after = talking.write([talking.empty(N=128, K=16) for _ in range(2)], NOTES[:2])
     for _ in talking.stream(after, QUESTIONS[:2], max_new_tokens=900):
@@ -334,22 +318,6 @@ def test_nothing_more_is_begun_once_nobody_reads(talking, monkeypatch, until_the
     next(pieces)
     pieces.close()
     assert len(begun) < 12
-
-
-def test_a_stream_runs_with_the_helpers_of_one_thread_alone(talking, monkeypatch):
-    """What is given back comes back: a thread computes on after it let its helpers go."""
-    a, b = torch.randn(300, 300), torch.randn(300, 300)
-    before = a @ b
-    assert all(pause(2) == 0 for pause in streaming._openmp())
-    streaming.release_threads()
-    assert torch.equal(a @ b, before)
-    shipped = list((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    assert len(streaming._openmp()) >= (len(shipped) > 0)
-    calls = []
-    monkeypatch.setattr(streaming, "release_threads", lambda: calls.append(threading.get_ident()))
-    llm = talking
-    assert list(llm.stream(llm.write(llm.empty(N=64, K=16), "the door is blue"), "Which?", max_new_tokens=4))
-    assert calls == [threading.get_ident()]
 
 
 def test_what_several_memories_do_not_take_is_refused(talking):

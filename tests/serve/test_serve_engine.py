@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from latentmem import MemoryModel
+from latentmem.model.batch import Batch, draw
+from latentmem.model.streaming import Detokenizer
 from latentmem.serve.engine.answer import Answer, Sampling
-from latentmem.serve.engine.batch import Batch, draw
 from latentmem.serve.engine.engine import Engine
-from latentmem.serve.engine.words import Words
 from latentmem.testing import byte_tokenizer, tiny_model
 
 FAMILIES = {
@@ -92,7 +92,7 @@ def test_logits_of_joined_rows_are_those_of_each_alone(llm, engine, monkeypatch)
     def watched(batch, tokens):
         logits = read(batch, tokens)
         for row, scores in zip(batch.rows, logits, strict=True):
-            if not batch.reads:
+            if not batch.reads and not row.ended:
                 seen.setdefault(row, []).append(scores)
         return logits
 
@@ -213,7 +213,7 @@ def test_many_threads(llm, engine):
 )
 def test_text_comes_when_it_can_not_change_and_ends_at_a_stop_string(tokens, stop, expected):
     tokenizer = byte_tokenizer()
-    words, given = Words(tokenizer, stop), []
+    words, given = Detokenizer(tokenizer, stop), []
     for token in tokenizer.encode(tokens, add_special_tokens=False):
         given.append(words.add(token))
         assert "\ufffd" not in given[-1]
@@ -278,7 +278,7 @@ def test_the_smallest_settings_take_the_likeliest_token(temperature, top_p):
 
 
 def test_what_is_cancelled_while_its_prompt_is_read_is_not_read_to_its_end(llm, engine, monkeypatch):
-    monkeypatch.setattr("latentmem.serve.engine.batch.CHUNK", 4)
+    monkeypatch.setattr("latentmem.serve.engine.engine.CHUNK", 4)
     memory, passes, read = memories(llm, 2)[1], [], Batch._read
     reply = Answer()
 
@@ -298,7 +298,7 @@ def test_prompts_that_are_read_in_chunks_give_the_same(llm, engine, monkeypatch)
     some = memories(llm, 3)
     prompts = [llm.prompts.text("x" * n) for n in (3, 30, 17)]
     expected = [alone(llm, m, p, 5) for m, p in zip(some, prompts, strict=True)]
-    monkeypatch.setattr("latentmem.serve.engine.batch.CHUNK", 7)
+    monkeypatch.setattr("latentmem.serve.engine.engine.CHUNK", 7)
     replies = [ask(engine, m, p, max_tokens=5) for m, p in zip(some, prompts, strict=True)]
     assert [text(reply)[0] for reply in replies] == expected
 

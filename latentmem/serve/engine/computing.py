@@ -11,8 +11,8 @@ from torch import Tensor
 from latentmem.core.memory import Memory
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Prompts
-from latentmem.model.streaming import release_threads
 from latentmem.serve.engine.engine import Engine, Result
+from latentmem.serve.engine.threads import release_threads
 
 Progress = Callable[[int, int], None]
 

@@ -14,11 +14,12 @@ import torch
 
 from latentmem.core.memory import Memory
 from latentmem.errors import TooLongError
+from latentmem.model.batch import Batch, Row
 from latentmem.model.model import MemoryModel
+from latentmem.model.streaming import Detokenizer
 from latentmem.serve.engine.answer import Answer, Piece, Sampling
-from latentmem.serve.engine.batch import Batch, Row
-from latentmem.serve.engine.words import Words
 
+CHUNK = 512  # positions of a prompt that are read between two tokens of other answers
 Result = TypeVar("Result")
 
 
@@ -37,7 +38,7 @@ class _Choice:
     memory: Memory
     ids: Sequence[int]
     sampling: Sampling
-    words: Words
+    words: Detokenizer
     limit: int
     count: int = 0
     row: Row | None = None
@@ -101,7 +102,8 @@ class Engine:
         answer.prompt_tokens, answer.open = len(ids), sampling.n
         limit, tokenizer = min(sampling.max_tokens, room), self.llm.tokenizer
         choices = [
-            _Choice(answer, i, memory, ids, sampling, Words(tokenizer, sampling.stop), limit) for i in range(sampling.n)
+            _Choice(answer, i, memory, ids, sampling, Detokenizer(tokenizer, sampling.stop), limit)
+            for i in range(sampling.n)
         ]
         with self._changed:
             self._require_running()
@@ -220,7 +222,7 @@ class Engine:
             self._running[choice.row] = choice
             rows.append(choice.row)
         try:
-            return (self._kind(choices[0]), Batch(self.llm, rows)) if rows else None
+            return (self._kind(choices[0]), Batch(self.llm, rows, chunk=CHUNK)) if rows else None
         except Exception as error:  # noqa: BLE001 - told to who asked
             self._fail(rows, error)
             return None
@@ -307,6 +309,7 @@ class Engine:
 
     def _end(self, choice: _Choice, last: Piece | None) -> None:
         if choice.row is not None:
+            choice.row.ended = True
             self._running.pop(choice.row, None)
         if last is not None:
             choice.answer.give(last)

@@ -23,10 +23,10 @@ import torch
 from latentmem.core.memory import Memory
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Message, Prompts
-from latentmem.model.streaming import release_threads
 from latentmem.serve.engine.answer import Answer, Sampling
 from latentmem.serve.engine.computing import EngineModel
 from latentmem.serve.engine.engine import Engine
+from latentmem.serve.engine.threads import release_threads
 from latentmem.store import Store, Version
 from latentmem.store.store import Content
 
