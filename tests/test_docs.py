@@ -76,6 +76,26 @@ def test_the_table_of_the_papers_sentences_names_code_that_exists():
         assert not name or re.search(rf"(class|def) {name}\b", path.read_text(encoding="utf-8")), f"{name} in {place}"
 
 
+def shown():
+    """Every command line of a code block of the docs: (page, words)."""
+    for page in (ROOT / "docs").rglob("*.md"):
+        for block in re.findall(r"(?ms)^```\n(.*?)^```", page.read_text(encoding="utf-8")):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = line.split(" # ")[0].removeprefix("$ ").split()
+                if words[:1] == ["latentmem"] and page.name not in ("cli.md", "python.md", "http.md"):
+                    yield page.name, words[1:]
+
+
+def test_every_command_and_option_that_a_page_shows_exists():
+    for page, words in shown():
+        command = get_command(cli.app)
+        while hasattr(command, "commands"):
+            command, words = command.commands[words[0]], words[1:]
+        options = {option for parameter in command.params for option in parameter.opts}
+        unknown = {word.split("=")[0] for word in words if re.match(r"--?[A-Za-z]", word)} - options
+        assert not unknown, f"{page}: {command.name} has no {sorted(unknown)}"
+
+
 def test_every_page_is_in_the_navigation():
     pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
     listed = set(re.findall(r'= "([^"]+\.md)"', (ROOT / "zensical.toml").read_text(encoding="utf-8")))

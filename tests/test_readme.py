@@ -3,22 +3,21 @@
 import re
 from pathlib import Path
 
+import pytest
 from typer.main import get_command
 
 from latentmem import cli
 from latentmem.loading.hub import SUPPORTED
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
-def test_the_python_block_runs(trained, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_the_python_block_runs(page, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("latentmem.loading.load.load", lambda name: trained)
-    (code,) = blocks("python")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     exec(code, {})
     assert capsys.readouterr().out.strip() and (tmp_path / "work.safetensors").is_file()
 
