@@ -19,7 +19,7 @@ from latentmem.model.context import Context
 from latentmem.model.generating import Options
 from latentmem.model.prompts import Message
 from latentmem.model.scoring import Score
-from latentmem.model.writing import Progress
+from latentmem.model.writing import Progress, Updates
 
 Texts = str | Sequence[str]
 Memories = Memory | Sequence[Memory]
@@ -89,6 +89,22 @@ class MemoryModel(Backbone):
 
     # --- text -------------------------------------------------------------------------------------------------------
 
+    def tokens(self, content: str | Sequence[Message], role: str | None = None) -> list[int]:
+        """Token ids of a text, or of turns of a conversation, as they are written.
+
+        Args:
+            role: of a text, as in `write`; turns have roles of their own.
+
+        Raises:
+            ValueError: an empty text, no turns, an unknown role, or a model without a tokenizer.
+        """
+        prompts = self.prompts_or_raise()
+        if isinstance(content, str):
+            return prompts.written(content, role)
+        if not content:
+            raise ValueError("there is nothing to be written; give at least one turn.")
+        return [i for turn in content for i in prompts.turn(turn)]
+
     @overload
     def write(
         self, memory: Memory, text: str, source: str = ..., role: str | None = ..., progress: Progress | None = ...
@@ -127,7 +143,7 @@ class MemoryModel(Backbone):
             ValueError: an empty text, an unknown role, lists of different lengths, or a memory of another model.
         """
         memories, texts, single = _pairs(memory, text)
-        ids = [self.prompts_or_raise().written(one, role) for one in texts]
+        ids = [self.tokens(one, role) for one in texts]
         if single:
             return self.write_ids(memories[0], ids[0], source, progress)
         return self.write_ids(memories, ids, source, progress)
@@ -201,7 +217,14 @@ class MemoryModel(Backbone):
         return writing.new_slots(self, memory, ids)
 
     @overload
-    def write_ids(self, memory: Memory, ids: Ids, source: str = ..., progress: Progress | None = ...) -> Memory: ...
+    def write_ids(
+        self,
+        memory: Memory,
+        ids: Ids,
+        source: str = ...,
+        progress: Progress | None = ...,
+        updates: Updates | None = ...,
+    ) -> Memory: ...
 
     @overload
     def write_ids(
@@ -209,7 +232,12 @@ class MemoryModel(Backbone):
     ) -> list[Memory]: ...
 
     def write_ids(
-        self, memory: Memories, ids: Ids | Sequence[Ids], source: str = "text", progress: Progress | None = None
+        self,
+        memory: Memories,
+        ids: Ids | Sequence[Ids],
+        source: str = "text",
+        progress: Progress | None = None,
+        updates: Updates | None = None,
     ) -> Memory | list[Memory]:
         """Write tokens into a memory, in pieces of at most `memory.piece`, one update each.
 
@@ -221,6 +249,7 @@ class MemoryModel(Backbone):
             ids: tokens, [n], n >= 1, written as they are, without any wrapping; or as many of them as memories.
             source: the name under which they are accounted.
             progress: called after each piece with (tokens done, tokens in all).
+            updates: called with each `Update` of one memory, before `progress`; `core.memory.update` repeats it.
 
         Returns:
             The next memory, or a list of them; the given ones stay valid.
@@ -229,7 +258,8 @@ class MemoryModel(Backbone):
             ValueError: no tokens, ids outside the vocabulary, or a memory of another model.
         """
         if isinstance(memory, Memory):
-            return writing.write_all(self, [memory], [self.ids(ids)], source, progress)[0]  # type: ignore[arg-type]
+            tokens = self.ids(ids)  # type: ignore[arg-type]
+            return writing.write_all(self, [memory], [tokens], source, progress, updates)[0]
         return writing.write_all(self, memory, [self.ids(i) for i in ids], source, progress)  # type: ignore[arg-type]
 
     @overload

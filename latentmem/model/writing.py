@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 
 from latentmem.core import memory as memories
-from latentmem.core.memory import Memory
+from latentmem.core.memory import Memory, Update
 from latentmem.core.presets import WriteInputs
 from latentmem.core.write import write_exact_rows
 from latentmem.decoder.adapters import READ, WRITE
@@ -20,6 +20,7 @@ from latentmem.model.context import Context
 from latentmem.model.passes import by_tokens
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
+Updates = Callable[[Update], object]  # takes each update of a write, in order
 
 
 def new_slots(llm: Backbone, memory: Memory, ids: Ids) -> Tensor:
@@ -40,7 +41,12 @@ def _cache(llm: Backbone, memory: Memory) -> Cache:
 
 @torch.no_grad()
 def write_all(
-    llm: Backbone, before: Sequence[Memory], texts: Sequence[Tensor], source: str, progress: Progress | None
+    llm: Backbone,
+    before: Sequence[Memory],
+    texts: Sequence[Tensor],
+    source: str,
+    progress: Progress | None,
+    updates: Updates | None = None,
 ) -> list[Memory]:
     """Each memory after its text [n], piece by piece; see `MemoryModel.write_ids`."""
     if len(before) != len(texts):
@@ -57,7 +63,9 @@ def write_all(
         for rows in [*passes, *([i] for i in waiting if not after[i].rules.sees_all)]:
             read = [pieces[i][number] for i in rows]
             for i, new in zip(rows, _new_slots(llm, [after[i] for i in rows], read), strict=True):
-                after[i] = _following(llm, after[i], new, source, len(pieces[i][number]))
+                after[i], update = _following(llm, after[i], new, source, len(pieces[i][number]))
+                if updates:
+                    updates(update)
             done += sum(map(len, read))
             if progress:
                 progress(done, total)
@@ -76,8 +84,8 @@ def _new_slots(llm: Backbone, before: Sequence[Memory], pieces: Sequence[Tensor]
         return write_exact_rows(llm.decoder, cache, pieces, ways, **context.placed(tokens))
 
 
-def _following(llm: Backbone, memory: Memory, new: Tensor, source: str, tokens: int) -> Memory:
-    """The memory after an update, with its prefix derived from the one before."""
+def _following(llm: Backbone, memory: Memory, new: Tensor, source: str, tokens: int) -> tuple[Memory, Update]:
+    """The memory after an update, with its prefix derived from the one before, and the update."""
     change = memories.drawn(memory, new, source, tokens)
     on_device = replace(memory, slots=memory.slots.to(new.device))
     if memory.longterm is not None:
@@ -86,4 +94,4 @@ def _following(llm: Backbone, memory: Memory, new: Tensor, source: str, tokens: 
     with llm.using(READ):
         fresh = llm.decoder.project_all(new)
     llm.prefixes.keep(following, llm.prefix(memory).after(memories.kept(change.dropped, memory.M), fresh))
-    return following
+    return following, change

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from latentmem.core import memory as memories
 from latentmem.model.model import MemoryModel
 from latentmem.testing import byte_tokenizer, tiny_model
 
@@ -115,3 +116,30 @@ def test_score_is_what_the_logits_say(llm, memory):
     assert torch.allclose(score.logprobs, expected) and score.hits.tolist() == [
         bool(logits[i].argmax() == t) for i, t in ((1, 7), (2, 8), (3, 9))
     ]
+
+
+def test_a_write_gives_the_updates_that_repeat_it(llm):
+    for longterm in (None, {"R": 4}):
+        before, updates, order = llm.empty(N=16, K=8, longterm=longterm), [], []
+        after = llm.write_ids(
+            before,
+            list(range(10, 50)),
+            "notes",
+            progress=lambda *_, order=order: order.append("progress"),
+            updates=lambda update, updates=updates, order=order: (updates.append(update), order.append("update")),
+        )
+        assert order == ["update", "progress"] * 5 and [u.tokens for u in updates] == [8] * 5
+        again = before
+        for update in updates:
+            again = memories.update(again, update)
+        assert torch.equal(again.slots, after.slots) and torch.equal(again.origins, after.origins)
+        assert again.sources == after.sources and again.tokens == 40
+
+
+def test_tokens_of_a_text_and_of_turns_are_what_is_written(llm):
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+    assert llm.tokens("a note") == llm.prompts.written("a note")
+    assert llm.tokens(turns) == [i for turn in turns for i in llm.prompts.turn(turn)]
+    for nothing in ("", []):
+        with pytest.raises(ValueError, match="at least one"):
+            llm.tokens(nothing)

@@ -264,7 +264,7 @@ def test_what_passes_does_not_fail_a_write_for_good(service, store, monkeypatch)
     """A full device, again and again: readers are told, the write stays accepted, and is applied when it can be."""
     service.create("a").result()
 
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(service.llm, "write_ids", full, raising=False)

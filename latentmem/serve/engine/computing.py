@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,11 +10,10 @@ from torch import Tensor
 
 from latentmem.core.memory import Memory
 from latentmem.model.model import MemoryModel
-from latentmem.model.prompts import Prompts
+from latentmem.model.prompts import Message, Prompts
+from latentmem.model.writing import Progress, Updates
 from latentmem.serve.engine.engine import Engine, Result
 from latentmem.serve.engine.threads import release_threads
-
-Progress = Callable[[int, int], None]
 
 
 class EngineModel:
@@ -52,11 +51,22 @@ class EngineModel:
 
     # --- what computes ----------------------------------------------------------------------------------------------
 
-    def write_ids(self, memory: Memory, ids: Any, source: str = "text", progress: Progress | None = None) -> Memory:
+    def tokens(self, content: str | Sequence[Message], role: str | None = None) -> list[int]:
+        """As `MemoryModel.tokens`."""
+        return self._llm.tokens(content, role)
+
+    def write_ids(
+        self,
+        memory: Memory,
+        ids: Any,
+        source: str = "text",
+        progress: Progress | None = None,
+        updates: Updates | None = None,
+    ) -> Memory:
         """As `MemoryModel.write_ids`, for one memory."""
         for start in range(0, len(ids), memory.piece):
             piece = ids[start : start + memory.piece]
-            memory = self._compute(partial(self._llm.write_ids, memory, piece, source))
+            memory = self._compute(partial(self._llm.write_ids, memory, piece, source, updates=updates))
             self.newest = memory
             self.tokens_written += len(piece)
             if progress is not None:
