@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentmem.cli import base
+from latentmem.cli import base, options
 from latentmem.cli.base import Device, Json, ModelName, Name, NewTokens, OwnAdapters, Quantize, Version, app
 
 if TYPE_CHECKING:
@@ -26,28 +26,15 @@ PANEL = "Memories"
 
 
 @app.command(rich_help_panel=PANEL)
+@options.of_a_new_memory
 def write(
     texts: Annotated[list[str], typer.Argument(help="Files, a text in quotes, or - for standard input.")],
     memory: Name = "default",
     role: Annotated[
         str | None, typer.Option(help="How it is wrapped: raw, system, user or assistant; by default as measured.")
     ] = None,
-    capacity: Annotated[
-        int | None, typer.Option("--capacity", "-N", help="New memory: slots per layer [2048].")
-    ] = None,
-    per_update: Annotated[
-        int | None, typer.Option("--per-update", "-K", help="New memory: slots that one update may write [256].")
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help="New memory: exact or paper.", show_default="exact")] = None,
-    compression: Annotated[int | None, typer.Option(help="New memory: tokens per slot, exact only [1].")] = None,
-    choice: Annotated[
-        str | None, typer.Option(help="New memory: which token becomes a slot, last or surprise.", show_default="last")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="New memory: seed of its random drops [0].")] = None,
-    longterm: Annotated[
-        int | None,
-        typer.Option(min=0, help="New memory: slots that a question takes of what was dropped; 0: it is lost [0]."),
-    ] = None,
+    *,
+    chosen: options.Values,
     key: Annotated[
         str | None, typer.Option(help="Written once, however often the same command is given with this key.")
     ] = None,
@@ -59,19 +46,11 @@ def write(
     """Write texts into a memory; it is made if it does not exist."""
     sources = _read_all(texts)
     store = base.opened(memory)
-    wanted = {"N": capacity, "K": per_update, "preset": preset, "seed": seed}
-    wanted |= {"compression": compression, "choice": choice, "longterm": longterm}
-    given: dict[str, Any] = {what: value for what, value in wanted.items() if value is not None}
     before = store.open(memory, store.applied_version(memory)) if memory in store.names() else None
-    for what, value in given.items():
-        now = None if before is None else getattr(before, what)
-        now = (now.settings.R if now is not None else 0) if what == "longterm" else now
-        if before is not None and now != value:
-            raise ValueError(
-                f"the memory {memory!r} was made with {what}={now}, not {value}. Leave it out, or choose a new name."
-            )
+    if before is not None:
+        options.require_same(memory, before.settings, chosen)
     llm = base.load(before, model, device, quantize, adapters)
-    start = before if before is not None else llm.empty(**given)
+    start = before if before is not None else llm.empty(settings=options.settings_from(chosen))
     llm.check(start)
     prompts = llm.prompts_or_raise()
     counts = [len(prompts.written(text, role)) for _, text in sources]

@@ -78,7 +78,7 @@ class LongTermSettings:
         ValueError: a setting that makes no sense.
     """
 
-    R: int = setting("slots that a question takes of what was dropped; 0: what is dropped is lost", least=0)
+    R: int = setting("slots that a question takes of what was dropped; 0: it is lost", least=0, most=LARGEST)
     keep: bool = setting("keep what is dropped; without, a question only puts a memory's own best updates last", True)
     limit: int = setting("bytes of what is kept; what came first goes first", 1 << 30, least=1)
     int8: bool = setting("keep slots in 8 bits, with a scale for every 32 numbers", False)

@@ -18,6 +18,7 @@ from serving import HANG, WORDS, running, wait
 from starlette.datastructures import Headers
 
 import latentmem
+from latentmem.core.settings import LongTermSettings, MemorySettings, settings_of
 from latentmem.serve.http import run
 from latentmem.serve.http.errors import Refused
 from latentmem.serve.http.gate import Gate
@@ -286,6 +287,24 @@ def test_a_memory_with_a_long_term_part_over_http(llm, tmp_path):
         assert sum(answer["sources"].values()) == pytest.approx(1)
         kept = server("GET", "/v1/memories/m/stats")[1]["sources"]
         assert [one["left"] + one["stored"] for one in kept] == pytest.approx([1, 1, 1]) and kept[0]["stored"] > 0
+
+
+def test_every_setting_of_a_memory_is_a_field(server):
+    schemas = server("GET", "/openapi.json")[1]["components"]["schemas"]
+    for kind, name in ((MemorySettings, "Create"), (LongTermSettings, "LongTerm")):
+        fields = schemas[name]["properties"]
+        for one in settings_of(kind):
+            assert fields[one.name]["description"] == one.help
+            assert not one.choices or fields[one.name]["anyOf"][0]["enum"] == list(one.choices)
+    part = {"R": 8, "group": "slot", "int8": True}
+    body = {"id": "chosen", "N": 64, "K": 16, "preset": "exact", "quota": 0.25, "longterm": part}
+    assert server("POST", "/v1/memories", body)[0] == 201
+    chosen = server.service.store.open("chosen").settings
+    assert (chosen.N, chosen.quota, chosen.longterm) == (64, 0.25, LongTermSettings(**part))
+    server("DELETE", "/v1/memories/chosen")
+    for wrong in ({"N": 0}, {"choice": "best"}, {"quota": 2}, {"longterm": -1}, {"longterm": {"every": 3}}, {"n": 64}):
+        refused(server("POST", "/v1/memories", {"id": "chosen"} | wrong), 400)
+    refused(server("POST", "/v1/memories", {"id": "chosen", "N": 8, "K": 9}), 400, says="K=9, N=8")
 
 
 def test_where_the_slots_came_from(llm, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from serving import HANG
 
 from latentmem import MemoryModel, Store
+from latentmem.core.settings import LongTermSettings, MemorySettings
 from latentmem.errors import NameTakenError, NotFoundError, TooLongError
 from latentmem.serve.engine.answer import Sampling
 from latentmem.serve.engine.service import BusyError, Service
@@ -72,7 +73,7 @@ def test_all_that_a_write_computes_is_computed_in_the_thread_of_the_engine(store
     own.retriever.new_keys = lambda *args: seen() or new_keys(*args)
     service = Service(own, store)
     service.start()
-    service.create("a", N=32, K=16, longterm=8).result()
+    service.create("a", MemorySettings(N=32, K=16, longterm=LongTermSettings(R=8))).result()
     for i in range(3):
         service.write("a", f"text {i}, which is long enough to be cut into pieces", f"s{i}").done.result()
     service.write("a", "text that waits")
@@ -85,7 +86,7 @@ def test_all_that_a_write_computes_is_computed_in_the_thread_of_the_engine(store
 
 
 def test_a_read_comes_behind_the_writes_that_were_accepted_before(service, llm):
-    service.create("a", N=64, K=16).result()
+    service.create("a", MemorySettings(N=64, K=16)).result()
     free = held(service)
     some = [service.write("a", f"text number {i}") for i in range(3)]
     reply = service.read("a", question("which?"), Sampling(max_tokens=4))
@@ -110,7 +111,7 @@ def test_an_older_version_is_read_as_it_was(service, llm):
 
 
 def test_writes_of_many_threads_give_what_their_order_gives(service, llm):
-    service.create("a", N=32, K=8).result()
+    service.create("a", MemorySettings(N=32, K=8)).result()
     with ThreadPoolExecutor(8) as pool:
         wait([w.done for w in pool.map(lambda i: service.write("a", f"this is text {i}", f"s{i}"), range(12))])
     again = llm.empty(N=32, K=8)
@@ -122,7 +123,7 @@ def test_writes_of_many_threads_give_what_their_order_gives(service, llm):
 def test_each_memory_answers_for_itself(service, llm):
     names = [f"m{i}" for i in range(9)]
     for i, name in enumerate(names):
-        service.create(name, N=64, K=16, seed=i).result()
+        service.create(name, MemorySettings(N=64, K=16, seed=i)).result()
         service.write(name, f"the secret of {name} is {i * 7919}" * (i % 3 + 1)).done.result()
     replies = [(name, service.read(name, question("secret?"), Sampling(max_tokens=6))) for name in names * 3]
     for name, reply in replies:

@@ -16,11 +16,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 
 from latentmem.core.memory import Memory
+from latentmem.core.settings import MemorySettings
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Message, Prompts
 from latentmem.serve.engine.answer import Answer, Sampling
@@ -273,15 +274,18 @@ class Service:
         done.add_done_callback(self._changed)
         return Writing(version, count, done)
 
-    def create(self, name: str, **settings: Any) -> Future[Version]:
-        """Begin a memory; `settings` as in `MemoryModel.empty`.
+    def create(self, name: str, settings: MemorySettings | None = None) -> Future[Version]:
+        """Begin a memory.
+
+        Args:
+            settings: by default as the adapters were trained, or by the model.
 
         Raises:
             BusyError: too many wait. The result may be a `NameTakenError`.
         """
 
         def act(store: Store, llm: MemoryModel) -> Version:
-            store.create(name, self.llm.empty(**settings))
+            store.create(name, self.llm.empty(settings=settings))
             return store.version(name)
 
         return self.change(act)

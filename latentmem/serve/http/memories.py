@@ -20,8 +20,7 @@ router = APIRouter(prefix="/v1/memories", tags=["memories"])
 async def create(request: Request, body: schema.Create) -> schema.MemoryInfo:
     """Make a memory."""
     authorize(request, body.id, write=True, new=True)
-    settings = body.model_dump(exclude={"id"}, exclude_none=True)
-    await with_timeout(request, carried_out(app_state(request).service.create(body.id, **settings)))
+    await with_timeout(request, carried_out(app_state(request).service.create(body.id, body.settings())))
     return await info(request, body.id)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import Query
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from latentmem.core.settings import LARGEST, LongTermSettings, MemorySettings, settings_of
 from latentmem.serve.engine.answer import Sampling
 
 SOURCE_LENGTH = 256  # characters of the name of a source
+INT64 = (1 << 63) - 1
 Limit = Annotated[int, Query(ge=1, le=100)]
 Count = Annotated[int, Field(ge=0, le=1 << 31)]
 Text = Annotated[str, Field(min_length=1)]
@@ -182,14 +185,35 @@ class Models(BaseModel):
 # --- memories ---------------------------------------------------------------------------------------------------------
 
 
-class Create(Strict):
+class _Named(Strict):
     id: Name
-    N: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
-    K: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
-    compression: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
-    choice: Literal["last", "surprise"] | None = None
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
-    longterm: Annotated[int, Field(ge=0, le=1 << 24)] | None = None
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    """A field for each setting of a class, with its help, bounds and choices; one with a default may be left out."""
+    fields: dict[str, Any] = {}
+    for one in settings_of(kind):
+        value: Any = Literal.__getitem__(one.choices) if one.choices else one.type
+        if one.type is LongTermSettings:
+            value = Annotated[int, Field(ge=0, le=LARGEST)] | LongTerm
+        elif one.type in (int, float):
+            most = one.most if one.most is not None else INT64
+            value = Annotated.__class_getitem__((value, Field(ge=one.least, le=most)))  # type: ignore[attr-defined]
+        required = one.default is MISSING
+        default: Any = ... if required else None
+        fields[one.name] = (value if required else value | None, Field(default, description=one.help))
+    return fields
+
+
+LongTerm = create_model("LongTerm", __base__=Strict, **_fields(LongTermSettings))
+_Create: Any = create_model("Create", __base__=_Named, **_fields(MemorySettings))
+
+
+class Create(_Create):
+    """A new memory: its name and its settings; what is left out is as the adapters were trained, or by the model."""
+
+    def settings(self) -> MemorySettings:
+        return MemorySettings.of(self.model_dump(exclude={"id"}, exclude_none=True))
 
 
 class MemoryInfo(BaseModel):
