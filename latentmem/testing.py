@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from latentmem.core.memory import Memory, Update, drawn, empty, update
+from latentmem.core.memory import Memory, Update, empty, update
 from latentmem.core.settings import MemorySettings
 
 CHATML = (
@@ -32,7 +33,9 @@ TINY: dict[str, Any] = {
 }
 
 
-def tiny_model(model_type: str = "llama", *, seed: int = 0, attention: str = "sdpa", **config: Any) -> Any:
+def tiny_model(
+    model_type: str = "llama", *, seed: int = 0, attention: str = "sdpa", **config: object
+) -> PreTrainedModel:
     """A decoder of a few thousand random fp32 weights.
 
     Args:
@@ -79,8 +82,15 @@ def labelled_memory(layers: int, N: int, K: int, *, seed: int = 0) -> Memory:
     return empty(layers, 1, MemorySettings(N, K, seed=seed))
 
 
-def updated(memory: Memory, slots: torch.Tensor, *, source: str = "", tokens: int = 0, **more: Any) -> Memory:
-    """A memory after an update by slots [L, k, d]; `more` are fields of `Update`, without them what is drawn goes."""
-    dropped = more.pop("dropped", None)
-    change = drawn(memory, slots, source, tokens) if dropped is None else Update(slots, dropped, source, tokens)
-    return update(memory, replace(change, **more))
+def updated(
+    memory: Memory,
+    slots: Tensor,
+    *,
+    dropped: Tensor | None = None,
+    source: str = "",
+    tokens: int = 0,
+    keys: Tensor | None = None,
+) -> Memory:
+    """A memory after an update by slots [L, k, d]; the other arguments are those of `Update`, by default as drawn."""
+    change = Update.drawn(memory, slots, source, tokens) if dropped is None else Update(slots, dropped, source, tokens)
+    return update(memory, replace(change, keys=keys))

@@ -13,8 +13,10 @@ ROOT = Path(latentmem.__file__).parent
 ROOMS = {  # room -> the rooms below that it may import, next to its own; the order is from the bottom up
     "version": set(),
     "errors": set(),
+    "fields": set(),
+    "splitmix": set(),
     "decoder": {"errors"},
-    "core": {"errors", "decoder"},
+    "core": {"errors", "fields", "splitmix", "decoder"},
     "longterm": {"errors", "decoder", "core"},
     "files": {"errors", "core", "longterm"},
     "testing": {"core"},
@@ -24,7 +26,7 @@ ROOMS = {  # room -> the rooms below that it may import, next to its own; the or
     "train": {"version", "errors", "decoder", "core", "longterm", "files", "model", "loading"},
     "evaluate": {"version", "errors", "decoder", "core", "longterm", "files", "model", "loading", "store"},
     "serve": {"version", "errors", "core", "longterm", "files", "model", "loading", "store"},
-    "__init__": {"version", "files", "model", "loading", "store"},
+    "__init__": {"version", "core", "files", "model", "loading", "store"},
     "cli": {
         "__init__",
         "version",
@@ -101,4 +103,10 @@ def test_the_core_needs_torch_and_transformers_only():
 def test_the_surface_is_small_and_importing_it_does_not_import_torch():
     code = "import sys, latentmem; assert 'torch' not in sys.modules; print(*latentmem.__all__)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.split() == ["Conversation", "Memory", "MemoryModel", "Store", "__version__", "load"]
+    assert out.split() == ["Conversation", "Memory", "MemoryModel", "MemorySettings", "Store", "__version__", "load"]
+
+
+def test_the_surface_is_what_dir_shows_and_is_typed():
+    assert dir(latentmem) == sorted(latentmem.__all__)
+    assert all(getattr(latentmem, name) for name in dir(latentmem))
+    assert (ROOT / "py.typed").is_file()

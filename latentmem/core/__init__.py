@@ -1,4 +1,4 @@
-"""The algorithm: a memory as a value, read as a prefix, written by one forward pass, updated by random drops.
+"""The paper: a memory as a value, read as a prefix, written by one forward pass, updated by random drops.
 
 Letters, used in every file, docstring and test:
 
@@ -6,9 +6,13 @@ Letters, used in every file, docstring and test:
     d  hidden width      M  slots that it holds now                    B  batch rows
     K  slots that one update may write per layer                       c  compression: tokens per slot
 
-    read      layer l attends over [first_l ; M_l ; h_l], and only the text h_l asks
-    write     one forward pass over the text gives each layer k <= K new slots
-    update    drop as many random old slots as do not fit, keep the order of the rest, append the new ones
+Five ways lead through the package; each begins in this room or ends in it:
 
-Read `memory.py` first, then `prefix.py`, then `write.py`.
+    write      model.writing cuts text into pieces -> presets.py, write.py: k new slots -> memory.py: draw, update
+    ask        read.py: [first_l ; M_l] as keys and values, once per memory -> model.generating behind that prefix
+    train      train.learner: write with gradients -> loss behind the memory that was written
+    evaluate   evaluate.protocols: write facts, then distractors -> ask -> score
+    serve      serve.http -> serve.engine, which has the model's only thread -> store: journal first, memory after
+
+Read `memory.py` first, then `presets.py` and `write.py`, then `read.py`; `settings.py` lists what one may choose.
 """

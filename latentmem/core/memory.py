@@ -1,4 +1,9 @@
-"""A memory as a plain value, and its update: drop at random, keep the order, append (letters: `latentmem.core`)."""
+"""A memory as a plain value, and its update (letters: `latentmem.core`).
+
+memory    a b c d e f      M slots in each layer, oldest first; here N = 6 and M = 6
+draw      . b . . e .      M + k - N of them, for each layer anew, uniformly, without replacement
+update    a c d f x y      the others keep their order, the k new slots come behind
+"""
 
 from __future__ import annotations
 
@@ -6,38 +11,30 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Protocol, cast
+from typing import ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from latentmem import splitmix
 from latentmem.core.presets import PRESETS, Preset
 from latentmem.core.settings import LongTermSettings, MemorySettings
+
+T = TypeVar("T")
 
 
 class LongTermPart(Protocol):
     """What a memory asks of the part that keeps what it drops; `latentmem.longterm` has it."""
 
     @property
-    def settings(self) -> LongTermSettings:
-        """How it keeps and retrieves."""
-
+    def settings(self) -> LongTermSettings: ...
     @property
-    def places(self) -> Tensor:
-        """Of each of the memory's own M slots its place within the update that wrote it, [L, M] int32."""
-
+    def places(self) -> Tensor: ...  # of each of the memory's own slots its place within its update, [L, M] int32
     @property
-    def most(self) -> int:
-        """Slots that each layer retrieves now."""
-
-    def after(self, memory: Memory, change: Update, stays: Tensor) -> LongTermPart:
-        """The part after an update of `memory`, of whose own slots `stays` [L, m] are left."""
-
-    def kept(self, stays: Tensor) -> LongTermPart:
-        """The part where `stays` [L, m] of the memory's own slots are left, and the others are not stored."""
-
-    def without(self, source: int) -> LongTermPart:
-        """The part without the slots of a source; the numbers of later sources are one less."""
+    def most(self) -> int: ...  # slots that each layer retrieves now
+    def after(self, memory: Memory, change: Update, stays: Tensor) -> LongTermPart: ...  # of M slots `stays` are left
+    def kept(self, stays: Tensor) -> LongTermPart: ...  # the same without an update: the others are lost
+    def without(self, source: int) -> LongTermPart: ...  # later sources move up by one
 
 
 @dataclass(frozen=True)
@@ -74,6 +71,21 @@ class Update:
     source: str = ""
     tokens: int = 0
     keys: Tensor | None = None
+
+    @staticmethod
+    def drawn(memory: Memory, slots: Tensor, source: str = "", tokens: int = 0) -> Update:
+        """The update of a memory by slots [L, k, d] for which `draw` makes room."""
+        return Update(slots, draw(memory, slots.shape[1]), source, tokens)
+
+
+class _Chosen(Generic[T]):
+    """A setting of a memory as its property."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, memory: Memory, owner: type) -> T:
+        return cast(T, getattr(memory.settings, self._name))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +130,8 @@ class Memory:
     longterm: LongTermPart | None = None
     version: str = ""
     parent: str = ""
+    N, K, compression, seed = _Chosen[int](), _Chosen[int](), _Chosen[int](), _Chosen[int]()
+    preset, choice, quota = _Chosen[str](), _Chosen[str](), _Chosen[float]()
     _save: ClassVar[Callable[[Memory, str | Path], Memory]]  # given by `files.snapshot`, which knows the file format
     _load: ClassVar[Callable[[str | Path], Memory]]
 
@@ -128,49 +142,22 @@ class Memory:
             raise ValueError(f"slots must be [L, M, d], got the shape {list(self.slots.shape)}.")
         if self.M > self.N:
             raise ValueError(f"a memory of capacity N={self.N} can not hold M={self.M} slots.")
-        for name in ("births", "origins"):
-            shape = tuple(getattr(self, name).shape)
-            if shape != (self.L, self.M):
-                raise ValueError(f"{name} must be [L, M] = {[self.L, self.M]}, got {list(shape)}.")
-        if self.longterm is not None and tuple(self.longterm.places.shape) != (self.L, self.M):
-            raise ValueError(f"a long-term memory for {list(self.longterm.places.shape)} slots was given, not [L, M].")
+        columns = {"births": self.births, "origins": self.origins}
+        for name, column in (columns | {"longterm": self.longterm.places} if self.longterm else columns).items():
+            if tuple(column.shape) != (self.L, self.M):
+                raise ValueError(f"{name} must be [L, M] = {[self.L, self.M]}, got {list(column.shape)}.")
+
+    def __repr__(self) -> str:
+        sizes = f"L={self.L}, M={self.M}/{self.N}, d={self.d}, {self.preset}"
+        return f"Memory({sizes}, {self.updates} updates, {len(self.sources)} sources)"
 
     def with_settings(self, **changes: object) -> Memory:
         """The same slots under changed settings, for example another seed."""
         return replace(self, settings=replace(self.settings, **changes))  # type: ignore[arg-type]
 
-    @property
-    def N(self) -> int:
-        return cast(int, self.settings.N)
-
-    @property
-    def K(self) -> int:
-        return cast(int, self.settings.K)
-
-    @property
-    def preset(self) -> str:
-        return cast(str, self.settings.preset)
-
-    @property
-    def rules(self) -> Preset:
-        """The preset itself, as `preset` is its name."""
-        return PRESETS[self.preset]
-
-    @property
-    def compression(self) -> int:
-        return cast(int, self.settings.compression)
-
-    @property
-    def choice(self) -> str:
-        return cast(str, self.settings.choice)
-
-    @property
-    def seed(self) -> int:
-        return self.settings.seed
-
-    @property
-    def quota(self) -> float:
-        return self.settings.quota
+    def following(self, **changes: object) -> Memory:
+        """The memory that comes of this one by changes of its fields: not saved yet, and a child of what was."""
+        return replace(self, version="", parent=self.version or self.parent, **changes)  # type: ignore[arg-type]
 
     @property
     def L(self) -> int:
@@ -195,14 +182,19 @@ class Memory:
         return self.R > 0 or (self.M > 0 and self.longterm is not None and not self.longterm.settings.keep)
 
     @property
-    def holds(self) -> bool:
-        """Whether there is anything to read."""
-        return self.M > 0 or self.R > 0
+    def is_empty(self) -> bool:
+        """Whether there is nothing to read."""
+        return self.M == 0 and self.R == 0
+
+    @property
+    def rules(self) -> Preset:
+        """The preset itself, of which `preset` is the name."""
+        return PRESETS[self.preset]
 
     @property
     def piece(self) -> int:
         """Tokens that one update reads at most: K * c, or 512 in the preset "paper"."""
-        return self.rules.piece(self)
+        return self.rules.piece(self.K, self.compression)
 
     @property
     def half_life(self) -> float:
@@ -211,11 +203,8 @@ class Memory:
 
     def slots_left(self) -> Tensor:
         """Slots that are left of each source in each layer, [number of sources, L] int64."""
-        return (
-            torch.stack([(self.origins == i).sum(1) for i in range(len(self.sources))])
-            if self.sources
-            else (torch.zeros(0, self.L, dtype=torch.long))
-        )
+        counts = [(self.origins == i).sum(1) for i in range(len(self.sources))]
+        return torch.stack(counts) if counts else torch.zeros(0, self.L, dtype=torch.long)
 
     def pinned(self) -> Tensor:
         """Which slots belong to pinned sources, [L, M] bool."""
@@ -251,11 +240,10 @@ def empty(
 def draw(memory: Memory, k: int) -> Tensor:
     """Choose which old slots make room for k new ones: each layer draws its own, uniformly, without replacement.
 
-    A pure function of (seed, number of the update, layer, M, k) and of what is pinned: every slot gets a pseudo-random
-    64-bit key, and the smallest keys lose; pinned slots never do. Integers only, so all machines and devices agree.
+    Every slot gets a 64-bit key, a function of (seed, number of the update, layer, its place), and the smallest keys
+    lose; pinned slots never do. These are integers only, so all machines and devices agree.
 
     Args:
-        memory: [L, M, d].
         k: new slots per layer, 1 <= k <= N.
 
     Returns:
@@ -266,9 +254,8 @@ def draw(memory: Memory, k: int) -> Tensor:
 
     Source: MemoryLLM section 3.1.2; one draw per layer as in the released `drop_memory_per_layer`.
     """
-    _check_count(memory, k)
-    count = max(0, memory.M + k - memory.N)
-    if count == 0:
+    count = _surplus(memory, k)
+    if not count:
         return torch.zeros(memory.L, 0, dtype=torch.long)
     pinned = memory.pinned()
     held = int(pinned.sum(1).max())
@@ -277,47 +264,26 @@ def draw(memory: Memory, k: int) -> Tensor:
             f"{k} new slots do not fit beside {held} pinned ones into a memory of N={memory.N}. Unpin a source, or "
             f"write in smaller pieces."
         )
-    return _first(memory, torch.arange(memory.L), pinned.long(), count)
+    return lowest(memory, pinned.long(), count, torch.arange(memory.L))
 
 
-def drawn(memory: Memory, slots: Tensor, source: str = "", tokens: int = 0) -> Update:
-    """The update that appends slots [L, k, d] and drops what `draw` chooses."""
-    return Update(slots, draw(memory, slots.shape[1]), source, tokens)
+def _surplus(memory: Memory, k: int) -> int:
+    """Old slots of a layer that do not fit beside k new ones."""
+    if not 1 <= k <= memory.N:
+        raise ValueError(
+            f"one update writes between 1 and N={memory.N} slots per layer, got {k}; write the text in pieces."
+        )
+    return max(0, memory.M + k - memory.N)
 
 
-def _first(memory: Memory, streams: Tensor, rank: Tensor, count: int) -> Tensor:
+def lowest(memory: Memory, ranks: Tensor, count: int, streams: Tensor) -> Tensor:
     """The `count` slots of lowest rank [L, M] in each layer, at random among equals: indices ascending, [L, count].
 
-    Args:
-        streams: the number of each layer's random stream, [L] int64.
+    `streams` [L] are the numbers of the layers' random streams.
     """
-    stream = _mix(_mix(_mix(torch.tensor(memory.seed)) + memory.updates)[None] + streams)
-    keys = _mix(stream[:, None] + torch.arange(memory.M)[None])  # [L, M]
-    order = keys.argsort(dim=1, stable=True)
-    order = order.gather(1, rank.gather(1, order).argsort(dim=1, stable=True))
+    order = splitmix.keys(memory.seed, memory.updates, streams, memory.M).argsort(dim=1, stable=True)
+    order = order.gather(1, ranks.gather(1, order).argsort(dim=1, stable=True))
     return order[:, :count].sort(dim=1).values
-
-
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's step on int64 tensors: neighbouring integers in, unrelated 64-bit integers out."""
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, by: int) -> Tensor:
-    return (x >> by) & ((1 << (64 - by)) - 1)  # int64 shifts keep the sign; a logical shift clears it
-
-
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >= 1 << 63 else x
-
-
-def kept(dropped: Tensor, M: int) -> Tensor:
-    """The complement of `dropped`, [L, count] of 0..M-1: indices ascending, [L, M - count] int64."""
-    stays = torch.ones(dropped.shape[0], M, dtype=torch.bool).scatter_(1, dropped, False)
-    return torch.arange(M).expand_as(stays)[stays].reshape(dropped.shape[0], M - dropped.shape[1])
 
 
 def update(memory: Memory, change: Update) -> Memory:
@@ -327,7 +293,7 @@ def update(memory: Memory, change: Update) -> Memory:
 
     Args:
         memory: [L, M, d].
-        change: of this memory; its indices may come in any order.
+        change: of this memory; the indices of what it drops may come in any order.
 
     Returns:
         The next memory, [L, min(M + k, N), d]. The one before is untouched.
@@ -338,32 +304,48 @@ def update(memory: Memory, change: Update) -> Memory:
     Source: MemoryLLM section 3.1.2, figure 2.
     """
     change = _checked(memory, change)
-    L, k, _ = change.slots.shape
-    stays = kept(change.dropped, memory.M)
-    names = [source.name for source in memory.sources]
-    i = names.index(change.source) if change.source in names else len(names)
-    old = memory.sources[i] if i < len(names) else Source(change.source, 0, 0)
+    stays, k = kept(change.dropped, memory.M), change.slots.shape[1]
+    i = next((i for i, s in enumerate(memory.sources) if s.name == change.source), len(memory.sources))
+    old = memory.sources[i] if i < len(memory.sources) else Source(change.source, 0, 0)
     grown = replace(old, tokens=old.tokens + change.tokens, slots=old.slots + k)
 
-    def moved(column: Tensor, new: int) -> Tensor:
-        return torch.cat([column.gather(1, stays), torch.full((L, k), new, dtype=torch.int32)], 1)
+    def moved(column: Tensor, value: int) -> Tensor:
+        return torch.cat([column.gather(1, stays), torch.full((memory.L, k), value, dtype=torch.int32)], 1)
 
-    following = replace(
-        memory,
-        slots=_moved(memory.slots, stays.to(memory.slots.device), change.slots),
+    following = memory.following(
+        slots=gathered(memory.slots, stays, change.slots),
         births=moved(memory.births, memory.updates + 1),
         origins=moved(memory.origins, i),
         updates=memory.updates + 1,
         tokens=memory.tokens + change.tokens,
         sources=(*memory.sources[:i], grown, *memory.sources[i + 1 :]),
         longterm=memory.longterm.after(memory, change, stays) if memory.longterm is not None else None,
-        version="",
-        parent=memory.version or memory.parent,
     )
-    return _within_quota(following) if old.pinned else following
+    return within_quota(following) if old.pinned else following
 
 
-def _within_quota(memory: Memory) -> Memory:
+def kept(dropped: Tensor, M: int) -> Tensor:
+    """The complement of `dropped`, [L, count] of 0..M-1: indices ascending, [L, M - count] int64."""
+    stays = torch.ones(dropped.shape[0], M, dtype=torch.bool).scatter_(1, dropped, False)
+    return torch.arange(M).expand_as(stays)[stays].reshape(dropped.shape[0], M - dropped.shape[1])
+
+
+def gathered(slots: Tensor, stays: Tensor, new_slots: Tensor) -> Tensor:
+    """Slots `stays` [L, m] of [L, M, d], with the new ones behind; each slot is copied once."""
+    stays = stays.to(slots.device)
+    if torch.is_grad_enabled() and (slots.requires_grad or new_slots.requires_grad):
+        old = torch.stack([layer.index_select(0, i) for layer, i in zip(slots, stays, strict=True)])
+        return torch.cat([old, new_slots], dim=1)
+    m = stays.shape[1]
+    moved = slots.new_empty(slots.shape[0], m + new_slots.shape[1], slots.shape[2])
+    for layer, i, into in zip(slots.detach(), stays, moved, strict=True):
+        torch.index_select(layer, 0, i, out=into[:m])
+    moved[:, m:] = new_slots.detach()
+    return moved
+
+
+def within_quota(memory: Memory) -> Memory:
+    """A memory, if its pinned sources take no more than the share `quota` of N; else a ValueError."""
     held = int(memory.pinned().sum(1).max()) if memory.M else 0
     if held > memory.quota * memory.N:
         raise ValueError(
@@ -373,31 +355,15 @@ def _within_quota(memory: Memory) -> Memory:
     return memory
 
 
-def _moved(slots: Tensor, stays: Tensor, new_slots: Tensor) -> Tensor:
-    """Slots `stays` [L, m] of [L, M, d], with the new ones behind; each slot is copied once."""
-    if torch.is_grad_enabled() and (slots.requires_grad or new_slots.requires_grad):
-        old = torch.stack([layer.index_select(0, i) for layer, i in zip(slots, stays, strict=True)])
-        return torch.cat([old, new_slots], dim=1)
-    m = stays.shape[1]
-    if m == slots.shape[1]:
-        return torch.cat([slots.detach(), new_slots.detach()], dim=1)
-    moved = slots.new_empty(slots.shape[0], m + new_slots.shape[1], slots.shape[2])
-    for layer, i, into in zip(slots.detach(), stays, moved, strict=True):
-        torch.index_select(layer, 0, i, out=into[:m])
-    moved[:, m:] = new_slots.detach()
-    return moved
-
-
 def _checked(memory: Memory, change: Update) -> Update:
     """The update, its indices ascending; a ValueError if it is none of this memory."""
-    L, M, N, slots = memory.L, memory.M, memory.N, change.slots
+    L, M, slots = memory.L, memory.M, change.slots
     if slots.ndim != 3 or slots.shape[0] != L or slots.shape[2] != memory.d:
         raise ValueError(f"new slots must be [L, k, d] = [{L}, k, {memory.d}], got {list(slots.shape)}.")
     if slots.dtype != memory.slots.dtype:
         raise ValueError(f"new slots must be {memory.slots.dtype} as the memory, got {slots.dtype}.")
-    _check_count(memory, slots.shape[1])
     dropped = torch.as_tensor(change.dropped, dtype=torch.long, device="cpu")
-    count = max(0, M + slots.shape[1] - N)
+    count = _surplus(memory, slots.shape[1])
     if tuple(dropped.shape) != (L, count):
         raise ValueError(
             f"`dropped` must name {count} slots in each of {L} layers, [{L}, {count}]: got {list(dropped.shape)}."
@@ -406,13 +372,6 @@ def _checked(memory: Memory, change: Update) -> Update:
     if count and (dropped[:, 0].min() < 0 or dropped[:, -1].max() >= M or (dropped.diff(dim=1) == 0).any()):
         raise ValueError(f"`dropped` must hold different indices between 0 and M - 1 = {M - 1} in each layer.")
     return replace(change, dropped=dropped)
-
-
-def _check_count(memory: Memory, k: int) -> None:
-    if not 1 <= k <= memory.N:
-        raise ValueError(
-            f"one update writes between 1 and N={memory.N} slots per layer, got {k}; write the text in pieces."
-        )
 
 
 def survival(N: int, K: int, t: int) -> float:

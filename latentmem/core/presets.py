@@ -1,17 +1,22 @@
 """The two presets: all in which they differ (letters: `latentmem.core`).
 
-    exact   slots are what each layer gets as INPUT; a write sees the sink and the whole memory.
-    paper   slots are what each layer gives as OUTPUT; a write sees bos and the newest K slots, and gives K slots.
+                            exact (ours)               paper (MemoryLLM, M+)
+    a slot is               a layer's INPUT            a layer's OUTPUT
+    a write sees            sink and all slots         bos and the newest K slots
+    it reads, at most       K * c tokens               512 tokens
+    n tokens become         ceil(n / c) slots          K slots
+    a trained model has     an empty memory            a pool that is full
 
-A preset holds nothing: what belongs to a model (bos, mark) or to a memory (sizes, slots) comes with each call.
+A layer's keys and values are computed from its input, so slots of "exact" lose nothing between writing and reading.
+
+Source: MemoryLLM (arXiv 2402.04624) section 3.1.2 and figure 3; the preset "exact" is ours.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -23,104 +28,46 @@ if TYPE_CHECKING:
 PAPER_PIECE = 512  # tokens: the longest text that the released models were trained to write at once
 
 
-class Sizes(Protocol):
-    """What a preset asks of a memory, or of settings that are complete."""
-
-    @property
-    def N(self) -> int: ...
-    @property
-    def K(self) -> int: ...
-    @property
-    def compression(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class WriteInputs:
-    """What a write may see in front of its text.
-
-    Args:
-        decoder: the model.
-        slots: of the memory, [L, M, d], on the model's device.
-        first: sink or bos at the input of each layer, [L, 1, d].
-        mark: what "paper" adds to the positions that become slots, [d].
-        cache: makes a cache over [first ; slots] that stores nothing.
-        choice: as in `MemorySettings`.
-    """
+    """What a write may see in front of its text."""
 
     decoder: Decoder
-    slots: Tensor
-    first: Tensor
-    mark: Tensor
-    cache: Callable[[], Cache]
+    slots: Tensor  # of the memory, [L, M, d], on the model's device
+    first: Tensor  # sink or bos at the input of each layer, [L, 1, d]
+    mark: Tensor  # what "paper" adds to the positions that become slots, [d]
+    cache: Callable[[], Cache]  # makes a cache over [first ; slots] that stores nothing
+    K: int
+    compression: int
     choice: str
 
 
-class Preset(ABC):
+@dataclass(frozen=True)
+class Preset:
     """How text becomes slots."""
 
-    name: ClassVar[str]
-    sees_all: ClassVar[bool]  # whether a write sees all slots, so that one pass can write into many memories
-    born_full: ClassVar[bool]  # whether its trained models begin with a pool of N slots
-    holds_inputs: ClassVar[bool]  # whether slots are layers' inputs: those of layer 0 are then embeddings of tokens
-
-    @abstractmethod
-    def piece(self, sizes: Sizes) -> int:
-        """Tokens that one update reads at most."""
-
-    @abstractmethod
-    def reads(self, sizes: Sizes) -> int:
-        """Slots that a write sees at most."""
-
-    @abstractmethod
-    def slots(self, sizes: Sizes, n: int) -> int:
-        """Slots that an update of n tokens writes into a memory that is full."""
-
-    @abstractmethod
-    def write(self, inputs: WriteInputs, sizes: Sizes, ids: Tensor) -> Tensor:
-        """New slots of one piece of text, [n] ids -> [L, k, d]."""
+    holds_inputs: bool  # slots are layers' inputs: those of layer 0 are then embeddings of tokens
+    sees_all: bool  # a write sees all slots, so that one pass can write into many memories
+    born_full: bool  # a trained model begins with a pool of N slots
+    piece: Callable[[int, int], int]  # (K, c) -> tokens that one update reads at most
+    slots_seen: Callable[[int, int], int]  # (N, K) -> slots that a write sees at most
+    slots_of: Callable[[int, int, int], int]  # (n, K, c) -> slots that n tokens become in a memory that is full
+    write: Callable[[WriteInputs, Tensor], Tensor]  # (inputs, [n] ids) -> new slots of one piece, [L, k, d]
 
 
-class Exact(Preset):
-    """Ours: slots are layers' inputs, so that nothing is lost between writing and reading them."""
+def _write_exact(inputs: WriteInputs, ids: Tensor) -> Tensor:
+    from latentmem.core.write import write_exact  # here, because transformers takes seconds to import
 
-    name, sees_all, born_full, holds_inputs = "exact", True, False, True
-
-    def piece(self, sizes: Sizes) -> int:
-        return sizes.K * sizes.compression
-
-    def reads(self, sizes: Sizes) -> int:
-        return sizes.N
-
-    def slots(self, sizes: Sizes, n: int) -> int:
-        return -(-n // sizes.compression)
-
-    def write(self, inputs: WriteInputs, sizes: Sizes, ids: Tensor) -> Tensor:
-        from latentmem.core.write import write_exact  # transformers is imported where it is needed
-
-        return write_exact(inputs.decoder, inputs.cache(), ids, sizes.compression, inputs.choice)
+    return write_exact(inputs.decoder, inputs.cache(), [ids], [(inputs.compression, inputs.choice)])[0]
 
 
-class Paper(Preset):
-    """The released checkpoints of MemoryLLM and M+: slots are layers' outputs.
+def _write_paper(inputs: WriteInputs, ids: Tensor) -> Tensor:
+    from latentmem.core.write import write_paper
 
-    Source: MemoryLLM (arXiv 2402.04624) section 3.1.2 and figure 3.
-    """
-
-    name, sees_all, born_full, holds_inputs = "paper", False, True, False
-
-    def piece(self, sizes: Sizes) -> int:
-        return PAPER_PIECE
-
-    def reads(self, sizes: Sizes) -> int:
-        return sizes.K
-
-    def slots(self, sizes: Sizes, n: int) -> int:
-        return sizes.K
-
-    def write(self, inputs: WriteInputs, sizes: Sizes, ids: Tensor) -> Tensor:
-        from latentmem.core.write import write_paper
-
-        return write_paper(inputs.decoder, inputs.first, inputs.mark, inputs.slots[:, -sizes.K :], ids, sizes.K)
+    newest = inputs.slots[:, -inputs.K :]
+    return write_paper(inputs.decoder, inputs.first, inputs.mark, newest, ids, inputs.K)
 
 
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in (Exact(), Paper())}
+EXACT = Preset(True, True, False, lambda K, c: K * c, lambda N, K: N, lambda n, K, c: -(-n // c), _write_exact)
+PAPER = Preset(False, False, True, lambda K, c: PAPER_PIECE, lambda N, K: K, lambda n, K, c: K, _write_paper)
+PRESETS = {"exact": EXACT, "paper": PAPER}

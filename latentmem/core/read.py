@@ -1,104 +1,36 @@
-"""Reading: slots as keys and values in front of the text, through transformers' `Cache` (letters: `latentmem.core`).
+"""Reading: slots as keys and values in front of the text (letters: `latentmem.core`).
 
-Slots never ask, so per layer a memory is a prefix of keys and values: [first ; slots], at positions 0 .. P-1, with the
-text behind it. Two forms of the same prefix:
+Layer l attends over [first_l ; M_l ; h_l], and only the text h_l asks. So a memory is a prefix of keys and values, at
+positions 0 .. P-1, with the text behind it. There are two forms of it:
 
     inference   `Prefix` holds keys and values that were projected once, when the slots were written. Keys are kept
                 unrotated: after a drop they are gathered and rotated to their new positions, never projected again.
     training    `functional_cache` projects inside each layer's own forward, so gradients reach slots and weights.
 
-How a layer makes keys and values out of hidden states is asked of the layer itself; `Decoder` learns it once per model
-and proves on random vectors that it has understood, so an unfamiliar architecture is refused instead of misread.
+`Decoder` learns from the layers themselves how they make keys and values out of hidden states.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property, partial
-
 import torch
 from torch import Tensor
-from transformers import Cache
 
-from latentmem.decoder.attention import KV
-from latentmem.decoder.cache import KVPrefix, memory_cache
 from latentmem.decoder.decoder import Decoder
-
-
-@dataclass(frozen=True, eq=False)
-class Prefix:
-    """Keys and values of one memory in every layer, projected once: [first ; slots], P = s + M positions.
-
-    Args:
-        decoder: what rotates the keys.
-        keys: of each layer, unrotated, [1, heads, P, head width].
-        values: of each layer, [1, heads, P, head width].
-        s: leading positions that are no slots (sink or bos); they are never dropped.
-
-    Source: MemoryLLM section 3.1.1.
-    """
-
-    decoder: Decoder
-    keys: list[Tensor]
-    values: list[Tensor]
-    s: int
-
-    @property
-    def P(self) -> int:
-        return self.keys[0].shape[2]
-
-    @cached_property
-    def rotated(self) -> list[Tensor]:
-        """The keys of each layer at positions 0 .. P-1."""
-        positions = torch.arange(self.P, device=self.keys[0].device)[None]
-        return [self.decoder.rotate(i, k, positions) for i, k in enumerate(self.keys)]
-
-    @cached_property
-    def first(self) -> list[KV]:
-        """Rotated keys, and values, of the leading positions of each layer."""
-        at = torch.arange(self.s, device=self.keys[0].device)[None]
-        pairs = zip(self.keys, self.values, strict=True)
-        return [(self.decoder.rotate(i, k[:, :, : self.s], at), v[:, :, : self.s]) for i, (k, v) in enumerate(pairs)]
-
-    def after(self, kept: Tensor, new: list[KV]) -> Prefix:
-        """The prefix of the next memory: slots `kept` [L, m] stay, `new` keys and values come behind; no projection."""
-
-        def move(old: Tensor, i: int, fresh: Tensor) -> Tensor:
-            if kept.shape[1] == self.P - self.s:
-                return torch.cat([old, fresh], dim=2)
-            stays = old[:, :, self.s :].index_select(2, kept[i].to(old.device))
-            return torch.cat([old[:, :, : self.s], stays, fresh], dim=2)
-
-        keys = [move(old, i, new[i][0]) for i, old in enumerate(self.keys)]
-        return Prefix(self.decoder, keys, [move(old, i, new[i][1]) for i, old in enumerate(self.values)], self.s)
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes of the keys, the rotated keys and the values, once all are made."""
-        return sum(2 * keys.nbytes + values.nbytes for keys, values in zip(self.keys, self.values, strict=True))
-
-    @cached_property
-    def front(self) -> KVPrefix:
-        """This prefix as what stands in front of a row; it holds no reference to the prefix, which would be a cycle."""
-        return KVPrefix(self.P, tuple(partial(_pair, k, v) for k, v in zip(self.rotated, self.values, strict=True)))
-
-    def cache(self, *, store: bool = True) -> Cache:
-        """A fresh cache over this prefix, for `forward` or `generate`; see `MemoryLayer`."""
-        return memory_cache([self.front], self.decoder, store=store)
-
-
-def _pair(keys: Tensor, values: Tensor) -> KV:
-    return keys, values
+from latentmem.decoder.prefix import Prefix
 
 
 def read(decoder: Decoder, first: Tensor, slots: Tensor) -> Prefix:
     """Project a memory's prefix from nothing: [first ; slots], with whichever adapter is active.
 
     Args:
+        decoder: what projects.
         first: hidden states of sink or bos at the input of each layer, [L, s, d].
         slots: [L, M, d].
+
+    Source: MemoryLLM section 3.1.1.
     """
-    heads, bodies = decoder.project_all(first), decoder.project_all(slots) if slots.shape[1] else None
-    none = torch.zeros(decoder.L, 0, dtype=torch.long)
-    prefix = Prefix(decoder, [k for k, _ in heads], [v for _, v in heads], first.shape[1])
-    return prefix.after(none, bodies) if bodies else prefix
+    heads = decoder.project_all(first)
+    prefix = Prefix(decoder, [keys for keys, _ in heads], [values for _, values in heads], first.shape[1])
+    if not slots.shape[1]:
+        return prefix
+    return prefix.after(torch.zeros(decoder.L, 0, dtype=torch.long), decoder.project_all(slots))

@@ -1,73 +1,20 @@
-"""What one may choose of a memory: every setting with its default, its help and its check in this one place.
+"""What one may choose of a memory: each setting with its default, its help and its bounds (letters: `latentmem.core`).
 
-The command line, HTTP, training and evaluation derive their options from `settings_of(MemorySettings)`, so a new
-setting is one new field here. None means: as the adapters were trained, else by the size of the model (letters:
-`latentmem.core`).
+The command line, HTTP, training and evaluation derive their options from here, so a new setting is one new field.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass, replace
 from typing import Any
 
 from latentmem.core.presets import PRESETS
+from latentmem.fields import Setting, check, setting, settings_of
 
+__all__ = ["CHOICES", "LongTermSettings", "MemorySettings", "Setting", "settings_of"]
 CHOICES = ("last", "surprise")
-GROUPS = ("update", "slot")
-RULES = ("oldest", "frequency")
 LARGEST = 1 << 24  # slots, tokens per slot
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One field of a class of settings, for whoever offers it to people.
-
-    Args:
-        name: of the field.
-        type: int, float, bool, str or `LongTermSettings`; None is allowed where `default` is None.
-        default: `dataclasses.MISSING` where there is none.
-        help: one line for people, without a capital and a full stop.
-        least, most: the bounds of a number, both included; None: unbounded.
-        choices: the values of a string; (): any.
-    """
-
-    name: str
-    type: type
-    default: Any
-    help: str
-    least: float | None = None
-    most: float | None = None
-    choices: tuple[str, ...] = ()
-
-    def check(self, value: object) -> None:
-        """Refuse a value that this setting can not have; a ValueError."""
-        if value is None and self.default is None:
-            return
-        if type(value) is not self.type:
-            raise ValueError(f"{self.name} must be {self.type.__name__}, got {value!r}.")
-        if self.choices and value not in self.choices:
-            raise ValueError(f"{self.name} must be one of {', '.join(self.choices)}, got {value!r}.")
-        least, most = self.least, self.most
-        if (least is not None and not value >= least) or (most is not None and not value <= most):  # type: ignore[operator]
-            bounds = f"at least {least}" if most is None else f"between {least} and {most}"
-            raise ValueError(f"{self.name} ({self.help}) must be {bounds}, got {self.name}={value!r}.")
-
-
-def setting(help: str, default: Any = dataclasses.MISSING, **facts: Any) -> Any:
-    """A field of a class of settings; `facts` as in `Setting`."""
-    return field(default=default, metadata={"help": help, **facts})
-
-
-@cache
-def settings_of(kind: type[MemorySettings] | type[LongTermSettings]) -> tuple[Setting, ...]:
-    """All settings of a class, in order."""
-    hints = typing.get_type_hints(kind)
-    types = {name: (typing.get_args(hint) or (hint,))[0] for name, hint in hints.items()}  # int of int | None
-    return tuple(Setting(f.name, types[f.name], f.default, **f.metadata) for f in dataclasses.fields(kind))
 
 
 @dataclass(frozen=True)
@@ -82,14 +29,13 @@ class LongTermSettings:
     keep: bool = setting("keep what is dropped; without, a question only puts a memory's own best updates last", True)
     limit: int = setting("bytes of what is kept; what came first goes first", 1 << 30, least=1)
     int8: bool = setting("keep slots in 8 bits, with a scale for every 32 numbers", False)
-    group: str = setting("what is retrieved together: whole updates or slots", "update", choices=GROUPS)
+    group: str = setting("what is retrieved together: whole updates or slots", "update", choices=("update", "slot"))
     every: int = setting("tokens of an answer after which is searched again; 0: never", 64, least=0)
-    rule: str = setting("which slots go first; the released checkpoints count frequencies", "oldest", choices=RULES)
+    rule: str = setting("what goes first; checkpoints count frequencies", "oldest", choices=("oldest", "frequency"))
     period: int = setting("slots that are written until the rule frequency counts again", 0, least=0)
 
     def __post_init__(self) -> None:
-        for one in settings_of(LongTermSettings):
-            one.check(getattr(self, one.name))
+        check(self)
         if self.rule == "frequency" and not self.period:
             raise ValueError("the rule frequency needs a period of at least 1 slot written, got 0.")
         if not self.keep and self.group != "update":
@@ -108,15 +54,13 @@ class LongTermSettings:
         values: dict[str, Any] = dict(asked) if isinstance(asked, Mapping) else {"R": asked}
         names = [one.name for one in settings_of(LongTermSettings)]
         if set(values) - set(names) or "R" not in values:
-            raise ValueError(
-                f"a long-term memory is R slots, or a mapping of {', '.join(names)} with R: got {asked!r}."
-            )
+            raise ValueError(f"a long-term memory is R, or a mapping with R of {', '.join(names)}: got {asked!r}.")
         return LongTermSettings(**values)
 
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """What one may choose of a memory; a memory's own are complete, see `complete`.
+    """What one may choose of a memory; None: as the adapters were trained, or what `complete` says.
 
     Raises:
         ValueError: a setting that makes no sense, or some that do not belong together.
@@ -136,8 +80,7 @@ class MemorySettings:
     def __post_init__(self) -> None:
         if type(self.quota) is int:
             object.__setattr__(self, "quota", float(self.quota))
-        for one in settings_of(MemorySettings):
-            one.check(getattr(self, one.name))
+        check(self)
         if self.N is not None and self.K is not None and self.K > self.N:
             raise ValueError(
                 f"K, the slots that one update writes, must lie between 1 and the capacity N: got K={self.K}, "
@@ -147,17 +90,14 @@ class MemorySettings:
             raise ValueError(f"compression is for the preset 'exact': got {self.compression} in {self.preset!r}.")
 
     @staticmethod
-    def of(values: Mapping[str, Any]) -> MemorySettings:
+    def of(values: Mapping[str, object]) -> MemorySettings:
         """Settings from plain values, as they come from a file or a caller; `longterm` as in `LongTermSettings.of`."""
-        names = [one.name for one in settings_of(MemorySettings)]
-        if unknown := sorted(set(values) - set(names)):
-            raise ValueError(f"a memory has the settings {', '.join(names)}, got {', '.join(unknown)}.")
-        return MemorySettings(**{**values, "longterm": LongTermSettings.of(values.get("longterm"))})
+        asked: Any = values.get("longterm")
+        return MemorySettings(**{**values, "longterm": LongTermSettings.of(asked)})  # type: ignore[arg-type]
 
     def filled(self, other: MemorySettings) -> MemorySettings:
         """The same settings, each that is None taken from `other`."""
-        names = [one.name for one in settings_of(MemorySettings) if getattr(self, one.name) is None]
-        return replace(self, **{name: getattr(other, name) for name in names})
+        return other.override(**{one.name: getattr(self, one.name) for one in settings_of(MemorySettings)})
 
     def override(self, **values: object) -> MemorySettings:
         """The same settings with each of these values that is not None."""
@@ -166,6 +106,5 @@ class MemorySettings:
     def complete(self) -> MemorySettings:
         """The same settings with a value for each that was None: N=2048, K=256 or an eighth of a smaller N, "exact"."""
         N = 2048 if self.N is None else self.N
-        defaults = MemorySettings(N, min(256, max(1, N // 8)), "exact", 1, "last")
-        longterm = self.longterm if self.longterm is not None and self.longterm.R else None
-        return replace(self.filled(defaults), longterm=longterm)
+        complete = self.filled(MemorySettings(N, min(256, max(1, N // 8)), "exact", 1, "last"))
+        return complete if self.longterm is None or self.longterm.R else replace(complete, longterm=None)

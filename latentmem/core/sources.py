@@ -6,67 +6,55 @@ from dataclasses import replace
 
 import torch
 
-from latentmem.core.memory import Memory, _first, _moved, _within_quota, kept
+from latentmem.core.memory import Memory, gathered, kept, lowest, within_quota
+from latentmem.errors import NotFoundError
 
 
 def pin(memory: Memory, name: str, pinned: bool = True) -> Memory:
-    """Keep the slots of a source, and those that it will write, from every random drop; or no longer.
-
-    Args:
-        name: the source.
-        pinned: False takes the pin off.
-
-    Returns:
-        The same slots, with another account of the source.
+    """Keep the slots of a source, and those that it will write, from every random drop; `pinned=False`: no longer.
 
     Raises:
-        ValueError: no such source, or pinned slots would take more than the share `quota` of N.
+        NotFoundError: no such source.
+        ValueError: pinned slots would take more than the share `quota` of N.
     """
     i = _index(memory, name)
     sources = (*memory.sources[:i], replace(memory.sources[i], pinned=pinned), *memory.sources[i + 1 :])
-    following = replace(memory, sources=sources, version="", parent=memory.version or memory.parent)
-    return _within_quota(following) if pinned else following
+    following = memory.following(sources=sources)
+    return within_quota(following) if pinned else following
 
 
 def forget(memory: Memory, name: str) -> Memory:
     """Drop all slots of a source and its account.
 
-    Layers have lost different numbers of its slots. A memory is rectangular, so where fewer are left as many others go
-    in their stead as the layer with the most of them has more: drawn as in `draw`, pinned ones last.
-
-    Args:
-        name: the source.
-
-    What is long-term of it goes, too.
+    Layers have lost different numbers of its slots, and a memory is rectangular. So a layer that has fewer of them left
+    than another one loses as many other slots instead: drawn as in `draw`, pinned ones last. The long-term part loses
+    its slots of the source, too.
 
     Returns:
         The next memory, [L, M - most slots of the source in a layer, d]; updates and tokens are counted as before.
 
     Raises:
-        ValueError: no such source.
+        NotFoundError: no such source.
     """
     i = _index(memory, name)
     mine = memory.origins == i
     count = int(mine.sum(1).max()) if memory.M else 0
-    rank = torch.where(mine, 0, 1 + memory.pinned().long())
-    stays = kept(_first(memory, -1 - torch.arange(memory.L), rank, count), memory.M)
+    ranks = torch.where(mine, 0, 1 + memory.pinned().long())
+    stays = kept(lowest(memory, ranks, count, -1 - torch.arange(memory.L)), memory.M)
     origins = memory.origins.gather(1, stays)
-    return replace(
-        memory,
-        longterm=memory.longterm.kept(stays).without(i) if memory.longterm is not None else None,
-        slots=_moved(memory.slots, stays.to(memory.slots.device), memory.slots[:, :0]),
+    return memory.following(
+        slots=gathered(memory.slots, stays, memory.slots[:, :0]),
         births=memory.births.gather(1, stays),
         origins=origins - (origins > i).int(),
         sources=(*memory.sources[:i], *memory.sources[i + 1 :]),
-        version="",
-        parent=memory.version or memory.parent,
+        longterm=memory.longterm.kept(stays).without(i) if memory.longterm is not None else None,
     )
 
 
 def _index(memory: Memory, name: str) -> int:
     names = [source.name for source in memory.sources]
     if name not in names:
-        raise ValueError(f"this memory has no source {name!r} (it has: {', '.join(names) or 'none'}).")
+        raise NotFoundError(f"this memory has no source {name!r} (it has: {', '.join(names) or 'none'}).")
     return names.index(name)
 
 
@@ -75,9 +63,10 @@ def forecast(memory: Memory, t: int) -> float:
 
     Exactly 1 as long as the memory will not be full; then `survival` among the slots that are not pinned.
     """
-    held = memory.pinned().sum(1).double()  # [L]
-    left, M = torch.ones(memory.L, dtype=torch.float64), memory.M
+    pinned = memory.pinned().sum(1).double()  # [L]
+    share, M = torch.ones(memory.L, dtype=torch.float64), memory.M
     while t > 0 and memory.N > M:
         drop = max(0, M + memory.K - memory.N)
-        left, M, t = left * (1 - drop / (M - held).clamp(min=1)).clamp(min=0), min(M + memory.K, memory.N), t - 1
-    return float((left * (1 - memory.K / (memory.N - held).clamp(min=1)).clamp(min=0) ** t).mean())
+        share = share * (1 - drop / (M - pinned).clamp(min=1)).clamp(min=0)
+        M, t = min(M + memory.K, memory.N), t - 1
+    return float((share * (1 - memory.K / (memory.N - pinned).clamp(min=1)).clamp(min=0) ** t).mean())

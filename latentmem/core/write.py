@@ -1,12 +1,6 @@
-"""Writing: text in, new slots out, in the two presets (letters: `latentmem.core`).
+"""Writing: text in, new slots out, by one stock forward pass with a hook per layer (letters: `latentmem.core`).
 
-    exact   slots are what each layer gets as INPUT. A layer's keys and values are computed from its input, so these
-            slots lose nothing. The text sees the sink and the whole memory.
-    paper   slots are what each layer gives as OUTPUT at the last K positions, to whose inputs the learned vector
-            `mark` is added. The text sees bos and the newest K slots. If the text has fewer than K tokens, the last
-            old slots travel along as queries and come back rewritten.
-
-Both are one stock forward pass with a hook per layer.
+`latentmem.core.presets` says in what the two presets differ.
 """
 
 from __future__ import annotations
@@ -38,45 +32,23 @@ def first_states(decoder: Decoder, token: int) -> Tensor:
 
 @torch.no_grad()
 def surprise(decoder: Decoder, hidden: Tensor, ids: Tensor) -> Tensor:
-    """How little each token was expected after those before it: its negative log-probability, [n]; 0 for the first.
-
-    Args:
-        hidden: what the body gave for the n tokens, [n, d].
-        ids: the tokens, [n].
-    """
+    """-log p of each of n tokens after those before it, [n], 0 for the first; `hidden` [n, d] is the body's output."""
     parts = [hidden.new_zeros(1, dtype=torch.float32)]
-    for some, then in zip(hidden[:-1].split(AT_ONCE), ids[1:].split(AT_ONCE), strict=True):
-        parts.append(torch.nn.functional.cross_entropy(decoder.logits(some).float(), then, reduction="none"))
+    for states, following in zip(hidden[:-1].split(AT_ONCE), ids[1:].split(AT_ONCE), strict=True):
+        parts.append(torch.nn.functional.cross_entropy(decoder.logits(states).float(), following, reduction="none"))
     return torch.cat(parts)
 
 
-def write_exact(decoder: Decoder, cache: Cache, ids: Tensor, compression: int = 1, choice: str = "last") -> Tensor:
-    """New slots of the preset "exact": the layers' inputs at one token of c.
-
-    Which ones: "last" takes the last of each group of c tokens, "surprise" those of the whole piece that were expected
-    least after what stood before them, in their order.
-
-    Args:
-        cache: over [sink ; all slots], not storing.
-        ids: n tokens, [n].
-        compression: c.
-        choice: "last" or "surprise".
-
-    Returns:
-        [L, ceil(n / c), d].
-    """
-    return write_exact_rows(decoder, cache, [ids], [(compression, choice)])[0]
-
-
-def write_exact_rows(
-    decoder: Decoder, cache: Cache, ids: Sequence[Tensor], ways: Sequence[tuple[int, str]], **placed: Tensor
+def write_exact(
+    decoder: Decoder, cache: Cache, ids: Sequence[Tensor], choices: Sequence[tuple[int, str]], **placed: Tensor
 ) -> list[Tensor]:
-    """`write_exact` of B texts into memories of their own, in one pass.
+    """New slots of the preset "exact", of B texts in one pass: the layers' inputs at one token of c.
 
     Args:
-        cache: over one memory for all texts, or one for each, not storing.
+        cache: over [sink ; all slots] of one memory for all texts, or of one for each, not storing.
         ids: B texts, [n] each; they are padded on the right, and no text looks at its padding.
-        ways: compression and choice of each.
+        choices: c and choice of each. "last" takes the last token of each group of c; "surprise" those tokens of the
+            text that were expected least after the tokens before them, in their order.
         placed: `attention_mask` and `position_ids` of the padded texts, where memories differ in length.
 
     Returns:
@@ -84,25 +56,28 @@ def write_exact_rows(
     """
     with layers_seen(decoder) as seen:
         output = _run(decoder, torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True), cache, **placed)
-    found = []
-    for row, (text, (c, choice)) in enumerate(zip(ids, ways, strict=True)):
-        n = len(text)
-        k = -(-n // c)
+    slots = []
+    for row, (text, (c, choice)) in enumerate(zip(ids, choices, strict=True)):
+        n, k = len(text), -(-len(text) // c)
         if choice == "surprise" and c > 1:
-            little = surprise(decoder, output[row, :n], text)
-            at = little.argsort(descending=True, stable=True)[:k].sort().values
+            least_expected = surprise(decoder, output[row, :n], text).argsort(descending=True, stable=True)
+            at = least_expected[:k].sort().values
         else:
             at = (torch.arange(k, device=text.device) * c + c - 1).clamp(max=n - 1)
-        found.append(torch.stack([hidden[row, at] for hidden in seen]))
-    return found
+        slots.append(torch.stack([hidden[row, at] for hidden in seen]))
+    return slots
 
 
 def write_paper(decoder: Decoder, bos: Tensor, mark: Tensor, newest: Tensor, ids: Tensor, K: int) -> Tensor:
     """New slots of the preset "paper": the layers' outputs at the last K positions.
 
+        positions   bos | newest slots | text             K of them become slots; `mark` is added to their inputs
+        n >= K      bos | m slots      | n - K   K
+        n <  K      bos | m - (K - n)  |   K - n | n      the last old slots travel along, and come back rewritten
+
     Args:
         bos: what stands first in each layer, [L, 1, d].
-        mark: what is added to the last K positions at the input of each layer, [d].
+        mark: [d].
         newest: the newest min(K, M) slots, [L, m, d].
         ids: n tokens, [n].
 
@@ -112,15 +87,15 @@ def write_paper(decoder: Decoder, bos: Tensor, mark: Tensor, newest: Tensor, ids
     Source: MemoryLLM section 3.1.2 and figure 3; the released `inject_memory`.
     """
     n, m = ids.shape[0], newest.shape[1]
-    carried = min(max(K - n, 0), m)  # a short text takes the last old slots along as queries
+    carried = min(max(K - n, 0), m)
     marked = min(K, n + carried)
-    seen_as_prefix, travelling = newest[:, : m - carried], newest[:, m - carried :]
+    prefix, travelling = newest[:, : m - carried], newest[:, m - carried :]
 
     def change(i: int, hidden: Tensor) -> Tensor:
         hidden = torch.cat([travelling[i][None].to(hidden.dtype), hidden[:, carried:]], dim=1)
         return torch.cat([hidden[:, :-marked], hidden[:, -marked:] + mark], dim=1)
 
-    cache = functional_cache(decoder, torch.cat([bos, seen_as_prefix], dim=1))
+    cache = functional_cache(decoder, torch.cat([bos, prefix], dim=1))
     padded = torch.cat([ids.new_zeros(carried), ids])  # the carried positions' embeddings are replaced by `change`
     with layers_seen(decoder, change, outputs=True) as seen:
         _run(decoder, padded[None], cache)

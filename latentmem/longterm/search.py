@@ -25,11 +25,11 @@ from torch.nn.functional import linear, normalize
 
 from latentmem import longterm
 from latentmem.core.memory import Memory
-from latentmem.core.read import Prefix
 from latentmem.decoder.attention import KV
 from latentmem.decoder.cache import KVPrefix, attention_mask, memory_cache
 from latentmem.decoder.decoder import Decoder
 from latentmem.decoder.hooks import layers_seen
+from latentmem.decoder.prefix import Prefix
 from latentmem.longterm.blocks import Block, BlockRange
 from latentmem.longterm.longterm import LongTerm
 from latentmem.longterm.ranking import NEVER, best_slots, marks, numbered, slots_of_best

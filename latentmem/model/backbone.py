@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedModel
 
 from latentmem import longterm as longterms
 from latentmem.core.memory import Memory
-from latentmem.core.read import Prefix, read
+from latentmem.core.read import read
 from latentmem.core.settings import MemorySettings
 from latentmem.core.write import first_states
 from latentmem.decoder import attention, linear
@@ -24,6 +24,7 @@ from latentmem.decoder.adapters import READ, Adapters, bits, changes
 from latentmem.decoder.attention import KV
 from latentmem.decoder.cache import functional_cache
 from latentmem.decoder.decoder import Decoder
+from latentmem.decoder.prefix import Prefix
 from latentmem.errors import OtherModelError, TooLongError
 from latentmem.longterm.search import Projectors, Retrieval, Retriever
 from latentmem.model.prompts import Prompts, Style
@@ -201,7 +202,7 @@ class Backbone:
 
     def positions(self, memory: Memory) -> int:
         """P, the positions that a memory takes in front of the text: sink or bos and R + M, or 0 if it is empty."""
-        return self.first.shape[1] + memory.R + memory.M if memory.holds else 0
+        return 0 if memory.is_empty else self.first.shape[1] + memory.R + memory.M
 
     def room(self, memory: Memory, more: int = 0) -> int:
         """Tokens of text and answer that fit behind a memory, once `more` slots are written into it."""

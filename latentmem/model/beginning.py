@@ -86,4 +86,4 @@ def _with_longterm(pool: Memory, asked: LongTermSettings) -> Memory:
 
 def _positions_needed(memory: Memory, R: int) -> int:
     """Positions of the longest pass: a question behind all slots, or one piece behind what a write sees."""
-    return 1 + max(R + memory.N + 1, memory.rules.reads(memory) + memory.piece)
+    return 1 + max(R + memory.N + 1, memory.rules.slots_seen(memory.N, memory.K) + memory.piece)

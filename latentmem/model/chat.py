@@ -81,8 +81,8 @@ class Conversation:
 
     def _answer(self, asked: Message, ids: list[int], generate_kwargs: dict[str, Any]) -> Iterator[str]:
         answer, whole = "", True
-        question = self.llm.prompts_or_raise().chat([asked], bare=self.memory.holds)
-        cache = self.llm.text_cache(self.memory, question, self._cache) if self.memory.holds else self._cache
+        question = self.llm.prompts_or_raise().chat([asked], bare=not self.memory.is_empty)
+        cache = self._cache if self.memory.is_empty else self.llm.text_cache(self.memory, question, self._cache)
         if cache is not self._cache:  # the long-term memory gives something else than for the last question
             self._read = []
         known = 0
@@ -113,7 +113,7 @@ class Conversation:
 
     def _slots_of_turns(self) -> int:
         """The most slots that writing all turns may take; a preset may fill up what a short text writes."""
-        if self.memory.rules.slots(self.memory, 1) > 1:
+        if self.memory.rules.slots_of(1, self.memory.K, 1) > 1:
             return self.memory.N
         tokens = sum(len(self.llm.prompts_or_raise().turn(message)) for message in self.messages)
         return tokens // self.memory.compression + len(self.messages) + tokens // self.memory.piece
@@ -125,7 +125,7 @@ class Conversation:
 
     def _make_room(self, asked: Message, new: int) -> list[int]:
         """The prompt of the next answer; the oldest turns leave until it fits."""
-        prompts, bare = self.llm.prompts_or_raise(), self.memory.holds
+        prompts, bare = self.llm.prompts_or_raise(), not self.memory.is_empty
         ids = prompts.chat([*self.messages, asked], bare=bare)
         if len(ids) > self._room(new):
             alone, room = len(prompts.chat([asked], bare=bare)), self._room(new, self._slots_of_turns())

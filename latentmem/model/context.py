@@ -115,7 +115,7 @@ def behind(llm: Backbone, memory: Memory | Sequence[Memory]) -> Context:
         raise ValueError("no memory was given; give at least one.")
     for one in memories:
         llm.check(one)
-    fronts = tuple(llm.prefix(one).front if one.holds else None for one in memories)
+    fronts = tuple(None if one.is_empty else llm.prefix(one).front for one in memories)
     searched = tuple(one if one.needs_search else None for one in memories)
     return Context(fronts, tuple(llm.room(one) for one in memories), READ, searched if any(searched) else ())
 
@@ -165,7 +165,7 @@ def front_of(llm: Backbone, memory: Memory, ids: Ids) -> KVPrefix | None:
     """`MemoryModel.front`."""
     asked = llm.ids(ids)
     chosen = retrieve(llm, memory, asked)
-    return front_with(llm, memory, chosen, asked) if memory.holds else None
+    return None if memory.is_empty else front_with(llm, memory, chosen, asked)
 
 
 def front_with(llm: Backbone, memory: Memory, chosen: Retrieval | None, asked: Tensor) -> KVPrefix:
@@ -207,7 +207,7 @@ def search_again(llm: Backbone, front: RetrievedPrefix, said: Ids) -> bool:
 
 def text_cache(llm: Backbone, memory: Memory, ids: Ids | None, old: Cache | None) -> Cache | None:
     """`MemoryModel.text_cache`."""
-    if not memory.holds:
+    if memory.is_empty:
         return None
     if ids is None and memory.needs_search:
         raise ValueError("this memory has a long-term part, which is searched for what is asked: give `ids`.")

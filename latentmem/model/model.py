@@ -200,7 +200,7 @@ class MemoryModel(Backbone):
     def _questions(self, memory: Memories, question: Texts) -> tuple[list[Memory], list[list[int]], bool]:
         memories, questions, single = _pairs(memory, question)
         prompts = self.prompts_or_raise()
-        ids = [prompts.question(q, bare=m.holds) for m, q in zip(memories, questions, strict=True)]
+        ids = [prompts.question(q, bare=not m.is_empty) for m, q in zip(memories, questions, strict=True)]
         return memories, ids, single
 
     # --- token ids --------------------------------------------------------------------------------------------------

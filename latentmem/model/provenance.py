@@ -35,7 +35,7 @@ def attended(llm: Backbone, memory: Memory, ids: Ids, answer: Ids) -> tuple[Tens
 @torch.no_grad()
 def sources_of(llm: Backbone, memory: Memory, question: str | list[Message], answer: str) -> dict[str, float]:
     """`MemoryModel.sources_of`."""
-    if not memory.holds:
+    if memory.is_empty:
         return {}
     prompts = llm.prompts_or_raise()
     if isinstance(question, str):

@@ -34,7 +34,7 @@ class Score:
 def logits(llm: Backbone, memory: Memory, tokens: Tensor, chosen: Retrieval | None) -> Tensor:
     """Logits of tokens [1, n] behind a memory and the long-term slots `chosen`, [n, vocab]."""
     llm.fits(memory, tokens.shape[1])
-    if not memory.holds:
+    if memory.is_empty:
         with llm.using(None):
             return llm.base(input_ids=tokens, use_cache=False).logits[0]
     with llm.using(READ):

@@ -12,7 +12,7 @@ from transformers import Cache
 from latentmem.core import memory as memories
 from latentmem.core.memory import Memory, Update
 from latentmem.core.presets import WriteInputs
-from latentmem.core.write import write_exact_rows
+from latentmem.core.write import write_exact
 from latentmem.decoder.adapters import READ, WRITE
 from latentmem.decoder.cache import memory_cache
 from latentmem.model.backbone import Backbone, Ids
@@ -31,8 +31,9 @@ def new_slots(llm: Backbone, memory: Memory, ids: Ids) -> Tensor:
         raise ValueError(f"one update reads at most {memory.piece} tokens, got {len(tokens)}; `write_ids` cuts them.")
     slots = memory.slots.to(llm.decoder.device)
     with llm.using(WRITE):
-        inputs = WriteInputs(llm.decoder, slots, llm.first, llm.mark, lambda: _cache(llm, memory), memory.choice)
-        return memory.rules.write(inputs, memory, tokens)
+        sizes = memory.K, memory.compression, memory.choice
+        inputs = WriteInputs(llm.decoder, slots, llm.first, llm.mark, lambda: _cache(llm, memory), *sizes)
+        return memory.rules.write(inputs, tokens)
 
 
 def _cache(llm: Backbone, memory: Memory) -> Cache:
@@ -81,12 +82,12 @@ def _new_slots(llm: Backbone, before: Sequence[Memory], pieces: Sequence[Tensor]
     with llm.using(WRITE):
         cache = memory_cache([front for front in context.fronts if front], llm.decoder, store=False)
         ways = [(memory.compression, memory.choice) for memory in before]
-        return write_exact_rows(llm.decoder, cache, pieces, ways, **context.placed(tokens))
+        return write_exact(llm.decoder, cache, pieces, ways, **context.placed(tokens))
 
 
 def _following(llm: Backbone, memory: Memory, new: Tensor, source: str, tokens: int) -> tuple[Memory, Update]:
     """The memory after an update, with its prefix derived from the one before, and the update."""
-    change = memories.drawn(memory, new, source, tokens)
+    change = Update.drawn(memory, new, source, tokens)
     on_device = replace(memory, slots=memory.slots.to(new.device))
     if memory.longterm is not None:
         change = replace(change, keys=llm.retriever.new_keys(on_device, change.dropped))

@@ -255,7 +255,7 @@ class Config:
     def __post_init__(self) -> None:
         m, t, s, r = self.memory, self.texts, self.steps, self.retriever
         preset = PRESETS.get(m.preset, PRESETS["exact"])
-        piece = preset.piece(dataclasses.replace(m, compression=min(m.drawn)))
+        piece = preset.piece(m.K, min(m.drawn))
         rules = [
             (self.data, "data: give at least one source."),
             (self.objectives, f"objectives: give at least one of {', '.join(OBJECTIVES)}."),

@@ -419,7 +419,7 @@ class Episodes:
     def _age(self, number: int, random: np.random.Generator, n: int) -> int:
         """An age for a text of n tokens: often 0, else as likely between 1 and 2 as between 20 and 40."""
         t, m = self.config.texts, self.config.memory
-        k = PRESETS[m.preset].slots(replace(m, compression=self._tokens_per_slot(number)), n)
+        k = PRESETS[m.preset].slots_of(n, m.K, self._tokens_per_slot(number))
         oldest = min(t.oldest, math.log(t.least_left) / math.log1p(-min(k, m.N - 1) / m.N))
         if oldest < 1 or random.random() < t.recent:
             return 0

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from latentmem.core import memory as memories
-from latentmem.core.memory import Memory
+from latentmem.core.memory import Memory, Update
 from latentmem.core.presets import PRESETS
 from latentmem.core.settings import MemorySettings
-from latentmem.core.write import write_exact, write_exact_rows, write_paper
+from latentmem.core.write import write_exact, write_paper
 from latentmem.decoder.adapters import READ, WRITE
 from latentmem.decoder.attention import KV, begin
 from latentmem.decoder.cache import KVPrefix, attention_mask, memory_cache
@@ -168,7 +168,7 @@ class Learner(nn.Module):
     def _part(self, pool: Memory, episode: Episode) -> Memory:
         """What stands of the pool in front of an episode's texts: as much as it says, of the newest."""
         c = self._tokens_per_slot(episode)
-        slots = sum(-(-len(text) // c) if self.rules.sees_all else self.K for text in episode.texts)
+        slots = sum(self.rules.slots_of(len(text), self.K, c) for text in episode.texts)
         M = min(int(episode.fill * pool.M), max(0, pool.N - slots))
         if not self.rules.sees_all:
             M = max(M, min(pool.M, self.K))
@@ -203,11 +203,11 @@ class Learner(nn.Module):
             for text in texts:
                 cache = self._cache(before, new, None)
                 with self._using(WRITE):
-                    new.append(write_exact(self.llm.decoder, cache, text, c, self.choice))
+                    new.append(write_exact(self.llm.decoder, cache, [text], [(c, self.choice)])[0])
             return new
         with self._using(WRITE):
             cache = self._cache(before, [], None)
-            return write_exact_rows(self.llm.decoder, cache, texts, [(c, self.choice)] * len(texts))
+            return write_exact(self.llm.decoder, cache, texts, [(c, self.choice)] * len(texts))
 
     def _write_paper(self, before: _Pool, texts: Sequence[Tensor], in_sequence: bool) -> list[Tensor]:
         new: list[Tensor] = []
@@ -361,7 +361,7 @@ class Learner(nn.Module):
 
 def remember(pool: Memory, slots: Tensor) -> Memory:
     """The pool after an update with new slots, [L, k, d]."""
-    return memories.update(pool, memories.drawn(pool, slots[:, -min(slots.shape[1], pool.N) :].to(pool.slots.dtype)))
+    return memories.update(pool, Update.drawn(pool, slots[:, -min(slots.shape[1], pool.N) :].to(pool.slots.dtype)))
 
 
 class _Pool:

@@ -427,7 +427,7 @@ def _peak() -> int:
 def result(path: Path, config: Config, llm: MemoryModel, tensors: dict[str, Tensor], more: dict[str, Any]) -> None:
     """Write trained adapters, from a run's state."""
     m = config.memory  # an update in use is as long as the longest in training
-    K = min(m.K, PRESETS[m.preset].slots(m, config.texts.longest))
+    K = min(m.K, PRESETS[m.preset].slots_of(config.texts.longest, m.K, m.compression))
     own = {
         name.removeprefix("model."): t.to(torch.bfloat16) for name, t in tensors.items() if name.startswith("model.")
     }

@@ -81,6 +81,11 @@ def test_the_old_memory_stays_as_it_was_and_shares_nothing_with_the_next():
         assert torch.equal(new, labels(2, 4, 100))
 
 
+def test_a_memory_shows_itself_in_one_line():
+    memory = updated(labelled_memory(3, N=12, K=4), labels(3, 4, 0), source="a")
+    assert repr(memory) == "Memory(L=3, M=4/12, d=1, exact, 1 updates, 1 sources)"
+
+
 def test_a_memory_can_not_be_assigned_to():
     with pytest.raises(FrozenInstanceError):
         labelled_memory(1, N=4, K=2).N = 5

@@ -374,7 +374,7 @@ def write_then_read(base, use):
     """Backward through a write and a read of what it wrote; `use` makes one adapter active."""
     decoder = Decoder(base)
     with use(WRITE):
-        new = write_exact(decoder, None, torch.tensor(TEXTS[0]))
+        new = write_exact(decoder, None, [torch.tensor(TEXTS[0])], [(1, "last")])[0]
     with use(READ):
         ids = torch.tensor([ROWS[0].prompt])
         behind = functional_cache(decoder, new)

@@ -56,7 +56,7 @@ def ask(llm: MemoryModel, memory: Memory, other: Memory, question: str, gold: st
     logprobs = {}
     for row, m in given.items():
         if gold:
-            prompt = prompts.question(question, bare=m.holds)
+            prompt = prompts.question(question, bare=not m.is_empty)
             logprobs[row] = llm.score(m, prompt, prompts.text(gold)).logprobs.mean().item()
     answers = {row: llm.ask(m, question, max_new_tokens=16) for row, m in given.items()}
     return Case(question, gold, answers, logprobs)

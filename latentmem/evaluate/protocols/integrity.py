@@ -246,7 +246,7 @@ class Integrity:
 
     def _left(self, memory: Memory, i: int, update: int) -> float:
         """Share of the slots of fact i, written by this update, that is left, over all layers."""
-        written = memory.rules.slots(memory, len(self._ids(i)))
+        written = memory.rules.slots_of(len(self._ids(i)), memory.K, memory.compression)
         return int((memory.births == update).sum()) / (memory.L * written)
 
     def _fact(self, i: int) -> Text:

@@ -241,7 +241,7 @@ class LongBench:
             ids, end = ids[: len(ids) - tail], ids[len(ids) - tail :]
         for piece in cut(ids, memory.piece):
             memory = self.llm.write_ids(memory, piece, "text")
-        opening = [] if memory.holds else self.llm.prompts_or_raise().opening
+        opening = self.llm.prompts_or_raise().opening if memory.is_empty else []
         return self.llm.behind(memory), [*opening, *end, *asked]
 
     def _plain(self, row: str, name: str, example: Example) -> tuple[Context, list[int]]:

@@ -263,9 +263,9 @@ class Engine:
 
     def _kind(self, choice: _Choice) -> object:
         """What choices must have in common to be made together: a window is counted in columns, padded or not."""
-        if choice.memory.holds and self.llm.decoder.slides:
+        if not choice.memory.is_empty and self.llm.decoder.slides:
             return choice
-        return choice.memory.holds
+        return not choice.memory.is_empty
 
     # --- choices that run -------------------------------------------------------------------------------------------
 

@@ -204,7 +204,7 @@ class Service:
             if request.name is not None and not settled and self._comes_behind_writes(request.name, request.version):
                 return self._open_later(request.name, request)
             memory = self._memory(request)
-            ids = request.prompt(self.llm.prompts_or_raise(), memory.holds)
+            ids = request.prompt(self.llm.prompts_or_raise(), not memory.is_empty)
             release_threads()
             self._engine.submit(request.answer, memory, ids, request.sampling)
         except Exception as error:  # noqa: BLE001 - told to who asked
