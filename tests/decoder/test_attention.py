@@ -578,7 +578,7 @@ def test_the_last_logits_are_those_of_all_logits(B):
     choose(model)
     logits = model(ids).logits
     for keep in (1, 4, 10):
-        assert gap(model(ids, logits_to_keep=keep).logits, logits[:, -keep:]) < 1e-6
+        assert gap(model(ids, logits_to_keep=keep).logits, logits[:, -keep:]) < 1e-5
 
 
 def test_the_output_layer_gets_the_strides_of_a_fresh_tensor():
