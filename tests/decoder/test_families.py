@@ -120,4 +120,4 @@ def test_logits_of_what_the_body_gives_are_those_of_the_model(family):
     if hasattr(llm.base, "logit_scale"):
         llm.base.logit_scale = 0.25  # cohere reads it once
     found = llm.decoder.logits(llm.decoder.body(input_ids=ids).last_hidden_state)
-    assert (found - llm.base(input_ids=ids).logits).abs().max() < 1e-6
+    assert (found - llm.base(input_ids=ids).logits).abs().max() < 1e-5

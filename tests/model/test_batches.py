@@ -78,7 +78,7 @@ def test_texts_are_written_as_if_each_stood_alone(family, attention):
     for mine, theirs in zip(after, alone, strict=True):  # and what was derived from them on the way
         fresh = made(family, attention)
         for a, b, c in zip(*(x.prefix(m).keys for x, m in ((llm, mine), (other, theirs), (fresh, mine))), strict=True):
-            assert (a - b).abs().max() < 1e-4 and (a - c).abs().max() < 1e-6
+            assert (a - b).abs().max() < 1e-4 and (a - c).abs().max() < 1e-5
 
 
 def test_compressions_and_presets_go_together():

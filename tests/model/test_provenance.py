@@ -46,7 +46,7 @@ def test_a_full_memory_is_attended_to_alike_with_every_attention():
     for implementation in ("sdpa", "eager"):
         llm = model_of(implementation=implementation)
         ways.append(llm.attended(full(llm), ASKED, SAID))
-    assert (ways[0] - ways[1]).abs().max() < 1e-6 and ways[0].std() > 1e-3
+    assert (ways[0] - ways[1]).abs().max() < 1e-5 and ways[0].std() > 1e-3
 
 
 def test_shares_of_sources_are_those_of_their_slots():
@@ -55,7 +55,7 @@ def test_shares_of_sources_are_those_of_their_slots():
     shares = llm.sources_of(memory, "who?", "me")
     prompts = llm.prompts_or_raise()
     mass = llm.attended(memory, prompts.question("who?", bare=True), prompts.answer("who?", "me"))
-    assert list(shares) == ["a", "b", "c", "d"] and sum(shares.values()) == pytest.approx(1)
+    assert list(shares) == ["a", "b", "c", "d"] and sum(shares.values()) == pytest.approx(1, abs=1e-5)
     for i, name in enumerate(shares):
         by_hand = sum(
             sum(mass[layer, at].item() for at in range(memory.M) if memory.origins[layer, at] == i)

@@ -148,7 +148,7 @@ def through_the_reference(learner, episode):
     return cross_entropy(*at_answers([reference.read(read, learner.first, slots, row) for row in rows]))
 
 
-@pytest.mark.parametrize(("way", "precision"), [(through_the_model, 1e-5), (through_the_reference, 5e-5)])
+@pytest.mark.parametrize(("way", "precision"), [(through_the_model, 5e-5), (through_the_reference, 5e-5)])
 @pytest.mark.parametrize("in_sequence", [True, False], ids=["in_sequence", "beside"])
 @pytest.mark.parametrize(("preset", "c"), FORMS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -166,7 +166,7 @@ def test_least_expected_tokens_are_learned_from_as_the_model_writes_them(in_sequ
     learner.choice = "surprise"
     ours, theirs = learner(episode, pool_of(learner)).loss, through_the_model(learner, episode)
     assert abs(ours - theirs) < 1e-5 and abs(ours - last) > 1e-3
-    same_gradients(gradients(ours, learner), gradients(theirs, learner), learner, 1e-5)
+    same_gradients(gradients(ours, learner), gradients(theirs, learner), learner, 5e-5)
 
 
 @pytest.mark.parametrize(("preset", "c"), FORMS)
@@ -336,7 +336,7 @@ def test_how_the_pool_is_read_is_learned(preset, c):
     assert abs(ours - theirs) < 1e-5
     mine, other = gradients(ours, learner), gradients(theirs, learner)
     same_gradients(
-        {n: g for n, g in mine.items() if READ in n}, {n: g for n, g in other.items() if READ in n}, learner, 1e-5
+        {n: g for n, g in mine.items() if READ in n}, {n: g for n, g in other.items() if READ in n}, learner, 5e-5
     )
     assert all(g is None for n, g in mine.items() if WRITE in n)
 
@@ -492,7 +492,7 @@ def test_a_student_that_says_what_the_teacher_says_has_no_loss():
         if "lora_A" in name:
             weight.data = 0.15 * random(*weight.shape)  # else there is no gradient at all
     loss = learner(episode, pool_of(learner)).loss
-    assert abs(loss) < 1e-6
+    assert abs(loss) < 1e-5
     assert all(g is None or g.abs().max() < 1e-4 for g in gradients(loss, learner).values())
     assert learner(replace(episode, taught=False), pool_of(learner)).loss > 1
 
