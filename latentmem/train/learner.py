@@ -144,7 +144,8 @@ class Learner(nn.Module):
         nothing = replace(episode, texts=((self.llm.first_token,),), rows=(Row((self.llm.first_token,), (0,), None),))
         for _ in range(idle[0]):
             self._teach(nothing)
-        new, pool = self._remembered(pool, episode) if episode.from_pool else ([], self._part(pool, episode))
+        pool = pool if episode.from_pool and episode.fill == 1 else self._part(pool, episode)
+        new, pool = self._remembered(pool, episode) if episode.from_pool else ([], pool)
         for _ in range(idle[1]):
             self._remembered(pool, nothing)
         before = _Pool(self, pool.slots)
@@ -161,7 +162,9 @@ class Learner(nn.Module):
         else:
             loss = nn.functional.kl_div(logits.float().log_softmax(-1), taught, reduction="batchmean", log_target=True)
         outcome = Outcome(
-            sum((0.0 * part for part in vain), loss), accuracy, [part.detach() for part in [*new, *learned]]
+            sum((0.0 * part for part in vain), loss),
+            accuracy,
+            [part.detach() for part in [*(new if episode.fill == 1 else []), *learned]],
         )
         return self._searched(outcome, seen) if self.retriever is not None else outcome
 
@@ -228,6 +231,8 @@ class Learner(nn.Module):
         """
         generator = torch.Generator().manual_seed(episode.seed % (1 << 63))
         keys, fresh, texts = [pool.births.double()], [], [pool.births]
+        if episode.last is not None:  # behind all others
+            keys[0] += (pool.births == self._number(pool, episode, episode.last)).double() * (pool.updates + 1)
         for i, (slots, age) in enumerate(zip(new, episode.ages[: len(new)], strict=True)):
             L, k, _ = slots.shape
             share = memories.survival(pool.N, min(k, pool.N - 1), age)
