@@ -24,8 +24,11 @@ OBJECTIVES = (
     "unknown",
     "unrelated",
     "chat",
+    "facts",
+    "talk",
+    "everyday",
 )
-UNASKED = ("unrelated", "chat")  # objectives whose rows are about no text
+UNASKED = ("unrelated", "chat", "everyday")  # objectives whose rows are about no text
 KINDS = ("text", "questions")
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -176,7 +179,8 @@ class Steps:
         decay: share of all steps at the end in which the rate falls linearly to 0.
         weight_decay, betas: of AdamW.
         clip: norm to which gradients are cut.
-        unrelated: factor of the loss of "unrelated" and "chat", divergences that are small beside the others' losses.
+        unrelated: factor of the loss of "unrelated", "chat" and "everyday", divergences that are small beside the
+            others' losses.
         spike: a loss this many times its objective's running mean, or one that is not finite, stops the training.
         patience: steps with an objective before its running mean is trusted.
     """

@@ -11,6 +11,9 @@
     unrelated       text that has nothing to do with the memory goes on as the plain model says
     chat            turns of a conversation that have nothing to do with the memory are answered as by the plain model;
                     with it, every third question of the others is put as a turn of a conversation, too
+    facts           questions about invented facts of a person (`scenes`), in tiny and in full memories
+    talk            as facts, some of them are turns of the conversation in which the question is asked
+    everyday        what has nothing to do with such facts is answered as by the plain model
 
 An episode is a function of the seed and its number alone, so a run can go on after a kill, and processes share the work
 without talking about it.
@@ -31,8 +34,9 @@ from latentmem.core.presets import PRESETS
 from latentmem.model.prompts import Message, Prompts
 from latentmem.train.config import Config
 from latentmem.train.data import Apart, Document, Documents, cloze, sentences
+from latentmem.train.facts import UNKNOWN
+from latentmem.train.scenes import SCENES, Scenes
 
-UNKNOWN = "I don't know."
 START = 10  # tokens of a passage that are given where the rest of it is to be repeated
 TRIES = 50  # documents that are looked at until one is long enough
 REPLY = 24  # tokens of a reply in "chat" at most
@@ -89,10 +93,12 @@ class Episode:
         ages: for each text, how many updates are between it and the rows, falling.
         in_sequence: each text is written behind the ones before it, else beside them.
         fill: share of the pool that stands before the texts, from 0 to 1.
+        last: text that the rows read last, nearest to them, as a search puts it; None: in the order of writing.
         rows: what is read.
         taught: the teacher's distribution is learned instead of the answer.
         seed: of what is dropped.
-        from_pool: texts are written into the pool itself, without gradient, and the rows read all of it.
+        from_pool: texts are written into the pool itself, without gradient, and the rows read all of it; where `fill`
+            is less than 1, into a copy of its newest part, of which nothing stays.
         compression: tokens per slot of its texts; None: as the learner has it.
         replies: the rows' answers are empty, and the plain model itself gives each, so many tokens at most; 0: they
             are there.
@@ -110,6 +116,7 @@ class Episode:
     from_pool: bool = False
     compression: int | None = None
     replies: int = 0
+    last: int | None = None
 
     @property
     def written(self) -> int:
@@ -158,6 +165,7 @@ class Episodes:
         if needing and not prose:
             raise ValueError(f"objectives.{needing[0]} needs a source of kind text; give one, or take it out.")
         self._prose = prose
+        self._scenes = Scenes(prompts, config.seed, config.texts.rows, config.texts.longest)
         self._held = lru_cache(maxsize=512)(self._documents)
         self._named = {document.id: document for source in sources for document in source.all}
         self._titled: dict[str, list[Document]] = {}
@@ -177,9 +185,10 @@ class Episodes:
             "unknown": self._recalled,
             "unrelated": self._unrelated,
             "chat": self._unrelated,
+            **dict.fromkeys(SCENES, self._of_scene),
         }
         made = make.get(objective, self._asked)(objective, number, random)
-        return replace(made, compression=self._tokens_per_slot(number))
+        return replace(made, compression=1 if objective in SCENES else self._tokens_per_slot(number))
 
     def _drawn(self, number: int) -> tuple[str, np.random.Generator]:
         """An episode's objective, and what all else in it is drawn from."""
@@ -288,6 +297,12 @@ class Episodes:
         replies = min(REPLY, t.continuation) if chat else 0
         return replace(made, ages=(0,) * len(texts), in_sequence=True, fill=1.0, from_pool=True, replies=replies)
 
+    def _of_scene(self, objective: str, number: int, random: np.random.Generator) -> Episode:
+        lesson = self._scenes(objective, number)
+        rows, taught = [Row(*row) for row in lesson.rows], lesson.replies > 0
+        made = self._episode(objective, number, random, [], lesson.texts, rows, (0,) * len(lesson.texts), True, taught)
+        return replace(made, fill=lesson.fill, from_pool=True, replies=lesson.replies, last=lesson.last)
+
     def _turns(self, number: int, i: int, random: np.random.Generator, without: Sequence[str]) -> Row:
         """A conversation about no document of `without`: a statement, an opening, or a passage with a question."""
         kind = (number + i) % 3
@@ -382,6 +397,8 @@ class Episodes:
     def _count_texts(self, number: int) -> int:
         """How many texts an episode writes."""
         objective, random = self._drawn(number)
+        if objective in SCENES:
+            return 0
         return self._length(number, random) - 1 if objective == "continuous" else self.config.texts.at_once
 
     # --- parts ------------------------------------------------------------------------------------------------------

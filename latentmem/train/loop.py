@@ -50,7 +50,7 @@ from latentmem.decoder.adapters import READ
 from latentmem.loading import load as loading
 from latentmem.model.model import MemoryModel
 from latentmem.train import plots
-from latentmem.train.config import OBJECTIVES, Config, MemoryShape, RetrieverShape
+from latentmem.train.config import OBJECTIVES, UNASKED, Config, MemoryShape, RetrieverShape
 from latentmem.train.data import Apart, Documents
 from latentmem.train.episodes import Episode, Episodes
 from latentmem.train.learner import BIRTH, Learner, Outcome, remember
@@ -191,7 +191,7 @@ class Run:
             torch.manual_seed(episode.seed)  # of dropout
             with self.accelerator.no_sync(self.model) if wait else nullcontext():
                 outcome: Outcome = self.model(episode, self.pool, self._passes(episode))
-                factor = self.config.steps.unrelated if episode.objective in ("unrelated", "chat") else 1.0
+                factor = self.config.steps.unrelated if episode.objective in UNASKED else 1.0
                 (factor * outcome.loss / len(episodes)).backward()
             outcomes.append(outcome)
             self._remember(outcome)

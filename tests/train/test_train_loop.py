@@ -564,13 +564,13 @@ def test_a_high_loss_is_borne_while_its_objective_is_new(config, tmp_path, monke
 
 def test_the_factor_of_unrelated_is_on_the_gradient_of_divergences_alone(config, tmp_path):
     norms = {}
-    for name in ("unrelated", "chat", "recall"):
+    for name in ("unrelated", "chat", "everyday", "recall"):
         for factor in (1.0, 3.0):
             some = replace(config, objectives={name: 1.0}, steps=replace(config.steps, total=1, unrelated=factor))
             Run(some, tmp_path / f"{name} {factor}").train()
             (row,) = lines(tmp_path / f"{name} {factor}" / "log.jsonl")
             norms[name, factor] = row["norm"], row["loss"]
-    for name in ("unrelated", "chat"):
+    for name in ("unrelated", "chat", "everyday"):
         (one, loss), (three, same_loss) = norms[name, 1.0], norms[name, 3.0]
         assert three == pytest.approx(3 * one, rel=1e-3) and one > 0 and loss == same_loss
     assert norms["recall", 1.0] == norms["recall", 3.0]
