@@ -59,6 +59,7 @@ class Ask(NamedTuple):
         kind: "plain", "exact", "now" (the newest of several), "before", or "near" (a near miss).
         about: number of the note that answers it, or that it nearly asks about.
         first: it is about the user.
+        older: values that the answer has replaced.
     """
 
     question: str
@@ -66,6 +67,7 @@ class Ask(NamedTuple):
     kind: str
     about: int
     first: bool
+    older: tuple[str, ...] = ()
 
 
 class Scene(NamedTuple):
@@ -219,13 +221,15 @@ class _Draw:
 class _Teller(_Draw):
     """What is told in one scene, and what is asked about it."""
 
-    def begin(self, notes: int, only: Sequence[str]) -> None:
+    def begin(self, notes: int, only: Sequence[str], statements: int = 0) -> None:
         """Choose people and relations.
 
         Args:
             notes: how many notes there will be, at least.
             only: relations to choose from; empty: all of the split.
+            statements: what changes is said in so many notes; 0: in one to three.
         """
+        self.statements = statements
         names = list(only or relations(self.split.relations))
         twice = [name for name in names if name in COMMON or self.grammar["relations"][name].get("exact")]
         self.pool = names + twice
@@ -261,11 +265,12 @@ class _Teller(_Draw):
         relation = self.grammar["relations"][key.relation]
         values: list[str] = []
         n = self.random.choice([2, 2, 3]) if "changes" in relation and self.chance(changes) else 1
+        n = self.statements if n > 1 and self.statements else n
         while len(values) < n:
             value = self.value(relation["value"])
             if value not in values:
                 values.append(value)
-        if n == 2 and self.chance(0.6):
+        if n == 2 and not self.statements and self.chance(0.6):
             return [self._changed(key, values[0], values[1])]
         return [self._said(key, value) for value in values]
 
@@ -349,7 +354,8 @@ class _Teller(_Draw):
         exact = self.grammar["relations"][key.relation].get("exact")
         kind = "now" if len(values) > 1 else "exact" if exact else "plain"
         (value, about), first = values[-1], key.who == ME
-        found = [Ask(self.question(key, len(values) > 1), value, kind, about, first) for _ in range(wordings)]
+        older = tuple(old for old, _ in values[:-1])
+        found = [Ask(self.question(key, len(values) > 1), value, kind, about, first, older) for _ in range(wordings)]
         if len(values) == 2:
             old, about = values[0]
             found += [Ask(self.question(key, past=True), old, "before", about, first) for _ in range(wordings // 2)]
@@ -400,7 +406,14 @@ class _Teller(_Draw):
 
 
 def scene(
-    seed: int, number: int, split: Split = TRAIN, *, notes: int = 0, only: Sequence[str] = (), changes: float = 0.35
+    seed: int,
+    number: int,
+    split: Split = TRAIN,
+    *,
+    notes: int = 0,
+    only: Sequence[str] = (),
+    changes: float = 0.35,
+    statements: int = 0,
 ) -> Scene:
     """The scene of this number.
 
@@ -408,10 +421,11 @@ def scene(
         notes: at least so many notes; 0: a drawn number, up to 8.
         only: relations that it is about; empty: all of the split.
         changes: share of the facts that change, where they can.
+        statements: what changes is said in so many notes; 0: in one to three.
     """
     teller = _Teller(seed, number, split)
     count = notes or teller.random.choice([1, 1, 2, 2, 3, 4, 5, 6, 8])
-    teller.begin(count, only)
+    teller.begin(count, only, statements)
     texts = teller.tell(count, changes)
     asks = [ask for key in teller.told for ask in teller.asks(key, 4)]
     asks = list({ask.question: ask for ask in asks}.values())
