@@ -31,13 +31,14 @@ from latentmem.core.memory import Memory
 from latentmem.evaluate import protocol, questions, stats
 from latentmem.model import MemoryModel
 from latentmem.train import facts
-from latentmem.train.facts import HELD, UNKNOWN, Ask, Scene, Split
+from latentmem.train.facts import UNKNOWN, Ask, Scene
+from latentmem.train.words import HELD, Split, grammar, relations
 
 SEED, NEW_TOKENS, EACH = 2026, 24, 2
 NEW = Split(words=True, wordings=True, relations=True)
-EXACT = tuple(name for name in facts.relations() if facts.grammar()["relations"][name].get("exact"))
-PLAIN = tuple(name for name in facts.relations() if name not in EXACT)
-CHANGING = tuple(name for name in facts.relations() if "changes" in facts.grammar()["relations"][name])
+EXACT = tuple(name for name in relations() if grammar()["relations"][name].get("exact"))
+PLAIN = tuple(name for name in relations() if name not in EXACT)
+CHANGING = tuple(name for name in relations() if "changes" in grammar()["relations"][name])
 Record = dict[str, Any]
 
 

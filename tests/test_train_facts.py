@@ -15,8 +15,9 @@ from latentmem.train import config, facts
 from latentmem.train.config import Config, MemoryShape, Source, Steps, Texts
 from latentmem.train.data import Apart, Documents
 from latentmem.train.episodes import Episodes
-from latentmem.train.facts import HELD, TRAIN, UNKNOWN, Split, scene
+from latentmem.train.facts import UNKNOWN, scene
 from latentmem.train.scenes import SCENES
+from latentmem.train.words import HELD, TRAIN, Draw, Split, grammar, is_held, relations
 
 NEW = Split(words=True, wordings=True, relations=True)
 COUNT = 400
@@ -82,7 +83,7 @@ def test_near_misses_are_asked_in_the_wordings_of_all_others():
 
 
 def test_half_of_the_questions_have_other_words_than_the_statement():
-    frame = set(words(" ".join([*facts.grammar()["frames"], *facts.grammar()["openers"], *facts.grammar()["now"]])))
+    frame = set(words(" ".join([*grammar()["frames"], *grammar()["openers"], *grammar()["now"]])))
     frame |= set(
         words("i me my you is are am do does did a an the of to in on for by with where when which who how much")
     )
@@ -99,10 +100,10 @@ def test_half_of_the_questions_have_other_words_than_the_statement():
 
 
 def test_every_relation_is_asked_in_ten_wordings_and_more():
-    assert len(facts.relations()) >= 20
-    for name in facts.relations():
+    assert len(relations()) >= 20
+    for name in relations():
         teller = facts._Teller(0, 1, TRAIN)
-        word = "sofa" if "of" in facts.grammar()["relations"][name] else ""
+        word = "sofa" if "of" in grammar()["relations"][name] else ""
         key = facts.Key(("I",), name, word)
         assert len({teller.question(key) for _ in range(300)}) >= 10, name
 
@@ -129,19 +130,19 @@ def test_exact_strings_keep_their_letters():
 
 
 def test_of_every_list_some_words_are_held_out():
-    for kind, some in facts.grammar()["words"].items():
-        held = [word for word in some if facts.is_held(word)]
+    for kind, some in grammar()["words"].items():
+        held = [word for word in some if is_held(word)]
         assert len(set(some)) == len(some) and 3 <= len(held) < len(some) / 2, kind
 
 
 def test_held_out_words_are_in_no_scene_of_training():
-    lists = facts.grammar()["words"]
+    lists = grammar()["words"]
     for kind in ("first", "town", "job", "make", "food", "word"):
         for split in (TRAIN, HELD):
-            teller = facts._Draw(0, 0, split)
+            teller = Draw(0, 0, split)
             drawn = {teller.word(kind) for _ in range(500)} | {teller.made("last") for _ in range(100)}
-            assert all(facts.is_held(word) == split.words for word in drawn)
-        assert {facts.is_held(word) for word in lists[kind]} == {True, False}
+            assert all(is_held(word) == split.words for word in drawn)
+        assert {is_held(word) for word in lists[kind]} == {True, False}
 
 
 def test_held_out_wordings_and_relations_are_in_no_scene_of_training():
@@ -150,8 +151,8 @@ def test_held_out_wordings_and_relations_are_in_no_scene_of_training():
         found = set()
         for number in range(150):
             teller = facts._Teller(3, number, Split(wordings=split))
-            for name in facts.relations():
-                relation = facts.grammar()["relations"][name]
+            for name in relations():
+                relation = grammar()["relations"][name]
                 key = facts.Key(("I",), name, "WORD" if "of" in relation else "")
                 question = teller.question(key)
                 found.add(
@@ -166,7 +167,7 @@ def test_held_out_wordings_and_relations_are_in_no_scene_of_training():
 
     trained, held = patterns(False), patterns(True)
     assert len(trained) > 400 and len(held) > 150 and not trained & held
-    assert len(facts.relations(held=True)) >= 4 and not set(facts.relations()) & set(facts.relations(held=True))
+    assert len(relations(held=True)) >= 4 and not set(relations()) & set(relations(held=True))
 
 
 def test_everyday_questions_are_apart_as_well():

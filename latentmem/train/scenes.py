@@ -17,6 +17,7 @@ from zlib import crc32
 from latentmem.prompts import Message, Prompts
 from latentmem.train import facts
 from latentmem.train.facts import UNKNOWN, Ask, Scene
+from latentmem.train.words import grammar
 
 SCENES = ("facts", "talk", "everyday")
 FULL = 0.999  # of the pool stands in front, as much as leaves room for the notes
@@ -139,7 +140,7 @@ class Scenes:
         return tuple(self.prompts.chat(turns, bare=True))
 
     def _told(self, note: str, random: Random) -> list[Message]:
-        nods: list[str] = facts.grammar()["nods"]
+        nods: list[str] = grammar()["nods"]
         return [_message("user", note), _message("assistant", random.choice(nods))]
 
 
