@@ -28,8 +28,9 @@ from typing import Any, NamedTuple
 
 import latentmem
 from latentmem.core.memory import Memory
-from latentmem.evaluate import protocol, questions, stats
-from latentmem.model import MemoryModel
+from latentmem.evaluate import protocol, stats
+from latentmem.evaluate.data import questions
+from latentmem.model.model import MemoryModel
 from latentmem.train import facts
 from latentmem.train.facts import UNKNOWN, Ask, Scene
 from latentmem.train.words import HELD, Split, grammar, relations

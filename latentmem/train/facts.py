@@ -68,9 +68,9 @@ class Clause(NamedTuple):
 def fill(template: str, key: Key, who: str, **values: str) -> str:
     """A template about a person, who is called by one of their names; an article suits what follows."""
     first = key.who == ME
-    text = re.sub(r"\[([^|\]]*)\|([^\]]*)\]", lambda found: found[1 if first else 2], template)
+    text = re.sub(r"\[([^|\]]*)\|([^\]]*)\]", lambda match: match[1 if first else 2], template)
     known = {"w": key.word, **values}
-    text = re.sub(r"\ba (?=\{([avw])\})", lambda found: article(known[found[1]]), text)
+    text = re.sub(r"\ba (?=\{([avw])\})", lambda match: article(known[match[1]]), text)
     owner = "my" if first else f"{who}'s"
     return text.format(S=who, O="me" if first else who, P=owner, **known)
 
@@ -94,7 +94,7 @@ class _Teller(Draw):
         self.relatives: set[str] = set()
         for _ in range(1 + notes // 2):
             self.people.append(self._person())
-        self.told: dict[Key, list[tuple[str, int]]] = {}  # values of a fact in turn, each with the number of its note
+        self.values: dict[Key, list[tuple[str, int]]] = {}  # values of a fact in turn, each with the number of its note
 
     def _person(self) -> tuple[str, ...]:
         relative = self.word("relative")
@@ -180,7 +180,7 @@ class _Teller(Draw):
             texts.insert(at, self._note([clause], self.wording(self.grammar["updates"])))
         for i, draft in enumerate(drafts):
             for clause in draft:
-                self.told.setdefault(clause.key, []).extend((value, i) for value in clause.values)
+                self.values.setdefault(clause.key, []).extend((value, i) for value in clause.values)
         return texts
 
     def _note(self, clauses: Sequence[Clause], lead: str = "") -> str:
@@ -207,16 +207,16 @@ class _Teller(Draw):
 
     def asks(self, key: Key, wordings: int) -> list[Ask]:
         """Questions about a fact that is told, in so many wordings at most."""
-        values = self.told[key]
+        values = self.values[key]
         exact = self.grammar["relations"][key.relation].get("exact")
         kind = "now" if len(values) > 1 else "exact" if exact else "plain"
         (value, about), first = values[-1], key.who == ME
         older = tuple(old for old, _ in values[:-1])
-        found = [Ask(self.question(key, len(values) > 1), value, kind, about, first, older) for _ in range(wordings)]
+        asks = [Ask(self.question(key, len(values) > 1), value, kind, about, first, older) for _ in range(wordings)]
         if len(values) == 2:
             old, about = values[0]
-            found += [Ask(self.question(key, past=True), old, "before", about, first) for _ in range(wordings // 2)]
-        return found
+            asks += [Ask(self.question(key, past=True), old, "before", about, first) for _ in range(wordings // 2)]
+        return asks
 
     def question(self, key: Key, changed: bool = False, past: bool = False) -> str:
         """A question about a fact: by a noun, or in the relation's own words.
@@ -243,8 +243,8 @@ class _Teller(Draw):
 
     def near(self) -> Ask | None:
         """A question that no note answers, one step beside a fact; None where the draw is answered."""
-        r, key = self.random, self.random.choice(list(self.told))
-        about, step = self.told[key][-1][1], self.random.random()
+        r, key = self.random, self.random.choice(list(self.values))
+        about, step = self.values[key][-1][1], self.random.random()
         relation = self.grammar["relations"][key.relation]
         if step < 0.35 and not relation.get("me"):
             key = key._replace(who=r.choice([*self.people, self._person()]))
@@ -254,7 +254,7 @@ class _Teller(Draw):
             name = r.choice(self.pool)
             other = self.grammar["relations"][name]
             key = Key(key.who, name, self.word(other["of"]) if "of" in other else "")
-        known = {(who, k.relation, k.word) for k in self.told for who in k.who}
+        known = {(who, k.relation, k.word) for k in self.values for who in k.who}
         if any((who, key.relation, key.word) in known for who in key.who) or (key.relation == "name" and key.who != ME):
             return None
         if key.relation == "kin" and key.word in self.relatives:
@@ -284,7 +284,7 @@ def scene(
     count = notes or teller.random.choice([1, 1, 2, 2, 3, 4, 5, 6, 8])
     teller.begin(count, only, statements)
     texts = teller.tell(count, changes)
-    asks = [ask for key in teller.told for ask in teller.asks(key, 4)]
+    asks = [ask for key in teller.values for ask in teller.asks(key, 4)]
     asks = list({ask.question: ask for ask in asks}.values())
     near: dict[str, Ask] = {}
     answered, wanted = {ask.question for ask in asks}, round(NEAR * len(asks))

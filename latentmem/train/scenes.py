@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from random import Random
 from zlib import crc32
 
-from latentmem.prompts import Message, Prompts
+from latentmem.model.prompts import Message, Prompts
 from latentmem.train import facts
 from latentmem.train.facts import UNKNOWN, Ask, Scene
 from latentmem.train.words import grammar

@@ -44,11 +44,11 @@ def grammar() -> dict[str, Any]:
     """Words and wordings of `facts.yaml`; words as lists."""
     import yaml
 
-    found = yaml.safe_load((Path(__file__).parent / "facts.yaml").read_text(encoding="utf-8"))
-    found["words"] = {
-        kind: [word.replace("_", " ") for word in words.split()] for kind, words in found["words"].items()
+    parsed = yaml.safe_load((Path(__file__).parent / "facts.yaml").read_text(encoding="utf-8"))
+    parsed["words"] = {
+        kind: [word.replace("_", " ") for word in words.split()] for kind, words in parsed["words"].items()
     }
-    return found
+    return parsed
 
 
 @cache
@@ -92,7 +92,7 @@ class Draw:
     def string(self, letters: str, n: int) -> str:
         return "".join(self.random.choice(letters) for _ in range(n))
 
-    def made(self, kind: str) -> str:
+    def invented(self, kind: str) -> str:
         """A word of one or two syllables and an ending that no list holds."""
         syllables, endings = self.grammar["syllables"].split(), self.grammar["endings"][kind].split()
         while True:
@@ -108,18 +108,18 @@ class Draw:
         return self.random.choice(ways[cut:] if self.split.wordings and held else ways[:cut])
 
     def name(self, full: float = 0.3) -> str:
-        first = self.word("first") if self.chance(0.6) else self.made("first")
-        return f"{first} {self.made('last')}" if self.chance(full) else first
+        first = self.word("first") if self.chance(0.6) else self.invented("first")
+        return f"{first} {self.invented('last')}" if self.chance(full) else first
 
     def value(self, kind: str) -> str:
         """A value of a relation."""
         r, word = self.random, self.word
         make: dict[str, Callable[[], str]] = {
             "name": self.name,
-            "town": lambda: word("town") if self.chance(0.5) else self.made("town"),
-            "firm": lambda: f"{self.made('last')} {word('firm')}",
+            "town": lambda: word("town") if self.chance(0.5) else self.invented("town"),
+            "firm": lambda: f"{self.invented('last')} {word('firm')}",
             "pet": lambda: self.name(0) if self.chance(0.6) else word("word").capitalize(),
-            "doctor": lambda: f"Dr. {self.made('last')}",
+            "doctor": lambda: f"Dr. {self.invented('last')}",
             "date": lambda: f"{r.choice(self.grammar['months'].split())} {r.randint(1, 28)}",
             "age": lambda: str(r.randint(18, 95)),
             "height": lambda: f"{r.randint(148, 205)} cm",
@@ -139,15 +139,15 @@ class Draw:
     def exact(self, kind: str) -> str:
         """A value that has to be said letter by letter."""
         if kind == "mail":
-            name = self.random.choice([f"{self.name(0)}.{self.made('last')}", f"{self.made('last')}##"])
+            name = self.random.choice([f"{self.name(0)}.{self.invented('last')}", f"{self.invented('last')}##"])
             form = f"{name}@{self.word('word')}.{self.random.choice(['com', 'org', 'net', 'info'])}".lower()
         else:
             form = self.random.choice(FORMS[kind])
         if kind == "password":
             form = re.sub(
-                "[wW]", lambda found: self.word("word").capitalize() if found[0] == "W" else self.word("word"), form
+                "[wW]", lambda match: self.word("word").capitalize() if match[0] == "W" else self.word("word"), form
             )
-        return re.sub("[#%]", lambda found: self.random.choice(DIGITS if found[0] == "#" else LETTERS), form)
+        return re.sub("[#%]", lambda match: self.random.choice(DIGITS if match[0] == "#" else LETTERS), form)
 
     def distinct(self, kind: str, n: int) -> list[str]:
         return [self.word(kind) for _ in range(n)]

@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 
-from latentmem.prompts import Prompts, Style
+from latentmem.model.prompts import Prompts, Style
 from latentmem.testing import byte_tokenizer
 from latentmem.train import config, facts
 from latentmem.train.config import Config, MemoryShape, Source, Steps, Texts
@@ -55,7 +55,7 @@ def test_near_misses_are_answered_by_no_note(split):
         teller = facts._Teller(0, number, split)
         teller.begin(3, ())
         teller.tell(3, 0.35)
-        told = {(who, key.relation, key.word) for key in teller.told for who in key.who}
+        told = {(who, key.relation, key.word) for key in teller.values for who in key.who}
         for _ in range(5):
             ask = teller.near()
             if ask is None:
@@ -140,7 +140,7 @@ def test_held_out_words_are_in_no_scene_of_training():
     for kind in ("first", "town", "job", "make", "food", "word"):
         for split in (TRAIN, HELD):
             teller = Draw(0, 0, split)
-            drawn = {teller.word(kind) for _ in range(500)} | {teller.made("last") for _ in range(100)}
+            drawn = {teller.word(kind) for _ in range(500)} | {teller.invented("last") for _ in range(100)}
             assert all(is_held(word) == split.words for word in drawn)
         assert {is_held(word) for word in lists[kind]} == {True, False}
 
