@@ -371,7 +371,7 @@ def _show_sources(known: list[SourceStats], memory: Memory) -> None:
     for source in known:
         until = f"until {source.expires:%Y-%m-%d %H:%M}" if source.expires else ""
         stored = [source.stored] if more else []
-        shares = [f"{share:.0%}" for share in (source.left, *stored, *source.forecast.values())]
+        shares = [f"{share:.0%}" for share in (source.share_left, *stored, *source.forecast.values())]
         kept = ", ".join(filter(None, ["pinned" if source.pinned else "", until]))
         table.add_row(base.text(source.source), str(source.tokens), str(source.slots), *shares, kept)
     older = (memory.origins < 0).sum(1)
@@ -408,7 +408,7 @@ def _show_drawn_on(shares: dict[str, float], known: list[SourceStats]) -> None:
     table = base.table("drew on", *columns, right=columns)
     for name, share in sorted(shares.items(), key=lambda item: -item[1]):
         one = stats.get(name)
-        left = [one.left, *([one.stored] if more else []), *one.forecast.values()] if one is not None else []
+        left = [one.share_left, *([one.stored] if more else []), *one.forecast.values()] if one is not None else []
         table.add_row(base.text(name or "(older)"), f"{share:.0%}", *(f"{part:.0%}" for part in left))
     base.show(table)
     typer.echo("(share: of the attention to the memory, over all layers and tokens of the answer;")

@@ -61,7 +61,7 @@ def diff(
     numbers = (f"tokens in {one}", f"in {then}", f"slots in {one}", f"in {then}")
     table = base.table("source", *numbers, right=numbers)
     for change in changes:
-        cells = (*map(str, change.tokens), *(f"{left:.1f}" for left in change.left))
+        cells = (*map(str, change.tokens), *(f"{left:.1f}" for left in change.slots_left))
         table.add_row(base.text(change.source), *cells)
     base.show(table)
 

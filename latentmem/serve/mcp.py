@@ -46,7 +46,7 @@ def create_server(service: Service, sampling: Sampling | None = None) -> MCPServ
                 service.create(memory_id).result()
         version = service.write(memory_id, text, source).done.result()
         facts = {"version": version.version, "source": source, "tokens": version.tokens}
-        return {"memory_id": memory_id, **facts, "slots": version.made.get("M"), "capacity": version.made.get("N")}
+        return {"memory_id": memory_id, **facts, "slots": version.facts.get("M"), "capacity": version.facts.get("N")}
 
     @server.tool()
     @_errors_to_client

@@ -1,6 +1,7 @@
 """Memories that outlive the process: named, versioned, forked, rolled back, forgotten (read `store.py` first)."""
 
-from latentmem.store.store import Store, check_name
+from latentmem.store.locks import check_name
+from latentmem.store.store import Store
 from latentmem.store.turns import Turns
 from latentmem.store.views import Change, Overview, SourceStats, Version
 

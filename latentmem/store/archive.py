@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from latentmem.files import snapshot
 from latentmem.files.container import Buffer, replacing
-from latentmem.store.journal import EVENTS, KINDS, STATES, Row
-from latentmem.store.objects import HASH
+from latentmem.store.journal import EVENTS, KINDS, STATES, Journal, Row
+from latentmem.store.objects import HASH, Objects
+from latentmem.store.states import States
 
-FORMAT = "latentmem export 1"
+FORMAT = "latentmem export 2"
+OLDER = {"latentmem export 1": "4f1b448"}  # format -> the last commit that reads it
 LATEST = 1e11  # seconds since 1970: the year 5138
 TYPES: dict[str, tuple[type, ...]] = {
     "seq": (int,),
@@ -28,11 +30,11 @@ TYPES: dict[str, tuple[type, ...]] = {
     "kind": (str,),
     "object": (str, type(None)),
     "bytes": (int,),
-    "made": (dict,),
+    "facts": (dict,),
     "time": (float,),
 }
 assert set(TYPES) == {field.name for field in fields(Row)} - {"id", "memory"}
-SAYS: dict[str, tuple[type, ...]] = {
+PAYLOAD: dict[str, tuple[type, ...]] = {
     "source": (str,),
     "role": (str, type(None)),
     "resolved": (str, type(None)),
@@ -43,43 +45,67 @@ SAYS: dict[str, tuple[type, ...]] = {
     "tokens": (int,),
 }
 NEEDS = {"write": {"source", "role", "sha256"}} | {event: {"source"} for event in ("pin", "unpin", "forget", "expire")}
+CONTENTS = {"text", "turns", "ids"}  # a write has one of them
+BEGINNINGS = ("create", "import")
 
 
-def write(path: Path, rows: list[Row], expiries: dict[str, float], get: Callable[[str], Buffer | bytes]) -> None:
-    """Write a memory to one file, atomically; equal arguments give equal bytes.
-
-    Args:
-        rows: its versions; each but the first is made from another of them.
-        get: hash -> object.
+def export(journal: Journal, objects: Objects, states: States, memory: int, path: Path) -> None:
+    """Write a memory to one file, atomically; equal memories give equal bytes.
 
     Raises:
         ValueError: the folder does not exist, or an object is missing or damaged.
     """
     if not path.parent.is_dir():
         raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first.")
-    seqs = {row.id: row.seq for row in rows}
-    lines = []
+    rows = sorted(journal.rows([memory]), key=lambda row: row.seq)  # after a replay they are stored in another order
+    begun: dict[str, bytes] = {}
+    if rows[0].event == "fork":  # as if it had begun with the version that it was forked from
+        data = snapshot.to_bytes(states.memory(rows[0]))
+        name = hashlib.sha256(data).hexdigest()
+        begun[name] = data
+        rows[0] = replace(rows[0], event="import", base=None, kind="snapshot", object=name, bytes=len(data))
+    numbers, lines = {row.id: row.seq for row in rows}, []
+    sizes: dict[str, int] = {}
     for row in rows:
         line = {name: getattr(row, name) for name in TYPES}
-        line |= {"base": None if row.base is None else seqs[row.base], "made": row.made or {}}
+        line["base"] = None if row.base is None else numbers[row.base]
         lines.append(json.dumps(line, sort_keys=True))
-    sizes = {row.object: row.bytes for row in rows if row.object}
-    for row in rows:
-        sizes |= _blocks(row)
-    manifest = {"format": FORMAT, "expiries": expiries, "objects": sizes}
+        sizes |= ({row.object: row.bytes} if row.object else {}) | _blocks(row)
+    manifest = {"format": FORMAT, "expiries": journal.expiries(memory), "objects": sizes}
     with replacing(path, private=True) as temporary, zipfile.ZipFile(temporary, "w") as file:
-        _add(file, "manifest.json", json.dumps(manifest, sort_keys=True).encode())
-        _add(file, "journal.jsonl", "\n".join(lines).encode())
+        _add_entry(file, "manifest.json", json.dumps(manifest, sort_keys=True).encode())
+        _add_entry(file, "journal.jsonl", "\n".join(lines).encode())
         for name in sorted(sizes):
-            _add(file, _entry(name), get(name))
+            _add_entry(file, _entry(name), begun.get(name) or objects.get(name))
+
+
+def add(journal: Journal, objects: Objects, states: States, file: Reader, name: str) -> None:
+    """Make a memory from an exported file, and read every version of it; whoever calls holds the objects.
+
+    Raises:
+        ValueError: a name that is taken, or a version that can not be read; the journal has not changed.
+    """
+    for hashed in file.objects:
+        objects.put(file.read(hashed))
+    with journal.transaction():
+        first = journal.add(name, file.rows[0])
+        journal.change(replace(first, time=file.rows[0].time))
+        ids = [first.id]
+        for row in file.rows[1:]:
+            ids.append(journal.insert(replace(row, memory=first.memory, base=ids[row.base or 0])).id)
+        for source, at in file.expiries.items():
+            journal.set_expiry(first.memory, source, at)
+        for row in journal.rows([first.memory]):
+            if row.state != "pending":
+                states.memory(row, cached=False)
 
 
 def _blocks(row: Row) -> dict[str, int]:
     """The blocks of a long-term memory that a version refers to, and their sizes."""
-    return (row.made or {}).get("blocks", {})
+    return row.facts.get("blocks", {})
 
 
-def _add(file: zipfile.ZipFile, name: str, data: Buffer | bytes) -> None:
+def _add_entry(file: zipfile.ZipFile, name: str, data: Buffer | bytes) -> None:
     file.writestr(zipfile.ZipInfo(name), data)  # stored, dated 1980
 
 
@@ -101,7 +127,7 @@ class Reader:
         objects: hash -> size.
 
     Raises:
-        ValueError: no such file, damaged, or not made by `write`.
+        ValueError: no such file, damaged, or not made by `export`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -114,6 +140,7 @@ class Reader:
             raise ValueError(f"{path} is no exported memory ({error}).") from error
         try:
             self._read_books()
+            self._check_blocks()
         except (KeyError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile, ValueError) as error:
             self._file.close()
             raise ValueError(f"{path} is damaged or no exported memory: {error}.") from error
@@ -135,26 +162,35 @@ class Reader:
         return data
 
     def _read_books(self) -> None:
+        sizes = self._sizes()
+        manifest = json.loads(self._file.read("manifest.json"))
+        if manifest["format"] in OLDER:
+            raise ValueError(f"commit {OLDER[manifest['format']]} of latentmem reads {manifest['format']!r}")
+        if set(manifest) != {"format", "expiries", "objects"} or manifest["format"] != FORMAT:
+            raise ValueError(f"expected the format {FORMAT!r}")
+        self.objects, self.expiries = manifest["objects"], manifest["expiries"]
+        if not all(type(at) is float and 0 <= at < LATEST for at in self.expiries.values()):
+            raise ValueError("an expiry is no time")
+        expected = {_entry(name): size for name, size in self.objects.items() if HASH.fullmatch(name)}
+        if sizes != expected or len(expected) != len(self.objects):
+            raise ValueError("its entries are not those that its manifest names")
+        lines = self._file.read("journal.jsonl").decode().splitlines()
+        self.rows = [_row(i, json.loads(line)) for i, line in enumerate(lines)]
+        self._check_rows()
+
+    def _sizes(self) -> dict[str, int]:
+        """The sizes of all entries but the manifest and the journal."""
         entries = self._file.infolist()
         for entry in entries:
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
                 raise ValueError(f"the entry {entry.filename!r} is compressed")
         if len({entry.filename for entry in entries}) != len(entries):
             raise ValueError("an entry is there twice")
-        manifest = json.loads(self._file.read("manifest.json"))
-        if set(manifest) != {"format", "expiries", "objects"} or manifest["format"] != FORMAT:
-            raise ValueError(f"expected the format {FORMAT!r}")
-        self.objects, self.expiries = manifest["objects"], manifest["expiries"]
-        if not all(type(at) is float and 0 <= at < LATEST for at in self.expiries.values()):
-            raise ValueError("an expiry is no time")
-        found = {entry.filename: entry.file_size for entry in entries}
-        expected = {_entry(name): size for name, size in self.objects.items() if HASH.fullmatch(name)}
-        found = {name: size for name, size in found.items() if name not in ("manifest.json", "journal.jsonl")}
-        if found != expected or len(expected) != len(self.objects):
-            raise ValueError("its entries are not those that its manifest names")
-        lines = self._file.read("journal.jsonl").decode().splitlines()
-        self.rows = [self._row(i, json.loads(line)) for i, line in enumerate(lines)]
-        if not self.rows or self.rows[0].event not in ("create", "import"):
+        books = ("manifest.json", "journal.jsonl")
+        return {entry.filename: entry.file_size for entry in entries if entry.filename not in books}
+
+    def _check_rows(self) -> None:
+        if not self.rows or self.rows[0].event not in BEGINNINGS:
             raise ValueError("its journal does not begin with a memory")
         keys = [row.key for row in self.rows if row.key is not None]
         if len(set(keys)) != len(keys):
@@ -162,38 +198,63 @@ class Reader:
         if any(row.bytes != self.objects.get(row.object or "", 0) for row in self.rows):
             raise ValueError("an object has another size in its journal")
         blocks = [_blocks(row) for row in self.rows]
-        if any(type(some) is not dict or not some.items() <= self.objects.items() for some in blocks):
+        if any(type(sizes) is not dict or not sizes.items() <= self.objects.items() for sizes in blocks):
             raise ValueError("a block has another size in its journal")
         if {row.object for row in self.rows if row.object}.union(*blocks) != set(self.objects):
             raise ValueError("its objects are not those that its journal names")
 
-    def _row(self, i: int, line: dict[str, Any]) -> Row:
-        if set(line) != set(TYPES) or any(type(line[name]) not in kinds for name, kinds in TYPES.items()):
-            raise ValueError(f"line {i} of its journal has other fields")
-        json.dumps(line, ensure_ascii=False).encode()  # a ValueError where it is no valid Unicode
-        row, says = Row(memory=0, **line), line["payload"]
-        if not NEEDS.get(row.event, set()) <= set(says) <= set(SAYS):
-            raise ValueError(f"line {i} of its journal says other things")
-        if any(type(value) not in SAYS[name] for name, value in says.items()):
-            raise ValueError(f"line {i} of its journal has a value of another type")
-        if any(type(token) is not int for token in says.get("ids", [])):
-            raise ValueError(f"line {i} of its journal holds token ids that are no numbers")
-        known = row.event in EVENTS and row.state in STATES and row.kind in KINDS
-        known = known and 0 <= row.attempts < 100 and 0 <= row.time < LATEST
-        for turn in says.get("turns", []):
-            if type(turn) is not dict or set(turn) != {"role", "content"} or {*map(type, turn.values())} != {str}:
-                raise ValueError(f"line {i} of its journal holds turns that are none")
-        first = row.event in ("create", "import")
-        based = row.base is None if i == 0 else row.base is not None and 0 <= row.base < i
-        carries = (row.object is not None) == (row.kind != "none") and (row.kind == "delta") <= (row.event == "write")
-        second = i == 1 and row.event == "import"  # a memory that was taken with what it was made from
-        begins = first == (i == 0 or second) and (not first or row.kind == "snapshot")
-        if not (known and row.seq == i and begins and based and carries):
-            raise ValueError(f"line {i} of its journal does not belong there")
-        if row.event == "write" and (row.state == "applied") != (row.kind != "none"):
-            raise ValueError(f"line {i} of its journal is a write without an object, or one too many")
-        if (row.event == "write") != (len({"text", "turns", "ids"} & set(says)) == 1):
-            raise ValueError(f"line {i} of its journal holds no text, more than one, or one too many")
-        if row.state == "pending" and row.event != "write":
-            raise ValueError(f"line {i} of its journal waits for what can not be applied")
-        return row
+    def _check_blocks(self) -> None:
+        """A snapshot says itself which blocks it needs."""
+        for row in self.rows:
+            needed: set[str] = set()
+            if row.kind == "snapshot" and row.object:
+                needed = snapshot.blocks_of(bytearray(self.read(row.object)), f"version {row.seq}")
+            if set(_blocks(row)) != needed:
+                raise ValueError(f"version {row.seq} names other blocks than its snapshot")
+
+
+def _row(i: int, line: dict[str, Any]) -> Row:
+    """Line i of a journal, checked by itself; a ValueError says what is wrong with it."""
+    if set(line) != set(TYPES) or any(type(line[name]) not in kinds for name, kinds in TYPES.items()):
+        raise ValueError(f"line {i} of its journal has other fields")
+    json.dumps(line, ensure_ascii=False).encode()  # a ValueError where it is no valid Unicode
+    row = Row(memory=0, **line)
+    for fault, there in (*_payload_faults(row).items(), *_row_faults(i, row).items()):
+        if there:
+            raise ValueError(f"line {i} of its journal {fault}")
+    return row
+
+
+def _payload_faults(row: Row) -> dict[str, bool]:
+    """Fault -> whether the payload of a row has it."""
+    payload = row.payload
+    ids, turns = payload.get("ids"), payload.get("turns")
+    return {
+        "has another payload": not NEEDS.get(row.event, set()) <= set(payload) <= set(PAYLOAD),
+        "has a value of another type": any(type(value) not in PAYLOAD.get(name, ()) for name, value in payload.items()),
+        "holds token ids that are no numbers": type(ids) is list and any(type(token) is not int for token in ids),
+        "holds turns that are none": type(turns) is list and not all(map(_is_turn, turns)),
+        "holds no text, more than one, or one too many": len(CONTENTS & set(payload)) != int(row.event == "write"),
+    }
+
+
+def _is_turn(turn: object) -> bool:
+    return type(turn) is dict and set(turn) == {"role", "content"} and {*map(type, turn.values())} == {str}
+
+
+def _row_faults(i: int, row: Row) -> dict[str, bool]:
+    """Fault -> whether row i has it."""
+    known = row.event in EVENTS and row.state in STATES and row.kind in KINDS
+    bounded = 0 <= row.attempts < 100 and 0 <= row.time < LATEST
+    based = row.base is None if i == 0 else row.base is not None and 0 <= row.base < i
+    write, first = row.event == "write", row.event in BEGINNINGS
+    second = i == 1 and row.event == "import"  # a memory that was taken with what it was made from
+    return {
+        "has an unknown value": not (known and bounded),
+        "does not belong there": row.seq != i or not based or first != (i == 0 or second),
+        "is a beginning without a snapshot": first and row.kind != "snapshot",
+        "names an object that it can not have": (row.object is None) != (row.kind == "none")
+        or (row.kind == "delta" and not write),
+        "is a write without an object, or one too many": write and (row.state == "applied") != (row.kind != "none"),
+        "waits and is no write": row.state == "pending" and not write,
+    }

@@ -9,11 +9,11 @@ import sqlite3
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from latentmem.errors import DamagedError, InUseError, NameTakenError
+from latentmem.errors import DamagedError, InUseError, NameTakenError, NotFoundError
 
 FORMAT = 2
 OLDER = "4f1b448"  # the last commit that reads format 1
@@ -34,7 +34,7 @@ CREATE TABLE versions (
     kind TEXT NOT NULL,
     object TEXT,
     bytes INTEGER NOT NULL,
-    made TEXT NOT NULL,
+    facts TEXT NOT NULL,
     time REAL NOT NULL,
     UNIQUE (memory, seq),
     UNIQUE (memory, key)
@@ -72,7 +72,7 @@ class Row:
         kind: what `object` is: a "snapshot", a "delta" to the base, or "none" where the event says all.
         object: hash of that object.
         bytes: its size.
-        made: with what it was computed (dtype, device, threads, library versions), and how full it is.
+        facts: with what it was computed (dtype, device, threads, library versions), and how full it is.
         time: seconds since 1970.
     """
 
@@ -87,13 +87,13 @@ class Row:
     kind: str = "none"
     object: str | None = None
     bytes: int = 0
-    made: dict[str, Any] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
     time: float = 0.0
     seq: int = 0
     id: int = 0
 
 
-COLUMNS = tuple(field.name for field in fields(Row))
+COLUMNS = tuple(column.name for column in fields(Row))
 SELECT = f"SELECT {', '.join(COLUMNS)} FROM versions"
 
 
@@ -122,13 +122,9 @@ class Journal:
                 for statement in SCHEMA.split(";\n"):
                     self._connection.execute(statement)
                 self._connection.execute(f"PRAGMA user_version={FORMAT}")
-            elif number < FORMAT:
-                raise ValueError(
-                    f"{path} has the format {number}, this version reads {FORMAT}. Commit {OLDER} of latentmem reads "
-                    f"it: `latentmem export` there, `latentmem import` here."
-                )
-            elif number > FORMAT:
-                raise ValueError(f"{path} has the format {number}, this version reads {FORMAT}. Update latentmem.")
+            elif number != FORMAT:
+                remedy = f"Commit {OLDER} of latentmem reads it." if number < FORMAT else "Update latentmem."
+                raise ValueError(f"{path} has the format {number}, this version reads {FORMAT}. {remedy}")
 
     def close(self) -> None:
         with self._lock:
@@ -213,8 +209,16 @@ class Journal:
         """All memories: name -> id, by name."""
         return dict(self._all("SELECT name, id FROM memories ORDER BY name"))
 
-    def id(self, name: str) -> int | None:
+    def find(self, name: str) -> int | None:
+        """The id of a memory; None: there is none of this name."""
         return (self._one("SELECT id FROM memories WHERE name = ?", name) or (None,))[0]
+
+    def id(self, name: str) -> int:
+        """The id of a memory; a NotFoundError if there is none of this name."""
+        memory = self.find(name)
+        if memory is None:
+            raise NotFoundError.memory(name, self.names())
+        return memory
 
     def name(self, memory: int) -> str:
         return self._one("SELECT name FROM memories WHERE id = ?", memory)[0]
@@ -223,7 +227,7 @@ class Journal:
         """Memories, by default all, by name: (name, id, versions, pending ones, time of the newest, bytes)."""
         where = "" if names is None else f"WHERE name IN ({', '.join('?' * len(names))})"
         blocks = """SELECT COALESCE(SUM(value), 0) FROM (SELECT DISTINCT json_each.key, json_each.value AS value
-                    FROM versions, json_each(versions.made, '$.blocks') WHERE versions.memory = memories.id)"""
+                    FROM versions, json_each(versions.facts, '$.blocks') WHERE versions.memory = memories.id)"""
         sql = f"""SELECT name, memories.id, COUNT(*), SUM(state = 'pending'), MAX(time), SUM(bytes) + ({blocks})
                  FROM versions JOIN memories ON versions.memory = memories.id {where}
                  GROUP BY memories.id ORDER BY name"""
@@ -236,7 +240,7 @@ class Journal:
             ValueError: the name is taken.
         """
         with self.transaction():
-            if self.id(name) is not None:
+            if self.find(name) is not None:
                 raise NameTakenError(f"there is a memory {name!r} already; choose another name, or delete it.")
             return self.append(replace(first, memory=self._do("INSERT INTO memories (name) VALUES (?)", name)))
 
@@ -294,16 +298,26 @@ class Journal:
 
     def row(self, id: int) -> Row:
         """A version; a ValueError if a replay or a deletion has taken it away meanwhile."""
-        found = self._rows("WHERE id = ?", id)
-        if not found:
+        rows = self._rows("WHERE id = ?", id)
+        if not rows:
             raise ValueError("a version was rewritten or deleted meanwhile; try again.")
-        return found[0]
+        return rows[0]
 
     def exists(self, id: int) -> bool:
         return bool(self._rows("WHERE id = ?", id))
 
-    def version(self, memory: int, seq: int) -> Row | None:
-        return next(iter(self._rows("WHERE memory = ? AND seq = ?", memory, seq)), None)
+    def version(self, name: str, seq: int | None = None) -> Row:
+        """A version of a memory, by default the newest.
+
+        Raises:
+            NotFoundError: no such memory or version.
+        """
+        memory = self.id(name)
+        if seq is None:
+            return self.head(memory)
+        for row in self._rows("WHERE memory = ? AND seq = ?", memory, seq):
+            return row
+        raise NotFoundError(f"{name!r} has no version {seq}; it has 0 to {self.head(memory).seq}.")
 
     def history(self, memory: int, after: int | None, limit: int | None, newest_first: bool) -> list[Row]:
         """Versions by number, from the one end or the other, behind a version."""
@@ -332,11 +346,11 @@ class Journal:
         return bool(self._one("SELECT 1 FROM versions WHERE base = ? LIMIT 1", row))
 
     def _rows(self, where: str, *values: Any) -> list[Row]:
-        found = []
-        for raw in self._all(f"{SELECT} {where}", *values):
-            named = dict(zip(COLUMNS, raw, strict=True))
-            found.append(Row(**named | {name: json.loads(named[name]) for name in ("payload", "made")}))
-        return found
+        rows = []
+        for line in self._all(f"{SELECT} {where}", *values):
+            named = dict(zip(COLUMNS, line, strict=True))
+            rows.append(Row(**named | {name: json.loads(named[name]) for name in ("payload", "facts")}))
+        return rows
 
     # --- expiries ---------------------------------------------------------------------------------------------------
 
@@ -354,8 +368,8 @@ class Journal:
 
     def turns(self, memory: int) -> dict[str, Any] | None:
         """What was kept of a conversation whose turns are not in the memory yet."""
-        found = self._one("SELECT kept FROM turns WHERE memory = ?", memory)
-        return json.loads(found[0]) if found else None
+        line = self._one("SELECT kept FROM turns WHERE memory = ?", memory)
+        return json.loads(line[0]) if line else None
 
     def keep_turns(self, memory: int, kept: dict[str, Any] | None) -> None:
         with self.transaction():
@@ -368,7 +382,7 @@ class Journal:
     def objects(self) -> set[str]:
         """Objects that a version refers to, or that a replay is about to refer to."""
         sql = """SELECT object FROM versions WHERE object IS NOT NULL UNION SELECT object FROM building
-                 UNION SELECT json_each.key FROM versions, json_each(versions.made, '$.blocks')"""
+                 UNION SELECT json_each.key FROM versions, json_each(versions.facts, '$.blocks')"""
         return {name for (name,) in self._all(sql)}
 
     def build(self, memory: int, name: str) -> None:
@@ -398,4 +412,4 @@ class Journal:
 
 def _values(row: Row) -> list[Any]:
     named = {name: getattr(row, name) for name in COLUMNS}
-    return list((named | {name: json.dumps(named[name], sort_keys=True) for name in ("payload", "made")}).values())
+    return list((named | {name: json.dumps(named[name], sort_keys=True) for name in ("payload", "facts")}).values())

@@ -31,12 +31,12 @@ class Turns:
 
     def __init__(self, store: Store, name: str) -> None:
         self._store, self._name, self._journal = store, name, store._journal
-        self._memory = store._id(name)
+        self._memory = self._journal.id(name)
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> Turns:
         """Wait for another conversation with this memory; a ValueError says whose it is."""
-        self._held.enter_context(self._store._talking(self._name))
+        self._held.enter_context(self._store._locks.turns(self._name))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,12 +1,19 @@
-"""What a store tells about a memory: its history, what changed, how much is left."""
+"""What a store tells about its memories: their history, what differs between versions, how much of a source is left."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from latentmem.model.prompts import Message
+import torch
+
+from latentmem import longterm as longterms
+from latentmem.core.memory import Memory
+from latentmem.core.sources import forecast
+from latentmem.store.journal import Journal, Row
+from latentmem.store.writing import Content, content_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,7 @@ class Version:
         error: why it failed.
         key: the caller's idempotency key.
         bytes: what it takes on disk beside its row.
-        made: how full it is (M, N), and with what it was computed (model, dtype, ...): where these are equal, a
+        facts: how full it is (M, N), and with what it was computed (model, dtype, ...): where these are equal, a
             replay gives equal bits.
         time: when, with time zone.
     """
@@ -33,13 +40,13 @@ class Version:
     event: str
     source: str | None
     tokens: int
-    text: str | list[Message] | list[int] | None
+    text: Content | None
     base: tuple[str, int] | None
     state: str
     error: str | None
     key: str | None
     bytes: int
-    made: dict[str, Any]
+    facts: dict[str, Any]
     time: datetime
 
 
@@ -74,12 +81,12 @@ class Change:
     Args:
         source: its name.
         tokens: tokens written under it, in the one and in the other.
-        left: slots that are left of it, mean over layers, in the one and in the other.
+        slots_left: slots that are left of it, mean over layers, in the one and in the other.
     """
 
     source: str
     tokens: tuple[int, int]
-    left: tuple[float, float]
+    slots_left: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ class SourceStats:
         source: its name.
         tokens: tokens written under it.
         slots: slots per layer written under it.
-        left: share of them that is left, mean over layers.
+        share_left: share of them that is left, mean over layers.
         stored: share of them that is in the long-term memory, mean over layers.
         pinned: whether it loses nothing.
         expires: when it will be forgotten, if ever.
@@ -100,8 +107,80 @@ class SourceStats:
     source: str
     tokens: int
     slots: int
-    left: float
+    share_left: float
     stored: float
     pinned: bool
     expires: datetime | None
     forecast: dict[int, float]
+
+
+def _time(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds).astimezone()
+
+
+def version(journal: Journal, row: Row) -> Version:
+    """One line of a history from its row."""
+    base = None
+    if row.base is not None:
+        base_row = journal.row(row.base)
+        base = (journal.name(base_row.memory), base_row.seq)
+    return Version(
+        row.seq,
+        row.event,
+        row.payload.get("source"),
+        row.payload.get("tokens", 0),
+        content_of(row),
+        base,
+        row.state,
+        row.error,
+        row.key,
+        row.bytes,
+        row.facts,
+        _time(row.time),
+    )
+
+
+def overview(journal: Journal, names: Collection[str] | None) -> list[Overview]:
+    """The journal's numbers of memories, by default of all, by name."""
+    lines = []
+    for name, memory, versions, pending, changed, size in journal.overview(names):
+        row = journal.head(memory)
+        while "M" not in row.facts and row.base is not None:
+            row = journal.row(row.base)
+        M, N, model = (row.facts.get(what, other) for what, other in (("M", 0), ("N", 0), ("model", "")))
+        lines.append(Overview(name, versions, pending, _time(changed), size, M, N, model))
+    return lines
+
+
+def changes(one: Memory, other: Memory) -> list[Change]:
+    """The sources that differ between two memories, by name."""
+    sides: dict[str, list[tuple[int, float]]] = {}
+    for i, memory in enumerate((one, other)):
+        for source, slots in zip(memory.sources, memory.slots_left(), strict=True):
+            of_source = sides.setdefault(source.name, [(0, 0.0), (0, 0.0)])
+            of_source[i] = (source.tokens, slots.double().mean().item())
+    return [Change(name, (a[0], b[0]), (a[1], b[1])) for name, (a, b) in sorted(sides.items()) if a != b]
+
+
+def stats(memory: Memory, expiries: Mapping[str, float], ahead: Sequence[int]) -> list[SourceStats]:
+    """How much is left of each source of a memory, and the forecast for numbers of updates ahead."""
+    survives = {t: forecast(memory, t) for t in ahead}
+    count, longterm = len(memory.sources), longterms.of(memory)
+    stored = torch.zeros(count, 1) if longterm is None else longterm.slots_left(count)
+    lines = []
+    for source, own, dropped in zip(memory.sources, memory.slots_left(), stored, strict=True):
+        share = own.double().mean().item() / source.slots
+        at = expiries.get(source.name)
+        lines.append(
+            SourceStats(
+                source.name,
+                source.tokens,
+                source.slots,
+                share,
+                dropped.double().mean().item() / source.slots,
+                source.pinned,
+                None if at is None else _time(at),
+                {t: share if source.pinned else share * survival for t, survival in survives.items()},
+            )
+        )
+    return lines

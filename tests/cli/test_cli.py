@@ -470,7 +470,7 @@ def test_bad_input_is_one_sentence_and_changes_nothing(
 def test_a_damaged_memory_is_refused_and_left_alone(run, home, damage):
     run("write", "the door is blue", "-m", "work", "-N", 64, "-K", 16)
     store = Store(home / "store")
-    name = store._journal.head(store._id("work")).object
+    name = store._journal.head(store._journal.id("work")).object
     path = home / "store" / "objects" / name[:2] / f"{name}.safetensors"
     data = path.read_bytes()
     path.write_bytes({"truncated": data[:-9], "tampered": data[:-1] + bytes([data[-1] ^ 1])}.get(damage, b""))
@@ -501,7 +501,7 @@ def test_two_writers_do_not_meet(run, home, monkeypatch):
     run("write", "the door is blue", "-m", "work", "-N", 64, "-K", 16)
     monkeypatch.setattr(files, "TIMEOUT", 0.05)
     store = Store(home / "store")
-    with store._alone("work"):
+    with store._locks.memory("work"):
         code, _, err = run("write", "the gate is red", "-m", "work")
     assert code == 2 and "is changing the memory 'work'" in err
     with Turns(store, "work"):

@@ -975,9 +975,9 @@ def test_a_full_disk_is_told(server, monkeypatch):
 def test_a_memory_that_is_damaged_on_disk_is_the_servers_error(server):
     store = server.service.store
     assert server("POST", "/v1/memories", {"id": "broken"})[0] == 201
-    row = store._journal.version(store._id("broken"), 0)
+    row = store._journal.version("broken", 0)
     store._journal.change(replace(row, object="0" * 64))
-    store._cache.clear()
+    store._states.cache.clear()
     found = refused(server("POST", "/v1/memories/broken/ask", {"question": "?"}), 500, "damaged", "restore the store")
     assert found["type"] == "server_error" and "000" not in found["message"]
     assert server("DELETE", "/v1/memories/broken")[0] == 200

@@ -176,7 +176,8 @@ def test_a_memory_of_others_is_as_one_that_is_not_there(guarded, monkeypatch, me
     asked = []
     contains = type(store).__contains__
     monkeypatch.setattr(type(store), "__contains__", lambda self, name: asked.append(name) or contains(self, name))
-    monkeypatch.setattr(store, "_id", lambda name: asked.append(name) or type(store)._id(store, name))
+    find = store._journal.find
+    monkeypatch.setattr(store._journal, "find", lambda name: asked.append(name) or find(name))
 
     def answer(name):
         address = path.replace("{}", name).replace("MODEL", server.model)
@@ -261,7 +262,7 @@ def test_who_else_uses_a_memory_is_not_told(guarded):
     store = server.service.store
     store.timeout, before = 0.05, store.timeout
     try:
-        with store._alone("alice"):
+        with store._locks.memory("alice"):
             status, said = server("POST", "/v1/memories/alice/undo", **by(given, "alice"))
             assert status == 409 and said["error"]["code"] == "in_use" and str(os.getpid()) not in json.dumps(said)
     finally:

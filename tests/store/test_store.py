@@ -24,6 +24,8 @@ from latentmem.model.model import MemoryModel
 from latentmem.store import Store, Turns, archive
 from latentmem.store.delta import Chain, Update
 from latentmem.store.objects import Disk
+from latentmem.store.states import States
+from latentmem.store.writing import Writer
 from latentmem.testing import byte_tokenizer, tiny_model, updated
 
 SECRET = "the safe opens with heliotrope"
@@ -127,13 +129,13 @@ def test_deltas_stand_between_snapshots_and_are_smaller(llm, tmp_path):
     store.create("m", start(llm, N=200))
     for i in range(12):
         store.write(llm, "m", "ten bytes." * (20 if i == 6 else 1))
-    kinds = [store._journal.version(store._id("m"), i).kind for i in range(13)]
+    kinds = [store._journal.version("m", i).kind for i in range(13)]
     assert kinds == ["snapshot", *["delta"] * 3, "snapshot", *["delta"] * 3, "snapshot", *["delta"] * 3, "snapshot"]
     sizes = [v.bytes for v in store.history("m")]
     assert sizes[9] < sizes[12] / 10
     store.create("small", start(llm, N=8, K=8))
     store.write(llm, "small", "a text that is longer than the memory")
-    assert store._journal.head(store._id("small")).kind == "snapshot"
+    assert store._journal.head(store._journal.id("small")).kind == "snapshot"
 
 
 def test_a_rollback_is_a_version_and_can_be_undone(llm, store):
@@ -252,13 +254,13 @@ def test_turns_of_a_write_that_failed_are_still_there(llm, store, monkeypatch):
 def test_an_interrupt_behind_the_commit_is_no_reason_to_write_turns_again(llm, store, monkeypatch):
     filled(llm, store, sources="a")
 
-    def interrupted(self, row, *args, commit=Store._commit):
-        commit(self, row, *args)
+    def interrupted(self, written, commit=Writer._commit):
+        commit(self, written)
         raise KeyboardInterrupt
 
     with Turns(store, "m") as turns:
         with monkeypatch.context() as patch:
-            patch.setattr(Store, "_commit", interrupted)
+            patch.setattr(Writer, "_commit", interrupted)
             same(turns.write(llm, TALK, 2, "chat"), store.open("m", 2))
         assert turns.pending() == [] and len(store.history("m")) == 3
 
@@ -353,7 +355,7 @@ def test_history_says_what_was_done(llm, store):
         ("forget", "b", None, "applied"),
     ]
     assert all(now - timedelta(minutes=5) < v.time <= now for v in history)
-    assert history[1].made["dtype"] == "float32" and history[1].made["threads"] == torch.get_num_threads()
+    assert history[1].facts["dtype"] == "float32" and history[1].facts["threads"] == torch.get_num_threads()
     assert [v.tokens for v in history] == [0, 11, 11, 0, 0]
 
 
@@ -389,7 +391,7 @@ def test_what_is_not_there_is_refused_with_what_is(llm, store):
 def test_what_everybody_may_be_told_names_no_other_memory_process_or_path(llm, store):
     filled(llm, store)
     store.fork("m", "secret")
-    impatient, lock = again(store, timeout=0.01), FileLock(store.path / "locks" / f"{store._id('secret')}.lock")
+    impatient, lock = again(store, timeout=0.01), FileLock(store.path / "locks" / f"{store._journal.id('secret')}.lock")
     actions = [(NotFoundError, partial(store.open, "n")), (InUseError, partial(store.delete, "m"))]
     actions += [(InUseError, partial(impatient.forget_by_replay, llm, "m", "a"))]
     with lock:
@@ -685,7 +687,7 @@ def test_forgetting_by_replay_equals_memories_that_never_held_the_source(llm, tm
     store = Store(tmp_path / "s", snapshot_every=snapshot_every)
     expected = secretive(llm, store)
     old = {name: files(store) for name in "m"}["m"]
-    embeddings = [v.object for v in store._journal.rows([store._id("m")]) if v.payload.get("source") == "s"][:1]
+    embeddings = [v.object for v in store._journal.rows([store._journal.id("m")]) if v.payload.get("source") == "s"][:1]
     assert SECRET.encode() in raw(store) and b"secret key" in raw(store) and embeddings[0] in old
     store.open("f")
     assert store.forget_by_replay(llm, "f", "s") == ["f", "m"]
@@ -763,14 +765,14 @@ def test_a_replay_that_is_broken_off_changes_nothing_and_is_cleared_up(llm, stor
 
 def test_a_reader_whose_version_is_replayed_meanwhile_gets_the_new_one(llm, store, monkeypatch):
     expected = secretive(llm, store)
-    reader, get = again(store), Store._state
+    reader, get = again(store), States.memory
 
     def meanwhile(self, row, **options):
-        if self is reader and "s" in [source.name for source in get(store, row).sources]:
+        if self is reader._states and "s" in [source.name for source in get(store._states, row).sources]:
             store.forget_by_replay(llm, "m", "s")
         return get(self, row, **options)
 
-    monkeypatch.setattr(Store, "_state", meanwhile)
+    monkeypatch.setattr(States, "memory", meanwhile)
     same(reader.open("f"), expected["f"][-1])
 
 
@@ -798,7 +800,7 @@ def test_what_is_deleted_is_gone_from_the_disk(llm, store):
         store.delete(name)
     assert store.names() == ["apart"] and SECRET.encode() not in raw(store)
     assert set(files(store)) == store._journal.objects()
-    assert {path.stem for path in (store.path / "locks").iterdir()} <= {str(store._id("apart")), "objects"}
+    assert {path.stem for path in (store.path / "locks").iterdir()} <= {str(store._journal.id("apart")), "objects"}
     store.create("m", start(llm))
     assert len(store.history("m")) == 1
 
@@ -824,7 +826,7 @@ def test_a_pinned_source_keeps_its_slots_and_the_quota_holds(llm, store):
         store.write(llm, "m", f"other text {i}", "b")
         live = llm.write(live, f"other text {i}", "b")
     same(again(store).open("m"), live)
-    assert next(s.left for s in store.stats("m")) == 1.0
+    assert next(s.share_left for s in store.stats("m")) == 1.0
     with pytest.raises(ValueError, match=r"the quota is 0\.5"):
         store.write(llm, "m", "more of it", "a")
     with pytest.raises(ValueError, match=r"the quota is 0\.5"):
@@ -868,13 +870,17 @@ def test_stats_and_diff_count_slots(llm, store):
     a, b, c = store.stats("m", ahead=(0, 2))
     left = memory.slots_left().double().mean(1)
     assert (a.source, a.tokens, a.slots, a.pinned, c.pinned) == ("a", 22, 22, False, True)
-    assert a.left == left[0].item() / 22 and b.left == left[1].item() / 11 and c.left == left[2].item() / 11
-    assert a.forecast == {0: a.left, 2: pytest.approx(a.left * forecast(memory, 2))}
-    assert c.forecast == {0: c.left, 2: c.left} and b.expires is None
+    assert (
+        a.share_left == left[0].item() / 22
+        and b.share_left == left[1].item() / 11
+        and c.share_left == left[2].item() / 11
+    )
+    assert a.forecast == {0: a.share_left, 2: pytest.approx(a.share_left * forecast(memory, 2))}
+    assert c.forecast == {0: c.share_left, 2: c.share_left} and b.expires is None
     assert timedelta(0) < a.expires - datetime.now(UTC) <= timedelta(hours=1)
     changes = {change.source: change for change in store.diff("m", 1)}
     assert changes["a"].tokens == (11, 22) and changes["b"].tokens == (0, 11)
-    assert changes["a"].left == (live[1].slots_left()[0].double().mean(), left[0].item())
+    assert changes["a"].slots_left == (live[1].slots_left()[0].double().mean(), left[0].item())
     assert store.diff("m", 4, 5) == []
 
 
@@ -954,7 +960,7 @@ def test_a_database_that_can_not_grow_refuses_and_keeps_the_old_version(llm, sto
 
 def test_a_damaged_or_missing_object_is_named_and_others_are_read(llm, store):
     live = filled(llm, store, sources="abacab")
-    row = store._journal.version(store._id("m"), 4)
+    row = store._journal.version("m", 4)
     path = store.path / "objects" / row.object[:2] / f"{row.object}.safetensors"
     data = path.read_bytes()
     for damage, words in ((data[:-1], "is damaged"), (data[:-1] + b"\x07", "is damaged"), (None, "is missing")):
@@ -991,7 +997,7 @@ def test_objects_can_lie_elsewhere(llm, tmp_path, url):
         for i, memory in enumerate(memories):
             same(cold.open(name, i), memory)
     assert set(store._objects.names()) == store._journal.objects()
-    cold._objects._write(row := cold._journal.head(cold._id("f")).object, b"broken off")
+    cold._objects._write(row := cold._journal.head(cold._journal.id("f")).object, b"broken off")
     with pytest.raises(ValueError, match=f"the object {row} of the store is damaged"):
         Store(tmp_path / "s").open("f")
 
@@ -1001,11 +1007,11 @@ def test_objects_can_lie_elsewhere(llm, tmp_path, url):
 
 def test_the_second_waits_or_is_told_whom_it_waits_for(llm, store):
     live = filled(llm, store)
-    lock = FileLock(store._lock_path(store._id("m")))
+    lock = FileLock(store.path / "locks" / f"{store._journal.id('m')}.lock")
     held, leave = threading.Event(), threading.Event()
 
     def hold():
-        with store._alone("m"):
+        with store._locks.memory("m"):
             held.set()
             leave.wait(300)
 
@@ -1091,14 +1097,14 @@ def test_threads_share_a_store(llm, store):
 def test_a_reader_waits_for_the_version_that_is_being_written(llm, store, monkeypatch):
     store.create("a", start(llm))
     begun, go = threading.Event(), threading.Event()
-    computed = Store._computed
+    compute = Writer.compute
 
     def slowly(*args):
         begun.set()
         assert go.wait(300)
-        return computed(*args)
+        return compute(*args)
 
-    monkeypatch.setattr(Store, "_computed", slowly)
+    monkeypatch.setattr(Writer, "compute", slowly)
     writer = threading.Thread(target=store.write, args=(llm, "a", "a text", "s"))
     writer.start()
     assert begun.wait(300)
@@ -1123,12 +1129,12 @@ def test_memories_are_kept_up_to_a_number_of_bytes_the_last_used_ones(llm, tmp_p
     for i in range(12):
         same(store.open(f"m{i}"), live[i])
         assert store.open(f"m{i}") is store.open(f"m{i}")
-        assert 0 < store._cache._bytes <= 60_000
+        assert 0 < store._states.cache.bytes <= 60_000
     size = live[0].slots.numel() * 4 + live[0].births.numel() * 8
-    assert store._cache._bytes // size == 60_000 // size
+    assert store._states.cache.bytes // size == 60_000 // size
     nothing = Store(tmp_path / "s", cache_bytes=0)
     same(nothing.open("m3"), live[3])
-    assert nothing._cache._bytes == 0 and nothing.open("m3") is not nothing.open("m3")
+    assert nothing._states.cache.bytes == 0 and nothing.open("m3") is not nothing.open("m3")
 
 
 # --- export and import ----------------------------------------------------------------------------------------------
@@ -1227,7 +1233,8 @@ HOSTILE = {
     "no object": lambda e: dict(list(e.items())[:-1]),
     "another object": lambda e: e.update({list(e)[-1]: b"\0" * len(e[list(e)[-1]])}),
     "a longer object": lambda e: e.update({list(e)[-1]: e[list(e)[-1]] + b"\0"}),
-    "another format": manifest(lambda m: m.update(format="latentmem export 2")),
+    "another format": manifest(lambda m: m.update(format="latentmem export 3")),
+    "an older format": manifest(lambda m: m.update(format="latentmem export 1")),
     "a key more": manifest(lambda m: m.update(more=1)),
     "an object's path": manifest(lambda m: m["objects"].update({"../x": 3})),
     "an endless expiry": manifest(lambda m: m.update(expiries={"a": float("inf")})),
@@ -1330,7 +1337,7 @@ def _put(folder, data):
 
 def test_the_snapshot_object_is_a_file_of_the_memory(llm, store):
     live = filled(llm, store, sources="aba")
-    row = store._journal.version(store._id("m"), 3)
+    row = store._journal.version("m", 3)
     assert row.kind == "snapshot"
     loaded = Memory.load(store.path / "objects" / row.object[:2] / f"{row.object}.safetensors")
     same(replace(loaded, version=""), live[3])

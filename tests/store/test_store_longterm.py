@@ -75,7 +75,7 @@ def test_every_version_is_that_memory_also_in_another_process(llm, filled):
 
 def test_full_blocks_are_objects_that_versions_share(filled):
     store, _ = filled
-    blocks = [version.made.get("blocks", {}) for version in store.history("m")]
+    blocks = [version.facts.get("blocks", {}) for version in store.history("m")]
     names = {name for some in blocks for name in some}
     assert len(names) >= 4 and any(set(a) & set(b) for a, b in zip(blocks, blocks[3:], strict=False))
     assert names <= set(store._objects.names())
@@ -87,7 +87,7 @@ def test_full_blocks_are_objects_that_versions_share(filled):
 
 def test_a_missing_block_is_named(filled):
     store, _ = filled
-    name = [next(iter(version.made["blocks"])) for version in store.history("m") if version.made.get("blocks")][-1]
+    name = [next(iter(version.facts["blocks"])) for version in store.history("m") if version.facts.get("blocks")][-1]
     store._objects.remove(name)
     with pytest.raises(ValueError, match=f"{name}.*missing"):
         Store(store.path).open("m")
@@ -96,7 +96,7 @@ def test_a_missing_block_is_named(filled):
 def test_a_block_that_was_swept_is_put_down_again(llm, filled):
     """What is in memory of a block does not vouch for what is on the disk."""
     store, states = filled
-    for name in {name for version in store.history("m") for name in version.made.get("blocks", {})}:
+    for name in {name for version in store.history("m") for name in version.facts.get("blocks", {})}:
         store._objects.remove(name)
     store.create("copy", replace(states[-1], version="", parent=""))
     same(Store(store.path).open("copy"), states[-1])
@@ -143,19 +143,19 @@ def test_an_exact_forgetting_leaves_nothing_in_the_store(llm, filled):
 def test_an_exact_forgetting_whose_replay_fails_leaves_no_block_of_before(llm, filled):
     """Without the forgotten text another one is over the quota, and fails."""
     store, _ = filled
-    blocks = {name for version in store.history("m") for name in version.made.get("blocks", {})}
-    refused = store._computed
+    blocks = {name for version in store.history("m") for name in version.facts.get("blocks", {})}
+    compute = store._writer.compute
 
     def computed(llm, row, *rest):
         if row.seq == len(TEXTS):
             raise ValueError("no")
-        return refused(llm, row, *rest)
+        return compute(llm, row, *rest)
 
-    store._computed = computed
+    store._writer.compute = computed
     store.forget_by_replay(llm, "m", "s0")
     left = set(store._objects.names())
-    named = {name for version in store.history("m") for name in version.made.get("blocks", {})}
-    assert store.history("m")[-1].state == "failed" and not store.history("m")[-1].made.get("blocks")
+    named = {name for version in store.history("m") for name in version.facts.get("blocks", {})}
+    assert store.history("m")[-1].state == "failed" and not store.history("m")[-1].facts.get("blocks")
     assert blocks & left <= named
 
 
@@ -169,9 +169,9 @@ def test_a_file_that_names_other_blocks_than_its_snapshots_is_refused(llm, fille
         parts = {name: file.read(name) for name in file.namelist()}
     manifest = json.loads(parts["manifest.json"])
     lines = [json.loads(line) for line in parts["journal.jsonl"].splitlines()]
-    gone = next(iter(next(line["made"]["blocks"] for line in lines if line["made"].get("blocks"))))
+    gone = next(iter(next(line["facts"]["blocks"] for line in lines if line["facts"].get("blocks"))))
     for line in lines:
-        line["made"].get("blocks", {}).pop(gone, None)
+        line["facts"].get("blocks", {}).pop(gone, None)
     del manifest["objects"][gone], parts[f"objects/{gone}.safetensors"]
     parts["manifest.json"] = json.dumps(manifest).encode()
     parts["journal.jsonl"] = "\n".join(map(json.dumps, lines)).encode()

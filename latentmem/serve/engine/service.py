@@ -29,7 +29,7 @@ from latentmem.serve.engine.computing import EngineModel
 from latentmem.serve.engine.engine import Engine
 from latentmem.serve.engine.threads import release_threads
 from latentmem.store import Store, Version
-from latentmem.store.store import Content
+from latentmem.store.writing import Content
 
 Result = TypeVar("Result")
 OWN_KEY = "request "  # begins the idempotency keys that the service makes itself

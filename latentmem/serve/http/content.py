@@ -21,7 +21,7 @@ from latentmem.serve.http.responder import collected, usage
 from latentmem.serve.http.state import app_state, authorize, check_length, request_log
 from latentmem.serve.http.waiting import carried_out, read_store, with_timeout
 from latentmem.store import Store, Version
-from latentmem.store.store import Content
+from latentmem.store.writing import Content
 
 router = APIRouter(prefix="/v1/memories", tags=["memories"])
 WORD = {"type": "string"}
@@ -69,7 +69,7 @@ async def write(
 
 def _written(name: str, version: Version, count: int) -> Json:
     facts: dict[str, Any] = {"version": version.version, "tokens": version.tokens or count, "state": version.state}
-    facts |= {what: version.made.get(what) for what in ("M", "N")}
+    facts |= {what: version.facts.get(what) for what in ("M", "N")}
     return Json(schema.Written(id=name, **facts).model_dump())
 
 

@@ -48,7 +48,7 @@ def _line(version: Version, key: Key, text: bool) -> schema.HistoryLine:
     facts["base"] = schema.VersionOf(id=base[0], version=base[1]) if base is not None else None
     facts["text"] = version.text if text else None
     facts["key"] = None if (version.key or "").startswith(OWN_KEY) else version.key
-    return schema.HistoryLine(**facts, M=version.made.get("M"), N=version.made.get("N"))
+    return schema.HistoryLine(**facts, M=version.facts.get("M"), N=version.facts.get("N"))
 
 
 @router.get("/{id}/stats")
@@ -61,7 +61,8 @@ async def stats(request: Request, id: str, version: VersionQuery = None) -> sche
     def read(store: Store) -> schema.Stats:
         number, memory = _opened(store, id, version)
         half_life = memory.half_life if memory.half_life < float("inf") else None
-        sources = [schema.SourceLeft(**asdict(source)) for source in store.stats(id, version=number)]
+        lines = [asdict(source) for source in store.stats(id, version=number)]
+        sources = [schema.SourceLeft(left=line.pop("share_left"), **line) for line in lines]
         facts = {what: getattr(memory, what) for what in ("M", "N", "K")}
         return schema.Stats(id=id, version=number, half_life=half_life, sources=sources, **facts)
 

@@ -1,0 +1,343 @@
+"""Writes: acknowledged in the journal first, then computed, then kept as an object and named by their row.
+
+acknowledge   the row is committed, `pending`; no model is needed, and no crash loses it
+settle        each pending row in order: compute, put the object on disk, commit the row as `applied` or `failed`
+event         pin, unpin, forget, expire: a row alone, on top of the newest version
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from latentmem.core import memory as memories
+from latentmem.core.memory import Memory, Update
+from latentmem.errors import NotFoundError
+from latentmem.model.model import MemoryModel
+from latentmem.model.prompts import Message
+from latentmem.model.writing import Progress
+from latentmem.store import delta
+from latentmem.store.journal import Journal, Row
+from latentmem.store.locks import Locks
+from latentmem.store.states import States, after_event, facts, plain, size
+
+ATTEMPTS = 3  # broken-off attempts to apply a write before it is given up
+CONTENTS = ("text", "turns", "ids")  # what a write can hold
+Content = str | Sequence[Message] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A text as the model reads it: token ids, and the role under which they are written."""
+
+    ids: list[int]
+    role: str | None
+
+
+@dataclass(frozen=True)
+class Written:
+    """A write that is computed and not on disk yet.
+
+    Args:
+        row: applied, but for its object.
+        content: of the object: a delta, or the memory where it is a snapshot.
+        after: the memory with the write.
+    """
+
+    row: Row
+    content: bytes | Memory
+    after: Memory
+
+
+class Writer:
+    """Changes the memories of one store; whoever calls holds the memory, except for `append`."""
+
+    def __init__(self, journal: Journal, states: States, locks: Locks) -> None:
+        self._journal, self._states, self._locks = journal, states, locks
+
+    # --- acknowledging ----------------------------------------------------------------------------------------------
+
+    def append(self, name: str, payload: dict[str, Any], key: str | None) -> Row:
+        """The row of a write, pending, or the row that has this key already."""
+        memory = self._journal.id(name)
+        with self._journal.transaction():
+            return self._keyed(name, memory, key, payload) or self._acknowledge(name, memory, payload, key)
+
+    def write(
+        self,
+        llm: MemoryModel,
+        name: str,
+        memory: int,
+        payload: dict[str, Any],
+        key: str | None,
+        progress: Progress | None = None,
+        tokens: Tokens | ValueError | None = None,
+    ) -> Row:
+        """Acknowledge a write and apply it; where that fails, nothing has changed."""
+        self.advance(llm, name, memory)
+        known = self._keyed(name, memory, key, payload)
+        if known is not None:
+            return _succeeded(known)
+        tokens = tokens or tokenised(llm, payload)
+        if isinstance(tokens, ValueError):  # what the model refuses is not acknowledged
+            raise tokens
+        pending = self._acknowledge(name, memory, payload, key)
+        try:
+            self.settle(llm, memory, progress, {pending.id: tokens})
+            return _succeeded(self._journal.row(pending.id))
+        except BaseException as error:
+            self._withdraw(pending, error)
+            raise
+
+    def _keyed(self, name: str, memory: int, key: str | None, payload: dict[str, Any]) -> Row | None:
+        """The version of this key, if it is that of the same text."""
+        row = None if key is None else self._journal.keyed(memory, key)
+        if row is not None and row.payload.get("sha256") != payload["sha256"]:
+            raise ValueError(f"the key {key!r} belongs to another text, version {row.seq} of {name!r}; use a new key.")
+        at = self._journal.expiries(memory).get(payload["source"])
+        if row is None and at is not None and at <= time.time():
+            raise ValueError(
+                f"the source {payload['source']!r} of {name!r} has expired, so what is written would be forgotten at "
+                f"once; give it another time with `expire`, or None."
+            )
+        return row
+
+    def _acknowledge(self, name: str, memory: int, payload: dict[str, Any], key: str | None) -> Row:
+        with self._journal.transaction():
+            if self._journal.find(name) != memory:
+                raise NotFoundError(f"the memory {name!r} was deleted meanwhile.")
+            base = self._journal.head(memory).id
+            return self._journal.append(Row(memory, "write", base, payload, key, state="pending"))
+
+    def _withdraw(self, row: Row, error: BaseException) -> None:
+        """Take back a write that could not be applied, so that nothing has changed."""
+        try:
+            with self._journal.transaction():
+                if self._journal.row(row.id).state == "applied":
+                    return
+                if self._journal.has_children(row.id):
+                    self._fail(row, str(error))
+                else:
+                    self._journal.remove([row.id])
+        except OSError:
+            error.add_note(f"It stays in the journal as version {row.seq}, and is applied when there is room again.")
+
+    def _fail(self, row: Row, reason: str) -> None:
+        self._journal.change(replace(row, state="failed", error=reason))
+
+    # --- applying ---------------------------------------------------------------------------------------------------
+
+    def advance(self, llm: MemoryModel | None, name: str, memory: int, progress: Progress | None = None) -> None:
+        """Apply the writes that wait, then forget the sources that have expired."""
+        if llm is not None:
+            self.settle(llm, memory, progress)
+        for source in self.expired(memory):
+            self.event(name, memory, "expire", source)
+
+    def settle(
+        self,
+        llm: MemoryModel,
+        memory: int,
+        progress: Progress | None = None,
+        known: Mapping[int, Tokens | ValueError] | None = None,
+    ) -> None:
+        """Apply the writes that wait, in order.
+
+        Args:
+            known: tokens of rows, where the caller has them.
+        """
+        rows = self._journal.pending(memory)
+        texts = dict(known or {})
+        for row in rows:
+            texts[row.id] = texts.get(row.id) or tokenised(llm, row.payload)
+        steps = in_all(progress, [length(texts[row.id]) for row in rows])
+        for row, step in zip(rows, steps, strict=True):
+            self._apply(llm, row, texts[row.id], step)
+
+    def _apply(self, llm: MemoryModel, row: Row, tokens: Tokens | ValueError, progress: Progress | None) -> None:
+        base = self._journal.row(row.base or 0)
+        before = self._states.memory(base)
+        llm.check(before)
+        if row.attempts >= ATTEMPTS:
+            self._fail(row, f"applying it was broken off {ATTEMPTS} times")
+            return
+        begun = replace(row, attempts=row.attempts + 1)
+        self._journal.change(begun)
+        try:
+            with self._not_counted(row, KeyboardInterrupt, torch.OutOfMemoryError, OSError):
+                written = self.compute(llm, begun, before, self._states.deltas(base), tokens, progress)
+        except ValueError as error:
+            self._fail(row, str(error))
+            return
+        with self._not_counted(row, OSError):
+            self._commit(written)
+
+    def _commit(self, written: Written) -> None:
+        """Put the object of a write on disk, then its row."""
+        with self._locks.objects():
+            self._journal.change(self._states.put(written.row, written.content))
+        self._states.cache.put(written.row.id, written.after)
+
+    @contextlib.contextmanager
+    def _not_counted(self, row: Row, *errors: type[BaseException]) -> Iterator[None]:
+        """Take an attempt off the row that ends with one of these errors: they pass, and the text is not the reason."""
+        try:
+            yield
+        except errors:
+            with contextlib.suppress(OSError):  # a full disk takes no note of it either
+                self._journal.change(row)
+            raise
+
+    def compute(
+        self,
+        llm: MemoryModel,
+        row: Row,
+        before: Memory,
+        deltas: int,
+        tokens: Tokens | ValueError,
+        progress: Progress | None = None,
+    ) -> Written:
+        """Compute a write.
+
+        Args:
+            before: the state of its base.
+            deltas: between that and the snapshot before it.
+            tokens: of its text, or why the model refuses the text.
+        """
+        if isinstance(tokens, ValueError):
+            raise tokens
+        after, updates = _written(llm, before, tokens.ids, row.payload["source"], progress)
+        small = deltas + 1 < self._states.snapshot_every and delta.size(updates) < size(after)
+        payload = row.payload | {"tokens": len(tokens.ids), "resolved": tokens.role}
+        row = replace(row, payload=payload, state="applied", facts=facts(after))
+        return Written(row, delta.to_bytes(updates) if small else after, after)
+
+    # --- without a text ---------------------------------------------------------------------------------------------
+
+    def event(self, name: str, memory: int, event: str, source: str) -> Row:
+        """Add a version that needs no model, on top of the newest."""
+        head = self._states.ready(name, self._journal.head(memory))
+        row = Row(memory, event, head.id, {"source": source})
+        after = plain(after_event(row, self._states.memory(head)))
+        with self._journal.transaction():
+            if self._journal.head(memory).id != head.id:
+                raise ValueError(f"a write into {name!r} was acknowledged meanwhile; `apply` it and try again.")
+            row = self._journal.append(replace(row, facts=facts(after)))
+        self._states.cache.put(row.id, after)
+        return row
+
+    def expired(self, memory: int) -> list[str]:
+        """Sources of the newest version whose time is over; while that waits, all sources whose time is over."""
+        over = [source for source, at in self._journal.expiries(memory).items() if at <= time.time()]
+        if not over:
+            return []
+        head = self._journal.head(memory)
+        if self._states.waits(head):
+            return over
+        held = {source.name for source in self._states.memory(head).sources}
+        return [source for source in over if source in held]
+
+
+def _succeeded(row: Row) -> Row:
+    """The row of a write that was applied; a ValueError says why it was not."""
+    if row.state == "failed":
+        raise ValueError(row.error)
+    return row
+
+
+def payload(content: Content, source: str, role: str | None) -> dict[str, Any]:
+    """What the journal keeps of a write, before it is applied.
+
+    Raises:
+        ValueError: nothing to write, or what can not be written.
+    """
+    if isinstance(content, str):
+        body: dict[str, Any] = {"text": content}
+        empty = not content.strip()
+    elif isinstance(content, Sequence) and content and isinstance(content[0], dict):
+        if role:
+            raise ValueError(f"turns of a conversation have roles of their own: got {role!r} besides.")
+        turns: Any = content
+        body, empty = {"turns": [{"role": turn["role"], "content": turn["content"]} for turn in turns]}, False
+    else:
+        ids = torch.as_tensor(content)
+        empty = not ids.numel()
+        if not empty and (ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool or role):
+            raise ValueError(
+                f"token ids must be one list of integers, without a role: got {list(ids.shape)}, {role!r}."
+            )
+        body = {"ids": ids.tolist()}
+    if empty:
+        raise ValueError("the text to be written is empty; give at least one character.")
+    body |= {"source": source, "role": role}
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text is not valid Unicode; write UTF-8.") from None
+    return body | {"sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
+
+
+def content_of(row: Row) -> Content | None:
+    """What was written; None: the event is no write."""
+    return next((row.payload[kind] for kind in CONTENTS if kind in row.payload), None)
+
+
+def tokenised(llm: MemoryModel, payload: dict[str, Any]) -> Tokens | ValueError:
+    """The tokens of a write, or why the model refuses it."""
+    if "ids" in payload:
+        return Tokens(payload["ids"], None)
+    try:
+        prompts = llm.prompts_or_raise()
+        if "turns" in payload:
+            return Tokens([i for turn in payload["turns"] for i in prompts.turn(turn)], None)
+        role = payload.get("resolved") or payload["role"] or (prompts.style.wrap if prompts.chats else None) or "raw"
+        return Tokens(prompts.written(payload["text"], role), role)
+    except ValueError as error:
+        return error
+
+
+def length(tokens: Tokens | ValueError) -> int:
+    """Tokens of a write; 0 where the model refuses it."""
+    return len(tokens.ids) if isinstance(tokens, Tokens) else 0
+
+
+def in_all(progress: Progress | None, lengths: Sequence[int]) -> Iterator[Progress | None]:
+    """The progress of each of several writes, which counts the tokens of all of them.
+
+    Args:
+        lengths: tokens of each.
+    """
+    done, total = 0, sum(lengths)
+    for count in lengths:
+        yield None if progress is None else partial(_share, progress, done, total)
+        done += count
+
+
+def _share(progress: Progress, before: int, total: int, done: int, _: int) -> None:
+    progress(before + done, total)
+
+
+def _written(
+    llm: MemoryModel, memory: Memory, ids: list[int], source: str, progress: Progress | None
+) -> tuple[Memory, list[Update]]:
+    """`llm.write_ids`, and each of its updates."""
+    updates = []
+    for start in range(0, len(ids), memory.piece):
+        piece = ids[start : start + memory.piece]
+        following = llm.write_ids(memory, piece, source)
+        k = sum(s.slots for s in following.sources) - sum(s.slots for s in memory.sources)
+        new = following.slots[:, -k:].clone().cpu()
+        dropped = memories.draw(memory, k)
+        updates.append(Update(new, dropped, source, len(piece), llm.retriever.new_keys(memory, dropped)))
+        memory = following
+        if progress is not None:
+            progress(start + len(piece), len(ids))
+    return memory, updates
