@@ -19,7 +19,7 @@ class LatentmemError(ValueError):
 
 
 class NotFoundError(LatentmemError):
-    """There is no memory, version, source or key of this name."""
+    """There is no memory, version or key of this name."""
 
     @classmethod
     def memory(cls, name: str, known: Iterable[str] = ()) -> NotFoundError:

@@ -7,14 +7,13 @@ from dataclasses import replace
 import torch
 
 from latentmem.core.memory import Memory, gathered, kept, lowest, within_quota
-from latentmem.errors import NotFoundError
 
 
 def pin(memory: Memory, name: str, pinned: bool = True) -> Memory:
     """Keep the slots of a source, and those that it will write, from every random drop; `pinned=False`: no longer.
 
     Raises:
-        NotFoundError: no such source.
+        ValueError: no such source.
         ValueError: pinned slots would take more than the share `quota` of N.
     """
     i = _index(memory, name)
@@ -34,7 +33,7 @@ def forget(memory: Memory, name: str) -> Memory:
         The next memory, [L, M - most slots of the source in a layer, d]; updates and tokens are counted as before.
 
     Raises:
-        NotFoundError: no such source.
+        ValueError: no such source.
     """
     i = _index(memory, name)
     mine = memory.origins == i
@@ -54,7 +53,7 @@ def forget(memory: Memory, name: str) -> Memory:
 def _index(memory: Memory, name: str) -> int:
     names = [source.name for source in memory.sources]
     if name not in names:
-        raise NotFoundError(f"this memory has no source {name!r} (it has: {', '.join(names) or 'none'}).")
+        raise ValueError(f"this memory has no source {name!r} (it has: {', '.join(names) or 'none'}).")
     return names.index(name)
 
 
