@@ -19,6 +19,7 @@ from latentmem.cli import base
 from latentmem.cli.base import PACKAGED, Adapters, Device, app
 
 if TYPE_CHECKING:
+    from latentmem.core.settings import MemorySettings
     from latentmem.model.model import MemoryModel
 
 evaluation = typer.Typer(help="Measure a memory: its curves, beside what else could be done.", no_args_is_help=True)
@@ -63,10 +64,11 @@ class Shared:
         return _loaded(self.model, self.dtype, self.device, self.adapters)
 
     @property
-    def slots(self) -> dict[str, Any]:
-        """What `protocol.Slots` takes, and the seed."""
-        c, choice = _slots(self.loaded[0], self.compression, self.choice)
-        return {"N": self.capacity, "compression": c, "choice": choice, "seed": self.seed}
+    def memory(self) -> MemorySettings:
+        """Settings of the memory that is measured."""
+        from latentmem.core.settings import MemorySettings
+
+        return MemorySettings(self.capacity, compression=self.compression, choice=self.choice, seed=self.seed)
 
     def tokens(self, text: str) -> int:
         """How many tokens a text has."""
@@ -149,6 +151,7 @@ def retention(
 ) -> None:
     """How much is still known of a text after others were written, beside floor, oracle, window and BM25."""
     import latentmem
+    from latentmem.core.settings import LongTermSettings, MemorySettings
     from latentmem.evaluate import runner
     from latentmem.evaluate.asking import NEW_TOKENS
     from latentmem.evaluate.data import questions as sets
@@ -164,21 +167,16 @@ def retention(
     loading: dict[str, Any] = {"name": model, "dtype": kind, "device": device, "quantize": quantize}
     loading["adapters"] = base.pair(adapters)
     llm = latentmem.load(**loading)
-    c, way = _slots(llm, compression, choice)
+    kept = {"limit": longterm_limit} if longterm_limit else {"keep": False}
+    archive = LongTermSettings(longterm, group=group, **kept) if longterm else None
     settings = Settings(
+        MemorySettings(None, per_update, compression=compression, choice=choice, seed=seed, longterm=archive),
         steps=_numbers("--steps", steps),
         capacities=_numbers("--capacity", capacity),
         fills=tuple(fill.split(",")),
         rows=tuple(rows.split(",")),
-        K=per_update,
-        compression=c,
-        choice=way,
-        longterm=longterm,
-        longterm_limit=longterm_limit,
-        group=group,
         new_tokens=new_tokens or (20 if data == "synthetic" else NEW_TOKENS),
         stream=stream,
-        seed=seed,
     )
     prompts = llm.prompts_or_raise()
     drawn: dict[str, Any] = {"questions": questions, "per_text": per_text, "seed": seed}
@@ -233,7 +231,7 @@ def effects(
     from latentmem.evaluate.protocols import effects as asked
 
     chosen = sets.load("squad", shared.tokens, questions=4 * texts, per_text=4, seed=shared.seed)
-    settings = asked.Settings(**shared.slots, texts=texts)
+    settings = asked.Settings(shared.memory, texts=texts)
     shared.measured("effects", asked.measure, chosen, settings)
 
 
@@ -262,7 +260,7 @@ def editing(
 
     settings = asked.Settings(edits=edits, rows=tuple(rows.split(",")), sequence=_numbers("--sequence", sequence))
     chosen = sets.load(data, seed=shared.seed, file=file)
-    shared.measured("editing", asked.measure, chosen, replace(settings, **shared.slots), table=asked.markdown)
+    shared.measured("editing", asked.measure, chosen, replace(settings, memory=shared.memory), table=asked.markdown)
 
 
 @evaluation.command()
@@ -289,7 +287,7 @@ def integrity(
     from latentmem.evaluate.protocols import integrity as asked
 
     settings = asked.Settings(
-        **shared.slots,
+        shared.memory,
         rows=tuple(rows.split(",")),
         updates=updates,
         ft_updates=ft_updates,
@@ -326,7 +324,7 @@ def forget(
     count = per_text * texts
     chosen = sets.load(data, shared.tokens, questions=count, per_text=per_text, seed=shared.seed)
     new = new_tokens or (20 if data == "synthetic" else NEW_TOKENS)
-    settings = asked.Settings(**shared.slots, behind=behind, new_tokens=new)
+    settings = asked.Settings(shared.memory, behind=behind, new_tokens=new)
     shared.measured("forget", asked.measure, chosen, settings)
 
 
@@ -345,7 +343,7 @@ def ability(
     from latentmem.evaluate.protocols import ability as asked
 
     counts = {"blimp": blimp, "piqa": piqa, "mmlu": mmlu}
-    settings = asked.Settings(**shared.slots, texts=texts, blimp=blimp, piqa=piqa, mmlu=mmlu)
+    settings = asked.Settings(shared.memory, texts=texts, blimp=blimp, piqa=piqa, mmlu=mmlu)
     found = [choices.load(name, count, shared.seed) for name, count in counts.items() if count]
     filler = sets.load("squad", shared.tokens, questions=1, per_text=1, seed=shared.seed).unrelated
     shared.measured("ability", asked.measure, found, filler, settings)
@@ -367,7 +365,7 @@ def conversations(
 
     data = asked.load(questions, shared.seed, file)
     chosen = tuple(rows.split(","))
-    settings = asked.Settings(**shared.slots, rows=chosen, longterm=longterm, passages=passages, new_tokens=new_tokens)
+    settings = asked.Settings(shared.memory, rows=chosen, longterm=longterm, passages=passages, new_tokens=new_tokens)
     shared.measured("conversations", asked.measure, data, settings)
 
 
@@ -390,7 +388,7 @@ def longbench(
 
     sets = [asked.load(name, examples, shared.seed) for name in data.split(",")]
     chosen = tuple(rows.split(","))
-    settings = asked.Settings(**shared.slots, rows=chosen, length=length, passages=passages)
+    settings = asked.Settings(shared.memory, rows=chosen, length=length, passages=passages)
     shared.measured("longbench", asked.measure, sets, settings)
 
 
@@ -492,14 +490,6 @@ def _stoppable(out: Path) -> Iterator[None]:
 def _command() -> str:
     """The command as it was given, for the tables."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
-def _slots(llm: MemoryModel, compression: int | None, choice: str | None) -> tuple[int, str]:
-    """Tokens per slot and which of them is kept: as given, or as the adapters were trained."""
-    from latentmem.core.settings import MemorySettings
-
-    shape = llm.shape or MemorySettings()
-    return compression or shape.compression or 1, choice or shape.choice or "last"
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

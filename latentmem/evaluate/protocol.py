@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 
 from latentmem.core.memory import Memory
+from latentmem.core.settings import LongTermSettings, MemorySettings
 from latentmem.evaluate import runner
 from latentmem.evaluate.asking import written
 from latentmem.evaluate.stats import Estimate
@@ -17,21 +18,24 @@ from latentmem.evaluate.tables import results
 from latentmem.model.model import MemoryModel
 
 Record = runner.Record
+MEMORY = MemorySettings(N=2048)  # the memory that is measured by default
 
 
 @dataclass(frozen=True)
-class Slots:
-    """The memory that is measured.
+class Settings:
+    """What the settings of every protocol hold.
 
     Args:
-        N: slots of the memory; a checkpoint has its own.
-        compression: tokens per slot.
-        choice: which token becomes a slot.
+        memory: settings of the memory that is measured; a checkpoint has its own N and K. The seed is also the seed of
+            everything that is drawn.
     """
 
-    N: int = 2048
-    compression: int = 1
-    choice: str = "last"
+    memory: MemorySettings = MEMORY
+
+    @property
+    def seed(self) -> int:
+        """Seed of everything that is drawn, and of every drop."""
+        return self.memory.seed
 
 
 class EnoughError(Exception):
@@ -59,64 +63,62 @@ AnyLine = TypeVar("AnyLine", bound=Line)
 Result = TypeVar("Result")
 
 
-def empty(llm: MemoryModel, slots: Slots, seed: int, longterm: Mapping[str, int] | None = None) -> Memory:
-    """An empty memory; of a checkpoint, the one that it holds.
+def empty(llm: MemoryModel, memory: MemorySettings) -> Memory:
+    """An empty memory; of a checkpoint, the checkpoint's own pool."""
+    return llm.empty(settings=replace(memory, N=None, K=None) if llm.born_full else memory)
 
-    Args:
-        longterm: as of `MemoryModel.empty`. Its R of the N slots are what a question takes of what was dropped; a
-            checkpoint has them beside its N.
+
+def shared(llm: MemoryModel, memory: MemorySettings, longterm: LongTermSettings) -> MemorySettings:
+    """The settings of a memory whose N slots include the R that a question takes of what was dropped.
+
+    A checkpoint has the R slots beside its own N. One update reads the same piece with and without a long-term part.
     """
-    if llm.born_full:
-        return llm.empty(seed=seed, longterm=longterm)
-    of: Any = {"compression": slots.compression, "seed": seed, "choice": slots.choice}
-    whole = llm.empty(slots.N, **of)
-    if not longterm:
-        return whole
-    N = slots.N - longterm["R"]
-    return llm.empty(N, min(whole.K, N), longterm=longterm, **of)  # the same pieces as without
+    whole = empty(llm, memory)
+    N = whole.N if llm.born_full else whole.N - longterm.R
+    return replace(memory, N=N, K=min(whole.K, N), longterm=longterm)
 
 
-def full(
-    llm: MemoryModel,
-    slots: Slots,
-    unrelated: Iterable[str],
-    seed: int,
-    share: float = 1.0,
-    longterm: Mapping[str, int] | None = None,
-) -> Memory:
+def full(llm: MemoryModel, memory: MemorySettings, unrelated: Iterable[str], share: float = 1.0) -> Memory:
     """A memory into which unrelated texts were written until it was full and nothing of its first slots was left over.
 
     Args:
         unrelated: texts, in the order in which they are written; as many as it takes.
         share: of N, the slots that are filled; the last text of a memory that is not to be full is cut.
-        longterm: as of `empty`.
 
     Raises:
         ValueError: too few unrelated texts.
     """
-    memory, count = empty(llm, slots, seed, longterm), 0
-    wanted = round(share * memory.N)
+    now, count = empty(llm, memory), 0
+    wanted = round(share * now.N)
     texts = iter(unrelated)
-    while wanted > memory.M or (share == 1 and count < memory.N):
+    while wanted > now.M or (share == 1 and count < now.N):
         text = next(texts, None)
         if text is None:
             raise ValueError(
-                f"there are too few unrelated texts to fill {wanted} slots: they filled {memory.M}. Choose a smaller "
+                f"there are too few unrelated texts to fill {wanted} slots: they filled {now.M}. Choose a smaller "
                 f"capacity."
             )
-        ids, before = written(llm, text), memory.updates
-        memory = llm.write_ids(
-            memory, ids if share == 1 else ids[: (wanted - memory.M) * memory.compression], "unrelated"
-        )
-        count += (memory.updates - before) * memory.K
-    return memory
+        ids, before = written(llm, text), now.updates
+        now = llm.write_ids(now, ids if share == 1 else ids[: (wanted - now.M) * now.compression], "unrelated")
+        count += (now.updates - before) * now.K
+    return now
+
+
+def asked(llm: MemoryModel, settings: Settings, chosen: Sequence[str]) -> dict[str, Any]:
+    """Settings as JSON: what a folder is about.
+
+    Args:
+        chosen: settings that choose units and change none: a later run may add to them in the same folder.
+    """
+    values = {name: value for name, value in asdict(settings).items() if name not in chosen}
+    return {**values, "memory": asdict(empty(llm, settings.memory).settings)}
 
 
 def carry_out(
     protocol: str,
     llm: MemoryModel,
     worker: runner.Worker,
-    asked: dict[str, Any],
+    about: dict[str, Any],
     finish: Callable[[runner.Folder, bool], Result],
     out: Path,
     *,
@@ -131,7 +133,7 @@ def carry_out(
     Args:
         protocol: its name and version, such as "effects/1".
         worker: does the work in this process.
-        asked: settings and data, as JSON: what a folder is about; "model" is added where it is not there.
+        about: settings and data, as JSON: what a folder is about; "model" is added where it is not there.
         finish: given the folder and whether the run is complete, writes the results and returns them.
         out: gets config.json and records.jsonl.
         args: what another process makes its own worker of, behind the model.
@@ -146,7 +148,7 @@ def carry_out(
     """
     if workers > 1 and loading is None:
         raise ValueError("more than one worker needs `loading`, the arguments with which they load the model.")
-    config: dict[str, Any] = {"protocol": protocol, **asked}
+    config: dict[str, Any] = {"protocol": protocol, **about}
     config.setdefault("model", model(llm))
     folder = runner.Folder(out, config)
     with folder.working(results.this_run(command)):
@@ -164,11 +166,13 @@ def measure(
     protocol: str,
     llm: MemoryModel,
     worker: runner.Worker,
-    asked: dict[str, Any],
+    data: dict[str, Any],
+    settings: Settings,
     lines: Callable[[Sequence[Record]], list[AnyLine]],
     out: Path,
     *,
     title: str,
+    chosen: Sequence[str] = (),
     args: Sequence[Any] = (),
     after: Callable[[Sequence[Record], Path], list[str]] | None = None,
     table: Callable[[Sequence[AnyLine]], str] | None = None,
@@ -178,6 +182,8 @@ def measure(
     """`carry_out` a protocol whose results are table.md and summary.json.
 
     Args:
+        data: what is asked about, as JSON.
+        chosen: as of `asked`.
         lines: of all records, those of the table.
         after: given all records and the folder, writes more files and returns sentences to stand over the table.
         table: the lines as Markdown; by default `markdown`.
@@ -188,7 +194,8 @@ def measure(
         heading = title if complete else f"{title}, stopped before its end"
         return _write(folder, lines, heading, after, table or markdown, over)
 
-    return carry_out(protocol, llm, worker, asked, finish, out, args=args, **how)
+    about = {"data": data, "settings": asked(llm, settings, chosen)}
+    return carry_out(protocol, llm, worker, about, finish, out, args=args, **how)
 
 
 def model(llm: MemoryModel) -> dict[str, Any]:
@@ -224,9 +231,10 @@ def _write(
     summary = json.dumps(everything, indent=1, allow_nan=False)
     (folder.path / "summary.json").write_text(f"{summary}\n", encoding="utf-8")
     commands = "\n".join(dict.fromkeys(run["command"] for run in runs))
-    asked = ", ".join(f"{key} = {value}" for key, value in config.get("settings", {}).items())
+    values = {**config["settings"]["memory"], **config["settings"]}
+    shown = ", ".join(f"{key} = {value}" for key, value in values.items() if key != "memory" and value is not None)
     head = f"# {title}\n\n```\n{commands}\n```\n\n{runs[-1]['started'][:10]}. {config['model']['name']}, "
-    head += f"adapters {config['model']['adapters'] or 'none'}, {config['model']['dtype']}; {asked}. "
+    head += f"adapters {config['model']['adapters'] or 'none'}, {config['model']['dtype']}; {shown}. "
     head += f"Intervals: 95%, bootstrap over {over}.\n\n"
     head += "".join(f"- {note}\n" for note in notes) + "\n" * bool(notes)
     (folder.path / "table.md").write_text(head + table(found), encoding="utf-8")

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from latentmem import cli
+from latentmem.core.settings import MemorySettings
 from latentmem.evaluate import protocol
 from latentmem.evaluate.data import choices, hub, questions
 from latentmem.evaluate.data.choices import Choices, Item, is_right, logliks
@@ -119,17 +120,17 @@ def test_letters_are_read_off_one_pass_as_if_each_were_scored(llm):
 
 
 def test_a_half_full_memory_is_half_full_and_a_full_one_full(llm):
-    slots = protocol.Slots(N=65)
-    half, full = (protocol.full(llm, slots, UNRELATED, 0, share=share) for share in (0.5, 1.0))
+    slots = MemorySettings(65)
+    half, full = (protocol.full(llm, slots, UNRELATED, share) for share in (0.5, 1.0))
     assert (half.M, full.M) == (32, 65)
     assert {source.name for source in half.sources} == {"unrelated"}
     with pytest.raises(ValueError, match="too few unrelated texts to fill 65 slots"):
-        protocol.full(llm, slots, UNRELATED[:1], 0)
+        protocol.full(llm, slots, UNRELATED[:1])
 
 
 def test_an_empty_memory_is_the_plain_model_and_a_full_one_is_not(llm, rows, tmp_path):
     sets = [choices.load(name, 4, 0) for name in choices.NAMES]
-    settings = Settings(N=64, texts=2, blimp=4, piqa=4, mmlu=4)
+    settings = Settings(MemorySettings(64), texts=2, blimp=4, piqa=4, mmlu=4)
     found = {line.name: line.estimate for line in measure(llm, sets, UNRELATED, settings, tmp_path / "run")}
     assert (found["perplexity, empty / plain"].low, found["perplexity, empty / plain"].high) == (1.0, 1.0)
     assert found["perplexity, full / plain"].mean != 1.0 != found["perplexity, half / plain"].mean

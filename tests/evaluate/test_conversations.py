@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from latentmem import cli
+from latentmem.core.settings import MemorySettings
 from latentmem.evaluate import asking, scoring
 from latentmem.evaluate.baselines import passages
 from latentmem.evaluate.protocols import conversations
@@ -43,7 +44,7 @@ def llm():
     return MemoryModel(tiny_model(max_position_embeddings=2048), byte_tokenizer(), name="tiny")
 
 
-SMALL = {"N": 256, "longterm": 64, "new_tokens": 4}
+SMALL = {"memory": MemorySettings(256), "longterm": 64, "new_tokens": 4}
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
@@ -131,7 +132,9 @@ def test_files_are_read_as_they_come_and_others_are_refused(tmp_path, monkeypatc
 
 def test_every_row_sees_what_it_should(llm, monkeypatch):
     seen = {}
-    worker = Conversations(llm, [dialogue(talk())], Settings(N=128, longterm=32, new_tokens=4, passages=1))
+    worker = Conversations(
+        llm, [dialogue(talk())], Settings(MemorySettings(128), longterm=32, new_tokens=4, passages=1)
+    )
     monkeypatch.setattr(
         worker, "_say", lambda context, prompts: seen.update(context=context, prompts=prompts) or ["red boat"] * 10
     )
@@ -158,7 +161,7 @@ def test_every_row_sees_what_it_should(llm, monkeypatch):
 
 
 def test_the_memory_holds_the_sessions_under_their_names_in_order(llm):
-    worker = Conversations(llm, [dialogue(talk())], Settings(**{**SMALL, "N": 512}))
+    worker = Conversations(llm, [dialogue(talk())], Settings(**{**SMALL, "memory": MemorySettings(512)}))
     memory = worker._written("memory", worker.data[0])
     assert [source.name for source in memory.sources] == ["session 1", "session 2", "session 3"]
     assert memory.updates >= 3

@@ -151,7 +151,7 @@ def test_sentences_are_measured_by_which_answer_is_likelier_per_token():
 @pytest.mark.parametrize("name", ["zsre", "counterfact"])
 def test_a_worker_measures_what_the_model_itself_says(llm, name, tmp_path):
     data = made(name=name)
-    worker = Editing(llm, data, Settings(N=32, edits=2, rows=("none",)), tmp_path)
+    worker = Editing(llm, data, Settings(MemorySettings(32), edits=2, rows=("none",)), tmp_path)
     (record,) = worker.run(("single", "none", 1))
     edit, prompts = data.edits[1], llm.prompts
 
@@ -179,7 +179,7 @@ def test_a_worker_measures_what_the_model_itself_says(llm, name, tmp_path):
 
 def test_an_edit_that_is_learned_has_efficacy_one_and_one_that_is_not_has_its_old_locality(llm, tmp_path):
     data = made()
-    worker = Editing(llm, data, Settings(N=32, edits=2, rows=("none", "ft")), tmp_path)
+    worker = Editing(llm, data, Settings(MemorySettings(32), edits=2, rows=("none", "ft")), tmp_path)
     worker.ways["ft"].steps, worker.ways["ft"].rate = 100, 0.01
     ft, none = worker.run(("single", "ft", 0))[0], worker.run(("single", "none", 0))[0]  # the unedited model comes last
     assert none["efficacy"] < 0.5 and ft["efficacy"] == 1.0 and none["locality"] == 1.0 > ft["locality"]
@@ -190,7 +190,9 @@ def test_an_edit_that_is_learned_has_efficacy_one_and_one_that_is_not_has_its_ol
 
 def test_every_sequence_together_holds_a_hundred_edits_or_all_there_are(llm, tmp_path):
     rows = ("none", "context", "memory-full", "ft")
-    worker = Editing(llm, made(364), Settings(N=32, edits=2, rows=rows, sequence=(1, 10, 60, 100, 1000)), tmp_path)
+    worker = Editing(
+        llm, made(364), Settings(MemorySettings(32), edits=2, rows=rows, sequence=(1, 10, 60, 100, 1000)), tmp_path
+    )
     units, chains = worker.units(), worker.chains()
     assert units[:4] == [("single", row, 0) for row in rows] and units[4] == ("single", "none", 1)
     assert {u[1:4] for u in units[8:]} == {(r, 10, s) for r in ("none", "memory-full", "ft") for s in range(10)}
@@ -210,7 +212,7 @@ def test_what_is_measured_of_a_long_sequence_lies_evenly_over_it():
 
 
 def test_a_sequence_goes_on_from_its_last_segment_and_gives_the_same_as_in_one(llm, tmp_path, monkeypatch, quick):
-    settings = Settings(N=32, edits=2, rows=("bm25", "memory-full", "ft", "lora", "rome"), sequence=(5,))
+    settings = Settings(MemorySettings(32), edits=2, rows=("bm25", "memory-full", "ft", "lora", "rome"), sequence=(5,))
     whole = Editing(llm, made(), settings, tmp_path)
     expected = {row: whole.run(("sequence", row, 5, 0, 0)) for row in settings.rows}
     assert [r["edit"] for r in expected["ft"]] == [f"e{i}" for i in range(5)]
@@ -229,7 +231,7 @@ def test_a_sequence_goes_on_from_its_last_segment_and_gives_the_same_as_in_one(l
 
 @pytest.mark.parametrize("name", ["zsre", "counterfact"])
 def test_one_edit_that_bm25_finds_is_the_edit_in_the_context(llm, name, tmp_path):
-    worker = Editing(llm, made(name=name), Settings(N=32, edits=2, rows=("context", "bm25")), tmp_path)
+    worker = Editing(llm, made(name=name), Settings(MemorySettings(32), edits=2, rows=("context", "bm25")), tmp_path)
     for i in range(6):
         (context,), (found,) = (worker.run(("single", row, i)) for row in ("context", "bm25"))
         assert {**found, "row": "context", "seconds": context["seconds"]} == context
@@ -237,7 +239,9 @@ def test_one_edit_that_bm25_finds_is_the_edit_in_the_context(llm, name, tmp_path
 
 
 def test_of_many_edits_each_prompt_sees_the_one_that_bm25_finds(llm, tmp_path):
-    worker = Editing(llm, made(), Settings(N=32, edits=2, rows=("context", "bm25"), sequence=(4,)), tmp_path)
+    worker = Editing(
+        llm, made(), Settings(MemorySettings(32), edits=2, rows=("context", "bm25"), sequence=(4,)), tmp_path
+    )
     way, context, edits = worker.ways["bm25"], worker.ways["context"], worker.data.edits
     state = way.start("s")
     for edit in edits[:4]:
@@ -264,12 +268,12 @@ def test_of_many_edits_each_prompt_sees_the_one_that_bm25_finds(llm, tmp_path):
 def test_bm25_that_is_not_installed_is_said_before_it_begins(llm, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(ValueError, match="the row 'bm25' needs bm25s"):
-        Editing(llm, made(), Settings(N=32, edits=2, rows=("bm25",)), tmp_path)
-    Editing(llm, made(), Settings(N=32, edits=2, rows=("context",)), tmp_path)
+        Editing(llm, made(), Settings(MemorySettings(32), edits=2, rows=("bm25",)), tmp_path)
+    Editing(llm, made(), Settings(MemorySettings(32), edits=2, rows=("context",)), tmp_path)
 
 
 def test_sequences_of_a_memory_forget_and_single_edits_do_not_see_each_other(llm, tmp_path):
-    worker = Editing(llm, made(), Settings(N=32, edits=3, rows=("memory-empty", "memory-full")), tmp_path)
+    worker = Editing(llm, made(), Settings(MemorySettings(32), edits=3, rows=("memory-empty", "memory-full")), tmp_path)
     one, again = worker.run(("single", "memory-empty", 0)), worker.run(("single", "memory-empty", 1))
     assert {**worker.run(("single", "memory-empty", 0))[0], "seconds": 0} == {**one[0], "seconds": 0}
     assert one[0]["edit"] != again[0]["edit"]
@@ -278,7 +282,7 @@ def test_sequences_of_a_memory_forget_and_single_edits_do_not_see_each_other(llm
     assert worker.ways["memory-empty"].start("e0").M == 0
     memory = way.edit(way.start("e0"), worker.data.edits[0])
     assert [source.name for source in memory.sources] == ["unrelated", "e0"]
-    other = Editing(llm, made(), Settings(N=32, edits=2, rows=("memory-unedited",)), tmp_path)
+    other = Editing(llm, made(), Settings(MemorySettings(32), edits=2, rows=("memory-unedited",)), tmp_path)
     unedited = other.ways["memory-unedited"]
     begun = unedited.start("e0")
     assert torch.equal(unedited.edit(begun, worker.data.edits[0]).slots, way.start("e0").slots)
@@ -289,7 +293,7 @@ def test_sequences_of_a_memory_forget_and_single_edits_do_not_see_each_other(llm
 
 def test_a_long_term_part_has_the_edits_that_the_memory_has_dropped(llm, tmp_path):
     rows = ("memory-full", "longterm")
-    worker = Editing(llm, made(), Settings(N=32, edits=2, rows=rows, sequence=(6,)), tmp_path)
+    worker = Editing(llm, made(), Settings(MemorySettings(32), edits=2, rows=rows, sequence=(6,)), tmp_path)
     way, edits = worker.ways["longterm"], worker.data.edits
     begun = way.start("e0")
     assert (begun.N, begun.M, begun.longterm.settings.R, begun.longterm.settings.limit) == (24, 24, 8, editing.LIMIT)
@@ -308,13 +312,13 @@ def test_a_long_term_part_has_the_edits_that_the_memory_has_dropped(llm, tmp_pat
         state = way.edit(state, edit)
     found = worker._scores(llm.behind(state), edits[0].probes)
     assert records[0]["efficacy"] == pytest.approx(found[edits[0].rewrite][0].hits.double().mean().item(), abs=1e-6)
-    nothing = Editing(llm, made(), Settings(N=32, edits=2, rows=rows), tmp_path)
+    nothing = Editing(llm, made(), Settings(MemorySettings(32), edits=2, rows=rows), tmp_path)
     nothing.ways["longterm"] = Unwritten(llm, lambda: nothing._longterm)
     assert [nothing.run(("single", "longterm", i))[0]["locality"] for i in range(2)] == [1.0, 1.0]
 
 
 def test_a_checkpoint_edits_its_own_pool_as_it_comes_and_other_models_have_none(llm, released, tmp_path):
-    settings = Settings(N=32, edits=2)
+    settings = Settings(MemorySettings(32), edits=2)
     assert settings.rows == tuple(row for row in ROWS if row not in ("bm25", "longterm"))
     assert settings.rows == tuple(inspect.signature(command).parameters["rows"].default.split(","))
     there, here = (Editing(model, made(), settings, tmp_path) for model in (released, llm))
@@ -431,7 +435,7 @@ def test_a_row_that_lost_everything_is_said_and_an_interval_may_have_no_end(tmp_
 
 @pytest.mark.parametrize("name", ["zsre", "counterfact"])
 def test_a_run_of_all_rows_has_an_interval_in_every_cell_and_grows(llm, name, tmp_path, quick):
-    settings = Settings(N=32, edits=2, rows=ROWS, sequence=(1, 3))
+    settings = Settings(MemorySettings(32), edits=2, rows=ROWS, sequence=(1, 3))
     cells = measure(llm, made(name=name), settings, tmp_path / "run")
     found = {(c.T, c.row, c.metric): c.estimate for c in cells}
     assert not any(row == "memory-own" for _, row, _ in found)
@@ -452,8 +456,8 @@ def test_a_run_of_all_rows_has_an_interval_in_every_cell_and_grows(llm, name, tm
     more = measure(llm, made(name=name), replace(settings, edits=3, rows=("none", "ft")), tmp_path / "run")
     assert (tmp_path / "run" / "records.jsonl").read_text().startswith(before)
     assert {c.row: c.estimate.n for c in more if (c.T, c.metric) == (1, "score")}["ft"] == 3
-    with pytest.raises(ValueError, match=r"settings\.N is 32 there and 64 here"):
-        measure(llm, made(name=name), replace(settings, N=64), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"settings\.memory\.N is 32 there and 64 here"):
+        measure(llm, made(name=name), replace(settings, memory=MemorySettings(64)), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -617,7 +621,7 @@ def test_records_that_not_every_row_can_take_are_left_out_and_counted(folder, tm
     assert sorted(edit.id for edit in data.edits) == ["0", "2", "6"]  # of the file, as before
     assert data.source == "zsRE, x.json, 3 records (4 left out: no subject in the prompt, or nothing to ask)"
     assert data.edits != edits.load("zsre", seed=1, file=tmp_path / "x.json").edits
-    worker = Editing(llm, data, Settings(N=32, edits=3, rows=("rome",)), tmp_path)
+    worker = Editing(llm, data, Settings(MemorySettings(32), edits=3, rows=("rome",)), tmp_path)
     worker.ways["rome"].steps = 1
     assert [worker.run(("single", "rome", i))[0]["edit"] for i in range(3)] == [edit.id for edit in data.edits]
 

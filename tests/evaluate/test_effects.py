@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from latentmem.core.settings import MemorySettings
 from latentmem.evaluate.data import hub, questions
 from latentmem.evaluate.data.sets import Question, QuestionSet, Text
 from latentmem.evaluate.protocols import effects
@@ -68,7 +69,10 @@ def test_abstention_is_counted_for_each_kind_of_question():
 
 
 def test_behind_an_empty_memory_text_is_as_likely_as_in_the_plain_model(llm, tmp_path):
-    found = {line.name: line.estimate for line in measure(llm, made(), Settings(N=32, texts=3), tmp_path / "run")}
+    found = {
+        line.name: line.estimate
+        for line in measure(llm, made(), Settings(MemorySettings(32), texts=3), tmp_path / "run")
+    }
     ratio = found["perplexity, empty / plain"]
     assert (ratio.mean, ratio.low, ratio.high) == (1.0, 1.0, 1.0)
     assert found["perplexity, full / plain"].mean != 1.0
@@ -89,22 +93,22 @@ def test_who_says_that_it_does_not_know_abstains_whatever_the_apostrophe(llm, mo
         return [Answer(hit=False, accuracy=0.0, loglik=0.0, said=next(said)) for _ in some]
 
     monkeypatch.setattr(effects, "ask", ask)
-    worker = effects.Effects(llm, made(), Settings(N=32, texts=3))
+    worker = effects.Effects(llm, made(), Settings(MemorySettings(32), texts=3))
     records = worker.run(("abstention", 0))
     assert [r["abstains"] for r in records] == [1, 0, 1, 0, 1, 0]
     assert [(r["kind"], r["way"]) for r in records] == [(k, w) for w in ("memory", "floor") for k in effects.KINDS]
 
 
 def test_the_memory_is_full_of_unrelated_texts_and_never_of_those_that_are_asked(llm):
-    worker = effects.Effects(llm, made(), Settings(N=64, texts=2))
+    worker = effects.Effects(llm, made(), Settings(MemorySettings(64), texts=2))
     memory = worker._full
     assert memory.M == 64 and [source.name for source in memory.sources] == ["unrelated"]
 
 
 def test_another_question_needs_another_folder(llm, tmp_path):
-    measure(llm, made(), Settings(N=32, texts=2), tmp_path / "run")
-    with pytest.raises(ValueError, match=r"settings\.N is 32 there and 64 here"):
-        measure(llm, made(), Settings(N=64, texts=2), tmp_path / "run")
+    measure(llm, made(), Settings(MemorySettings(32), texts=2), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"settings\.memory\.N is 32 there and 64 here"):
+        measure(llm, made(), Settings(MemorySettings(64), texts=2), tmp_path / "run")
 
 
 def test_held_out_articles_are_drawn_by_seed_and_too_few_are_said(monkeypatch):

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from latentmem import cli
+from latentmem.core.settings import MemorySettings
 from latentmem.evaluate import asking
 from latentmem.evaluate.data import questions
 from latentmem.evaluate.data.sets import Question, QuestionSet, Text
@@ -34,7 +35,7 @@ def llm():
 
 @pytest.fixture(scope="module")
 def records(llm):
-    return Forget(llm, made(), Settings(N=300)).run(("forget", 1))
+    return Forget(llm, made(), Settings(MemorySettings(300))).run(("forget", 1))
 
 
 def asked(state, text, question, accuracy, about="target"):
@@ -107,7 +108,7 @@ def test_what_is_asked_sees_the_text_before_and_never_after(llm, monkeypatch):
     monkeypatch.setattr(forget, "ask", ask)
     behind = []
     monkeypatch.setattr(llm, "behind", behind.append, raising=False)
-    Forget(llm, made(), Settings(N=300)).run(("forget", 0))
+    Forget(llm, made(), Settings(MemorySettings(300))).run(("forget", 0))
     names = [[source.name for source in memory.sources] for memory in behind]
     assert names[0] == ["unrelated", "t1", "target", "t2", "t3", "t4"]
     assert names[1:] == [["unrelated", "t1", "t2", "t3", "t4"]] * 3
@@ -115,12 +116,12 @@ def test_what_is_asked_sees_the_text_before_and_never_after(llm, monkeypatch):
 
 
 def test_a_run_goes_on_and_holds_no_text_of_the_set(llm, tmp_path):
-    found = measure(llm, made(), Settings(N=300), tmp_path / "run")
+    found = measure(llm, made(), Settings(MemorySettings(300)), tmp_path / "run")
     records = tmp_path / "run" / "records.jsonl"
     whole = records.read_text()
     assert "House" not in whole and "Ada" not in whole and "said" not in whole
     records.write_text("".join(whole.splitlines(keepends=True)[:2]))
-    again = measure(llm, made(), Settings(N=300), tmp_path / "run")
+    again = measure(llm, made(), Settings(MemorySettings(300)), tmp_path / "run")
 
     def timeless(lines):
         return [line for line in lines if not line.name.startswith("seconds")]

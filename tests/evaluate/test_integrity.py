@@ -26,7 +26,16 @@ from latentmem.model.model import MemoryModel
 from latentmem.testing import byte_tokenizer, tiny_model
 
 ARTICLES = [f"Article {i} tells of harbour number {i} and of its {i} ships." for i in range(3)]
-SMALL = {"N": 1024, "every": 2, "age": 3, "stretch": 4, "checkpoint": 4, "texts": 2, "tokens": 40, "pairs": 0}
+SMALL = {
+    "memory": MemorySettings(1024),
+    "every": 2,
+    "age": 3,
+    "stretch": 4,
+    "checkpoint": 4,
+    "texts": 2,
+    "tokens": 40,
+    "pairs": 0,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -296,7 +305,9 @@ def test_in_a_large_memory_all_of_a_fact_is_left(tmp_path):
 
 def test_a_fact_that_takes_two_updates_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Choose a larger capacity"):
-        Integrity(tiny(), Settings(**{**SMALL, "N": 64, "updates": 4}), tmp_path).run(("memory", 0))
+        Integrity(tiny(), Settings(**{**SMALL, "memory": MemorySettings(64), "updates": 4}), tmp_path).run(
+            ("memory", 0)
+        )
 
 
 def test_a_stream_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch):

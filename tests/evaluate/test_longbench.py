@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from latentmem import cli
+from latentmem.core.settings import MemorySettings
 from latentmem.evaluate import asking, scoring
 from latentmem.evaluate.data import hub
 from latentmem.evaluate.protocols import longbench
@@ -109,7 +110,7 @@ def test_pieces_are_cut_from_the_end():
 
 
 def test_a_memory_holds_all_of_a_short_text_and_all_but_the_end_of_a_long_one(llm, monkeypatch):
-    worker, wrote = LongBench(llm, [], Settings(N=512, length=700)), []
+    worker, wrote = LongBench(llm, [], Settings(MemorySettings(512), length=700)), []
     write = llm.write_ids
     monkeypatch.setattr(llm, "write_ids", lambda memory, ids, source: wrote.extend(ids) or write(memory, ids, source))
     short = example(0)
@@ -128,7 +129,7 @@ def test_a_memory_holds_all_of_a_short_text_and_all_but_the_end_of_a_long_one(ll
 
 
 def test_a_text_that_fits_into_the_prompt_leaves_the_memory_empty(llm):
-    worker = LongBench(llm, [], Settings(N=64))
+    worker = LongBench(llm, [], Settings(MemorySettings(64)))
     context, prompt = worker._memory("musique", example(0, "Ten ships."))
     assert context.length == 0
     assert prompt == [
@@ -142,14 +143,14 @@ def test_every_other_row_sees_what_it_should(llm, monkeypatch):
     seen = {}
     monkeypatch.setattr(longbench, "in_context", lambda llm, ids: seen.update(ids=ids) or asking.in_context(llm, ids))
     text = " ".join(["ships"] * 3 + [f"w{i}" for i in range(97)] + [f"v{i}" for i in range(150)])
-    worker = LongBench(llm, [], Settings(N=64, passages=1))
+    worker = LongBench(llm, [], Settings(MemorySettings(64), passages=1))
     opening, whole = len(llm.prompts.opening), llm.prompts.written(text)
     first = llm.prompts.written(" ".join(text.split()[:100]))
     for row, ids in {"floor": [], "window": whole[-64:], "oracle": whole, "bm25": first}.items():
         context = worker._plain(row, "altqa", example(0, text))[0]
         assert seen["ids"] == ids and context.length == len(ids) + opening * bool(ids), row
     tight = MemoryModel(tiny_model(max_position_embeddings=512), byte_tokenizer(), name="tiny")
-    context, prompt = LongBench(tight, [], Settings(N=64))._plain("oracle", "altqa", example(0, text))
+    context, prompt = LongBench(tight, [], Settings(MemorySettings(64)))._plain("oracle", "altqa", example(0, text))
     assert context.length + len(prompt) + longbench.ANSWER["altqa"] == 512
     assert seen["ids"] == whole[-len(seen["ids"]) :]  # its end, as far as there is room
 
@@ -158,7 +159,7 @@ def test_no_row_knows_more_of_a_long_text_than_the_memory(llm, monkeypatch):
     seen = {}
     monkeypatch.setattr(longbench, "in_context", lambda llm, ids: seen.update(ids=ids) or asking.in_context(llm, ids))
     long = example(1, " ".join(f"w{i}" for i in range(300)))
-    worker = LongBench(llm, [], Settings(N=64, length=600, passages=1))
+    worker = LongBench(llm, [], Settings(MemorySettings(64), length=600, passages=1))
     asked, ids = llm.prompts.question(long.question, bare=True), llm.prompts.text(long.text)
     kept = llm.tokenizer.decode(ids[-(600 - 32 - len(asked)) :])
     worker._plain("oracle", "musique", long)
@@ -170,7 +171,7 @@ def test_no_row_knows_more_of_a_long_text_than_the_memory(llm, monkeypatch):
 
 
 def test_an_answer_is_scored_against_the_best_of_the_right_ones(llm, monkeypatch):
-    worker = LongBench(llm, [Examples("altqa", "made up", (example(0),))], Settings(N=512))
+    worker = LongBench(llm, [Examples("altqa", "made up", (example(0),))], Settings(MemorySettings(512)))
     monkeypatch.setattr(llm.tokenizer, "decode", lambda ids, skip_special_tokens: " It is ten. ", raising=False)
     (record,) = worker.run(("floor", "altqa", 0))
     assert (record["f1"], record["em"], record["hit"]) == (0.5, 0, 1)
@@ -196,8 +197,8 @@ def test_the_table_is_by_set_and_the_mean_over_longbench_is_said():
 
 def test_a_run_goes_on_and_rows_are_added(llm, tmp_path):
     sets = [Examples("altqa", "made up", tuple(map(example, range(2))))]
-    measure(llm, sets, Settings(N=512, rows=("floor",)), tmp_path / "run")
-    found = measure(llm, sets, Settings(N=512, rows=("floor", "memory")), tmp_path / "run")
+    measure(llm, sets, Settings(MemorySettings(512), rows=("floor",)), tmp_path / "run")
+    found = measure(llm, sets, Settings(MemorySettings(512), rows=("floor", "memory")), tmp_path / "run")
     assert "F1, altqa, memory - floor" in {line.name for line in found}
     assert "ships" not in (tmp_path / "run" / "records.jsonl").read_text()
 

@@ -14,6 +14,7 @@ import torch
 
 from latentmem import cli
 from latentmem.core import memory as memories
+from latentmem.core.settings import MemorySettings
 from latentmem.evaluate import runner
 from latentmem.evaluate.asking import ask
 from latentmem.evaluate.data import questions
@@ -108,9 +109,9 @@ class StandIn:
     def prompts_or_raise(self):
         return self.prompts
 
-    def empty(self, N, K, compression, seed, choice):
-        assert (compression, choice) == (1, "last")
-        return labelled_memory(LAYERS, N, K, seed=seed)
+    def empty(self, settings):
+        assert settings == MemorySettings(settings.N, settings.K, seed=settings.seed)  # no other was asked for
+        return labelled_memory(LAYERS, settings.N, settings.K, seed=settings.seed)
 
     def write_ids(self, memory, ids, source):
         self.writes += 1
@@ -192,9 +193,11 @@ class Checkpoint(Knowing):
 
     trained = "something"
 
-    def empty(self, seed=0):
+    def empty(self, settings=None):
         full = updated(labelled_memory(LAYERS, 40, 20), torch.zeros(LAYERS, 40, 1), source="pool")
-        return replace(full, origins=full.origins - 1, sources=(), updates=0).with_settings(seed=seed)
+        return replace(full, origins=full.origins - 1, sources=(), updates=0).with_settings(
+            seed=settings.seed if settings else 0
+        )
 
 
 def work(llm, settings, folder, data=None):
@@ -642,7 +645,9 @@ def test_the_window_is_the_last_tokens_of_all_and_bm25_the_text_itself(tmp_path,
 
 def test_what_is_measured_is_what_write_and_ask_give(tmp_path, llm):
     data = small(2)
-    settings = Settings(steps=(0, 2), capacities=(64,), K=32, seed=5, rows=("dead", "ours"), new_tokens=6)
+    settings = Settings(
+        steps=(0, 2), capacities=(64,), memory=MemorySettings(K=32, seed=5), rows=("dead", "ours"), new_tokens=6
+    )
     records = work(llm, settings, tmp_path, data)
     said = {(r["row"], r["fill"], r.get("step"), r["question"]): r for r in records}
     full = llm.empty(N=64, K=32, seed=5)
@@ -686,7 +691,9 @@ def test_results_depend_neither_on_other_samples_nor_on_the_order_of_work(tmp_pa
 def test_the_seed_decides_every_drop(tmp_path, llm):
     data = small(2)
     settings = Settings(steps=(0, 1), capacities=(64,), rows=("floor", "window", "ours"), new_tokens=2)
-    first, same, other = (work(llm, replace(settings, seed=seed), tmp_path, data) for seed in (0, 0, 1))
+    first, same, other = (
+        work(llm, replace(settings, memory=MemorySettings(K=512, seed=seed)), tmp_path, data) for seed in (0, 0, 1)
+    )
     assert first == same
     assert [r for r in first if r["row"] != "ours"] == [r for r in other if r["row"] != "ours"]
     full = [
@@ -699,7 +706,13 @@ def test_the_seed_decides_every_drop(tmp_path, llm):
 @pytest.mark.parametrize(("K", "compression"), [(512, 1), (16, 1), (24, 3)])
 def test_a_memory_that_is_full_at_first_stays_full(tmp_path, llm, K, compression):
     data = small(2)
-    settings = Settings(steps=(0, 1, 2), capacities=(64,), rows=("ours",), K=K, compression=compression, new_tokens=2)
+    settings = Settings(
+        steps=(0, 1, 2),
+        capacities=(64,),
+        rows=("ours",),
+        memory=MemorySettings(None, K, compression=compression),
+        new_tokens=2,
+    )
     records = work(llm, settings, tmp_path, data)
     assert {r["M"] / r["N"] for r in records if r["fill"] == "full"} == {1.0}
     for record in records:
@@ -917,7 +930,12 @@ def test_a_folder_of_another_question_is_refused_and_left_alone(tmp_path):
     renamed = Knowing(data)
     renamed.identity = "other weights"
     for model, asked, settings, what in (
-        (Knowing(data), data, replace(QUICK, seed=1), "settings.seed is 0 there and 1 here"),
+        (
+            Knowing(data),
+            data,
+            replace(QUICK, memory=MemorySettings(K=512, seed=1)),
+            "settings.memory.seed is 0 there and 1 here",
+        ),
         (Knowing(data), data, replace(QUICK, steps=(0, 1)), r"settings.steps is \[0, 1, 2\] there and \[0, 1\] here"),
         (Knowing(other_text), other_text, QUICK, r"data.sha256 is \S+ there and \S+ here"),
         (renamed, data, QUICK, "model.sha256 is .none. there and .other weights. here"),

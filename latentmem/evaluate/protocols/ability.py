@@ -12,7 +12,7 @@ a full memory. The plain model and the empty memory must agree to the bit. Nothi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
@@ -36,13 +36,12 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Settings(protocol.Slots):
-    """What is measured, beside the memory's slots.
+class Settings(protocol.Settings):
+    """What is measured, beside the memory.
 
     Args:
         texts, tokens: held-out articles, and tokens of each.
         blimp, piqa, mmlu: items of each set; 0 leaves it out.
-        seed: of what is drawn and of every drop.
 
     Raises:
         ValueError: numbers below 0, or articles of one token.
@@ -53,7 +52,6 @@ class Settings(protocol.Slots):
     blimp: int = 670
     piqa: int = 400
     mmlu: int = 285
-    seed: int = 0
 
     def __post_init__(self) -> None:
         counts = {name: getattr(self, name) for name in ("texts", *choices.NAMES)}
@@ -110,8 +108,8 @@ class Ability:
         s = self.settings
         found: dict[str, Memory | None] = {"plain": None, "empty": self.llm.blank()}
         if not self.llm.born_full:
-            found["half"] = protocol.full(self.llm, s, self.unrelated, s.seed, share=0.5)
-        return found | {"full": protocol.full(self.llm, s, self.unrelated, s.seed)}
+            found["half"] = protocol.full(self.llm, s.memory, self.unrelated, share=0.5)
+        return found | {"full": protocol.full(self.llm, s.memory, self.unrelated)}
 
 
 def lines(records: Sequence[Record]) -> list[Line]:
@@ -161,7 +159,8 @@ def measure(
         PROTOCOL,
         llm,
         worker,
-        {"data": {**data, **named_texts}, "settings": asdict(settings)},
+        {**data, **named_texts},
+        settings,
         lines,
         out,
         title="What a memory costs what the model could do before",

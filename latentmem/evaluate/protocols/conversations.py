@@ -20,13 +20,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 
 from latentmem.core.memory import Memory
+from latentmem.core.settings import LongTermSettings
 from latentmem.evaluate import protocol, scoring
 from latentmem.evaluate.asking import AT_ONCE, in_context, written
 from latentmem.evaluate.baselines.passages import ranked
@@ -75,15 +76,14 @@ class Dialogue:
 
 
 @dataclass(frozen=True)
-class Settings(protocol.Slots):
-    """What is measured, beside the memory's slots.
+class Settings(protocol.Settings):
+    """What is measured, beside the memory.
 
     Args:
         rows: of `ROWS`.
         longterm: R, the long-term slots of the row "longterm", whose memory has N - R slots.
         passages: turns that are retrieved for a question.
         new_tokens: of an answer.
-        seed: of every drop.
 
     Raises:
         ValueError: unknown rows, or a long-term part that leaves no slots.
@@ -93,13 +93,13 @@ class Settings(protocol.Slots):
     longterm: int = 512
     passages: int = 10
     new_tokens: int = 32
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.rows or set(self.rows) - set(ROWS) or len(set(self.rows)) < len(self.rows):
             raise ValueError(f"rows must be some of {', '.join(ROWS)}, got {', '.join(self.rows) or 'none'}.")
-        if "longterm" in self.rows and not 1 <= self.longterm < self.N:
-            raise ValueError(f"the long-term part takes between 1 and N - 1 of N={self.N} slots, got {self.longterm}.")
+        N = self.memory.N
+        if "longterm" in self.rows and not (self.longterm >= 1 and (N is None or self.longterm < N)):
+            raise ValueError(f"the long-term part takes between 1 and N - 1 of N={N} slots, got {self.longterm}.")
 
 
 def load(count: int, seed: int, file: Path | None = None) -> list[Dialogue]:
@@ -239,7 +239,7 @@ class Conversations:
             room = self.llm.plain([]).room - len(self.llm.prompts_or_raise().opening)
             room -= max(map(len, prompts)) + self.settings.new_tokens
             ids = [i for _, text in self._texts(one) for i in written(self.llm, text)]
-            context = in_context(self.llm, ids[-min(room, self.settings.N) :])
+            context = in_context(self.llm, ids[-min(room, self.settings.memory.N or self._empty("memory").N) :])
         else:
             context = self.llm.behind(self._written(row, one))
         return self._say(context, [self._question(asked, bare=context.length > 0) for asked in one.questions])
@@ -270,8 +270,10 @@ class Conversations:
                 yield f"session {number}", text
 
     def _empty(self, row: str) -> Memory:
-        s = self.settings
-        return protocol.empty(self.llm, s, s.seed, {"R": s.longterm} if row == "longterm" else None)
+        memory, R = self.settings.memory, self.settings.longterm
+        if row == "longterm":
+            memory = protocol.shared(self.llm, memory, LongTermSettings(R))
+        return protocol.empty(self.llm, memory)
 
     def _question(self, asked: Asked, *, bare: bool) -> list[int]:
         return self.llm.prompts_or_raise().question(asked.question, bare=bare)
@@ -327,15 +329,16 @@ def measure(
     A later run may add rows in the same folder.
     """
     about = {"source": "LoCoMo", "sha256": identity(data), "dialogues": [one.id for one in data]}
-    asked = {name: value for name, value in asdict(settings).items() if name not in CHOSEN}
     return protocol.measure(
         PROTOCOL,
         llm,
         Conversations(llm, data, settings),
-        {"data": about, "settings": asked},
+        about,
+        settings,
         lines,
         out,
         title="Long conversations",
+        chosen=CHOSEN,
         args=(data, settings),
         **how,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Unpack
@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from latentmem.core.memory import Memory
+from latentmem.core.settings import LongTermSettings
 from latentmem.evaluate import protocol
 from latentmem.evaluate.baselines.editors import (
     Demonstrations,
@@ -71,20 +72,18 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Settings(protocol.Slots):
-    """What is measured, beside the memory's slots.
+class Settings(protocol.Settings):
+    """What is measured, beside the memory.
 
     Args:
         edits: how many are made one at a time.
         rows: of `ROWS`; which of them a model does not have, `Editing.rows` says.
         sequence: T, numbers of edits without reset; 1 is an edit at a time.
-        seed: of every drop and drawing.
     """
 
     edits: int = 200
     rows: tuple[str, ...] = DEFAULT
     sequence: tuple[int, ...] = (1,)
-    seed: int = 0
 
     def __post_init__(self) -> None:
         unknown = [row for row in self.rows if row not in ROWS]
@@ -224,16 +223,17 @@ class Editing:
     @cached_property
     def _empty(self) -> Memory:
         """A memory that holds nothing; of a checkpoint, its own pool."""
-        return protocol.empty(self.llm, self.settings, self.settings.seed)
+        return protocol.empty(self.llm, self.settings.memory)
 
     @cached_property
     def _full(self) -> Memory:
-        return protocol.full(self.llm, self.settings, self.data.unrelated, self.settings.seed)
+        return protocol.full(self.llm, self.settings.memory, self.data.unrelated)
 
     @cached_property
     def _longterm(self) -> Memory:
-        longterm = {"R": self._empty.N // SHARE, "limit": LIMIT}
-        return protocol.full(self.llm, self.settings, self.data.unrelated, self.settings.seed, longterm=longterm)
+        longterm = LongTermSettings(self._empty.N // SHARE, limit=LIMIT)
+        memory = protocol.shared(self.llm, self.settings.memory, longterm)
+        return protocol.full(self.llm, memory, self.data.unrelated)
 
     # --- metrics ----------------------------------------------------------------------------------------------------
 
@@ -434,10 +434,12 @@ def measure(
         PROTOCOL,
         llm,
         worker,
-        {"data": asked, "settings": {k: v for k, v in asdict(settings).items() if k not in CHOSEN}},
+        asked,
+        settings,
         lines,
         out,
         title=f"Model editing, {data.source}",
+        chosen=CHOSEN,
         args=(data, settings, out),
         **how,
         after=after,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
@@ -35,18 +35,16 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Settings(protocol.Slots):
-    """What is measured, beside the memory's slots.
+class Settings(protocol.Settings):
+    """What is measured, beside the memory.
 
     Args:
         texts: held-out articles for the perplexity, and paragraphs for the abstention.
         tokens: of each article.
-        seed: of every drop and drawing.
     """
 
     texts: int = 100
     tokens: int = 512
-    seed: int = 0
 
 
 class Effects:
@@ -95,7 +93,7 @@ class Effects:
     @cached_property
     def _full(self) -> Memory:
         """A memory full of unrelated texts."""
-        return protocol.full(self.llm, self.settings, self.data.unrelated, self.settings.seed)
+        return protocol.full(self.llm, self.settings.memory, self.data.unrelated)
 
 
 def lines(records: Sequence[Record]) -> list[Line]:
@@ -132,7 +130,8 @@ def measure(
         PROTOCOL,
         llm,
         Effects(llm, data, settings),
-        {"data": {"source": data.source, "sha256": data.identity}, "settings": asdict(settings)},
+        {"source": data.source, "sha256": data.identity},
+        settings,
         lines,
         out,
         title="What a memory changes beside remembering",

@@ -16,7 +16,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
@@ -43,14 +43,13 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Settings(protocol.Slots):
-    """What is measured, beside the memory's slots.
+class Settings(protocol.Settings):
+    """What is measured, beside the memory.
 
     Args:
         behind: other texts that are written behind the one that is forgotten; one more stands before it.
         per_other: questions about each other text.
         new_tokens: of an answer.
-        seed: of what is drawn and of every drop.
 
     Raises:
         ValueError: no text behind, or no question about others.
@@ -59,7 +58,6 @@ class Settings(protocol.Slots):
     behind: int = 3
     per_other: int = 2
     new_tokens: int = NEW_TOKENS
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.behind < 1 or self.per_other < 1:
@@ -147,7 +145,7 @@ class Forget:
     @cached_property
     def _full(self) -> Memory:
         """A memory full of unrelated texts."""
-        return protocol.full(self.llm, self.settings, self.data.unrelated, self.settings.seed)
+        return protocol.full(self.llm, self.settings.memory, self.data.unrelated)
 
 
 def lines(records: Sequence[Record]) -> list[Line]:
@@ -208,7 +206,8 @@ def measure(
         PROTOCOL,
         llm,
         Forget(llm, data, settings),
-        {"data": {"source": data.source, "sha256": data.identity}, "settings": asdict(settings)},
+        {"source": data.source, "sha256": data.identity},
+        settings,
         lines,
         out,
         title="Forgetting a text on request",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -55,8 +55,8 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Settings(protocol.Slots):
-    """What is measured, beside the memory's slots.
+class Settings(protocol.Settings):
+    """What is measured, beside the memory.
 
     Args:
         rows: of `ROWS`.
@@ -70,7 +70,6 @@ class Settings(protocol.Slots):
         pairs: BLiMP pairs of a checkpoint; 0: none.
         role: how a fact is written, as in `MemoryModel.write`; None: as the model's style says.
         lr, steps: of the fine-tuning, steps on each fact.
-        seed: of the facts, of what is drawn and of every drop.
 
     Raises:
         ValueError: unknown rows, or numbers that do not go into each other.
@@ -89,7 +88,6 @@ class Settings(protocol.Slots):
     role: str | None = "raw"
     lr: float = 2e-5
     steps: int = 1
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.rows or set(self.rows) - set(ROWS) or len(set(self.rows)) < len(self.rows):
@@ -167,7 +165,7 @@ class Integrity:
     def _before(self, k: int) -> Memory:
         """The memory before a stretch: as it was kept, or written anew."""
         if not k:
-            return protocol.empty(self.llm, self.settings, self.settings.seed)
+            return protocol.empty(self.llm, self.settings.memory)
         if not self._kept("memory", k - 1).exists():
             for earlier in range(k):
                 memory = self._before(earlier)
@@ -228,7 +226,7 @@ class Integrity:
 
     def _alone(self, i: int) -> Record:
         """Fact i asked of a memory that holds nothing else: how hard it is by itself."""
-        memory = self.llm.write_ids(protocol.empty(self.llm, self.settings, self.settings.seed), self._ids(i), "facts")
+        memory = self.llm.write_ids(protocol.empty(self.llm, self.settings.memory), self._ids(i), "facts")
         question = self._fact(i).questions[0]
         (answer,) = ask(self.llm, self.llm.behind(memory), [question], new_tokens=NEW_TOKENS)
         return {"kind": "alone", "row": "memory", "at": i + 1, "question": question.id, **_answered(answer)}
@@ -541,7 +539,6 @@ def measure(
             draw(records, folder / "plot.png")
         return notes(records, settings)
 
-    asked = {name: value for name, value in asdict(settings).items() if name not in CHOSEN}
     data = {
         "facts": f"invented, seed {settings.seed}",
         "articles": [named(article) for article in worker.articles],
@@ -551,10 +548,12 @@ def measure(
         PROTOCOL,
         llm,
         worker,
-        {"data": data, "settings": asked},
+        data,
+        settings,
         lines,
         out,
         title="Integrity: an endless stream of facts",
+        chosen=CHOSEN,
         args=(settings, out),
         after=after,
         **how | {"progress": told},

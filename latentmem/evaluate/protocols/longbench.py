@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -79,14 +79,13 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Settings(protocol.Slots):
-    """What is measured, beside the memory's slots.
+class Settings(protocol.Settings):
+    """What is measured, beside the memory.
 
     Args:
         rows: of `ROWS`.
         length: tokens of a LongBench text, question and answer that are kept, from the end.
         passages: of a text that are retrieved.
-        seed: of every drop.
 
     Raises:
         ValueError: unknown rows, or no room for a prompt.
@@ -95,7 +94,6 @@ class Settings(protocol.Slots):
     rows: tuple[str, ...] = ROWS
     length: int = 16_384
     passages: int = 5
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.rows or set(self.rows) - set(ROWS) or len(set(self.rows)) < len(self.rows):
@@ -200,7 +198,7 @@ class LongBench:
         self.sets = {one.name: one.examples for one in sets}
         if "bm25" in settings.rows:
             ranked(["a passage"], ["a question"], 1)  # an error now, if it is not installed, and not after hours
-        self._empty = protocol.empty(llm, settings, settings.seed)
+        self._empty = protocol.empty(llm, settings.memory)
 
     def units(self) -> list[Unit]:
         """One unit for each row of each example."""
@@ -334,16 +332,17 @@ def measure(
     Args:
         sets: as `load` gives them.
     """
-    asked = {name: value for name, value in asdict(settings).items() if name not in CHOSEN}
     data = {one.name: {"source": one.source, "sha256": one.identity, "n": len(one.examples)} for one in sets}
     return protocol.measure(
         PROTOCOL,
         llm,
         LongBench(llm, sets, settings),
-        {"data": data, "settings": asked},
+        data,
+        settings,
         lines,
         out,
         title="Questions about one long text",
+        chosen=CHOSEN,
         args=(sets, settings),
         **how,
         after=notes,

@@ -28,6 +28,7 @@ import torch
 
 from latentmem import longterm
 from latentmem.core.memory import Memory
+from latentmem.core.settings import MemorySettings
 from latentmem.evaluate import protocol, runner
 from latentmem.evaluate.asking import NEW_TOKENS, Answer, ask, in_context, written
 from latentmem.evaluate.baselines.passages import ranked
@@ -46,13 +47,14 @@ FILLS = ("full", "empty")
 OWN_RUN = 50  # steps up to which every sample has its own run
 LONGEST_ANSWER = 64  # tokens that are kept free for a gold answer
 SEGMENT = 20  # steps of a stream that are one unit of work
+MEMORY = MemorySettings(K=LONGEST)
 CHOSEN = ("rows", "fills", "capacities")  # settings that choose units and change none: a later run may add to them
 Unit = tuple[Any, ...]  # (row, N, fill, index of the text), or ("stream", row, N, segment)
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(protocol.Settings):
     """What is measured.
 
     Args:
@@ -60,33 +62,21 @@ class Settings:
         capacities: N of the memories; empty for a checkpoint's own.
         fills: "full" and "empty".
         rows: of `ROWS`.
-        K: slots that one update may write; by default every text is one update.
-        compression: tokens per slot.
-        choice: which token becomes a slot, "last" of each group or "surprise".
-        longterm: R, the slots that a question takes of what was dropped; 0: it is lost.
-        longterm_limit: bytes of what was dropped.
-        group: what is retrieved together, as in `longterm.LongTerm`.
+        memory: with each of the capacities as its N; by default every text is one update.
         new_tokens: of an answer, in which the gold answer has to stand.
         stream: ask all steps in the stream, not only those beyond `OWN_RUN`.
-        seed: of every drop.
 
     Raises:
         ValueError: unknown rows or fills, steps that are negative or not ascending, a stream that does not begin full.
     """
 
+    memory: MemorySettings = MEMORY
     steps: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 50)
     capacities: tuple[int, ...] = (1024, 2048)
     fills: tuple[str, ...] = FILLS
     rows: tuple[str, ...] = ROWS
-    K: int = LONGEST
-    compression: int = 1
-    choice: str = "last"
-    longterm: int = 0
-    longterm_limit: int = 1 << 30
-    group: str = "update"
     new_tokens: int = NEW_TOKENS
     stream: bool = False
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.steps or min(self.steps) < 0 or list(self.steps) != sorted(set(self.steps)):
@@ -285,6 +275,13 @@ class Retention:
     def _kept(self, N: int, segment: int) -> Path:
         return self.folder / f"stream-{N}-{segment}.safetensors"
 
+    def asked(self) -> dict[str, Any]:
+        """The settings as JSON, without those to which a later run may add, such as capacities."""
+        values = {name: value for name, value in asdict(self.settings).items() if name not in CHOSEN}
+        for N in self.capacities[:1]:
+            values["memory"] = asdict(self._empty(N).settings) | {"N": None, "K": self.settings.memory.K}
+        return values
+
     def clear(self) -> None:
         """Remove the memories that were kept between segments."""
         for N in self.capacities:
@@ -294,14 +291,8 @@ class Retention:
     # --- parts ------------------------------------------------------------------------------------------------------
 
     def _empty(self, N: int) -> Memory:
-        s = self.settings
-        if self.llm.born_full:
-            return self.llm.empty(seed=s.seed)
-        more: dict[str, Any] = {}
-        if s.longterm:
-            limit = {"limit": s.longterm_limit} if s.longterm_limit else {"keep": False}
-            more["longterm"] = {"R": s.longterm, "group": s.group, **limit}
-        return self.llm.empty(N=N, K=min(N, s.K), compression=s.compression, seed=s.seed, choice=s.choice, **more)
+        memory = self.settings.memory
+        return protocol.empty(self.llm, replace(memory, N=N, K=None if memory.K is None else min(N, memory.K)))
 
     def _fill(self, N: int) -> Memory:
         """A memory full of unrelated texts; a checkpoint's own pool gets as many of them on top."""
@@ -317,7 +308,7 @@ class Retention:
             if slots >= N:
                 break
             texts.append(text)
-            slots += memory.K if self.llm.born_full else len(self._ids(text)) // self.settings.compression
+            slots += memory.K if self.llm.born_full else len(self._ids(text)) // memory.compression
         return texts
 
     def _found(self, memory: Memory, question: Question, source: str) -> dict[str, float]:
@@ -340,7 +331,7 @@ class Retention:
 
     def _check_supply(self, N: int) -> None:
         supply = sum(len(self._ids(t)) for t in self.data.unrelated[self._steps_supply :])
-        if not self.llm.born_full and supply // self.settings.compression < N:
+        if not self.llm.born_full and supply // self._empty(N).compression < N:
             raise ValueError(
                 f"the set {self.data.name} has too few unrelated texts to fill a memory of N={N} slots; "
                 f"choose a smaller capacity."
@@ -409,7 +400,7 @@ def measure(
     worker = Retention(llm, data, settings, out)
     asked = {
         "data": {"name": data.name, "source": data.source, "sha256": data.identity, **(drawn or {})},
-        "settings": {key: value for key, value in asdict(settings).items() if key not in CHOSEN},
+        "settings": worker.asked(),
         "model": protocol.model(llm)
         | {"tokenizer": llm.tokenizer_identity, "style": asdict(llm.prompts_or_raise().style)},
     }

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from latentmem.core.settings import MemorySettings
 from latentmem.evaluate.runner import Folder, Record
 from latentmem.evaluate.stats import Estimate, mean, ratio
 from latentmem.evaluate.tables.summary import METRICS, NAMES, cell_text
@@ -46,9 +47,10 @@ def read(path: Path) -> tuple[dict[str, Any], list[Record]]:
     return config, [record for unit in Folder(path, config).done().values() for record in unit]
 
 
-def _taken(settings: Mapping[str, Any]) -> int:
+def _taken(memory: Mapping[str, Any]) -> int:
     """The slots that an answer takes of a long-term part; none where nothing that is dropped is kept."""
-    return settings.get("longterm", 0) if settings.get("longterm_limit") != 0 else 0
+    longterm = MemorySettings.of(memory).longterm
+    return longterm.takes if longterm is not None else 0
 
 
 def compare(runs: Mapping[str, Path], N: int, *, stream: bool = False) -> list[Line]:
@@ -71,7 +73,7 @@ def compare(runs: Mapping[str, Path], N: int, *, stream: bool = False) -> list[L
         if config["data"]["sha256"] != first["data"]["sha256"]:
             raise ValueError(f"{name} asks other questions than {next(iter(runs))}: draw both with the same options.")
     memories = {
-        name: _cells(records, "ours", N - _taken(config["settings"]), "full", stream)
+        name: _cells(records, "ours", N - _taken(config["settings"]["memory"]), "full", stream)
         for name, (config, records) in found.items()
     }
     for name, cells in memories.items():
