@@ -92,7 +92,7 @@ class StandIn:
     Everything that it is asked goes into `asked` as (question, the ids that each layer sees).
     """
 
-    name, identity, tokenizer_identity, adapters, trained = "stand-in", "none", "words", None, None
+    name, identity, tokenizer_identity, adapters, born_full = "stand-in", "none", "words", None, False
     decoder = SimpleNamespace(dtype=torch.float32)
     limit = 1_000  # positions
 
@@ -191,7 +191,7 @@ class Mistaken(Knowing):
 class Checkpoint(Knowing):
     """Has a full memory of its own."""
 
-    trained = "something"
+    born_full = True
 
     def empty(self, settings=None):
         full = updated(labelled_memory(LAYERS, 40, 20), torch.zeros(LAYERS, 40, 1), source="pool")
