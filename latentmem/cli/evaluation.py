@@ -436,6 +436,8 @@ def everything(
     adapters: Adapters = "auto",
 ) -> None:
     """Every protocol with its own defaults, one after the other, and one page of all tables: hours on two cores."""
+    from latentmem.files.container import replace_bytes
+
     ways: dict[str, Any] = {"workers": workers, "model": model, "device": device, "adapters": adapters}
     runs: dict[str, Callable[..., None]] = {
         "retention": partial(retention, data="squad"),
@@ -463,7 +465,7 @@ def everything(
     tables = {name: (out / name / "table.md") for name in chosen if (out / name / "table.md").exists()}
     parts = [f"<!-- {name} -->\n\n{table.read_text(encoding='utf-8')}" for name, table in tables.items()]
     if parts:
-        (out / "results.md").write_text("\n".join(parts), encoding="utf-8")
+        replace_bytes(out / "results.md", "\n".join(parts))
         typer.echo(f"All tables: {out / 'results.md'}")
     if failed:
         raise ValueError(f"not everything was measured: {', '.join(failed)}; the reasons are above.")

@@ -15,6 +15,7 @@ from latentmem.evaluate import runner
 from latentmem.evaluate.asking import written
 from latentmem.evaluate.stats import Estimate
 from latentmem.evaluate.tables import results
+from latentmem.files.container import replace_bytes
 from latentmem.model.model import MemoryModel
 
 Record = runner.Record
@@ -229,7 +230,7 @@ def _write(
     everything = {"title": title, **config, "runs": runs, "notes": notes}
     everything["lines"] = [[x.name, _finite(asdict(x.estimate))] for x in found]
     summary = json.dumps(everything, indent=1, allow_nan=False)
-    (folder.path / "summary.json").write_text(f"{summary}\n", encoding="utf-8")
+    replace_bytes(folder.path / "summary.json", f"{summary}\n")
     commands = "\n".join(dict.fromkeys(run["command"] for run in runs))
     values = {**config["settings"]["memory"], **config["settings"]}
     shown = ", ".join(f"{key} = {value}" for key, value in values.items() if key != "memory" and value is not None)
@@ -237,7 +238,7 @@ def _write(
     head += f"adapters {config['model']['adapters'] or 'none'}, {config['model']['dtype']}; {shown}. "
     head += f"Intervals: 95%, bootstrap over {over}.\n\n"
     head += "".join(f"- {note}\n" for note in notes) + "\n" * bool(notes)
-    (folder.path / "table.md").write_text(head + table(found), encoding="utf-8")
+    replace_bytes(folder.path / "table.md", head + table(found))
     return found
 
 

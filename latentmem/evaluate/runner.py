@@ -19,6 +19,8 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
+from latentmem.files.container import replace_bytes
+
 Record = dict[str, Any]
 Unit = tuple[Any, ...]
 LOCK = ".lock"  # held in a run's folder by the one process that works on it
@@ -55,7 +57,7 @@ class Folder:
         """What the folder was begun with and who worked on it, compared with what is asked now."""
         file = self.path / "config.json"
         if not file.exists():
-            if self.path.exists() and any(found.name not in (LOCK, "config.new") for found in self.path.iterdir()):
+            if self.path.exists() and any(not _is_own(file.name) for file in self.path.iterdir()):
                 raise ValueError(f"{self.path} is not empty and holds no run; choose another folder.")
             return
         try:
@@ -90,9 +92,8 @@ class Folder:
     def _begin(self, run: Record) -> None:
         self._read()  # another process may have worked on it since
         self.runs = [*self.runs, run]
-        temporary = self.path / "config.new"
-        temporary.write_text(json.dumps({"config": self.config, "runs": self.runs}, indent=1), encoding="utf-8")
-        temporary.replace(self.path / "config.json")
+        config = {"config": self.config, "runs": self.runs}
+        replace_bytes(self.path / "config.json", json.dumps(config, indent=1))
 
     def done(self) -> dict[Unit, list[Record]]:
         """Records by finished unit; a last line that was cut off by a kill is dropped from the file.
@@ -124,6 +125,11 @@ class Folder:
             file.write(json.dumps({"unit": unit, "records": records}, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _is_own(name: str) -> bool:
+    """Whether a run that was stopped at its start can have left a file of this name."""
+    return name == LOCK or name.startswith(".config.json.")
 
 
 def _differences(name: str, there: Any, here: Any) -> Iterator[str]:

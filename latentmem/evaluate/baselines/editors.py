@@ -22,6 +22,7 @@ from latentmem.core.memory import Memory
 from latentmem.evaluate.asking import in_context, written
 from latentmem.evaluate.baselines.passages import indexed, nearest, searcher
 from latentmem.evaluate.data.edits import Edit, EditSet, Probe
+from latentmem.files.container import replace_bytes
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
 
@@ -136,7 +137,7 @@ class InContext:
         return contextlib.nullcontext(in_context(self.llm, state))
 
     def save(self, state: tuple[int, ...], path: Path) -> None:
-        path.write_text(" ".join(map(str, state)), encoding="utf-8")
+        replace_bytes(path, " ".join(map(str, state)))
 
     def load(self, path: Path) -> tuple[int, ...]:
         return tuple(map(int, path.read_text(encoding="utf-8").split()))
@@ -223,7 +224,7 @@ class Retrieved:
         return contextlib.nullcontext(in_context(self.llm, [i for text in state for i in written(self.llm, text)]))
 
     def save(self, state: tuple[str, ...], path: Path) -> None:
-        path.write_text(json.dumps(state), encoding="utf-8")
+        replace_bytes(path, json.dumps(state))
 
     def load(self, path: Path) -> tuple[str, ...]:
         return tuple(json.loads(path.read_text(encoding="utf-8")))

@@ -6,15 +6,14 @@ weights are lent for as long as a `with` lasts and are what they were, to the bi
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from latentmem.files import container
 from latentmem.model.model import MemoryModel
 
 KEPT = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each weight, beside its number of steps
@@ -98,20 +97,16 @@ class Tuned:
         return losses[0]
 
     def save(self, path: Path) -> None:
-        """Write weights and optimizer to one file, atomically."""
+        """Write weights and optimizer to one file."""
         tensors = {f"weight.{name}": w.detach() for name, w in self.masters.items()}
         for name, w in self.masters.items():
             state = self._optimizer.state.get(w, {})
             tensors |= {f"{what}.{name}": state[what] for what in (*KEPT, "step") if what in state}
-        temporary = path.with_suffix(".new")
-        save_file(tensors, temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        container.write(path, tensors, {})
 
     def load(self, path: Path) -> None:
         """Go on from what `save` wrote."""
-        tensors = load_file(path)
+        tensors, _ = container.read(path)
         for name, w in self.masters.items():
             with torch.no_grad():
                 w.copy_(tensors[f"weight.{name}"])

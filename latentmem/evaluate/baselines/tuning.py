@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from latentmem.evaluate.baselines.editors import ENOUGH, answer_ids, drawn, prompt_ids
 from latentmem.evaluate.data.edits import Edit
+from latentmem.files import container
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
 
@@ -98,20 +99,14 @@ class Weights:
         return state
 
     def save(self, state: Change, path: Path) -> None:
-        from safetensors.torch import save_file
-
-        temporary = path.with_name(f".{path.name}.new")
-        save_file({f"{name}/{i}": t for name, factors in state.items() for i, t in enumerate(factors)}, temporary)
-        temporary.replace(path)
+        container.write(path, {f"{name}/{i}": t for name, factors in state.items() for i, t in enumerate(factors)}, {})
 
     def load(self, path: Path) -> Change:
-        from safetensors.torch import load_file
-
-        found: Change = {}
-        for name, factor in sorted(load_file(path, str(self.llm.decoder.device)).items()):
+        change: Change = {}
+        for name, factor in sorted(container.read(path)[0].items()):
             layer = name.rpartition("/")[0]
-            found[layer] = (*found.get(layer, ()), factor)
-        return found
+            change[layer] = (*change.get(layer, ()), factor.to(self.llm.decoder.device))
+        return change
 
     def zeros(self, layer: nn.Linear) -> Tensor:
         """A change of a layer's weight that changes nothing, [out, in]."""

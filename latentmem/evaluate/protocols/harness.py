@@ -15,6 +15,7 @@ from typing import Any
 from latentmem.core.memory import Memory
 from latentmem.core.presets import PAPER_PIECE
 from latentmem.evaluate.protocols.longbench import cut
+from latentmem.files.container import replace_bytes
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
 
@@ -188,5 +189,5 @@ def evaluate(lm: HarnessLM, tasks: Sequence[Any], out: Path, **options: Any) -> 
     about = {"model": lm.llm.name, "sha256": lm.llm.identity, "M": 0 if memory is None else memory.M, "write": lm.write}
     about |= {"adapters": lm.llm.adapters.identity if lm.llm.adapters else "", "dtype": str(lm.llm.decoder.dtype)[6:]}
     everything = {"about": about, "n": found.get("n-samples", {}), "results": results}
-    (out / "results.json").write_text(json.dumps(everything, indent=1, default=str) + "\n", encoding="utf-8")
+    replace_bytes(out / "results.json", json.dumps(everything, indent=1, default=str) + "\n")
     return results

@@ -16,6 +16,7 @@ from latentmem.core.settings import MemorySettings
 from latentmem.evaluate.runner import Folder, Record
 from latentmem.evaluate.stats import Estimate, mean, ratio
 from latentmem.evaluate.tables.summary import METRICS, NAMES, cell_text
+from latentmem.files.container import replace_bytes
 
 Cells = dict[int, dict[str, Record]]  # step -> question -> record
 SHARED = ("floor", "oracle", "window", "bm25")
@@ -225,7 +226,7 @@ def write(runs: Mapping[str, Path], N: int, out: Path, command: str = "", *, str
     found = compare(runs, N, stream=stream)
     out.mkdir(parents=True, exist_ok=True)
     title = f"Retention side by side, N = {N}"
-    (out / "compare.json").write_text(json.dumps([asdict(line) for line in found], indent=1) + "\n", encoding="utf-8")
-    (out / "compare.md").write_text(f"# {title}\n\n```\n{command}\n```\n\n{markdown(found)}", encoding="utf-8")
+    replace_bytes(out / "compare.json", json.dumps([asdict(line) for line in found], indent=1) + "\n")
+    replace_bytes(out / "compare.md", f"# {title}\n\n```\n{command}\n```\n\n{markdown(found)}")
     draw(found, title, out / "compare.png")
     return found

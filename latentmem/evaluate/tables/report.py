@@ -10,6 +10,7 @@ from typing import Any
 
 from latentmem.evaluate.data.sets import QuestionSet
 from latentmem.evaluate.tables.summary import OURS, Line, cell_text, label, part_name, sections
+from latentmem.files.container import replace_bytes
 
 EXAMPLES = 12
 STYLE = """
@@ -39,7 +40,7 @@ def write(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>{STYLE}</style><body>{''.join(body)}</body></html>\n"
     )
-    path.write_text(page, encoding="utf-8")
+    replace_bytes(path, page)
 
 
 def _table(some: Sequence[Line]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from latentmem.evaluate.data.sets import QuestionSet
 from latentmem.evaluate.runner import Folder, Record
 from latentmem.evaluate.tables import plots, report, summary
+from latentmem.files.container import replace_bytes
 
 PACKAGES = ("latentmem", "torch", "transformers", "tokenizers", "peft", "bm25s", "numpy")
 
@@ -81,11 +82,11 @@ def write(folder: Folder, data: QuestionSet, *, unfinished: bool = False) -> lis
         "samples": [[text.id, [q.id for q in text.questions]] for text in data.texts],
         "lines": summary.as_json(lines),
     }
-    (folder.path / "summary.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    replace_bytes(folder.path / "summary.json", json.dumps(everything, indent=1) + "\n")
     commands = "\n".join(dict.fromkeys(run["command"] for run in folder.runs))
     head = f"# {title}\n\n```\n{commands}\n```\n\n{facts['finished'][:10]}. {facts['questions']}. "
     head += f"Adapters: {facts['adapters']}; {facts['dtype']}; intervals: {facts['intervals']}.\n\n"
-    (folder.path / "table.md").write_text(head + summary.markdown(lines), encoding="utf-8")
+    replace_bytes(folder.path / "table.md", head + summary.markdown(lines))
     plots.draw(lines, title, folder.path / "plot.png")
     report.write(folder.path / "report.html", title, facts, lines, records, data, folder.path / "plot.png")
     return lines
