@@ -138,7 +138,7 @@ def measure(llm: MemoryModel, start: Memory, kind: str, number: int, item: Item,
         for ask in item.asks
     ]
     answers = [prompts.answer(ask.question, ask.answer) for ask in item.asks]
-    context = llm.behind(memory)
+    context = llm.context(memory)
     greedy = llm.generate_rows(context, ids, NEW_TOKENS)
     replies = [prompts.tokenizer.decode(new, skip_special_tokens=True) for new in greedy]
     exactly = [bool(score.hits.all()) for score in llm.score_rows(context, ids, answers)]
@@ -146,7 +146,7 @@ def measure(llm: MemoryModel, start: Memory, kind: str, number: int, item: Item,
     if kind != "everyday":
         return found
     bare = [[*prompts.opening, *row] for row in ids]
-    plain = llm.generate_rows(llm.plain([]), bare, NEW_TOKENS)
+    plain = llm.generate_rows(llm.text_context([]), bare, NEW_TOKENS)
     replies = [prompts.tokenizer.decode(new, skip_special_tokens=True) for new in plain]
     return found + [
         record("everyday, empty", number, ask, reply, False) for ask, reply in zip(item.asks, replies, strict=True)

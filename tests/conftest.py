@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import threading
 
 import pytest
 import torch
@@ -38,27 +37,6 @@ def packaged():
 def trained():
     """The packaged model in float32 as users get it, with its trained memory."""
     return _packaged("auto")
-
-
-@pytest.fixture
-def until_the_reader_leaves(monkeypatch):
-    """Called by what generates a stream: once a piece was given, it waits until the stream's reader has left."""
-    from latentmem.model import streaming
-
-    stream, given, left = streaming.stream, threading.Event(), []
-
-    def watched(generate):
-        def run(give, criterion):
-            left.append(criterion.event)
-            return generate(lambda piece: (give(piece), given.set()), criterion)
-
-        return stream(run)
-
-    def wait():
-        assert not given.is_set() or left[0].wait(300), "the reader has not left"
-
-    monkeypatch.setattr(streaming, "stream", watched)
-    return wait
 
 
 @pytest.fixture

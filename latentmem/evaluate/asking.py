@@ -57,7 +57,7 @@ def ask(
 
 def in_context(llm: MemoryModel, ids: Sequence[int]) -> Context:
     """Text in the context of the plain model, without memory and adapters; no text: closed book."""
-    return llm.plain([*llm.prompts_or_raise().opening, *ids] if len(ids) else [])
+    return llm.text_context([*llm.prompts_or_raise().opening, *ids] if len(ids) else [])
 
 
 def written(llm: MemoryModel, text: str) -> list[int]:

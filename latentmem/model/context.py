@@ -23,7 +23,7 @@ from latentmem.model.passes import alike
 
 @dataclass(frozen=True)
 class Context:
-    """What stands in front of rows: memories (`MemoryModel.behind`) or text (`MemoryModel.plain`).
+    """What stands in front of rows: memories (`Reader.context`) or text (`Reader.text_context`).
 
     Args:
         fronts: one for any number of rows, or one for each row; None where nothing stands in front.
@@ -108,8 +108,8 @@ class Context:
         return alike(prefixes, lengths, most, slides=slides, exact=exact)
 
 
-def behind(llm: Backbone, memory: Memory | Sequence[Memory]) -> Context:
-    """`MemoryModel.behind`."""
+def of_memories(llm: Backbone, memory: Memory | Sequence[Memory]) -> Context:
+    """`Reader.context`."""
     memories = [memory] if isinstance(memory, Memory) else list(memory)
     if not memories:
         raise ValueError("no memory was given; give at least one.")
@@ -121,8 +121,8 @@ def behind(llm: Backbone, memory: Memory | Sequence[Memory]) -> Context:
 
 
 @torch.no_grad()
-def plain(llm: Backbone, ids: Sequence[int]) -> Context:
-    """`MemoryModel.plain`."""
+def of_text(llm: Backbone, ids: Sequence[int]) -> Context:
+    """`Reader.text_context`."""
     if not len(ids):
         return Context((None,), (llm.limit,), None)
     tokens = llm.ids(ids)[None]
@@ -152,7 +152,7 @@ def fits_behind(llm: Backbone, room: int, n: int, new: int = 0) -> None:
 
 
 def retrieved(llm: Backbone, context: Context, prompts: Sequence[Ids]) -> Context:
-    """`MemoryModel.retrieved`."""
+    """`Reader.retrieved`."""
     if not any(context.searched):
         return context
     times = len(prompts) // len(context.fronts)
@@ -162,7 +162,7 @@ def retrieved(llm: Backbone, context: Context, prompts: Sequence[Ids]) -> Contex
 
 
 def front_of(llm: Backbone, memory: Memory, ids: Ids) -> KVPrefix | None:
-    """`MemoryModel.front`."""
+    """`Reader.front`."""
     asked = llm.ids(ids)
     chosen = retrieve(llm, memory, asked)
     return None if memory.is_empty else front_with(llm, memory, chosen, asked)
@@ -206,7 +206,7 @@ def search_again(llm: Backbone, front: RetrievedPrefix, said: Ids) -> bool:
 
 
 def text_cache(llm: Backbone, memory: Memory, ids: Ids | None, old: Cache | None) -> Cache | None:
-    """`MemoryModel.text_cache`."""
+    """`Reader.text_cache`."""
     if memory.is_empty:
         return None
     if ids is None and memory.needs_search:

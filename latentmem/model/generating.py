@@ -23,7 +23,7 @@ from latentmem.decoder.cache import MemoryCache
 from latentmem.longterm.search import RetrievedPrefix
 from latentmem.model.backbone import Backbone, Ids
 from latentmem.model.batch import Batch, Row
-from latentmem.model.context import Context, behind, fits_behind, retrieved, search_again
+from latentmem.model.context import Context, fits_behind, of_memories, retrieved, search_again
 from latentmem.model.streaming import Detokenizer
 
 MAX_NEW_TOKENS = 128  # of an answer, unless the caller says otherwise
@@ -120,7 +120,7 @@ def asked(
     """
     if isinstance(memory, Memory):
         if cache is None:
-            return behind(llm, memory), [ids]  # type: ignore[list-item]
+            return of_memories(llm, memory), [ids]  # type: ignore[list-item]
         llm.check(memory)
         front = cache.fronts[0] if isinstance(cache, MemoryCache) else None
         text = cache.get_seq_length() - (front.P if front else 0)
@@ -128,7 +128,7 @@ def asked(
     options.refuse_for_several(cache)
     if len(memory) != len(ids):
         raise ValueError(f"give as many prompts as memories: got {len(ids)} and {len(memory)}.")
-    return behind(llm, memory) if len(memory) else Context((), (), None), list(ids)
+    return of_memories(llm, memory) if len(memory) else Context((), (), None), list(ids)
 
 
 def generate(

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, TypeVar, overload
 
-import torch
 from torch import Tensor
 from transformers import Cache
 
 from latentmem.core.memory import Memory
 from latentmem.core.settings import LongTermSettings, MemorySettings
-from latentmem.decoder.cache import KVPrefix
 from latentmem.files import snapshot as _snapshot  # noqa: F401 - gives `Memory` its `save` and `load`
-from latentmem.model import beginning, context, generating, provenance, scoring, writing
-from latentmem.model.backbone import Backbone, Ids
-from latentmem.model.context import Context
+from latentmem.model import beginning, generating, writing
+from latentmem.model.backbone import Ids
 from latentmem.model.generating import Options
 from latentmem.model.prompts import Message
-from latentmem.model.scoring import Score
+from latentmem.model.reader import Reader
 from latentmem.model.writing import Progress, Updates
 
 Texts = str | Sequence[str]
 Memories = Memory | Sequence[Memory]
+AnyMemory = TypeVar("AnyMemory", Memory, list[Memory], Sequence[Memory])  # one of them gives one, many give many
+AnyText = TypeVar("AnyText", str, list[str], Sequence[str])
 
 
-class MemoryModel(Backbone):
+class MemoryModel(Reader):
     """A transformers decoder that reads and writes memories; made by `latentmem.load`.
 
     The model is fixed and holds no memory: memories are values that go in and come out. What is derived from a memory
@@ -105,29 +104,14 @@ class MemoryModel(Backbone):
             raise ValueError("there is nothing to be written; give at least one turn.")
         return [i for turn in content for i in prompts.turn(turn)]
 
-    @overload
-    def write(
-        self, memory: Memory, text: str, source: str = ..., role: str | None = ..., progress: Progress | None = ...
-    ) -> Memory: ...
-
-    @overload
     def write(
         self,
-        memory: Sequence[Memory],
-        text: Sequence[str],
-        source: str = ...,
-        role: str | None = ...,
-        progress: Progress | None = ...,
-    ) -> list[Memory]: ...
-
-    def write(
-        self,
-        memory: Memories,
+        memory: AnyMemory,
         text: Texts,
         source: str = "text",
         role: str | None = None,
         progress: Progress | None = None,
-    ) -> Memory | list[Memory]:
+    ) -> AnyMemory:
         """Write a text into a memory, or each of several texts into a memory of its own, at once (see `write_ids`).
 
         Args:
@@ -142,19 +126,13 @@ class MemoryModel(Backbone):
         Raises:
             ValueError: an empty text, an unknown role, lists of different lengths, or a memory of another model.
         """
-        memories, texts, single = _pairs(memory, text)
+        memories, texts = _pairs(memory, text)
         ids = [self.tokens(one, role) for one in texts]
-        if single:
-            return self.write_ids(memories[0], ids[0], source, progress)
+        if isinstance(memory, Memory):
+            return self.write_ids(memory, ids[0], source, progress)
         return self.write_ids(memories, ids, source, progress)
 
-    @overload
-    def ask(self, memory: Memory, question: str, **generate_kwargs: Any) -> str: ...
-
-    @overload
-    def ask(self, memory: Sequence[Memory], question: Sequence[str], **generate_kwargs: Any) -> list[str]: ...
-
-    def ask(self, memory: Memories, question: Texts, **generate_kwargs: Any) -> str | list[str]:
+    def ask(self, memory: Memories, question: AnyText, **generate_kwargs: Any) -> AnyText:
         """Answer a question with a memory, or each of several with its own, at once.
 
         Greedy, at most 128 new tokens, unless `generate_kwargs` says otherwise.
@@ -165,16 +143,16 @@ class MemoryModel(Backbone):
         """
         if generate_kwargs.get("num_return_sequences", 1) != 1 or generate_kwargs.get("return_dict_in_generate"):
             raise ValueError("`ask` gives one answer as text; use `generate_ids` for several, or for scores.")
-        memories, prompts, single = self._questions(memory, question)
-        if single:
-            outputs = [self.generate_ids(memories[0], prompts[0], **generate_kwargs)]
+        memories, prompts = self._questions(memory, question)
+        if isinstance(memory, Memory):
+            outputs = [self.generate_ids(memory, prompts[0], **generate_kwargs)]
         else:
             outputs = self.generate_ids(memories, prompts, **generate_kwargs)
         answers = [
             self.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip()
             for output, prompt in zip(outputs, prompts, strict=True)
         ]
-        return answers[0] if single else answers
+        return answers[0] if isinstance(question, str) else answers
 
     @overload
     def stream(self, memory: Memory, question: str, **generate_kwargs: Any) -> Iterator[str]: ...
@@ -192,16 +170,15 @@ class MemoryModel(Backbone):
         Returns:
             Pieces of text; for several questions pairs (number of the question, piece), as they come.
         """
-        memories, prompts, single = self._questions(memory, question)
-        if single:
-            return self.stream_ids(memories[0], prompts[0], **generate_kwargs)
+        memories, prompts = self._questions(memory, question)
+        if isinstance(memory, Memory):
+            return self.stream_ids(memory, prompts[0], **generate_kwargs)
         return self.stream_ids(memories, prompts, **generate_kwargs)
 
-    def _questions(self, memory: Memories, question: Texts) -> tuple[list[Memory], list[list[int]], bool]:
-        memories, questions, single = _pairs(memory, question)
+    def _questions(self, memory: Memories, question: Texts) -> tuple[list[Memory], list[list[int]]]:
+        memories, questions = _pairs(memory, question)
         prompts = self.prompts_or_raise()
-        ids = [prompts.question(q, bare=not m.is_empty) for m, q in zip(memories, questions, strict=True)]
-        return memories, ids, single
+        return memories, [prompts.question(q, bare=not m.is_empty) for m, q in zip(memories, questions, strict=True)]
 
     # --- token ids --------------------------------------------------------------------------------------------------
 
@@ -216,29 +193,14 @@ class MemoryModel(Backbone):
         """
         return writing.new_slots(self, memory, ids)
 
-    @overload
     def write_ids(
         self,
-        memory: Memory,
-        ids: Ids,
-        source: str = ...,
-        progress: Progress | None = ...,
-        updates: Updates | None = ...,
-    ) -> Memory: ...
-
-    @overload
-    def write_ids(
-        self, memory: Sequence[Memory], ids: Sequence[Ids], source: str = ..., progress: Progress | None = ...
-    ) -> list[Memory]: ...
-
-    def write_ids(
-        self,
-        memory: Memories,
+        memory: AnyMemory,
         ids: Ids | Sequence[Ids],
         source: str = "text",
         progress: Progress | None = None,
         updates: Updates | None = None,
-    ) -> Memory | list[Memory]:
+    ) -> AnyMemory:
         """Write tokens into a memory, in pieces of at most `memory.piece`, one update each.
 
         Several memories take their texts at once, piece by piece: each as if it were written alone, but for rounding
@@ -257,10 +219,9 @@ class MemoryModel(Backbone):
         Raises:
             ValueError: no tokens, ids outside the vocabulary, or a memory of another model.
         """
-        if isinstance(memory, Memory):
-            tokens = self.ids(ids)  # type: ignore[arg-type]
-            return writing.write_all(self, [memory], [tokens], source, progress, updates)[0]
-        return writing.write_all(self, memory, [self.ids(i) for i in ids], source, progress)  # type: ignore[arg-type]
+        memories, texts = ([memory], [ids]) if isinstance(memory, Memory) else (memory, ids)
+        after = writing.write_all(self, memories, [self.ids(i) for i in texts], source, progress, updates)  # type: ignore[arg-type]
+        return after[0] if isinstance(memory, Memory) else after  # type: ignore[return-value]
 
     @overload
     def generate_ids(self, memory: Memory, ids: Ids, cache: Cache | None = ..., **generate_kwargs: Any) -> Any: ...
@@ -312,143 +273,15 @@ class MemoryModel(Backbone):
         pieces = generating.stream(self, *asked, options, cache)
         return (piece for _, piece in pieces) if isinstance(memory, Memory) else pieces
 
-    def text_cache(self, memory: Memory, ids: Ids | None = None, old: Cache | None = None) -> Cache | None:
-        """A cache with the memory and no text in it; None for an empty memory: the plain model makes its own.
 
-        Args:
-            ids: what will be asked, and the long-term memory is searched for.
-            old: one of this memory with text in it, which is given back where the same stands in front.
+def _pairs(memory: Memories, text: Texts) -> tuple[list[Memory], list[str]]:
+    """One memory and one text, or as many of both, as lists.
 
-        Raises:
-            ValueError: no ids for a memory that has a long-term part.
-        """
-        return context.text_cache(self, memory, ids, old)
-
-    # --- many rows behind one context -------------------------------------------------------------------------------
-
-    def behind(self, memory: Memories) -> Context:
-        """A memory as the context of many rows, or several as the contexts of as many rows.
-
-        Raises:
-            ValueError: a memory of another model.
-        """
-        return context.behind(self, memory)
-
-    def plain(self, ids: Sequence[int]) -> Context:
-        """Text as the context of many rows, read by the plain model: no memory, no adapter; `ids` may be empty."""
-        return context.plain(self, ids)
-
-    def retrieved(self, context_: Context, prompts: Sequence[Ids]) -> Context:
-        """The contexts of B prompts, each with what it takes of the long-term memory: searched once for many passes."""
-        return context.retrieved(self, context_, prompts)
-
-    def front(self, memory: Memory, ids: Ids) -> KVPrefix | None:
-        """What stands in front of a prompt: a memory with the long-term slots that the prompt takes; None: nothing."""
-        return context.front_of(self, memory, ids)
-
-    def generate_rows(self, context: Context, ids: Sequence[Ids], max_new_tokens: int) -> list[Tensor]:
-        """Greedy continuations of B prompts behind one context, or each behind its own, at once.
-
-        Args:
-            ids: B prompts, [n] each; they are padded on the left.
-            max_new_tokens: at most so many tokens are made for each.
-
-        Returns:
-            B tensors of new ids, [at most max_new_tokens] each, up to an end token and with it.
-
-        Raises:
-            ValueError: empty rows, or prompt and answer do not fit into the model's context.
-        """
-        options = Options(self, {"do_sample": False, "max_new_tokens": max_new_tokens})
-        outputs = generating.generate(self, context, ids, options)
-        return [output[0, len(row) :] for output, row in zip(outputs, ids, strict=True)]
-
-    def score_rows(self, context: Context, ids: Sequence[Ids], answers: Sequence[Ids]) -> list[Score]:
-        """How likely each of B answers is after its own prompt behind one context, or each behind its own.
-
-        Args:
-            ids: B prompts, [n] each.
-            answers: B answers, [n] each.
-
-        Raises:
-            ValueError: empty rows, or prompt and answer do not fit into the model's context.
-        """
-        return scoring.score_rows(self, context, ids, answers)
-
-    # --- probabilities and sources ----------------------------------------------------------------------------------
-
-    @overload
-    def logits(self, memory: Memory, ids: Ids, *, return_retrieved: Literal[False] = ...) -> Tensor: ...
-
-    @overload
-    def logits(self, memory: Memory, ids: Ids, *, return_retrieved: Literal[True]) -> tuple[Tensor, list[Tensor]]: ...
-
-    def logits(
-        self, memory: Memory, ids: Ids, *, return_retrieved: bool = False
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Logits of the next token at every position of `ids` read behind the memory, [n, vocab].
-
-        Differentiable in the memory's slots and in whatever weights have gradients on.
-
-        Args:
-            return_retrieved: give the long-term slots that `ids` take, too: for each layer the places in its store,
-                [R] int64, oldest first.
-        """
-        tokens = self.ids(ids)
-        chosen = context.retrieve(self, memory, tokens)
-        logits = scoring.logits(self, memory, tokens[None], chosen)
-        if not return_retrieved:
-            return logits
-        return logits, chosen.places if chosen else [torch.zeros(0, dtype=torch.long)] * self.decoder.L
-
-    def score(self, memory: Memory, ids: Ids, answer: Ids) -> Score:
-        """How likely `answer` is after `ids` behind the memory."""
-        return self.score_rows(self.behind(memory), [ids], [answer])[0]
-
-    def attended(self, memory: Memory, ids: Ids, answer: Ids) -> Tensor:
-        """Which slots an answer was drawn from: the share of attention that each gets while the answer is said.
-
-        Args:
-            ids: what was asked.
-            answer: what was said.
-
-        Returns:
-            [L, R + M] float32 on the CPU, the R long-term slots first that the question takes; the mean over heads and
-            over the answer's tokens. What is missing to 1 in a layer went to the first position and to the text itself.
-
-        Raises:
-            ValueError: no ids, a memory of another model, or an attention that shows no weights.
-        """
-        return provenance.attended(self, memory, ids, answer)[0]
-
-    def sources_of(self, memory: Memory, question: str | list[Message], answer: str) -> dict[str, float]:
-        """Which sources an answer drew on: the share of the attention to the memory that went to each.
-
-        Args:
-            question: as `ask` puts it; or the messages of a chat, of which the last was answered.
-            answer: what was said.
-
-        Returns:
-            Name of each source -> share, the mean over layers; "" is what is older than the memory. They add up to 1,
-            and an empty memory has none.
-
-        Raises:
-            ValueError: as `attended`.
-        """
-        return provenance.sources_of(self, memory, question, answer)
-
-    def text_of(self, memory: Memory) -> Tensor:
-        """The tokens that layer 0 still holds, [M] ids, oldest first; -1 for a slot that is no embedding.
-
-        A slot of layer 0 in the preset "exact" is the embedding of its token: a memory gives its text away.
-        """
-        return provenance.text_of(self, memory)
-
-
-def _pairs(memory: Memories, text: Texts) -> tuple[list[Memory], list[str], bool]:
-    """One memory and one text, or as many of both: (memories, texts, whether it was one of each)."""
+    Raises:
+        ValueError: one of one and several of the other, or lists of different lengths.
+    """
     if isinstance(memory, Memory) and isinstance(text, str):
-        return [memory], [text], True
+        return [memory], [text]
     if isinstance(memory, Memory) or isinstance(text, str) or len(memory) != len(text):
         raise ValueError("give one memory and one text, or lists of the same length.")
-    return list(memory), list(text), False
+    return list(memory), list(text)

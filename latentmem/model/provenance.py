@@ -17,7 +17,7 @@ from latentmem.model.scoring import logits
 
 @torch.no_grad()
 def attended(llm: Backbone, memory: Memory, ids: Ids, answer: Ids) -> tuple[Tensor, Retrieval | None]:
-    """`MemoryModel.attended`, with the long-term slots that `ids` have chosen."""
+    """`Reader.attended`, with the long-term slots that `ids` have chosen."""
     asked, said = llm.ids(ids), llm.ids(answer)
     chosen = retrieve(llm, memory, asked)
     with attention.watching(llm.base) as layers:
@@ -34,7 +34,7 @@ def attended(llm: Backbone, memory: Memory, ids: Ids, answer: Ids) -> tuple[Tens
 
 @torch.no_grad()
 def sources_of(llm: Backbone, memory: Memory, question: str | list[Message], answer: str) -> dict[str, float]:
-    """`MemoryModel.sources_of`."""
+    """`Reader.sources_of`."""
     if memory.is_empty:
         return {}
     prompts = llm.prompts_or_raise()
@@ -55,7 +55,7 @@ def sources_of(llm: Backbone, memory: Memory, question: str | list[Message], ans
 
 @torch.no_grad()
 def text_of(llm: Backbone, memory: Memory) -> Tensor:
-    """`MemoryModel.text_of`."""
+    """`Reader.text_of`."""
     llm.check(memory)
     table = torch.nn.functional.normalize(llm.base.get_input_embeddings().weight.float(), dim=1)
     slots = torch.nn.functional.normalize(memory.slots[0].to(table), dim=1)

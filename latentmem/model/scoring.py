@@ -47,7 +47,7 @@ def logits(llm: Backbone, memory: Memory, tokens: Tensor, chosen: Retrieval | No
 
 @torch.no_grad()
 def score_rows(llm: Backbone, context: Context, ids: Sequence[Ids], answers: Sequence[Ids]) -> list[Score]:
-    """`MemoryModel.score_rows`."""
+    """`Reader.score_rows`."""
     pairs = [(llm.ids(i), llm.ids(a)) for i, a in zip(ids, answers, strict=True)]
     scores: dict[int, Score] = {}
     for rows in context.passes([0] * len(pairs), slides=llm.decoder.slides):

@@ -264,7 +264,7 @@ class Learner(nn.Module):
         """The episode with the plain model's own replies as answers, greedy, each up to an end token and with it."""
         llm = self.llm
         prompts = [[*llm.prompts_or_raise().opening, *row.prompt] for row in episode.rows]
-        said = llm.generate_rows(llm.plain([]), prompts, episode.replies)
+        said = llm.generate_rows(llm.text_context([]), prompts, episode.replies)
         rows = (replace(row, answer=tuple(ids.tolist())) for row, ids in zip(episode.rows, said, strict=True))
         return replace(episode, rows=tuple(rows))
 

@@ -68,6 +68,6 @@ class Probe:
                 some = document.questions[:3]
                 ids = [prompts.question(question, bare=True) for question, _ in some]
                 answers = [prompts.answer(question, answer) for question, answer in some]
-                scores = llm.score_rows(llm.behind(memory), ids, answers)
+                scores = llm.score_rows(llm.context(memory), ids, answers)
                 found[age] += [float(score.hits.double().mean()) for score in scores]
         return [{"age": age, "accuracy": sum(x) / len(x), "n": len(x)} for age, x in found.items()]

@@ -661,7 +661,7 @@ def test_many_rows_behind_one_memory_are_those_of_sdpa(family, stock):
     prompts, answers = [[3, 4, 5, 6], [7], [40, 9, 133, 8, 222, 17, 18]], [[8, 9], [10, 11, 12], [13]]
     found = []
     for llm in twice(family):
-        context = llm.behind(remembering(llm))
+        context = llm.context(remembering(llm))
         stock.clear()
         scores = llm.score_rows(context, prompts, answers)
         found.append(([row.tolist() for row in llm.generate_rows(context, prompts, 12)], scores))

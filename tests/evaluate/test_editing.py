@@ -310,7 +310,7 @@ def test_a_long_term_part_has_the_edits_that_the_memory_has_dropped(llm, tmp_pat
     state = way.start("sequence/6/0")
     for edit in edits:
         state = way.edit(state, edit)
-    found = worker._scores(llm.behind(state), edits[0].probes)
+    found = worker._scores(llm.context(state), edits[0].probes)
     assert records[0]["efficacy"] == pytest.approx(found[edits[0].rewrite][0].hits.double().mean().item(), abs=1e-6)
     nothing = Editing(llm, made(), Settings(MemorySettings(32), edits=2, rows=rows), tmp_path)
     nothing.ways["longterm"] = Unwritten(llm, lambda: nothing._longterm)

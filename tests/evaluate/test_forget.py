@@ -107,7 +107,7 @@ def test_what_is_asked_sees_the_text_before_and_never_after(llm, monkeypatch):
 
     monkeypatch.setattr(forget, "ask", ask)
     behind = []
-    monkeypatch.setattr(llm, "behind", behind.append, raising=False)
+    monkeypatch.setattr(llm, "context", behind.append, raising=False)
     Forget(llm, made(), Settings(MemorySettings(300))).run(("forget", 0))
     names = [[source.name for source in memory.sources] for memory in behind]
     assert names[0] == ["unrelated", "t1", "target", "t2", "t3", "t4"]

@@ -66,7 +66,7 @@ def test_the_likelihood_of_a_long_text_counts_every_token_once(llm, memory, monk
 
 def test_answers_are_greedy_and_stop_at_the_first_stop(llm, memory):
     lm, prompt = HarnessLM(llm, memory), "How many ships?"
-    (output,) = llm.generate_rows(llm.behind(memory), [llm.prompts.text(prompt)], 12)
+    (output,) = llm.generate_rows(llm.context(memory), [llm.prompts.text(prompt)], 12)
     whole = llm.tokenizer.decode(output, skip_special_tokens=True)
     (said,) = lm.generate_until([request(prompt, {"max_gen_toks": 12, "until": []})])
     assert said == whole

@@ -120,14 +120,14 @@ class StandIn:
             memory = updated(memory, new, source=source, tokens=len(piece))
         return memory
 
-    def behind(self, memory):
+    def context(self, memory):
         layers = memory.slots[:, :, 0].long().tolist()
         return SimpleNamespace(length=1 + memory.M if memory.M else 0, layers=layers, memory=memory)
 
     def retrieved(self, context, ids):
         return context
 
-    def plain(self, ids):
+    def text_context(self, ids):
         assert not ids or (ids[0] == 1 and 1 not in ids[1:])
         return SimpleNamespace(length=len(ids), layers=[list(ids[1:])], memory=None, room=self.limit - len(ids))
 
@@ -236,7 +236,7 @@ def test_a_hit_is_any_right_answer_in_what_is_said_in_either_case():
         replace(llm.data.texts[1].questions[1], answers=("gold1x0", "crown1x1 gold1x1")),
     )
     llm.score_rows = lambda context, ids, answers: [Score(torch.tensor([-1.0, -2.0]), torch.tensor([True, False]))] * 4
-    context = llm.plain([1, *(i for text in llm.data.texts for i in llm.prompts.text(text.text))])
+    context = llm.text_context([1, *(i for text in llm.data.texts for i in llm.prompts.text(text.text))])
     answers = ask(llm, context, questions)
     assert [a.said for a in answers] == ["gold0x0 crown0x0", "gold0x1 crown0x1", "gold1x0 crown1x0", "gold1x1 crown1x1"]
     assert [a.hit for a in answers] == [True, True, True, False]
@@ -245,7 +245,7 @@ def test_a_hit_is_any_right_answer_in_what_is_said_in_either_case():
 
 def test_asking_nothing_gives_nothing():
     llm = MemoryModel(tiny_model(), byte_tokenizer())
-    assert ask(llm, llm.plain([]), []) == []
+    assert ask(llm, llm.text_context([]), []) == []
 
 
 # --- the table of a model whose right one is known ------------------------------------------------------------------

@@ -331,10 +331,10 @@ def test_rows_with_stores_of_their_own(llm, group):
     for one, all_ in zip(alone, llm.generate_ids(some, prompts, max_new_tokens=8), strict=True):
         assert torch.equal(one, all_)
     answers = [torch.arange(20, 25)] * 4
-    together = llm.score_rows(llm.behind(some), prompts, answers)
+    together = llm.score_rows(llm.context(some), prompts, answers)
     for m, p, a, score in zip(some, prompts, answers, together, strict=True):
         torch.testing.assert_close(score.logprobs, llm.score(m, p, a).logprobs, atol=1e-4, rtol=1e-4)
-    rows = llm.score_rows(llm.behind(some[0]), prompts, answers)
+    rows = llm.score_rows(llm.context(some[0]), prompts, answers)
     for p, a, score in zip(prompts, answers, rows, strict=True):
         torch.testing.assert_close(score.logprobs, llm.score(some[0], p, a).logprobs, atol=1e-4, rtol=1e-4)
 

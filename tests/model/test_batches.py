@@ -104,7 +104,7 @@ def test_the_adapters_of_writing_and_of_reading_are_those_of_one():
     after = llm.write_ids(beginnings(llm), TEXTS)
     alone = [llm.write_ids(m, text) for m, text in zip(beginnings(llm), TEXTS, strict=True)]
     assert all(map(alike, after, alone))
-    context = llm.behind([*after, llm.empty(N=8, K=4)])  # an empty memory is the plain model, without adapters
+    context = llm.context([*after, llm.empty(N=8, K=4)])  # an empty memory is the plain model, without adapters
     prompts, answers = [*PROMPTS, [3, 4]], [*ANSWERS, [5, 6]]
     found = llm.score_rows(context, prompts, answers)
     for score, memory, prompt, answer in zip(found, [*after, llm.empty(N=8, K=4)], prompts, answers, strict=True):
@@ -119,13 +119,13 @@ def test_answers_are_as_likely_as_behind_each_memory_alone(family, attention):
     llm = made(family, attention)
     after = [*written(llm), llm.empty(N=16, K=4)]
     prompts, answers = [*PROMPTS, [9, 9, 9]], [*ANSWERS, [4, 5]]
-    found = llm.score_rows(llm.behind(after), prompts, answers)
+    found = llm.score_rows(llm.context(after), prompts, answers)
     for score, memory, prompt, answer in zip(found, after, prompts, answers, strict=True):
         logits = llm.logits(memory, [*prompt, *answer])[len(prompt) - 1 : -1].detach()
         alone = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
         assert (score.logprobs - alone).abs().max() < 1e-4
         assert score.hits.tolist() == (logits.argmax(-1) == torch.tensor(answer)).tolist()
-    elsewhere = llm.score_rows(llm.behind([after[i] for i in (1, 2, 3, 0)]), PROMPTS, ANSWERS)
+    elsewhere = llm.score_rows(llm.context([after[i] for i in (1, 2, 3, 0)]), PROMPTS, ANSWERS)
     assert all((a.logprobs - b.logprobs).abs().max() > 1e-3 for a, b in zip(found, elsewhere, strict=False))
 
 
@@ -133,10 +133,10 @@ def test_answers_are_as_likely_as_behind_each_memory_alone(family, attention):
 def test_a_neighbours_memory_changes_no_bit_of_a_row(family):
     llm = made(family)
     after = written(llm)
-    before = llm.score_rows(llm.behind(after), PROMPTS, ANSWERS)
+    before = llm.score_rows(llm.context(after), PROMPTS, ANSWERS)
     tokens = llm.generate_ids(after, PROMPTS, max_new_tokens=6)
     after[1] = replace(after[1], slots=after[1].slots.flip(1) * 2)
-    again = llm.score_rows(llm.behind(after), PROMPTS, ANSWERS)
+    again = llm.score_rows(llm.context(after), PROMPTS, ANSWERS)
     # an expert multiplies the tokens that are routed to it together; how many a neighbour sends is no fixed shape
     close = 1e-5 if family == "mixtral" else 0
     for i in (0, 2, 3):
@@ -303,16 +303,10 @@ def test_leaving_the_loop_stops_all_rows(talking):
         list(talking.stream(after, QUESTIONS[:2], num_beams=2, max_new_tokens=4))
 
 
-def test_nothing_more_is_begun_once_nobody_reads(talking, monkeypatch, until_the_reader_leaves):
+def test_nothing_more_is_begun_once_nobody_reads(talking, monkeypatch):
     monkeypatch.setattr(passes, "ROWS", 1)
     begun, generate = [], talking.base.generate
-
-    def watched(**more):
-        begun.append(1)
-        until_the_reader_leaves()
-        return generate(**more)
-
-    monkeypatch.setattr(talking.base, "generate", watched)
+    monkeypatch.setattr(talking.base, "generate", lambda **more: begun.append(1) or generate(**more))
     after = talking.write([talking.empty(N=128, K=16) for _ in range(3)], NOTES)
     pieces = talking.stream(after * 4, QUESTIONS * 4, max_new_tokens=60)
     next(pieces)
@@ -341,15 +335,15 @@ def test_what_several_memories_do_not_take_is_refused(talking):
     with pytest.raises(ValueError, match="one list of integers for each memory"):
         talking.write_ids(memory, [[5, 6], [7]])
     with pytest.raises(ValueError, match="as many rows as memories: got 3 and 2"):
-        talking.score_rows(talking.behind([memory, memory]), [[5]] * 3, [[6]] * 3)
+        talking.score_rows(talking.context([memory, memory]), [[5]] * 3, [[6]] * 3)
     with pytest.raises(ValueError, match="no memory was given"):
-        talking.behind([])
+        talking.context([])
     both = talking.generate_ids([memory, memory], torch.tensor([[5, 6], [7, 8]]), max_new_tokens=2)
     assert [x.shape[1] for x in both] == [4, 4]
     with pytest.raises(ValueError, match="there is room for"):
         talking.generate_ids([memory, memory], [[5, 6], [5] * 1100], max_new_tokens=2)
     stranger = replace(memory, model="another")
-    for use in (talking.behind, lambda m: talking.write_ids(m, [[5], [6]])):
+    for use in (talking.context, lambda m: talking.write_ids(m, [[5], [6]])):
         with pytest.raises(ValueError, match="another model"):
             use([memory, stranger])
     assert talking.ask([], []) == [] and talking.write([], []) == [] and list(talking.stream([], [])) == []

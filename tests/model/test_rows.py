@@ -47,8 +47,8 @@ def remembering(llm):
 
 def made(llm, kind):
     if kind == "an empty memory":
-        return llm.behind(llm.empty(N=64, K=16))
-    return llm.behind(remembering(llm)) if kind == "a memory" else llm.plain(BEFORE[kind])
+        return llm.context(llm.empty(N=64, K=16))
+    return llm.context(remembering(llm)) if kind == "a memory" else llm.text_context(BEFORE[kind])
 
 
 @torch.no_grad()
@@ -144,23 +144,23 @@ def test_rows_of_one_length_are_continued_as_by_the_plain_model_on_all_of_the_te
 def test_behind_a_memory_rows_are_what_one_memory_and_one_row_give(family):
     llm = shared(family)
     for memory in (remembering(llm), llm.empty(N=64, K=16)):
-        for i, at_once in enumerate(llm.score_rows(llm.behind(memory), PROMPTS, ANSWERS)):
+        for i, at_once in enumerate(llm.score_rows(llm.context(memory), PROMPTS, ANSWERS)):
             prompt, answer = row(i)
             score = llm.score(memory, prompt, answer)
             assert close(at_once, score.logprobs, score.hits)
             assert close(score, *read(llm, memory, prompt, answer))
             ids = llm.generate_ids(memory, prompt, max_new_tokens=6)[0, len(prompt) :].tolist()
-            assert lists(llm.generate_rows(llm.behind(memory), [prompt], 6)) == [ids]
+            assert lists(llm.generate_rows(llm.context(memory), [prompt], 6)) == [ids]
 
 
 def test_a_full_memory_serves_rows_too():
     llm = shared()
     memory = llm.write_ids(llm.empty(N=16, K=8), TEXT)
-    assert memory.M == 16 and llm.behind(memory).length == 17
-    for i, score in enumerate(llm.score_rows(llm.behind(memory), PROMPTS, ANSWERS)):
+    assert memory.M == 16 and llm.context(memory).length == 17
+    for i, score in enumerate(llm.score_rows(llm.context(memory), PROMPTS, ANSWERS)):
         assert close(score, *read(llm, memory, *row(i)))
     alone = [llm.generate_ids(memory, p, max_new_tokens=8)[0, len(p) :].tolist() for p in PROMPTS]
-    assert lists(llm.generate_rows(llm.behind(memory), PROMPTS, 8)) == alone
+    assert lists(llm.generate_rows(llm.context(memory), PROMPTS, 8)) == alone
 
 
 def test_a_hit_is_the_most_likely_token():
@@ -174,7 +174,7 @@ def test_a_hit_is_the_most_likely_token():
 
 def test_rows_may_be_lists_or_tensors():
     llm = shared()
-    context = llm.plain(torch.tensor(BEFORE["text"]))
+    context = llm.text_context(torch.tensor(BEFORE["text"]))
     prompts, answers = ([torch.tensor(ids) for ids in rows] for rows in (PROMPTS, ANSWERS))
     expected = llm.score_rows(made(llm, "text"), PROMPTS, ANSWERS)
     for score, right in zip(llm.score_rows(context, prompts, answers), expected, strict=True):
@@ -255,7 +255,7 @@ def test_text_and_an_empty_memory_know_no_adapter(kind):
 def test_behind_a_memory_rows_are_read_by_the_read_adapter():
     llm = adapted()
     memory = remembering(llm)
-    context = llm.behind(memory)
+    context = llm.context(memory)
     for i, score in enumerate(llm.score_rows(context, PROMPTS, ANSWERS)):
         assert close(score, *read(llm, memory, *row(i)))
         assert not close(score, *scored(tiny(), [FIRST, *TEXT], *row(i)), tolerance=1e-2)
@@ -279,10 +279,10 @@ def released(**config):
 def test_a_released_checkpoint_serves_rows_behind_its_pool_and_as_the_plain_model():
     llm = released()
     pool = llm.empty()
-    assert llm.behind(pool).length == 13
-    for i, score in enumerate(llm.score_rows(llm.behind(pool), PROMPTS, ANSWERS)):
+    assert llm.context(pool).length == 13
+    for i, score in enumerate(llm.score_rows(llm.context(pool), PROMPTS, ANSWERS)):
         assert close(score, *read(llm, pool, *row(i)))
-    for before, context in ((TEXT, llm.plain(TEXT)), ([], llm.plain([])), ([], llm.behind(llm.blank()))):
+    for before, context in ((TEXT, llm.text_context(TEXT)), ([], llm.text_context([])), ([], llm.context(llm.blank()))):
         for i, score in enumerate(llm.score_rows(context, PROMPTS, ANSWERS)):
             assert close(score, *scored(llm.base, before, *row(i)))
         assert lists(llm.generate_rows(context, PROMPTS, 6)) == [continued(llm.base, before, p, 6) for p in PROMPTS]
@@ -308,10 +308,10 @@ def test_empty_rows_and_rows_that_are_no_pairs_are_refused(kind):
 def test_what_is_no_list_of_token_ids_is_refused(ids):
     llm = shared()
     for call in (
-        lambda: llm.plain(ids),
-        lambda: llm.score_rows(llm.plain([]), [ids], [[5]]),
-        lambda: llm.score_rows(llm.plain([]), [[5]], [ids]),
-        lambda: llm.generate_rows(llm.plain([]), [[5], ids], 2),
+        lambda: llm.text_context(ids),
+        lambda: llm.score_rows(llm.text_context([]), [ids], [[5]]),
+        lambda: llm.score_rows(llm.text_context([]), [[5]], [ids]),
+        lambda: llm.generate_rows(llm.text_context([]), [[5], ids], 2),
     ):
         with pytest.raises(ValueError, match="token ids must"):
             call()
@@ -332,19 +332,19 @@ def test_rows_that_do_not_fit_are_refused_and_those_that_just_fit_are_not(kind):
 
 def test_text_that_does_not_fit_is_refused():
     llm = untrained(max_position_embeddings=96)
-    assert llm.plain([5] * 96).length == 96
+    assert llm.text_context([5] * 96).length == 96
     with pytest.raises(ValueError, match="97 tokens"):
-        llm.plain([5] * 97)
+        llm.text_context([5] * 97)
 
 
 @pytest.mark.parametrize("kind", ["its pool", "no slots", "text", "nothing"])
 def test_a_released_checkpoint_refuses_rows_that_do_not_fit(kind):
     llm = released(max_position_embeddings=64)
     context = {
-        "its pool": lambda: llm.behind(llm.empty()),
-        "no slots": lambda: llm.behind(llm.blank()),
-        "text": lambda: llm.plain(TEXT),
-        "nothing": lambda: llm.plain([]),
+        "its pool": lambda: llm.context(llm.empty()),
+        "no slots": lambda: llm.context(llm.blank()),
+        "text": lambda: llm.text_context(TEXT),
+        "nothing": lambda: llm.text_context([]),
     }[kind]()
     room = 64 - (context.length if kind == "text" else 0)  # a checkpoint was trained behind its pool
     llm.score_rows(context, [[5] * (room - 1)], [[6]])
@@ -368,13 +368,13 @@ def test_a_foreign_memory_is_refused():
     llm = shared()
     memory = remembering(llm)
     with pytest.raises(ValueError, match="another model"):
-        llm.behind(remembering(untrained(seed=1)))
+        llm.context(remembering(untrained(seed=1)))
     with pytest.raises(ValueError, match="another model"):
-        llm.behind(untrained(seed=1).empty(N=64, K=16))
+        llm.context(untrained(seed=1).empty(N=64, K=16))
     for wrong, reason in (
         (replace(memory, tokenizer="other"), "another tokenizer"),
         (replace(memory, adapters="other"), "another adapter"),
         (replace(memory, slots=memory.slots.bfloat16()), "holds bfloat16"),
     ):
         with pytest.raises(ValueError, match=reason):
-            llm.behind(wrong)
+            llm.context(wrong)

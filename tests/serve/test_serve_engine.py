@@ -243,7 +243,7 @@ def test_keys_and_values_are_kept_up_to_their_bytes(llm):
     some = memories(llm, 5)[1:]
     llm.prefixes.limit = None
     for memory in some:
-        llm.behind(memory)
+        llm.context(memory)
     each = llm.prefixes.nbytes / 4
     try:
         llm.prefixes.limit = int(2.5 * each)
@@ -260,8 +260,8 @@ def test_keys_and_values_are_kept_up_to_their_bytes(llm):
 def test_keys_and_values_are_gone_when_they_are_not_kept(llm):
     """Without a cycle of references, which only a collection would end: they are large."""
     memory = memories(llm, 2)[1]
-    front, prefix = llm.behind(memory).fronts[0], weakref.ref(llm.prefixes.get(memory))
-    assert llm.behind(memory).fronts[0] is front
+    front, prefix = llm.context(memory).fronts[0], weakref.ref(llm.prefixes.get(memory))
+    assert llm.context(memory).fronts[0] is front
     del front
     gc.disable()
     try:

@@ -108,7 +108,7 @@ class Plain:
         return None
 
     def reading(self, state: None) -> AbstractContextManager[Context]:
-        return contextlib.nullcontext(self.llm.plain([]))
+        return contextlib.nullcontext(self.llm.text_context([]))
 
     def save(self, state: None, path: Path) -> None:
         path.touch()
@@ -251,7 +251,7 @@ class Written:
         return self.llm.write_ids(state, written(self.llm, edit.sentence), edit.id)
 
     def reading(self, state: Memory) -> AbstractContextManager[Context]:
-        return contextlib.nullcontext(self.llm.behind(state))
+        return contextlib.nullcontext(self.llm.context(state))
 
     def save(self, state: Memory, path: Path) -> None:
         state.save(path)

@@ -92,7 +92,7 @@ class Weights:
     @contextlib.contextmanager
     def reading(self, state: Change) -> Iterator[Context]:
         with added(self.llm, self.factors(state)):
-            yield self.llm.plain([])
+            yield self.llm.text_context([])
 
     def factors(self, state: Change) -> Change:
         """What is added to the weights."""

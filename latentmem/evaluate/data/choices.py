@@ -146,7 +146,7 @@ def logliks(llm: MemoryModel, memory: Memory | None, items: Sequence[Item]) -> l
         ValueError: an item does not fit into the model's context.
     """
     text, first = llm.prompts_or_raise().text, llm.first_token
-    context = llm.plain([]) if memory is None else llm.behind(memory)
+    context = llm.text_context([]) if memory is None else llm.context(memory)
     found: list[list[float]] = [[] for _ in items]
     asked: list[tuple[int, list[int], list[int]]] = []
     for i, item in enumerate(items):

@@ -90,7 +90,7 @@ class Ability:
     def _perplexity(self, i: int) -> Iterator[Record]:
         text = self.articles[i]
         for state, memory in self._memories.items():
-            context = self.llm.plain([]) if memory is None else self.llm.behind(memory)
+            context = self.llm.text_context([]) if memory is None else self.llm.context(memory)
             nll, tokens = read(self.llm, context, text, self.settings.tokens)
             yield {"task": "perplexity", "state": state, "text": named(text), "nll": nll, "tokens": tokens}
 

@@ -236,12 +236,12 @@ class Conversations:
             context = in_context(self.llm, ())
         elif row == "window":
             prompts = [self._question(asked, bare=True) for asked in one.questions]
-            room = self.llm.plain([]).room - len(self.llm.prompts_or_raise().opening)
+            room = self.llm.text_context([]).room - len(self.llm.prompts_or_raise().opening)
             room -= max(map(len, prompts)) + self.settings.new_tokens
             ids = [i for _, text in self._texts(one) for i in written(self.llm, text)]
             context = in_context(self.llm, ids[-min(room, self.settings.memory.N or self._empty("memory").N) :])
         else:
-            context = self.llm.behind(self._written(row, one))
+            context = self.llm.context(self._written(row, one))
         return self._say(context, [self._question(asked, bare=context.length > 0) for asked in one.questions])
 
     def _bm25(self, one: Dialogue) -> list[str]:
@@ -253,7 +253,7 @@ class Conversations:
             text = "\n".join(_piece(library[i][0], [library[i][1]]) for i in sorted(places))
             ids = [*self.llm.prompts_or_raise().opening, *written(self.llm, text)] if text else []
             prompts.append([*ids, *self._question(asked, bare=bool(ids))])
-        return self._say(self.llm.plain([]), prompts)
+        return self._say(self.llm.text_context([]), prompts)
 
     def _written(self, row: str, one: Dialogue) -> Memory:
         """The memory of a whole dialogue."""

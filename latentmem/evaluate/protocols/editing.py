@@ -251,7 +251,7 @@ class Editing:
     def _unedited(self, edit: Edit, begin: str) -> list[Tensor]:
         """For each unrelated prompt the most likely tokens behind the memory before all edits, or "plain"."""
         memory = {"full": lambda: self._full, "own": lambda: self._empty, "longterm": lambda: self._longterm}.get(begin)
-        found = self._scores(self.llm.behind(memory()) if memory else self.llm.plain([]), edit.probes)
+        found = self._scores(self.llm.context(memory()) if memory else self.llm.text_context([]), edit.probes)
         return [found[probe][0].likeliest for probe in edit.unrelated]
 
     def _scores(self, context: Context, probes: Sequence[Probe]) -> dict[Probe, tuple[Score, ...]]:

@@ -72,7 +72,7 @@ class Effects:
 
     def _perplexity(self, i: int) -> Iterator[Record]:
         llm, text = self.llm, self.articles[i]
-        contexts = {"plain": llm.plain([]), "empty": llm.behind(llm.blank()), "full": llm.behind(self._full)}
+        contexts = {"plain": llm.text_context([]), "empty": llm.context(llm.blank()), "full": llm.context(self._full)}
         for state, context in contexts.items():
             nll, tokens = read(llm, context, text, self.settings.tokens)
             yield {"kind": state, "text": named(text), "nll": nll, "tokens": tokens}
@@ -82,7 +82,7 @@ class Effects:
         memory = self._full.with_settings(seed=int.from_bytes(hashlib.sha256(text.id.encode()).digest()[:7], "big"))
         memory = self.llm.write_ids(memory, written(self.llm, text.text), "target")
         kinds = dict(zip(KINDS, (text.questions, self.wrong.get(text.text, ()), other.questions), strict=True))
-        for way, context in (("memory", self.llm.behind(memory)), ("floor", in_context(self.llm, ()))):
+        for way, context in (("memory", self.llm.context(memory)), ("floor", in_context(self.llm, ()))):
             for kind, questions in kinds.items():
                 some = questions[: len(text.questions)]
                 for question, answer in zip(some, ask(self.llm, context, some) if some else [], strict=True):

@@ -121,7 +121,7 @@ class Forget:
             facts = {"kind": "memory", "state": way, "text": target.id, "same": int(same), "M": found.M}
             yield {**facts, "gone": int(all(s.name != TARGET for s in found.sources)), "seconds": seconds[way]}
         for state, memory in memories.items():
-            yield from self._asked(state, self.llm.behind(memory), target, others)
+            yield from self._asked(state, self.llm.context(memory), target, others)
         yield from self._asked("floor", in_context(self.llm, ()), target, ())
 
     def _asked(self, state: str, context: Context, target: Text, others: Sequence[Text]) -> Iterator[Record]:

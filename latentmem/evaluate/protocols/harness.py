@@ -76,7 +76,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         if memory is not None:
             self.llm.check(memory)
         self.memory = memory
-        self._context = self.llm.plain([]) if memory is None else self.llm.behind(memory)
+        self._context = self.llm.text_context([]) if memory is None else self.llm.context(memory)
 
     # --- text and tokens --------------------------------------------------------------------------------------------
 
@@ -166,7 +166,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         memory = self.memory
         for piece in cut(ids[:-tail], memory.piece):
             memory = self.llm.write_ids(memory, piece, "text")
-        return self.llm.behind(memory), ids[-tail:]
+        return self.llm.context(memory), ids[-tail:]
 
 
 def evaluate(lm: HarnessLM, tasks: Sequence[Any], out: Path, **options: Any) -> dict[str, Any]:

@@ -211,7 +211,7 @@ class Integrity:
         s, at = self.settings, i + 1
         if at % s.every == 0:
             ages = [age for age in (0, s.age) if age <= i]
-            context = self.llm.plain([]) if memory is None else self.llm.behind(memory)
+            context = self.llm.text_context([]) if memory is None else self.llm.context(memory)
             questions = [self._fact(i - age).questions[0] for age in ages]
             answers = ask(self.llm, context, questions, new_tokens=NEW_TOKENS)
             for age, question, answer in zip(ages, questions, answers, strict=True):
@@ -228,12 +228,12 @@ class Integrity:
         """Fact i asked of a memory that holds nothing else: how hard it is by itself."""
         memory = self.llm.write_ids(protocol.empty(self.llm, self.settings.memory), self._ids(i), "facts")
         question = self._fact(i).questions[0]
-        (answer,) = ask(self.llm, self.llm.behind(memory), [question], new_tokens=NEW_TOKENS)
+        (answer,) = ask(self.llm, self.llm.context(memory), [question], new_tokens=NEW_TOKENS)
         return {"kind": "alone", "row": "memory", "at": i + 1, "question": question.id, **_answered(answer)}
 
     def _checkpoint(self, row: str, at: int, memory: Memory | None) -> Iterator[Record]:
         """Held-out text and BLiMP pairs, read behind the memory, or by the model as its weights are."""
-        context = self.llm.plain([]) if memory is None else self.llm.behind(memory)
+        context = self.llm.text_context([]) if memory is None else self.llm.context(memory)
         for article in self.articles:
             nll, tokens = read(self.llm, context, article, self.settings.tokens)
             yield {"kind": "read", "row": row, "at": at, "text": named(article), "nll": nll, "tokens": tokens}

@@ -240,12 +240,12 @@ class LongBench:
         for piece in cut(ids, memory.piece):
             memory = self.llm.write_ids(memory, piece, "text")
         opening = self.llm.prompts_or_raise().opening if memory.is_empty else []
-        return self.llm.behind(memory), [*opening, *end, *asked]
+        return self.llm.context(memory), [*opening, *end, *asked]
 
     def _plain(self, row: str, name: str, example: Example) -> tuple[Context, list[int]]:
         """What the plain model reads of the text, and the question."""
         asked = self._question(example, bare=True)
-        room = self.llm.plain([]).room - len(self.llm.prompts_or_raise().opening) - len(asked) - ANSWER[name]
+        room = self.llm.text_context([]).room - len(self.llm.prompts_or_raise().opening) - len(asked) - ANSWER[name]
         ids: list[int] = []
         text = example.text if name in LOCAL else self.llm.tokenizer.decode(self._kept(name, example))
         if row == "bm25":

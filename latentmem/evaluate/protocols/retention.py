@@ -119,7 +119,9 @@ class Retention:
         self._seen: dict[tuple[str, str], Answer] = {}  # (question, passage) -> answer
         prompts = llm.prompts_or_raise()
         asked = [len(prompts.question(q.question, bare=True)) for text in data.texts for q in text.questions]
-        self._room = llm.plain([]).room - len(prompts.opening) - max(asked) - max(settings.new_tokens, LONGEST_ANSWER)
+        self._room = (
+            llm.text_context([]).room - len(prompts.opening) - max(asked) - max(settings.new_tokens, LONGEST_ANSWER)
+        )
         if self._room < 1:
             raise ValueError(
                 f"the questions and answers leave no room for a text in this model's context ({llm.name})."
@@ -180,7 +182,7 @@ class Retention:
         if row == "oracle":
             answers = self._ask_found([text.text] * len(text.questions), text.questions)
         else:
-            context = self.llm.behind(self._dead(N)) if row == "dead" else in_context(self.llm, ())
+            context = self.llm.context(self._dead(N)) if row == "dead" else in_context(self.llm, ())
             answers = self._ask(context, text.questions)
         yield from _records(text.questions, answers, row=row, N=N, fill=fill, text=text.id)
 
@@ -192,7 +194,7 @@ class Retention:
                 memory = self._write(memory, self._other(t - 1), "unrelated")
             if t in self.settings.own:
                 facts = {"row": row, "N": N, "fill": fill, "step": t, "text": text.id, "M": memory.M}
-                answers = self._ask(self.llm.behind(memory), text.questions)
+                answers = self._ask(self.llm.context(memory), text.questions)
                 for question, answer in zip(text.questions, answers, strict=True):
                     found = self._found(memory, question, "target")
                     yield from _records([question], [answer], left=_left(memory, "target"), **found, **facts)
@@ -235,7 +237,7 @@ class Retention:
             questions = [question for _, _, question in asked]
             library = [*self._filler(N), *(self._streamed(j)[0] for j in range(step + 1))]
             if memory is not None:
-                answers = self._ask(self.llm.behind(memory), questions)
+                answers = self._ask(self.llm.context(memory), questions)
                 left = [_left(memory, text.id) for _, text, _ in asked]
             elif row == "window":
                 N_seen = min(N, self._room)
