@@ -13,8 +13,7 @@ def pin(memory: Memory, name: str, pinned: bool = True) -> Memory:
     """Keep the slots of a source, and those that it will write, from every random drop; `pinned=False`: no longer.
 
     Raises:
-        ValueError: no such source.
-        ValueError: pinned slots would take more than the share `quota` of N.
+        ValueError: no such source, or pinned slots would take more than the share `quota` of N.
     """
     i = _index(memory, name)
     sources = (*memory.sources[:i], replace(memory.sources[i], pinned=pinned), *memory.sources[i + 1 :])
