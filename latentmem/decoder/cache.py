@@ -13,10 +13,10 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from latentmem.decoder import attention
-from latentmem.decoder.attention import KV
+from latentmem.decoder.attention import KV, Handover, Memories
 from latentmem.decoder.decoder import Decoder
 
-ROOM = 64  # tokens by which a text's buffers are made longer than the text
+ROOM = 64  # tokens by which a text's buffers are longer than the text
 STACKED = 2 * 2**30  # bytes up to which the memories of a batch are stacked while it generates
 
 
@@ -45,6 +45,18 @@ class MemoryCache(Cache):
         super().__init__(layers=layers)
         self.fronts = list(fronts)
 
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> KV:
+        """As `Cache.update`.
+
+        Raises:
+            RuntimeError: the layer before did not read its memory, so this model's attention is not ours.
+        """
+        before = self.layers[layer_idx - 1] if layer_idx else None
+        if isinstance(before, MemoryLayer) and before.handover and before.handover.memories:
+            before.handover = None
+            raise RuntimeError("a layer did not read its memory: its attention is not the one that was chosen for it.")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     def changed(self) -> None:
         """Some front gives other keys and values than before, as many."""
         for layer in self.layers:
@@ -53,7 +65,7 @@ class MemoryCache(Cache):
     def rows(self, B: int) -> list[int]:
         """The front of each of B rows; there may be several of each row that is read, as of hypotheses of beams."""
         layer: Any = self.layers[0]
-        own = layer._rows if len(self.fronts) > 1 else [0]
+        own = layer.rows if len(self.fronts) > 1 else [0]
         return [front for front in own for _ in range(B // len(own))]
 
 
@@ -64,22 +76,14 @@ def memory_cache(
 
     Args:
         fronts: one for any number of rows, or one for each row.
+        store: as in `MemoryLayer`.
         stacked: bytes up to which several are handed over in one tensor, too; by default `STACKED`.
     """
-    apart = decoder.model.config._attn_implementation == attention.NAME
-    return MemoryCache(
-        fronts,
-        [
-            MemoryLayer(
-                [front.layers[i] for front in fronts],
-                max(front.P for front in fronts),
-                store=store,
-                apart=apart,
-                stacked=(STACKED if stacked is None else stacked) // decoder.L,
-            )
-            for i in range(decoder.L)
-        ],
-    )
+    apart = attention.takes_memories(decoder.model)
+    bytes_ = (STACKED if stacked is None else stacked) // decoder.L
+    P = max(front.P for front in fronts)
+    layers = [[front.layers[i] for front in fronts] for i in range(decoder.L)]
+    return MemoryCache(fronts, [MemoryLayer(kv, P, store=store, apart=apart, stacked=bytes_) for kv in layers])
 
 
 def joined(parts: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], fronts: Sequence[KVPrefix], L: int) -> Cache:
@@ -90,28 +94,28 @@ def joined(parts: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], fronts: 
         fronts: what stands in front of each row taken, the same object where it is shared; none: caches of plain text.
         L: layers.
     """
-    longest = max(n for _, _, lengths in parts for n in lengths)
     own = list({id(front): front for front in fronts}.values())
     P, apart = max((front.P for front in own), default=0), getattr(parts[0][0].layers[0], "apart", False)
     layers = [MemoryLayer([f.layers[i] for f in own], P, apart=apart) if own else DynamicLayer() for i in range(L)]
     cache = MemoryCache(own, layers)
     for i, layer in enumerate(cache.layers):
-        text = []
-        for part in ("keys", "values"):
-            taken = [
-                (getattr(old.layers[i], part)[row], n)
-                for old, rows, lengths in parts
-                for row, n in zip(rows, lengths, strict=True)
-            ]
-            made = taken[0][0].new_zeros(len(taken), taken[0][0].shape[0], longest, taken[0][0].shape[2])
-            for into, (row, n) in zip(made, taken, strict=True):
-                into[:, longest - n :] = row[:, row.shape[1] - n :]
-            text.append(made)
+        rows = [(old.layers[i], row, n) for old, rows, ns in parts for row, n in zip(rows, ns, strict=True)]
+        keys = _padded([(layer.keys[row], n) for layer, row, n in rows])
+        values = _padded([(layer.values[row], n) for layer, row, n in rows])
         if isinstance(layer, MemoryLayer):
-            layer.begin(text[0], text[1], [own.index(front) for front in fronts])
+            layer.begin(keys, values, [own.index(front) for front in fronts])
         else:
-            layer.update(text[0], text[1])
+            layer.update(keys, values)
     return cache
+
+
+def _padded(rows: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """The last n positions of each [heads, positions, head width], padded on the left, [B, heads, most, head width]."""
+    first, most = rows[0][0], max(n for _, n in rows)
+    text = first.new_zeros(len(rows), first.shape[0], most, first.shape[2])
+    for into, (row, n) in zip(text, rows, strict=True):
+        into[:, most - n :] = row[:, row.shape[1] - n :]
+    return text
 
 
 def functional_cache(
@@ -147,7 +151,7 @@ class MemoryLayer(DynamicLayer):
         kv: of each memory, gives its rotated keys and values, [1, heads, its P, head width] each.
         length: P of the longest.
         store: keep the text that passes through (`generate`), or not (`forward` with gradients, replayed at will).
-        apart: hand the memories to `core.attention` instead of copying them in front of every row's text.
+        apart: hand the memories to `decoder.attention` instead of copying them in front of every row's text.
         stacked: bytes up to which several memories are handed over in one tensor, too, where each row stores its text.
     """
 
@@ -165,28 +169,29 @@ class MemoryLayer(DynamicLayer):
     ) -> None:
         super().__init__()
         self.kv, self.length, self.store, self.apart = kv, length, store, apart
-        self._rows = list(range(len(kv)))  # which memory each row reads
+        self.rows = list(range(len(kv)))  # which memory each row reads
+        self.handover: Handover | None = None
         self._buffers: KV | None = None
         self._stacked = stacked
         self._stack: attention.Stack | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> KV:
         rows = self._rows_of(key_states.shape[0])
-        if self.apart:
-            if self.store:
-                key_states, value_states = self._append(key_states, value_states, rows)
-            memories = [kv() for kv in self.kv]
-            own = self.store and len(memories) > 1 and rows == list(range(len(memories)))  # each row reads its own
-            attention.hand_over(key_states, memories, rows, partial(self._stack_of, memories) if own else None)
-            return key_states, value_states
         if self.store:
-            return self._append(key_states, value_states, rows)
-        keys, values = attention.stacked([kv() for kv in self.kv], rows)
-        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+            key_states, value_states = self._append(key_states, value_states, rows)
+        if self.store and not self.apart:
+            return key_states, value_states
+        kv = [make() for make in self.kv]
+        own = self.store and len(kv) > 1 and rows == list(range(len(kv)))  # each row reads its own
+        memories = Memories(kv, rows, partial(self._stack_of, kv) if own else None)
+        if not self.apart:
+            return memories.in_front_of(key_states, value_states)
+        self.handover = attention.hand_over(key_states, value_states, memories)
+        return key_states, value_states
 
     def begin(self, keys: Tensor, values: Tensor, rows: Sequence[int]) -> None:
         """Store a text that was read before, [B, heads, n, head width], with the memory that each row reads."""
-        self._rows = list(rows)
+        self.rows = list(rows)
         self._append(keys, values, rows)
 
     def changed(self) -> None:
@@ -205,10 +210,10 @@ class MemoryLayer(DynamicLayer):
 
     def _rows_of(self, B: int) -> list[int]:
         """The memory of each of B rows; `generate` makes several rows of one without telling its cache."""
-        rows = [0] * B if len(self.kv) == 1 else [i for i in self._rows for _ in range(B // len(self._rows))]
+        rows = [0] * B if len(self.kv) == 1 else [i for i in self.rows for _ in range(B // len(self.rows))]
         if len(rows) != B:
-            raise ValueError(f"a cache over {len(self._rows)} memories takes as many rows or a multiple, got {B}.")
-        self._rows = rows
+            raise ValueError(f"a cache over {len(self.rows)} memories takes as many rows or a multiple, got {B}.")
+        self.rows = rows
         return rows
 
     def _append(self, key_states: Tensor, value_states: Tensor, rows: Sequence[int]) -> KV:
@@ -217,19 +222,13 @@ class MemoryLayer(DynamicLayer):
         end = t + key_states.shape[2]
         buffers = self._buffers
         if buffers is None or not self._fits(buffers[0], key_states.shape[0], lead, lead + end):
-            B, heads = key_states.shape[:2]
             room = lead + end + max(ROOM, end // 2)
-            buffers = (
-                key_states.new_empty(B, heads, room, key_states.shape[3]),
-                value_states.new_empty(B, heads, room, value_states.shape[3]),
-            )
-            memories = attention.stacked([kv() for kv in self.kv], rows) if lead else (None, None)
-            for buffer, old, memory in zip(buffers, (self.keys, self.values), memories, strict=True):
-                if memory is not None:
-                    buffer[:, :, :lead] = memory
-                if t:
-                    buffer[:, :, lead : lead + t] = old
-            self._buffers = buffers
+            keys, values = (s.new_empty(*s.shape[:2], room, s.shape[3]) for s in (key_states, value_states))
+            if lead:
+                keys[:, :, :lead], values[:, :, :lead] = attention.stacked([kv() for kv in self.kv], rows)
+            if t:
+                keys[:, :, lead : lead + t], values[:, :, lead : lead + t] = self.keys, self.values
+            self._buffers = buffers = keys, values
         for buffer, new in zip(buffers, (key_states, value_states), strict=True):
             buffer[:, :, lead + t : lead + end] = new
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
@@ -253,22 +252,23 @@ class MemoryLayer(DynamicLayer):
         super().reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if len(self.kv) > 1:
-            self._rows = [self._rows[i] for i in beam_idx.tolist()]
+        self._take_rows(beam_idx.tolist())
         if self._text:
             super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if len(self.kv) > 1:
-            self._rows = [i for i in self._rows for _ in range(repeats)]
+        self._take_rows([i for i in range(len(self.rows)) for _ in range(repeats)])
         if self._text:
             super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if len(self.kv) > 1:
-            self._rows = [self._rows[i] for i in indices.tolist()]
+        self._take_rows(indices.tolist())
         if self._text:
             super().batch_select_indices(indices)
+
+    def _take_rows(self, rows: Sequence[int]) -> None:
+        if len(self.kv) > 1:
+            self.rows = [self.rows[i] for i in rows]
 
 
 def attention_mask(cache: Cache | None, ids: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from latentmem.decoder.attention import KV
+from latentmem.decoder.attention import KV, Memories, hand_over, takes_memories
 
 BLOCK = 128  # rows of one projection; a fixed shape makes a row's bits independent of how many are projected
 
@@ -20,12 +20,18 @@ class _Stop(Exception):  # noqa: N818 - no error
     """Ends an attention module's forward once it has handed over its keys and values."""
 
 
-class _Grab:
-    """A cache that takes the keys and values of one attention module and stops it."""
+class _Probe:
+    """A cache that takes the keys and values of one attention module, and stops it or hands a memory over to it."""
+
+    def __init__(self, *, stops: bool) -> None:
+        self.stops = stops
 
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> KV:
         self.kv = (keys, values)
-        raise _Stop
+        if self.stops:
+            raise _Stop
+        self.handover = hand_over(keys, values, Memories([(keys[:, :, :1], values[:, :, :1])], [0]))
+        return keys, values
 
     def get_seq_length(self, *_: object) -> int:
         return 0
@@ -54,6 +60,8 @@ class Decoder:
         known = {kind: self._understand(kinds.index(kind)) for kind in set(kinds)}
         self._turned = [known[kind][0] for kind in kinds]  # how much of a head's width each layer rotates
         self._direct = [known[kind][1] for kind in kinds]
+        for kind in known if takes_memories(model) else ():
+            self._check_reads(kinds.index(kind))
 
     @property
     def _name(self) -> str:
@@ -136,13 +144,16 @@ class Decoder:
         return self._grab(i, hidden, (torch.ones_like(cos).expand(shape), torch.zeros_like(sin).expand(shape)))
 
     def _grab(self, i: int, hidden: Tensor, cos_sin: KV) -> KV:
+        probe = _Probe(stops=True)
+        with contextlib.suppress(_Stop):
+            self._attend(i, hidden, cos_sin, probe)
+        return probe.kv
+
+    def _attend(self, i: int, hidden: Tensor, cos_sin: KV, probe: _Probe) -> None:
         layer: Any = self.layers[i]
         x = layer.input_layernorm(hidden) if hasattr(layer, "input_layernorm") else hidden
-        grab = _Grab()
-        with contextlib.suppress(_Stop):
-            at = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)  # some scale their queries by it
-            layer.self_attn(x, position_embeddings=cos_sin, position_ids=at, attention_mask=None, past_key_values=grab)
-        return grab.kv
+        at = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)  # some scale their queries by it
+        layer.self_attn(x, position_embeddings=cos_sin, position_ids=at, attention_mask=None, past_key_values=probe)
 
     def _cos_sin(self, i: int, like: Tensor, positions: Tensor) -> KV:
         rest = (self._layer_type(i),) if self._by_layer_type else ()
@@ -193,3 +204,12 @@ class Decoder:
         except (AttributeError, TypeError, RuntimeError, ValueError, KeyError) as error:
             reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{self._name}: the keys and values of layer {i} can not be taken ({reason}).")
+
+    @torch.no_grad()
+    def _check_reads(self, i: int) -> None:
+        """Refuse a layer whose attention does not get the very tensors that its cache returns; a ValueError."""
+        x, probe = torch.zeros(1, 1, self.d, device=self.device, dtype=self.dtype), _Probe(stops=False)
+        with contextlib.suppress(AttributeError, TypeError, RuntimeError, ValueError):
+            self._attend(i, x, self._cos_sin(i, x, torch.zeros(1, 1, dtype=torch.long, device=self.device)), probe)
+        if probe.handover.memories is not None:
+            raise ValueError(f"{self._name}: the attention of layer {i} does not get what its cache hands over.")

@@ -233,8 +233,7 @@ class Backbone:
     # --- what stands in front of a text -----------------------------------------------------------------------------
 
     def using(self, adapter: str | None) -> contextlib.AbstractContextManager[None]:
-        """Around every pass: under this adapter, and without what a pass that was broken off has left."""
-        attention.begin()
+        """Around every pass: under this adapter."""
         return self.adapters.use(adapter) if self.adapters else contextlib.nullcontext()
 
     @property

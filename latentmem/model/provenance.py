@@ -7,7 +7,7 @@ from torch import Tensor
 
 from latentmem import longterm
 from latentmem.core.memory import Memory
-from latentmem.decoder import attention
+from latentmem.decoder.watching import watching
 from latentmem.longterm.search import Retrieval
 from latentmem.model.backbone import Backbone, Ids
 from latentmem.model.context import retrieve
@@ -20,7 +20,7 @@ def attended(llm: Backbone, memory: Memory, ids: Ids, answer: Ids) -> tuple[Tens
     """`Reader.attended`, with the long-term slots that `ids` have chosen."""
     asked, said = llm.ids(ids), llm.ids(answer)
     chosen = retrieve(llm, memory, asked)
-    with attention.watching(llm.base) as layers:
+    with watching(llm.base) as layers:
         logits(llm, memory, torch.cat([asked, said])[None], chosen)
     if len(layers) != llm.decoder.L:
         raise ValueError(f"the attention of {llm.name} gave weights in {len(layers)} of {llm.decoder.L} layers.")

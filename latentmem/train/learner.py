@@ -28,7 +28,7 @@ from latentmem.core.presets import PRESETS
 from latentmem.core.settings import MemorySettings
 from latentmem.core.write import write_exact, write_paper
 from latentmem.decoder.adapters import READ, WRITE
-from latentmem.decoder.attention import KV, begin
+from latentmem.decoder.attention import KV
 from latentmem.decoder.cache import KVPrefix, attention_mask, memory_cache
 from latentmem.decoder.hooks import layers_seen
 from latentmem.model.backbone import Trained
@@ -323,7 +323,6 @@ class Learner(nn.Module):
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def _using(self, name: str | None) -> contextlib.AbstractContextManager[None]:
-        begin()
         assert self.llm.adapters is not None
         return self.llm.adapters.use(name)
 

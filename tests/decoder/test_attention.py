@@ -15,16 +15,15 @@ from latentmem.decoder import attention
 from latentmem.decoder.attention import (
     CUDA,
     NAME,
+    Memories,
     _contiguous,
-    _sees_all,
     attend,
-    attend_below,
-    begin,
+    attend_without_mask,
     choose,
     hand_over,
     mask_if_needed,
 )
-from latentmem.decoder.cache import attention_mask
+from latentmem.decoder.cache import MemoryCache, MemoryLayer, attention_mask
 from latentmem.model.model import MemoryModel
 from latentmem.testing import tiny_model
 
@@ -57,14 +56,6 @@ def stock(monkeypatch):
     return calls
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left_over():
-    yield
-    left = getattr(attention._handed, "memory", None)
-    begin()
-    assert left is None
-
-
 def inputs(B, n=1, t=1, P=20, heads=9, shared=3, width=8):
     """Module; queries of n tokens, keys and values of t, laid out as a model does; keys and values of a memory."""
     generator = torch.Generator().manual_seed(B * 1000 + n * 100 + P)
@@ -84,7 +75,7 @@ def made(B, n, t, P, window=None, padding=()):
 
 
 def ours(module, query, key, value, keys, values, mask, **options):
-    hand_over(key, [(keys, values)], [0] * len(key))
+    hand_over(key, value, Memories([(keys, values)], [0] * len(key)))
     output, weights = attend(module, query, key, value, mask, **options)
     assert weights is None
     return output
@@ -239,7 +230,7 @@ def several(lengths, B, n, t, heads=9, shared=3, width=8):
 
 
 def read(parts, memories, rows, mask, stack=None):
-    hand_over(parts[2], memories, rows, stack and (lambda: stack))
+    hand_over(parts[2], parts[3], Memories(memories, rows, stack and (lambda: stack)))
     return attend(*parts, mask)[0]
 
 
@@ -413,11 +404,12 @@ def test_a_mask_that_hides_one_position_of_the_memory_from_one_query_is_seen():
         (memories, [1, 0], [(0, 0, 1)]),
     ):
         mask = made(2, 4, 4, 3, padding=padding).clone()
-        assert _sees_all(mask, some, rows) and not _sees_all(mask.float(), some, rows)
-        assert _sees_all(None, some, rows) == (not padding)
+        read = Memories(some, rows)
+        assert read.seen_whole(mask) and not read.seen_whole(mask.float())
+        assert read.seen_whole(None) == (not padding)
         for place in torch.ones(mask.shape).nonzero().tolist():
             mask[tuple(place)] ^= True
-            assert _sees_all(mask, some, rows) == (place[-1] >= 3), place
+            assert read.seen_whole(mask) == (place[-1] >= 3), place
             mask[tuple(place)] ^= True
 
 
@@ -431,30 +423,59 @@ def works():
 def test_keys_that_are_not_those_of_the_cache_are_refused(stock):
     module, query, key, value, keys, values = inputs(3)
     for other in (key.clone(), key[:], value):
-        hand_over(key, [(keys, values)], [0] * 3)
+        hand_over(key, value, Memories([(keys, values)], [0] * 3))
         with pytest.raises(RuntimeError, match="changed its keys"):
             attend(module, query, other, value, None)
         assert works()
     assert not stock
 
 
+@pytest.mark.parametrize("other", ["keys", "values"])
+def test_values_or_keys_alone_that_are_not_those_of_the_cache_are_refused(stock, other):
+    module, query, key, value, keys, values = inputs(3)
+    hand_over(key, value, Memories([(keys, values)], [0] * 3))
+    with pytest.raises(RuntimeError, match="changed its keys"):
+        attend(module, query, *((key[:], value) if other == "keys" else (key, value[:])), None)
+    assert works() and not stock
+
+
 def test_a_memory_that_was_not_read_is_noticed_at_the_next_layer(stock):
-    _, _, key, _, keys, values = inputs(3)
-    hand_over(key, [(keys, values)], [0] * 3)
+    _, _, key, value, keys, values = inputs(3)
+    layers = [MemoryLayer([lambda: (keys, values)], 20, store=False, apart=True) for _ in range(2)]
+    cache = MemoryCache([], layers)
+    for _ in range(2):  # a pass that was broken off behind the first layer changes nothing for the next one
+        cache.update(key, value, 0)
     with pytest.raises(RuntimeError, match="did not read its memory"):
-        hand_over(key, [(keys, values)], [0] * 3)
+        cache.update(key, value, 1)
     assert works() and not stock
 
 
-def test_what_a_broken_off_pass_left_is_forgotten_where_the_next_one_begins(stock):
+def test_a_layer_whose_attention_does_not_get_the_keys_of_its_cache_is_refused_when_it_is_loaded(monkeypatch):
+    attention_class = type(tiny_model().model.layers[0].self_attn)
+    forward = attention_class.forward
+
+    class Copies:
+        def __init__(self, cache):
+            self.cache = cache
+
+        def update(self, *states):
+            return tuple(x[:] for x in self.cache.update(*states))
+
+    def copying(self, x, *args, past_key_values=None, **kwargs):
+        return forward(self, x, *args, past_key_values=past_key_values and Copies(past_key_values), **kwargs)
+
+    monkeypatch.setattr(attention_class, "forward", copying)
+    with pytest.raises(ValueError, match="layer 0 does not get what its cache hands over"):
+        MemoryModel(tiny_model())
+    MemoryModel(tiny_model(attention="eager"))  # nothing is handed over
+
+
+def test_what_a_broken_off_pass_left_is_gone_with_its_tensors(stock):
     parts = inputs(3)
-    hand_over(parts[2], [parts[4:]], [0] * 3)
-    begin()
-    assert works() and not stock
-    hand_over(parts[2], [parts[4:]], [0] * 3)
-    begin()
-    attend(*parts[:4], None)
-    assert len(stock) == 1 and stock[0].key is parts[2]
+    hand_over(*parts[2:4], Memories([parts[4:]], [0] * 3))
+    again = inputs(3)
+    attend(*again[:4], None)
+    assert len(stock) == 1 and stock[0].key is again[2]
 
 
 def test_a_memory_is_read_once(stock):
@@ -478,7 +499,7 @@ def test_threads_do_not_see_each_others_memory(stock):
         module, query, key, value, keys, values = inputs(3, n, n)
         mask = made(3, n, n, 20 if memory else 0)
         if memory:
-            hand_over(key, [(keys, values)], [0] * 3)
+            hand_over(key, value, Memories([(keys, values)], [0] * 3))
         barrier.wait(timeout=300)
         outputs[n] = attend(module, query, key, value, mask)[0]
         barrier.wait(timeout=300)
@@ -502,7 +523,7 @@ def test_queries_at_the_end_of_all_keys_need_no_mask(heads, shared):
     for B, n, t in ((1, 5, 20), (3, 7, 7), (2, 1, 9), (1, 19, 20)):
         module, query, key, value, *_ = inputs(B, n, t, heads=heads, shared=shared)
         leaves = [part.requires_grad_() for part in (query, key, value)]
-        found = attend_below(module, query, key, value, None, scaling=0.3)[0]
+        found = attend_without_mask(module, query, key, value, None, scaling=0.3)[0]
         expected = sdpa_attention_forward(module, query, key, value, made(B, n, t, 0), scaling=0.3)[0]
         assert gap(found, expected) < 1e-5 and found.is_contiguous()
         for mine, other in zip(
@@ -523,7 +544,7 @@ def test_a_mask_is_made_only_where_something_is_hidden():
 
 
 def test_without_a_mask_is_for_cuda():
-    assert AttentionInterface()[CUDA] is attend_below
+    assert AttentionInterface()[CUDA] is attend_without_mask
     chosen, weight = [], SimpleNamespace(device=SimpleNamespace(type="cuda"))
     choose(
         SimpleNamespace(

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latentmem.decoder import attention
+from latentmem.decoder.watching import watching
 from latentmem.model.model import MemoryModel
 from latentmem.testing import byte_tokenizer, tiny_model
 
@@ -78,7 +78,7 @@ def test_an_empty_memory_has_no_sources():
 def test_other_threads_are_not_watched():
     llm = model_of()
     memory, found = full(llm), []
-    with attention.watching(llm.base) as seen:
+    with watching(llm.base) as seen:
         thread = threading.Thread(target=lambda: found.append(llm.logits(memory, ASKED)))
         thread.start()
         thread.join()
