@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import os
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,18 +38,17 @@ class Adapters:
 
         self._active: ContextVar[str | None] = ContextVar("adapter", default=None)
         self._stamp, self._identity = -1, ""
-        self.retriever = ""  # hash of the one that belongs to them, if any: a memory's store depends on it
+        self.retriever = ""  # hash of the one that belongs to them, if any: a memory's archive depends on it
         self.layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-        followers: dict[Any, type] = {}
+        classes: dict[Any, type] = {}
         for layer in self.layers:
-            kind = getattr(layer, "_of_peft", type(layer))  # not the follower of other `Adapters`
-            if kind not in followers:
-                followers[kind] = self._follower(kind)
-            layer.__class__ = followers[kind]
+            kind = getattr(layer, "_of_peft", type(layer))  # not the class that other `Adapters` have made of it
+            if kind not in classes:
+                classes[kind] = self._switched(kind)
+            layer.__class__ = classes[kind]
 
-    def _follower(self, kind: Any) -> type:
-        """A LoRA layer whose active adapter is what `use` says in the thread that runs it."""
-
+    def _switched(self, kind: Any) -> type:
+        """PEFT's class of LoRA layers, with the active adapter that `use` chooses in the thread that runs a layer."""
         from peft.tuners import lora
 
         def refuse(layer: Any, value: Any) -> None:
@@ -160,44 +156,12 @@ def weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if ".lora_" in name}
 
 
-def save(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write trained adapters to one safetensors file, atomically.
+def load_into(model: PreTrainedModel, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Adapters:
+    """Put trained adapters into a plain model, in its dtype.
 
     Args:
-        tensors: weights by the names of `weights`, "bos" and "mark" of the preset "paper", and those of `retriever`.
-        facts: r, alpha and target_modules of the LoRA pair, the model's identity, the memory's shape and, if there is
-            one, the retriever's; JSON.
-    """
-    from safetensors.torch import save_file
-
-    temporary = path.with_name(f".{path.name}.new")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"latentmem": json.dumps(facts)})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save` wrote.
-
-    Raises:
-        ValueError: no such file, or not one of ours.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {})["latentmem"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not iterable
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: no adapters can be read there ({error}).") from None
-    except (KeyError, ValueError):
-        raise ValueError(f"{path} holds no adapters of latentmem: its header does not say so.") from None
-    return tensors, facts
-
-
-def put(model: PreTrainedModel, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Adapters:
-    """Put trained adapters into a plain model, in its dtype.
+        tensors: weights by the names of `weights`, and those of a retriever.
+        facts: r, alpha and target_modules of the LoRA pair.
 
     Raises:
         ValueError: weights are missing, unknown or of another shape; all are named.
@@ -205,16 +169,16 @@ def put(model: PreTrainedModel, tensors: dict[str, Tensor], facts: dict[str, Any
     adapters = insert(model, dropout=0.0, **{key: facts[key] for key in ("r", "alpha", "target_modules")})
     own = weights(model)
     theirs = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
-    check({name: weight.shape for name, weight in own.items()}, theirs)
+    check_shapes({name: weight.shape for name, weight in own.items()}, theirs)
     with torch.no_grad():
         for name, weight in own.items():
             weight.copy_(theirs[name])
-    found = [name.encode() + bits(tensor) for name, tensor in sorted(tensors.items()) if name.startswith(RETRIEVER)]
-    adapters.retriever = hashlib.sha256(b"".join(found)).hexdigest() if found else ""
+    parts = [name.encode() + bits(tensor) for name, tensor in sorted(tensors.items()) if name.startswith(RETRIEVER)]
+    adapters.retriever = hashlib.sha256(b"".join(parts)).hexdigest() if parts else ""
     return adapters
 
 
-def check(own: dict[str, torch.Size], theirs: dict[str, Tensor]) -> None:
+def check_shapes(own: dict[str, torch.Size], theirs: dict[str, Tensor]) -> None:
     """Refuse weights of other names or shapes than the model's own."""
     wrong = sorted(own.keys() ^ theirs.keys()) + [n for n in own if n in theirs and own[n] != theirs[n].shape]
     if wrong:

@@ -1,17 +1,22 @@
-"""Hooks that collect, or change, the hidden states of each layer while one thread runs the model."""
+"""Hooks on layers: collect or change their hidden states while one thread runs the model; recompute them backwards."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from latentmem.decoder.adapters import Adapters
 from latentmem.decoder.decoder import Decoder
 
+# Older versions of transformers run a layer's hooks inside what is recomputed, when those of a write are gone.
+HOOKS_STAY = "__call__" not in vars(GradientCheckpointingLayer)
 Change = Callable[[int, Tensor], Tensor]  # (layer, hidden states at its input [B, n, d]) -> what it gets instead
 
 
@@ -58,3 +63,20 @@ def layers_seen(decoder: Decoder, change: Change | None = None, *, outputs: bool
     finally:
         for handle in handles:
             handle.remove()
+
+
+def checkpoint_layers(decoder: Decoder, adapters: Adapters) -> None:
+    """Gradient checkpointing of each layer, replayed under the adapter of its forward pass and behind its memory."""
+
+    def replayed(function: Callable[..., Any], *args: Any) -> Any:
+        name = adapters.active
+
+        def contexts() -> tuple[Any, Any]:
+            return nullcontext(), adapters.use(name)
+
+        return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+
+    for layer in decoder.layers:
+        layer.gradient_checkpointing = True  # type: ignore[assignment]
+        layer._can_checkpoint_with_cache = True  # type: ignore[assignment]
+        layer._gradient_checkpointing_func = replayed  # type: ignore[assignment]

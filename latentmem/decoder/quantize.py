@@ -12,12 +12,8 @@ from latentmem.decoder import linear
 
 KINDS = ("int8",)
 _KEYS = ("k_proj", "v_proj", "qkv_proj", "query_key_value")  # a memory must not depend on what is projected beside it
-_DOWN = (
-    "down_proj",
-    "fc2",
-    "c_proj",
-)  # a few of its inputs are far larger than the rest, and one scale has to hold all
-_KEPT = (*_KEYS, *_DOWN, "lora_A", "lora_B")  # these stay exact
+_DOWN = ("down_proj", "fc2", "c_proj")  # a few of their inputs are far larger than the rest, and one scale holds all
+_EXACT = (*_KEYS, *_DOWN, "lora_A", "lora_B")
 
 
 def quantize(model: nn.Module, kind: str) -> None:
@@ -46,12 +42,8 @@ def quantize(model: nn.Module, kind: str) -> None:
     if not hasattr(engine, "quantize_dynamic"):
         raise ValueError(f"torch {torch.__version__} has no dynamic quantization any more; use torch 2.13.")
     linear.undo(model)
-    names = {
-        name
-        for name, part in model.named_modules()
-        if type(part) is nn.Linear and not any(kept in name.split(".") for kept in _KEPT)
-    }
+    layers = [name for name, part in model.named_modules() if type(part) is nn.Linear]
+    names = [name for name in layers if not set(name.split(".")) & set(_EXACT)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it will move elsewhere
-        setting = engine.per_channel_dynamic_qconfig
-        engine.quantize_dynamic(model, dict.fromkeys(names, setting), inplace=True)
+        engine.quantize_dynamic(model, dict.fromkeys(names, engine.per_channel_dynamic_qconfig), inplace=True)

@@ -15,6 +15,7 @@ from latentmem.core.presets import PRESETS
 from latentmem.core.settings import MemorySettings
 from latentmem.decoder import linear
 from latentmem.decoder.decoder import Decoder
+from latentmem.files import adapters as files
 from latentmem.loading.hub import PACKAGED, _path
 from latentmem.longterm.search import Projectors
 from latentmem.model.backbone import Trained
@@ -42,13 +43,13 @@ def _with_adapters(llm: MemoryModel, path: Path) -> MemoryModel:
         raise ValueError(f"adapters must be 'auto', None or a file that `latentmem train` made; there is no {file}.")
     if llm.adapters is not None:
         raise ValueError(f"{llm.name} has adapters of its own: leave the others out.")
-    tensors, facts = pairs.load(file)
+    tensors, facts = files.load(file)
     if facts["model"] != llm.identity:
         raise ValueError(
             f"the adapters {file} belong to {facts['model_name']} ({facts['model'][:12]}), and this model is "
             f"{llm.name} ({llm.identity[:12]}). Load that model, or leave the adapters out."
         )
-    llm.adapters = pairs.put(llm.base, tensors, facts)
+    llm.adapters = pairs.load_into(llm.base, tensors, facts)
     llm.retriever.projectors = _retriever(tensors, facts, llm.decoder)
     linear.choose(llm.base)
     settings = MemorySettings.of(facts["memory"])
@@ -96,7 +97,7 @@ def _retriever(tensors: dict[str, Tensor], facts: dict[str, Any], decoder: Decod
     sizes, d, each = facts.get("retriever"), decoder.d, range(decoder.L)
     shapes = {0: (sizes["hidden"], d), 1: (sizes["width"], sizes["hidden"])} if sizes else {}
     own = {f"{pairs.RETRIEVER}{kind}.{i}.{k}": shapes[k] for kind in ("query", "key") for i in each for k in shapes}
-    pairs.check({name: torch.Size(shape) for name, shape in own.items()}, theirs)
+    pairs.check_shapes({name: torch.Size(shape) for name, shape in own.items()}, theirs)
 
     def both(kind: str) -> list[tuple[Tensor, Tensor]]:
         like: Any = {"device": decoder.device, "dtype": decoder.dtype}

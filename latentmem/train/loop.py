@@ -38,8 +38,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from latentmem.core import memory as memories
 from latentmem.core.memory import Memory
@@ -47,6 +45,8 @@ from latentmem.core.presets import PRESETS
 from latentmem.core.settings import MemorySettings
 from latentmem.decoder import adapters as pairs
 from latentmem.decoder.adapters import READ
+from latentmem.decoder.hooks import HOOKS_STAY, checkpoint_layers
+from latentmem.files import adapters as files
 from latentmem.loading import load as loading
 from latentmem.model.model import MemoryModel
 from latentmem.train import plots
@@ -61,8 +61,6 @@ from latentmem.train.retriever import Retriever
 Progress = Callable[[int, int, dict[str, Any]], None]  # (steps done, steps in all, the step's numbers)
 RESULT = "adapters.safetensors"
 SMALL = 0.1  # nats per token: no smaller loss is what a spike is measured by
-# Older versions of transformers run a layer's hooks inside what is recomputed, when those of a write are gone.
-HOOKS_STAY = "__call__" not in vars(GradientCheckpointingLayer)
 
 
 class Run:
@@ -442,7 +440,7 @@ def result(path: Path, config: Config, llm: MemoryModel, tensors: dict[str, Tens
         **({"retriever": config.retriever.sizes} if config.retriever.width else {}),
         **more,
     }
-    pairs.save(path, {name.removeprefix("base."): tensor for name, tensor in own.items()}, facts)
+    files.save(path, {name.removeprefix("base."): tensor for name, tensor in own.items()}, facts)
 
 
 # --- what a run is made of --------------------------------------------------------------------------------------------
@@ -554,18 +552,7 @@ def recompute(learner: Learner) -> None:
     assert adapters is not None
     learner.base.train()  # transformers recomputes in training mode only; the adapters' dropout is as configured
 
-    def replayed(function: Callable[..., Any], *args: Any) -> Any:
-        name = adapters.active
-
-        def contexts() -> tuple[Any, Any]:
-            return nullcontext(), adapters.use(name)
-
-        return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
-
-    for layer in learner.llm.decoder.layers:
-        layer.gradient_checkpointing = True  # type: ignore[assignment]
-        layer._can_checkpoint_with_cache = True  # type: ignore[assignment]
-        layer._gradient_checkpointing_func = replayed  # type: ignore[assignment]
+    checkpoint_layers(learner.llm.decoder, adapters)
 
 
 def rate(config: Config, step: int) -> float:

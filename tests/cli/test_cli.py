@@ -323,6 +323,7 @@ def test_a_memory_is_exported_imported_and_rebuilt(run, home, tmp_path, tmp_path
 
 def test_a_memory_of_other_adapters_is_read_and_written_with_them(run, home, tiny_folder, tmp_path, monkeypatch):
     from latentmem.decoder import adapters
+    from latentmem.files import adapters as files
 
     plain = latentmem.load(str(tiny_folder), device="cpu").base
     lora = {"r": 2, "alpha": 4.0, "target_modules": ["q_proj"]}
@@ -331,7 +332,7 @@ def test_a_memory_of_other_adapters_is_read_and_written_with_them(run, home, tin
     torch.manual_seed(0)
     weights = {name: torch.randn_like(weight) for name, weight in adapters.weights(plain).items()}
     file = tmp_path / "adapters.safetensors"
-    adapters.save(
+    files.save(
         file, weights, {**lora, "model": latentmem.load(str(tiny_folder), device="cpu").identity, "memory": shape}
     )
     run("write", "the door is blue", "-m", "work", "-N", 64, "-K", 16)

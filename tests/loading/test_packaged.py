@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentmem.decoder import adapters
 from latentmem.evaluate.protocols import doctor
+from latentmem.files import adapters
 from latentmem.loading import hub
 from latentmem.loading import packaged as packageds
 from latentmem.loading import trained as traineds

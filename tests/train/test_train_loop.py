@@ -25,6 +25,7 @@ from test_train_learner import NAMES
 import latentmem
 from latentmem.core.memory import Memory
 from latentmem.decoder import adapters as pairs
+from latentmem.files import adapters as files
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Prompts
 from latentmem.model.scoring import Score
@@ -463,7 +464,7 @@ def test_two_processes_that_were_stopped_go_on_as_if_they_had_not(config, tmp_pa
     in_two(straight_and_stopped, ways, tmp_path)
     for name in ways:
         same(*(state(tmp_path / name / part, world=2) for part in ("stopped", "straight")))
-        pairs.put(tiny_model(), *pairs.load(tmp_path / name / "straight" / RESULT))  # all of it is there
+        pairs.load_into(tiny_model(), *files.load(tmp_path / name / "straight" / RESULT))  # all of it is there
 
 
 def test_a_rehearsal_counts_what_the_optimizer_will_hold(config, tmp_path, monkeypatch):
@@ -722,21 +723,21 @@ def trained(request, tiny_folder, data, tmp_path_factory):
 
 
 def test_the_result_is_what_was_trained(trained):
-    tensors, facts = pairs.load(trained.out / RESULT)
+    tensors, facts = files.load(trained.out / RESULT)
     own = {name.removeprefix("base."): weight for name, weight in trained.parameters.items()}
     assert tensors.keys() == own.keys() and ("bos" in own) == (trained.config.memory.preset == "paper")
     assert all(torch.equal(tensor, own[name].bfloat16()) for name, tensor in tensors.items())
     assert facts["model"] == trained.llm.identity and facts["steps"] == TOTAL and facts["tokens"] > 0
     plain = tiny_model()
-    put = pairs.put(plain, tensors, facts)
+    put = pairs.load_into(plain, tensors, facts)
     assert all(torch.equal(weight.bfloat16(), tensors[name]) for name, weight in pairs.weights(plain).items())
     assert put.identity == trained.llm.adapters.identity
 
 
 def test_saving_and_loading_give_the_same(trained, tmp_path):
-    tensors, facts = pairs.load(trained.out / RESULT)
-    pairs.save(tmp_path / "again", tensors, facts)
-    again, told = pairs.load(tmp_path / "again")
+    tensors, facts = files.load(trained.out / RESULT)
+    files.save(tmp_path / "again", tensors, facts)
+    again, told = files.load(tmp_path / "again")
     assert told == facts and again.keys() == tensors.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
@@ -770,24 +771,24 @@ def without(tensors, name):
 
 @pytest.mark.parametrize("fault", ["missing", "unknown", "of another shape"])
 def test_adapters_that_do_not_fit_are_refused_by_name(fault, trained):
-    tensors, facts = pairs.load(trained.out / RESULT)
+    tensors, facts = files.load(trained.out / RESULT)
     name = "model.layers.1.self_attn.q_proj.lora_A.write.weight"
     if fault == "unknown":
         name, tensors = name.replace(".1.", ".7."), {**tensors, name.replace(".1.", ".7."): tensors[name]}
     else:
         tensors = without(tensors, name) | ({} if fault == "missing" else {name: tensors[name][:1]})
     with pytest.raises(ValueError, match=f"do not fit the model: {name}[.]$"):
-        pairs.put(tiny_model(), tensors, facts)
+        pairs.load_into(tiny_model(), tensors, facts)
 
 
 def test_a_file_that_holds_no_adapters_is_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "others.safetensors")
     (tmp_path / "text").write_text("no tensors")
     with pytest.raises(ValueError, match="holds no adapters of latentmem"):
-        pairs.load(tmp_path / "others.safetensors")
+        files.load(tmp_path / "others.safetensors")
     for name in ("text", "missing"):
         with pytest.raises(ValueError, match="no adapters can be read there"):
-            pairs.load(tmp_path / name)
+            files.load(tmp_path / name)
 
 
 # --- from trained adapters ------------------------------------------------------------------------------------------
@@ -802,7 +803,7 @@ def onward(trained):
 
 def test_a_run_begins_with_trained_adapters(trained, onward, tmp_path):
     run, fresh = Run(onward, tmp_path / "on"), Run(replace(onward, adapters=None), tmp_path / "fresh")
-    tensors, facts = pairs.load(trained.out / RESULT)
+    tensors, facts = files.load(trained.out / RESULT)
     assert facts["from"] == ""
     own = {name.removeprefix("base."): weight for name, weight in run.parameters.items()}
     assert own.keys() == tensors.keys() and all(weight.dtype == torch.float32 for weight in own.values())
@@ -822,9 +823,9 @@ def test_the_result_names_the_adapters_that_it_came_from(trained, onward, tmp_pa
     config = replace(onward, steps=replace(onward.steps, total=2))
     Run(config, tmp_path / "on").train(stop=1)
     Run(config, tmp_path / "on").train()
-    tensors, facts = pairs.load(tmp_path / "on" / RESULT)
+    tensors, facts = files.load(tmp_path / "on" / RESULT)
     assert facts["from"] == trained.llm.adapters.identity and facts["steps"] == 2
-    origin, _ = pairs.load(trained.out / RESULT)
+    origin, _ = files.load(trained.out / RESULT)
     assert not any(torch.equal(tensors[name], origin[name]) for name in tensors if "lora_B.read" in name)
 
 

@@ -15,6 +15,7 @@ import latentmem
 from latentmem.decoder import adapters as pairs
 from latentmem.decoder.hooks import layers_seen
 from latentmem.errors import OtherModelError
+from latentmem.files import adapters as files
 from latentmem.model.prompts import Prompts
 from latentmem.testing import byte_tokenizer, updated
 from latentmem.train import loop
@@ -328,7 +329,7 @@ def test_beside_it_the_adapters_become_what_they_become_without_it(config, tmp_p
     config = replace(config, steps=replace(config.steps, clip=0.05))
     Run(replace(config, retriever=replace(config.retriever, weight=50.0)), tmp_path / "with").train()
     Run(replace(config, retriever=RetrieverShape()), tmp_path / "without").train()
-    ours, theirs = (pairs.load(tmp_path / name / RESULT) for name in ("with", "without"))
+    ours, theirs = (files.load(tmp_path / name / RESULT) for name in ("with", "without"))
     assert all(torch.equal(ours[0][name], tensor) for name, tensor in theirs[0].items())
     assert len(ours[0]) == len(theirs[0]) + 12 and "retriever" not in theirs[1]
     assert not any("retriever" in row for row in lines(tmp_path / "without" / "log.jsonl"))
@@ -399,7 +400,7 @@ def loaded(folder, run, **more):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_result_retrieves(taught, tiny_folder, dtype):
     run, _ = taught
-    llm, (tensors, facts) = loaded(tiny_folder, run, dtype=dtype), pairs.load(run.out / RESULT)
+    llm, (tensors, facts) = loaded(tiny_folder, run, dtype=dtype), files.load(run.out / RESULT)
     assert facts["retriever"] == {"width": 16, "hidden": 32}
     made = llm.retriever.projectors
     assert made.activation is torch.nn.functional.silu and len(made.writer) == 0
@@ -442,9 +443,9 @@ def test_an_8_bit_model_keeps_it(taught, tiny_folder):
 
 def changed(run, folder, change):
     """A copy of a run's result with other tensors or facts."""
-    tensors, facts = pairs.load(run.out / RESULT)
+    tensors, facts = files.load(run.out / RESULT)
     change(tensors, facts)
-    pairs.save(folder / "changed.safetensors", tensors, facts)
+    files.save(folder / "changed.safetensors", tensors, facts)
     return folder / "changed.safetensors"
 
 
@@ -504,12 +505,12 @@ def onward(taught, config):
 
 def test_a_run_goes_on_with_the_retriever(taught, onward, tmp_path):
     run = Run(onward, tmp_path / "on")
-    tensors, _ = pairs.load(taught[0].out / RESULT)
+    tensors, _ = files.load(taught[0].out / RESULT)
     mine = {name: p for name, p in run.parameters.items() if name.startswith("retriever.")}
     assert len(mine) == 12 and all(torch.equal(p, tensors[name].float()) for name, p in mine.items())
     assert all(p.dtype == torch.float32 for p in mine.values())
     run.train()
-    after, facts = pairs.load(tmp_path / "on" / RESULT)
+    after, facts = files.load(tmp_path / "on" / RESULT)
     assert not any(torch.equal(after[name], tensors[name]) for name in mine)
     assert facts["from"] == loaded(onward.model, taught[0]).adapters.identity
 
@@ -526,14 +527,14 @@ def test_it_is_trained_alone_on_adapters_that_stay_as_they_are(preset, config, t
     memory = MemoryShape("paper", N=48, K=16) if preset == "paper" else config.memory
     config = replace(config, memory=memory)
     Run(replace(config, retriever=RetrieverShape()), tmp_path / "before").train()
-    before, _ = pairs.load(tmp_path / "before" / RESULT)
+    before, _ = files.load(tmp_path / "before" / RESULT)
     alone = replace(config.retriever, alone=True)
     run = Run(replace(config, adapters=str(tmp_path / "before" / RESULT), retriever=alone), tmp_path / "alone")
     assert all(name.startswith("retriever.") for name in run.parameters) and len(run.optimizer.param_groups) == 1
     first = {name: p.detach().clone() for name, p in run.parameters.items()}
     run.train()
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * loop.rate(config, 2) / config.steps.lr)
-    after, facts = pairs.load(tmp_path / "alone" / RESULT)
+    after, facts = files.load(tmp_path / "alone" / RESULT)
     assert set(after) == {*before, *first} and all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert not any(torch.equal(after[name], tensor.bfloat16()) for name, tensor in first.items())
     known = latentmem.load(config.model, adapters=str(tmp_path / "before"), device="cpu")
