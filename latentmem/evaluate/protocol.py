@@ -43,8 +43,8 @@ class EnoughError(Exception):
     """What was asked for, such as the time of a run, is used up: what is finished is the result."""
 
 
-class How(TypedDict, total=False):
-    """How a protocol is run, whichever it is; see `carry_out`."""
+class RunOptions(TypedDict, total=False):
+    """RunOptions a protocol is run, whichever it is; see `carry_out`."""
 
     command: str
     workers: int
@@ -178,7 +178,7 @@ def measure(
     after: Callable[[Sequence[Record], Path], list[str]] | None = None,
     table: Callable[[Sequence[AnyLine]], str] | None = None,
     over: str = "texts",
-    **how: Unpack[How],
+    **how: Unpack[RunOptions],
 ) -> list[AnyLine]:
     """`carry_out` a protocol whose results are table.md and summary.json.
 
@@ -225,10 +225,10 @@ def _write(
     over: str,
 ) -> list[AnyLine]:
     records = [record for unit in folder.done().values() for record in unit]
-    found, notes = lines(records), after(records, folder.path) if after else []
+    table_lines, notes = lines(records), after(records, folder.path) if after else []
     config, runs = folder.config, folder.runs
     everything = {"title": title, **config, "runs": runs, "notes": notes}
-    everything["lines"] = [[x.name, _finite(asdict(x.estimate))] for x in found]
+    everything["lines"] = [[x.name, _finite(asdict(x.estimate))] for x in table_lines]
     summary = json.dumps(everything, indent=1, allow_nan=False)
     replace_bytes(folder.path / "summary.json", f"{summary}\n")
     commands = "\n".join(dict.fromkeys(run["command"] for run in runs))
@@ -238,8 +238,8 @@ def _write(
     head += f"adapters {config['model']['adapters'] or 'none'}, {config['model']['dtype']}; {shown}. "
     head += f"Intervals: 95%, bootstrap over {over}.\n\n"
     head += "".join(f"- {note}\n" for note in notes) + "\n" * bool(notes)
-    replace_bytes(folder.path / "table.md", head + table(found))
-    return found
+    replace_bytes(folder.path / "table.md", head + table(table_lines))
+    return table_lines
 
 
 def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
@@ -247,10 +247,10 @@ def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
     return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
 
 
-def markdown(found: Sequence[Line]) -> str:
+def markdown(lines: Sequence[Line]) -> str:
     """The lines as a Markdown table."""
     rows = ["| | n (texts) | mean [95% interval] |", "| --- | --- | --- |"]
-    for line in found:
+    for line in lines:
         e = line.estimate
         rows.append(f"| {line.name} | {e.n} ({e.texts}) | {e.mean:.3f} [{e.low:.3f}, {e.high:.3f}] |")
     return "\n".join(rows) + "\n"

@@ -61,8 +61,8 @@ class Folder:
                 raise ValueError(f"{self.path} is not empty and holds no run; choose another folder.")
             return
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            config, self.runs = found["config"], found["runs"]
+            begun = json.loads(file.read_text(encoding="utf-8"))
+            config, self.runs = begun["config"], begun["runs"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{file} was not written by a run; choose another folder.") from None
         differences = list(_differences("", config, self.config))
@@ -108,16 +108,16 @@ class Folder:
         if whole != data:
             with self.records.open("r+b") as file:
                 file.truncate(len(whole))
-        found = {}
+        records = {}
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 parsed = json.loads(line)
-                found[tuple(parsed["unit"])] = parsed["records"]
+                records[tuple(parsed["unit"])] = parsed["records"]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
                     f"line {number} of {self.records} is damaged; remove it, and the run does its unit again."
                 ) from None
-        return found
+        return records
 
     def add(self, unit: Unit, records: list[Record]) -> None:
         """Append one finished unit, on disk before this returns."""

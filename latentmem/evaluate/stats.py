@@ -82,21 +82,21 @@ def of_means(
     if len(counts) < 2:
         return None
     drawn = np.random.default_rng(0).integers(0, len(counts), (RESAMPLES, len(counts)))
-    found = statistic(tops[drawn].sum(1) / counts[drawn].sum(1)[:, None])
+    values = statistic(tops[drawn].sum(1) / counts[drawn].sum(1)[:, None])
     best = float(statistic(tops.sum(0) / counts.sum()))
     if not np.isfinite(best):
         return None
-    found = found[~np.isnan(found)]
+    values = values[~np.isnan(values)]
     # nothing lies between a number and infinity
-    low, high = np.percentile(found, LEVEL, method="linear" if np.isfinite(found).all() else "closest_observation")
+    low, high = np.percentile(values, LEVEL, method="linear" if np.isfinite(values).all() else "closest_observation")
     return Estimate(best, float(low), float(high), len(groups), len(counts))
 
 
 def harmonic(means: Means) -> Means:
     """The harmonic mean over the last axis, [..., k] -> [...]; 0 where one of them is 0."""
     with np.errstate(divide="ignore"):
-        found: Means = means.shape[-1] / (1 / means).sum(-1)
-    return found
+        harmonics: Means = means.shape[-1] / (1 / means).sum(-1)
+    return harmonics
 
 
 def _sums(values: Sequence[float], groups: Sequence[Hashable]) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -126,8 +126,8 @@ def slope(x: Sequence[float], y: Sequence[float], groups: Sequence[Hashable]) ->
     def steep(total: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
         n, sum_x, sum_y, sum_xy, sum_xx = np.moveaxis(total, -1, 0)
         with np.errstate(divide="ignore", invalid="ignore"):
-            found: np.ndarray[Any, np.dtype[np.float64]] = (n * sum_xy - sum_x * sum_y) / (n * sum_xx - sum_x**2)
-        return found
+            steepness: np.ndarray[Any, np.dtype[np.float64]] = (n * sum_xy - sum_x * sum_y) / (n * sum_xx - sum_x**2)
+        return steepness
 
     drawn = np.random.default_rng(0).integers(0, len(sums), (RESAMPLES, len(sums)))
     slopes, best = steep(sums[drawn].sum(1)), float(steep(sums.sum(0)))

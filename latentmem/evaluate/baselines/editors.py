@@ -30,7 +30,7 @@ ENOUGH = 0.01  # nats per token: the loss at which fine-tuning stops before its 
 PASS = 512  # tokens of text that go through the model at once
 
 
-class Way(Protocol):
+class Editor(Protocol):
     """One way to edit; a state is whatever it needs."""
 
     def start(self, name: str) -> Any:
@@ -215,10 +215,10 @@ class Retrieved:
         """The states with nothing but the sentence that is found for a prompt, each with the probes that see it."""
         if len(state) < 2:
             return [(state, probes)]
-        found: dict[tuple[str, ...], list[Probe]] = {}
+        parts: dict[tuple[str, ...], list[Probe]] = {}
         for probe, i in zip(probes, nearest(self._index(state), [probe.prompt for probe in probes]), strict=True):
-            found.setdefault((state[i],), []).append(probe)
-        return list(found.items())
+            parts.setdefault((state[i],), []).append(probe)
+        return list(parts.items())
 
     def reading(self, state: tuple[str, ...]) -> AbstractContextManager[Context]:
         return contextlib.nullcontext(in_context(self.llm, [i for text in state for i in written(self.llm, text)]))

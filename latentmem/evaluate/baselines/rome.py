@@ -94,12 +94,12 @@ class RankOne(Weights):
         target = torch.tensor(answer, device=self.down.weight.device)
         places.append(last_of(self.llm, general, about, edit.subject))
         more = torch.zeros(self.down.out_features, device=target.device, requires_grad=True)
-        found: list[Tensor] = []  # what comes out at these places without the vector
+        outputs: list[Tensor] = []  # what comes out at these places without the vector
 
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             each = range(len(places))
-            if not found:
-                found.append(output[each, places].detach().float())
+            if not outputs:
+                outputs.append(output[each, places].detach().float())
             mask = torch.zeros(output.shape[:2], device=output.device)
             mask[each, places] = 1
             return (output.float() + mask[..., None] * more).to(output.dtype)
@@ -110,11 +110,11 @@ class RankOne(Weights):
         with self.down.register_forward_hook(hook), self.above(self.layer, rows):
             for _ in range(self.steps):
                 with torch.enable_grad():
-                    *says, said = self.logits(rows, asked)
-                    wanted = torch.stack([cross_entropy(logits, target) for logits in says]).mean()
+                    *predictions, said = self.logits(rows, asked)
+                    wanted = torch.stack([cross_entropy(logits, target) for logits in predictions]).mean()
                     now = said[0].log_softmax(-1)
                     before = now.detach() if before is None else before
-                    length = found[0][:-1].mean(0).norm()
+                    length = outputs[0][:-1].mean(0).norm()
                     held = kl_div(before, now, log_target=True, reduction="sum")
                     loss = wanted + self.kl * held + self.decay * more.norm() / length**2
                 if wanted.item() < 5 * ENOUGH:
@@ -146,21 +146,21 @@ class RankOne(Weights):
 
     def _prompts(self, edit: Edit) -> list[str]:
         """The prompt alone, and behind other beginnings."""
-        some = [" ".join(article.split()[:8]) for article in self.articles[: self.beginnings]]
-        return [edit.rewrite.prompt, *(f"{beginning}. {edit.rewrite.prompt}" for beginning in some)]
+        beginnings = [" ".join(article.split()[:8]) for article in self.articles[: self.beginnings]]
+        return [edit.rewrite.prompt, *(f"{beginning}. {edit.rewrite.prompt}" for beginning in beginnings)]
 
     @torch.no_grad()
     def _inputs(self, ids: Sequence[int]) -> Tensor:
         """What goes into the layer, [n, f] in float32; the layers behind it are not run."""
-        found: list[Tensor] = []
+        taken: list[Tensor] = []
 
         def take(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found.append(inputs[0][0].float())
+            taken.append(inputs[0][0].float())
             raise _Taken
 
         with self.down.register_forward_pre_hook(take), contextlib.suppress(_Taken):
             self._pass([ids])
-        return found[0]
+        return taken[0]
 
 
 def rank_one(C: Tensor, k: Tensor, more: Tensor) -> Tensor:

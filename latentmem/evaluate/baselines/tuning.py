@@ -31,13 +31,13 @@ def linears(llm: MemoryModel, part: str) -> dict[str, nn.Linear]:
         ValueError: there are none.
     """
     inside = llm.decoder.layers.get_submodule(part)
-    found = {n: m for n, m in inside.named_modules(prefix=part) if isinstance(m, nn.Linear) and ".lora_" not in n}
-    if not found:
+    layers = {n: m for n, m in inside.named_modules(prefix=part) if isinstance(m, nn.Linear) and ".lora_" not in n}
+    if not layers:
         raise ValueError(
             f"{part} of {llm.name or 'this model'} has no plain linear layers whose weights could be edited; leave out "
             f"the rows ft, ft-l, lora and rome."
         )
-    return found
+    return layers
 
 
 def ending(llm: MemoryModel, layer: int) -> tuple[str, nn.Linear]:
@@ -46,13 +46,13 @@ def ending(llm: MemoryModel, layer: int) -> tuple[str, nn.Linear]:
     Raises:
         ValueError: there is none, or several could be it.
     """
-    found = {n: m for n, m in linears(llm, f"{layer}.mlp").items() if m.out_features == llm.decoder.d}
-    if len(found) != 1:
+    layers = {n: m for n, m in linears(llm, f"{layer}.mlp").items() if m.out_features == llm.decoder.d}
+    if len(layers) != 1:
         raise ValueError(
-            f"one linear layer was expected to end the MLP of layer {layer}, and {len(found)} give {llm.decoder.d} "
+            f"one linear layer was expected to end the MLP of layer {layer}, and {len(layers)} give {llm.decoder.d} "
             f"numbers; leave out the rows ft, ft-l and rome."
         )
-    return next(iter(found.items()))
+    return next(iter(layers.items()))
 
 
 @contextlib.contextmanager
@@ -120,15 +120,15 @@ class Weights:
     def logits(self, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> list[Tensor]:
         """Logits of the plain model at these places of each row, [places, vocab] in float32."""
         hidden = self._pass(rows)
-        return [self.llm.decoder.logits(row[list(some)]).float() for row, some in zip(hidden, places, strict=True)]
+        return [self.llm.decoder.logits(row[list(chosen)]).float() for row, chosen in zip(hidden, places, strict=True)]
 
     def _pass(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """What the decoder's body gives for rows, which are padded at their ends, where they do not look."""
         device = self.llm.decoder.device
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
         with self.llm.using(None):
-            found = self.llm.decoder.body(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-        hidden: Tensor = found.last_hidden_state
+            output = self.llm.decoder.body(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        hidden: Tensor = output.last_hidden_state
         return hidden
 
     @contextlib.contextmanager
@@ -167,14 +167,14 @@ class Trained(Weights):
         self.steps, self.rate = steps, rate
 
     def edit(self, state: Change, edit: Edit) -> Change:
-        made = {name: tuple(t.clone().requires_grad_() for t in factors) for name, factors in state.items()}
-        params = [t for factors in made.values() for t in factors]
+        trained = {name: tuple(t.clone().requires_grad_() for t in factors) for name, factors in state.items()}
+        params = [t for factors in trained.values() for t in factors]
         optimizer = torch.optim.Adam(params, lr=self.rate, fused=True)  # one pass over millions of weights, not eight
         prompt, answer = self.ids(edit.rewrite.prompt, edit.rewrite.answer)
         row, places = [*prompt, *answer[:-1]], range(len(prompt) - 1, len(prompt) + len(answer) - 1)
-        with self.above(min(int(name.partition(".")[0]) for name in made), [row]):
+        with self.above(min(int(name.partition(".")[0]) for name in trained), [row]):
             for _ in range(self.steps):
-                with torch.enable_grad(), added(self.llm, self.factors(made)):
+                with torch.enable_grad(), added(self.llm, self.factors(trained)):
                     logits = self.logits([row], [places])[0]
                     loss = cross_entropy(logits, torch.tensor(answer, device=logits.device))
                 if loss.item() < ENOUGH:
@@ -182,8 +182,8 @@ class Trained(Weights):
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                self.bounded(state, made)
-        return {name: tuple(t.detach() for t in factors) for name, factors in made.items()}
+                self.bounded(state, trained)
+        return {name: tuple(t.detach() for t in factors) for name, factors in trained.items()}
 
     def bounded(self, before: Change, after: Change) -> None:
         """What is done to a change after each step, in place."""
@@ -249,14 +249,14 @@ class LowRank(Trained):
 
     def start(self, name: str) -> Change:
         generator = torch.Generator().manual_seed(drawn(0, name))
-        made: Change = {}
+        change: Change = {}
         for i in range(self.llm.decoder.L):
             for layer, m in linears(self.llm, f"{i}.self_attn").items():
                 A = torch.empty(self.rank, m.in_features)
                 nn.init.kaiming_uniform_(A, a=5**0.5, generator=generator)
                 A, B = A.to(m.weight.device), torch.zeros(m.out_features, self.rank, device=m.weight.device)
-                made[layer] = (A, B)
-        return made
+                change[layer] = (A, B)
+        return change
 
     def factors(self, state: Change) -> Change:
         return {name: (A, self.scale * B) for name, (A, B) in state.items()}

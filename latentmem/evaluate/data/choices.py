@@ -147,19 +147,19 @@ def logliks(llm: MemoryModel, memory: Memory | None, items: Sequence[Item]) -> l
     """
     text, first = llm.prompts_or_raise().text, llm.first_token
     context = llm.text_context([]) if memory is None else llm.context(memory)
-    found: list[list[float]] = [[] for _ in items]
+    values: list[list[float]] = [[] for _ in items]
     asked: list[tuple[int, list[int], list[int]]] = []
     for i, item in enumerate(items):
         prompt, options = [first, *(text(item.prompt) if item.prompt else [])], [text(o) for o in item.options]
         if all(len(option) == 1 for option in options):  # letters: one pass tells all of them
-            found[i] = _next(llm, memory, prompt)[torch.tensor([option[0] for option in options])].tolist()
+            values[i] = _next(llm, memory, prompt)[torch.tensor([option[0] for option in options])].tolist()
         else:
             asked += [(i, prompt, option) for option in options]
     if asked:
         scores = llm.score_rows(context, [prompt for _, prompt, _ in asked], [option for _, _, option in asked])
         for (i, _, _), score in zip(asked, scores, strict=True):
-            found[i].append(score.logprobs.double().sum().item())
-    return found
+            values[i].append(score.logprobs.double().sum().item())
+    return values
 
 
 def _next(llm: MemoryModel, memory: Memory | None, ids: Sequence[int]) -> torch.Tensor:
@@ -174,12 +174,12 @@ def _next(llm: MemoryModel, memory: Memory | None, ids: Sequence[int]) -> torch.
     return logits.float().log_softmax(-1).cpu()
 
 
-def is_right(item: Item, found: Sequence[float], *, normed: bool = False) -> int:
+def is_right(item: Item, logliks: Sequence[float], *, normed: bool = False) -> int:
     """1 where the right option is the likeliest, else 0; of equal ones the first counts against the right one.
 
     Args:
         found: log-likelihoods of its options.
         normed: per character of the option, as lm-evaluation-harness does for PIQA.
     """
-    values = [v / len(o.strip()) for v, o in zip(found, item.options, strict=True)] if normed else list(found)
+    values = [v / len(o.strip()) for v, o in zip(logliks, item.options, strict=True)] if normed else list(logliks)
     return int(all(values[item.right] > v for i, v in enumerate(values) if i != item.right))

@@ -133,9 +133,9 @@ def load(name: str, *, seed: int, file: Path | None = None) -> EditSet:
         raise ValueError(f"the set of edits must be one of {', '.join(NAMES)}, got {name!r}.")
     source, records = _file(name, file) if file else _found(name)
     edits = [edit for edit in records if edit.whole]
-    left = len(records) - len(edits)
+    unusable = len(records) - len(edits)
     source += f", {len(edits)} records"
-    source += f" ({left} left out: no subject in the prompt, or nothing to ask)" if left else ""
+    source += f" ({unusable} left out: no subject in the prompt, or nothing to ask)" if unusable else ""
     order, asked = np.random.default_rng(seed), {edit.rewrite.prompt for edit in edits}
     drawn = tuple(edits[i] for i in order.permutation(len(edits)))
     free = [text for text in unrelated_texts() if text not in asked]

@@ -23,11 +23,11 @@ def local_rows(*names: str) -> list[list[dict[str, Any]]] | None:
             f"LATENTMEM_DATA is {folder}, and {missing[0]} is not there. Point it at a folder that holds it, or "
             f"unset it to load the set from the hub."
         )
-    found = []
+    rows = []
     for name in names:
         with gzip.open(Path(folder) / name, "rt", encoding="utf-8") as file:
-            found.append([json.loads(line) for line in file])
-    return found
+            rows.append([json.loads(line) for line in file])
+    return rows
 
 
 def rows_of_file(file: Path, what: str, fields: Mapping[str, type]) -> list[dict[str, Any]]:
@@ -43,17 +43,17 @@ def rows_of_file(file: Path, what: str, fields: Mapping[str, type]) -> list[dict
     try:
         data = file.read_bytes()
         text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode()
-        found = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines()]
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines()]
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{file} holds no {what} ({error}).") from None
-    for row in found or [None]:
+    for row in rows or [None]:
         if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in fields.items()):
             form = ", ".join(f"{name} ({kind.__name__})" for name, kind in fields.items())
             raise ValueError(
                 f"{file} holds no {what}: objects with {form} were expected, and one is {row!r:.120}. Give a file of "
                 f"that form."
             )
-    return list(found)
+    return list(rows)
 
 
 @contextlib.contextmanager

@@ -93,8 +93,8 @@ def _grouped(pairs: Iterable[tuple[str, Question]]) -> list[Text]:
     for context, question in pairs:
         by_context.setdefault(context, []).append(question)
     return [
-        Text(hashlib.sha256(context.encode()).hexdigest()[:12], context, tuple(found))
-        for context, found in by_context.items()
+        Text(hashlib.sha256(context.encode()).hexdigest()[:12], context, tuple(questions))
+        for context, questions in by_context.items()
     ]
 
 
@@ -111,11 +111,11 @@ def unanswerable(texts: Collection[str]) -> dict[str, tuple[Question, ...]]:
     else:
         with hubs.reading("rajpurkar/squad_v2") as hub:
             rows = [row for row in hub(split="validation") if not row["answers"]["text"]]
-    found: dict[str, list[Question]] = {}
+    by_text: dict[str, list[Question]] = {}
     for row in rows:
         if row["context"] in texts:
-            found.setdefault(row["context"], []).append(Question(row["id"], row["question"], (_NO_ANSWER,)))
-    return {text: tuple(some) for text, some in found.items()}
+            by_text.setdefault(row["context"], []).append(Question(row["id"], row["question"], (_NO_ANSWER,)))
+    return {text: tuple(questions) for text, questions in by_text.items()}
 
 
 def heldout(count: int, seed: int) -> list[str]:

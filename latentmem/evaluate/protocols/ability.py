@@ -56,8 +56,8 @@ class Settings(protocol.Settings):
     def __post_init__(self) -> None:
         counts = {name: getattr(self, name) for name in ("texts", *choices.NAMES)}
         if min(counts.values()) < 0 or self.tokens < 2:
-            given = ", ".join(f"{name}={count}" for name, count in counts.items())
-            raise ValueError(f"counts are 0 or more and tokens 2 or more, got {given}, tokens={self.tokens}.")
+            values = ", ".join(f"{name}={count}" for name, count in counts.items())
+            raise ValueError(f"counts are 0 or more and tokens 2 or more, got {values}, tokens={self.tokens}.")
 
 
 class Ability:
@@ -97,50 +97,50 @@ class Ability:
     def _choices(self, name: str, k: int) -> Iterator[Record]:
         items = self.sets[name][k * BATCH : (k + 1) * BATCH]
         for state, memory in self._memories.items():
-            for item, found in zip(items, choices.logliks(self.llm, memory, items), strict=True):
-                record = {"task": name, "state": state, "text": item.id, "right": choices.is_right(item, found)}
-                normed = {"normed": choices.is_right(item, found, normed=True)} if name == "piqa" else {}
+            for item, logliks in zip(items, choices.logliks(self.llm, memory, items), strict=True):
+                record = {"task": name, "state": state, "text": item.id, "right": choices.is_right(item, logliks)}
+                normed = {"normed": choices.is_right(item, logliks, normed=True)} if name == "piqa" else {}
                 yield record | normed
 
     @cached_property
     def _memories(self) -> dict[str, Memory | None]:
         """What stands in front in each state; a checkpoint's own pool is always full."""
         s = self.settings
-        found: dict[str, Memory | None] = {"plain": None, "empty": self.llm.blank()}
+        memories: dict[str, Memory | None] = {"plain": None, "empty": self.llm.blank()}
         if not self.llm.born_full:
-            found["half"] = protocol.full(self.llm, s.memory, self.unrelated, share=0.5)
-        return found | {"full": protocol.full(self.llm, s.memory, self.unrelated)}
+            memories["half"] = protocol.full(self.llm, s.memory, self.unrelated, share=0.5)
+        return memories | {"full": protocol.full(self.llm, s.memory, self.unrelated)}
 
 
 def lines(records: Sequence[Record]) -> list[Line]:
     """Each task in each state, and paired with the plain model."""
-    found: list[tuple[str, Estimate | None]] = []
+    estimates: list[tuple[str, Estimate | None]] = []
     by: dict[tuple[str, str], dict[str, Record]] = {}
     for r in records:
         by.setdefault((r["task"], r["state"]), {})[r["text"]] = r
     for state in STATES:
-        some = by.get(("perplexity", state), {})
-        each = ratio([r["nll"] for r in some.values()], [r["tokens"] for r in some.values()], list(some))
-        found.append((f"perplexity, {state}", exp(each)))
+        chosen = by.get(("perplexity", state), {})
+        each = ratio([r["nll"] for r in chosen.values()], [r["tokens"] for r in chosen.values()], list(chosen))
+        estimates.append((f"perplexity, {state}", exp(each)))
     plain = by.get(("perplexity", "plain"), {})
     for state in STATES[1:]:
-        some = {text: r for text, r in by.get(("perplexity", state), {}).items() if text in plain}
-        more = [r["nll"] - plain[text]["nll"] for text, r in some.items()]
-        found.append(
-            (f"perplexity, {state} / plain", exp(ratio(more, [r["tokens"] for r in some.values()], list(some))))
+        chosen = {text: r for text, r in by.get(("perplexity", state), {}).items() if text in plain}
+        more = [r["nll"] - plain[text]["nll"] for text, r in chosen.items()]
+        estimates.append(
+            (f"perplexity, {state} / plain", exp(ratio(more, [r["tokens"] for r in chosen.values()], list(chosen))))
         )
     for name, title in TITLES.items():
         for metric in ("right", "normed") if name == "piqa" else ("right",):
             called = f"{title}{', normed' * (metric == 'normed')}"
             for state in STATES:
-                some = by.get((name, state), {})
-                found.append((f"{called}, {state}", mean([r[metric] for r in some.values()], list(some))))
+                chosen = by.get((name, state), {})
+                estimates.append((f"{called}, {state}", mean([r[metric] for r in chosen.values()], list(chosen))))
             plain = by.get((name, "plain"), {})
             for state in STATES[1:]:
-                some = {text: r for text, r in by.get((name, state), {}).items() if text in plain}
-                more = [r[metric] - plain[text][metric] for text, r in some.items()]
-                found.append((f"{called}, {state} - plain", mean(more, list(some))))
-    return [Line(name, estimate) for name, estimate in found if estimate is not None]
+                chosen = {text: r for text, r in by.get((name, state), {}).items() if text in plain}
+                more = [r[metric] - plain[text][metric] for text, r in chosen.items()]
+                estimates.append((f"{called}, {state} - plain", mean(more, list(chosen))))
+    return [Line(name, estimate) for name, estimate in estimates if estimate is not None]
 
 
 def measure(
@@ -149,7 +149,7 @@ def measure(
     unrelated: Sequence[str],
     settings: Settings,
     out: Path,
-    **how: Unpack[protocol.How],
+    **how: Unpack[protocol.RunOptions],
 ) -> list[Line]:
     """Run the protocol, or go on with it; arguments as in `Ability` and `protocol.measure`."""
     worker = Ability(llm, sets, unrelated, settings)

@@ -180,14 +180,14 @@ def pieces(session: Session, length: Callable[[str], int], most: int) -> list[st
         length: tokens of a text as it is written.
         most: of a piece; a single turn that is longer stands alone.
     """
-    found: list[str] = []
+    texts: list[str] = []
     turns: list[str] = []
     for turn in session.turns:
         if turns and length(_piece(session, [*turns, turn])) > most:
-            found.append(_piece(session, turns))
+            texts.append(_piece(session, turns))
             turns = []
         turns.append(turn)
-    return [*found, _piece(session, turns)]
+    return [*texts, _piece(session, turns)]
 
 
 def _piece(session: Session, turns: Iterable[str]) -> str:
@@ -247,9 +247,9 @@ class Conversations:
     def _bm25(self, one: Dialogue) -> list[str]:
         """What is said when the turns that were found stand before each question."""
         library = [(session, turn) for session in one.sessions for turn in session.turns]
-        found = ranked([turn for _, turn in library], [a.question for a in one.questions], self.settings.passages)
+        ranking = ranked([turn for _, turn in library], [a.question for a in one.questions], self.settings.passages)
         prompts = []
-        for asked, places in zip(one.questions, found, strict=True):
+        for asked, places in zip(one.questions, ranking, strict=True):
             text = "\n".join(_piece(library[i][0], [library[i][1]]) for i in sorted(places))
             ids = [*self.llm.prompts_or_raise().opening, *written(self.llm, text)] if text else []
             prompts.append([*ids, *self._question(asked, bare=bool(ids))])
@@ -289,32 +289,34 @@ class Conversations:
 
 def lines(records: Sequence[Record]) -> list[Line]:
     """F1 and exact match of each row by category, abstaining, and paired differences to the memory's row."""
-    found: list[tuple[str, Estimate | None]] = []
+    estimates: list[tuple[str, Estimate | None]] = []
     rows = [row for row in ROWS if any(r["row"] == row for r in records)]
     answered = [c for c in CATEGORIES if c != ADVERSARIAL]
     for metric, title in (("f1", "F1"), ("em", "exact match")):
         for row in rows:
-            for name, some in [("all but adversarial", answered), *((CATEGORIES[c], [c]) for c in answered)]:
-                found.append((f"{title}, {name}, {row}", _mean(_of(records, row, some).values(), metric)))
-    for name, some in (("adversarial (right)", [ADVERSARIAL]), ("all others (wrong)", answered)):
-        found += [(f"abstains, {name}, {row}", _mean(_of(records, row, some).values(), "abstains")) for row in rows]
+            for name, categories in [("all but adversarial", answered), *((CATEGORIES[c], [c]) for c in answered)]:
+                estimates.append((f"{title}, {name}, {row}", _mean(_of(records, row, categories).values(), metric)))
+    for name, categories in (("adversarial (right)", [ADVERSARIAL]), ("all others (wrong)", answered)):
+        estimates += [
+            (f"abstains, {name}, {row}", _mean(_of(records, row, categories).values(), "abstains")) for row in rows
+        ]
     for row in ("memory", "longterm"):
         ours = _of(records, row, answered)
         for other in rows[: rows.index(row)] if row in rows else ():
             theirs = _of(records, other, answered)
             both = [q for q in ours if q in theirs]
             more = [ours[q]["f1"] - theirs[q]["f1"] for q in both]
-            found.append((f"F1, {row} - {other}", mean(more, [ours[q]["text"] for q in both])))
-    return [Line(name, estimate) for name, estimate in found if estimate is not None]
+            estimates.append((f"F1, {row} - {other}", mean(more, [ours[q]["text"] for q in both])))
+    return [Line(name, estimate) for name, estimate in estimates if estimate is not None]
 
 
 def _of(records: Sequence[Record], row: str, categories: Sequence[int]) -> dict[str, Record]:
     return {r["question"]: r for r in records if r["row"] == row and r["category"] in categories}
 
 
-def _mean(some: Iterable[Record], metric: str) -> Estimate | None:
-    some = list(some)
-    return mean([r[metric] for r in some], [r["text"] for r in some])
+def _mean(records: Iterable[Record], metric: str) -> Estimate | None:
+    records = list(records)
+    return mean([r[metric] for r in records], [r["text"] for r in records])
 
 
 def measure(
@@ -322,7 +324,7 @@ def measure(
     data: Sequence[Dialogue],
     settings: Settings,
     out: Path,
-    **how: Unpack[protocol.How],
+    **how: Unpack[protocol.RunOptions],
 ) -> list[Line]:
     """Run the protocol, or go on with it; further arguments as in `protocol.measure`.
 

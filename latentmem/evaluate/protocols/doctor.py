@@ -51,14 +51,14 @@ def planted(llm: MemoryModel) -> Iterator[Case]:
 def ask(llm: MemoryModel, memory: Memory, other: Memory, question: str, gold: str = "") -> Case:
     """One question with `memory`, the same memory zeroed, `other`, and none."""
     zeroed = replace(memory, slots=torch.zeros_like(memory.slots))
-    given = dict(zip(ROWS, (memory, zeroed, other, llm.blank()), strict=True))
+    memories = dict(zip(ROWS, (memory, zeroed, other, llm.blank()), strict=True))
     prompts = llm.prompts_or_raise()
     logprobs = {}
-    for row, m in given.items():
+    for row, m in memories.items():
         if gold:
             prompt = prompts.question(question, bare=not m.is_empty)
             logprobs[row] = llm.score(m, prompt, prompts.text(gold)).logprobs.mean().item()
-    answers = {row: llm.ask(m, question, max_new_tokens=16) for row, m in given.items()}
+    answers = {row: llm.ask(m, question, max_new_tokens=16) for row, m in memories.items()}
     return Case(question, gold, answers, logprobs)
 
 

@@ -21,11 +21,11 @@ from latentmem.core.settings import LongTermSettings
 from latentmem.evaluate import protocol
 from latentmem.evaluate.baselines.editors import (
     Demonstrations,
+    Editor,
     InContext,
     Plain,
     Retrieved,
     Unwritten,
-    Way,
     Written,
     answer_ids,
     prompt_ids,
@@ -128,7 +128,7 @@ class Editing:
                 f"{', '.join(settings.rows)} for {llm.name or 'this model'}. Add another row."
             )
         self._before = lru_cache(maxsize=None)(self._unedited)
-        self.ways: dict[str, Way] = {row: self._way(row) for row in self.rows}
+        self.ways: dict[str, Editor] = {row: self._way(row) for row in self.rows}
 
     @property
     def rows(self) -> list[str]:
@@ -200,9 +200,9 @@ class Editing:
 
     # --- ways -------------------------------------------------------------------------------------------------------
 
-    def _way(self, row: str) -> Way:
+    def _way(self, row: str) -> Editor:
         llm, data, questions = self.llm, self.data, self.data.questions
-        made: dict[str, Any] = {
+        editors: dict[str, Any] = {
             "none": lambda: Plain(llm),
             "context": lambda: InContext(llm),
             "bm25": lambda: Retrieved(llm),
@@ -217,7 +217,7 @@ class Editing:
             "lora": lambda: LowRank(llm, questions),
             "rome": lambda: RankOne(llm, questions, data.articles),
         }
-        way: Way = made[row]()
+        way: Editor = editors[row]()
         return way
 
     @cached_property
@@ -251,8 +251,8 @@ class Editing:
     def _unedited(self, edit: Edit, begin: str) -> list[Tensor]:
         """For each unrelated prompt the most likely tokens behind the memory before all edits, or "plain"."""
         memory = {"full": lambda: self._full, "own": lambda: self._empty, "longterm": lambda: self._longterm}.get(begin)
-        found = self._scores(self.llm.context(memory()) if memory else self.llm.text_context([]), edit.probes)
-        return [found[probe][0].likeliest for probe in edit.unrelated]
+        scores = self._scores(self.llm.context(memory()) if memory else self.llm.text_context([]), edit.probes)
+        return [scores[probe][0].likeliest for probe in edit.unrelated]
 
     def _scores(self, context: Context, probes: Sequence[Probe]) -> dict[Probe, tuple[Score, ...]]:
         """The answer of each probe, and the other one where there is one, all in as few passes as possible."""
@@ -260,10 +260,10 @@ class Editing:
         kind = {"question": self.data.questions}
         ids = [prompt_ids(self.llm, p.prompt, bare=context.length > 0, **kind) for p, _ in asked]
         scores = self.llm.score_rows(context, ids, [answer_ids(self.llm, p.prompt, a, **kind) for p, a in asked])
-        found: dict[Probe, tuple[Score, ...]] = {}
+        by_probe: dict[Probe, tuple[Score, ...]] = {}
         for (probe, _), score in zip(asked, scores, strict=True):
-            found[probe] = (*found.get(probe, ()), score)
-        return found
+            by_probe[probe] = (*by_probe.get(probe, ()), score)
+        return by_probe
 
 
 def metrics(
@@ -291,11 +291,11 @@ def metrics(
         "specificity": edit.unrelated,
         "portability": edit.portability,
     }
-    found = {kind: _mean([_right(scores[probe]) for probe in probes]) for kind, probes in kinds.items() if probes}
+    values = {kind: _mean([_right(scores[probe]) for probe in probes]) for kind, probes in kinds.items() if probes}
     now = [scores[probe][0].likeliest for probe in edit.unrelated]
     for kind, then in (("locality", before), ("as plain", plain)):
-        found[kind] = _mean([(a == b).double().mean().item() for a, b in zip(now, then, strict=True)])
-    return found
+        values[kind] = _mean([(a == b).double().mean().item() for a, b in zip(now, then, strict=True)])
+    return values
 
 
 def _right(scores: tuple[Score, ...]) -> float:
@@ -324,15 +324,15 @@ def lines(records: Sequence[Record]) -> list[Cell]:
     for record in sorted(records, key=lambda r: (r["T"], ROWS.index(r["row"]))):
         by.setdefault((record["T"], record["row"]), []).append(record)
     cells: list[Cell] = []
-    for (T, row), some in by.items():
-        edits = [record["edit"] for record in some]
-        columns = {m: [r[m] for r in some] for m in METRICS if all(m in r for r in some)}
-        found = {"score": of_means(harmonic, [columns[m] for m in MAIN], edits)}
-        found |= {metric: mean(values, edits) for metric, values in columns.items()}
-        cells += [Cell(f"{row}, T = {T}, {m}", e, row, T, m) for m, e in found.items() if e is not None]
+    for (T, row), chosen in by.items():
+        edits = [record["edit"] for record in chosen]
+        columns = {m: [r[m] for r in chosen] for m in METRICS if all(m in r for r in chosen)}
+        estimates = {"score": of_means(harmonic, [columns[m] for m in MAIN], edits)}
+        estimates |= {metric: mean(values, edits) for metric, values in columns.items()}
+        cells += [Cell(f"{row}, T = {T}, {m}", e, row, T, m) for m, e in estimates.items() if e is not None]
     for metric, ours in GAINS.items():
-        for (T, row), some in by.items():
-            gain = _gain(by[T, ours], some) if row != ours and (T, ours) in by else None
+        for (T, row), chosen in by.items():
+            gain = _gain(by[T, ours], chosen) if row != ours and (T, ours) in by else None
             cells += [] if gain is None else [Cell(f"{ours} / {row} - 1, T = {T}", gain, row, T, metric)]
     return cells
 
@@ -347,13 +347,13 @@ def _gain(ours: Sequence[Record], others: Sequence[Record]) -> Any:
 
 def _relative(means: Means) -> Means:
     with np.errstate(divide="ignore", invalid="ignore"):
-        found: Means = harmonic(means[..., :3]) / harmonic(means[..., 3:]) - 1
-    return found
+        gain: Means = harmonic(means[..., :3]) / harmonic(means[..., 3:]) - 1
+    return gain
 
 
 def markdown(cells: Sequence[Cell]) -> str:
     """The cells as Markdown tables: single edits, the memory beside each row, and sequences."""
-    found = {(cell.T, cell.row, cell.metric): cell.estimate for cell in cells}
+    estimates = {(cell.T, cell.row, cell.metric): cell.estimate for cell in cells}
     parts = []
     for title, keep, key in (
         ("One edit at a time", lambda T: T == 1, "row"),
@@ -362,21 +362,21 @@ def markdown(cells: Sequence[Cell]) -> str:
         keys = list(dict.fromkeys((c.T, c.row) for c in cells if keep(c.T) and c.metric not in GAINS))
         if not keys:
             continue
-        shown = [m for m in METRICS if any((T, row, m) in found for T, row in keys)]
+        shown = [m for m in METRICS if any((T, row, m) in estimates for T, row in keys)]
         rows = [f"| {key} | n | {' | '.join(shown)} |", f"| --- | --- | {' | '.join('---' for _ in shown)} |"]
         for T, row in keys:
-            n = next((found[T, row, m].n for m in shown if (T, row, m) in found), 0)
+            n = next((estimates[T, row, m].n for m in shown if (T, row, m) in estimates), 0)
             name = row if T == 1 else f"{row}, {T}"
-            rows.append(f"| {name} | {n} | {' | '.join(_shown(found.get((T, row, m))) for m in shown)} |")
+            rows.append(f"| {name} | {n} | {' | '.join(_shown(estimates.get((T, row, m))) for m in shown)} |")
         parts.append("\n".join([f"## {title}\n", *rows]))
     for metric, ours in GAINS.items():
-        beside = [c for c in cells if c.metric == "score" and c.row != ours and (c.T, ours, "score") in found]
+        beside = [c for c in cells if c.metric == "score" and c.row != ours and (c.T, ours, "score") in estimates]
         if not beside:
             continue
         rows = [f"| row | T | n | score of {ours} over that of the row, minus 1 |", "| --- | --- | --- | --- |"]
         for cell in beside:
             best = " (the best fine-tuning)" if cell.row == best_tuned(cells, cell.T) else ""
-            gain = found.get((cell.T, cell.row, metric))
+            gain = estimates.get((cell.T, cell.row, metric))
             said = _shown(gain) if gain or cell.estimate.mean else "its score is 0"
             rows.append(f"| {cell.row}{best} | {cell.T} | {gain.n if gain else cell.estimate.n} | {said} |")
         title = {"memory-full": "The full memory", "longterm": "The memory with a long-term part"}[ours]
@@ -386,11 +386,11 @@ def markdown(cells: Sequence[Cell]) -> str:
 
 def draw(cells: Sequence[Cell], source: str, path: Path) -> None:
     """Draw what each row does over the number of edits without reset into a PNG."""
-    found = {(cell.T, cell.row, cell.metric): cell.estimate for cell in cells}
+    estimates = {(cell.T, cell.row, cell.metric): cell.estimate for cell in cells}
     steps = sorted({cell.T for cell in cells})
-    rows = {row for _, row, _ in found if any((T, row, "score") in found for T in steps if T > 1)}
+    rows = {row for _, row, _ in estimates if any((T, row, "score") in estimates for T in steps if T > 1)}
     curves: dict[str, plots.Curves] = {
-        metric: {row: [(T, found.get((T, row, metric))) for T in steps if row in rows] for row in SHOWN}
+        metric: {row: [(T, estimates.get((T, row, metric))) for T in steps if row in rows] for row in SHOWN}
         for metric in ("score", "efficacy", "specificity", "locality")
     }
     plots.panels(curves, "edits without reset", f"Edits in sequence, {source}", path, ticks=steps)
@@ -411,7 +411,7 @@ def measure(
     data: EditSet,
     settings: Settings,
     out: Path,
-    **how: Unpack[protocol.How],
+    **how: Unpack[protocol.RunOptions],
 ) -> list[Cell]:
     """Run the protocol, or go on with it; arguments as in `protocol.measure`.
 

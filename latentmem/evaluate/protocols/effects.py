@@ -84,8 +84,8 @@ class Effects:
         kinds = dict(zip(KINDS, (text.questions, self.wrong.get(text.text, ()), other.questions), strict=True))
         for way, context in (("memory", self.llm.context(memory)), ("floor", in_context(self.llm, ()))):
             for kind, questions in kinds.items():
-                some = questions[: len(text.questions)]
-                for question, answer in zip(some, ask(self.llm, context, some) if some else [], strict=True):
+                chosen = questions[: len(text.questions)]
+                for question, answer in zip(chosen, ask(self.llm, context, chosen) if chosen else [], strict=True):
                     no = answer.said.lower().replace("\u2019", "'").startswith(ABSTAINS)
                     facts = {"kind": kind, "way": way, "text": text.id, "question": question.id}
                     yield {**facts, "abstains": int(no), "hit": int(answer.hit), "said": answer.said}
@@ -98,24 +98,26 @@ class Effects:
 
 def lines(records: Sequence[Record]) -> list[Line]:
     """Perplexities and their ratio, and how often each kind of question is answered by "I don't know"."""
-    found: list[tuple[str, Estimate | None]] = []
+    estimates: list[tuple[str, Estimate | None]] = []
     by = {state: {r["text"]: r for r in records if r["kind"] == state} for state in STATES}
-    for state, some in by.items():
-        texts = list(some)
-        each = ratio([some[t]["nll"] for t in texts], [some[t]["tokens"] for t in texts], texts)
-        found.append((f"perplexity, {state}", exp(each)))
+    for state, chosen in by.items():
+        texts = list(chosen)
+        each = ratio([chosen[t]["nll"] for t in texts], [chosen[t]["tokens"] for t in texts], texts)
+        estimates.append((f"perplexity, {state}", exp(each)))
     for state in STATES[1:]:
         texts = [t for t in by[state] if t in by["plain"]]
         more = [by[state][t]["nll"] - by["plain"][t]["nll"] for t in texts]
-        found.append((f"perplexity, {state} / plain", exp(ratio(more, [by[state][t]["tokens"] for t in texts], texts))))
+        estimates.append(
+            (f"perplexity, {state} / plain", exp(ratio(more, [by[state][t]["tokens"] for t in texts], texts)))
+        )
     for way in ("memory", "floor"):
         for kind in KINDS:
             asked = [r for r in records if r["kind"] == kind and r["way"] == way]
             groups = [r["text"] for r in asked]
-            found.append((f"abstains, {kind}, {way}", mean([r["abstains"] for r in asked], groups)))
+            estimates.append((f"abstains, {kind}, {way}", mean([r["abstains"] for r in asked], groups)))
             if kind == "answered":
-                found.append((f"hits, {kind}, {way}", mean([r["hit"] for r in asked], groups)))
-    return [Line(name, estimate) for name, estimate in found if estimate is not None]
+                estimates.append((f"hits, {kind}, {way}", mean([r["hit"] for r in asked], groups)))
+    return [Line(name, estimate) for name, estimate in estimates if estimate is not None]
 
 
 def measure(
@@ -123,7 +125,7 @@ def measure(
     data: QuestionSet,
     settings: Settings,
     out: Path,
-    **how: Unpack[protocol.How],
+    **how: Unpack[protocol.RunOptions],
 ) -> list[Line]:
     """Run the protocol, or go on with it; arguments as in `protocol.measure`."""
     return protocol.measure(

@@ -116,20 +116,22 @@ class Forget:
                 store.close()
         memories["control"] = control
         for way in WAYS:
-            found = memories[way]
-            same = found.slots.shape == control.slots.shape and torch.equal(found.slots, control.slots.to(found.slots))
-            facts = {"kind": "memory", "state": way, "text": target.id, "same": int(same), "M": found.M}
-            yield {**facts, "gone": int(all(s.name != TARGET for s in found.sources)), "seconds": seconds[way]}
+            after = memories[way]
+            same = after.slots.shape == control.slots.shape and torch.equal(after.slots, control.slots.to(after.slots))
+            facts = {"kind": "memory", "state": way, "text": target.id, "same": int(same), "M": after.M}
+            yield {**facts, "gone": int(all(s.name != TARGET for s in after.sources)), "seconds": seconds[way]}
         for state, memory in memories.items():
             yield from self._asked(state, self.llm.context(memory), target, others)
         yield from self._asked("floor", in_context(self.llm, ()), target, ())
 
     def _asked(self, state: str, context: Context, target: Text, others: Sequence[Text]) -> Iterator[Record]:
         """Ask about the text and the others; the sample is named by the text that is forgotten."""
-        some = [("target", target, question) for question in target.questions]
-        some += [("other", text, question) for text in others for question in text.questions[: self.settings.per_other]]
-        answers = ask(self.llm, context, [question for *_, question in some], new_tokens=self.settings.new_tokens)
-        for (about, text, question), answer in zip(some, answers, strict=True):
+        asked = [("target", target, question) for question in target.questions]
+        asked += [
+            ("other", text, question) for text in others for question in text.questions[: self.settings.per_other]
+        ]
+        answers = ask(self.llm, context, [question for *_, question in asked], new_tokens=self.settings.new_tokens)
+        for (about, text, question), answer in zip(asked, answers, strict=True):
             yield {
                 "kind": "asked",
                 "state": state,
@@ -150,7 +152,7 @@ class Forget:
 
 def lines(records: Sequence[Record]) -> list[Line]:
     """What is known in each state, the residue of both ways, what the others lose, and what the ways cost."""
-    found: list[tuple[str, Estimate | None]] = []
+    estimates: list[tuple[str, Estimate | None]] = []
     by = {
         (about, state): {(r["sample"], r["question"]): r for r in records if _is(r, about, state)}
         for about in ("target", "other")
@@ -158,28 +160,36 @@ def lines(records: Sequence[Record]) -> list[Line]:
     }
     for metric, title in METRICS.items():
         for state in STATES:
-            some = list(by["target", state].values())
-            found.append((f"the text, {state}: {title}", mean([r[metric] for r in some], [r["text"] for r in some])))
+            chosen = list(by["target", state].values())
+            estimates.append(
+                (f"the text, {state}: {title}", mean([r[metric] for r in chosen], [r["text"] for r in chosen]))
+            )
         control = by["target", "control"]
         known = _difference(by["target", "before"], control, metric)
-        found.append((f"known before forgetting (before - control): {title}", mean(*known)))
+        estimates.append((f"known before forgetting (before - control): {title}", mean(*known)))
         for way in WAYS:
-            left = _difference(by["target", way], control, metric)
-            found.append((f"residue, {way} - control: {title}", mean(*left)))
-            if left[1] == known[1]:
-                found.append((f"share of what was known that is left, {way}: {title}", ratio(left[0], *known)))
+            residue = _difference(by["target", way], control, metric)
+            estimates.append((f"residue, {way} - control: {title}", mean(*residue)))
+            if residue[1] == known[1]:
+                estimates.append(
+                    (f"share of what was known that is residue, {way}: {title}", ratio(residue[0], *known))
+                )
     for metric, title in METRICS.items():
-        some = list(by["other", "before"].values())
-        found.append((f"the others, before: {title}", mean([r[metric] for r in some], [r["text"] for r in some])))
+        chosen = list(by["other", "before"].values())
+        estimates.append(
+            (f"the others, before: {title}", mean([r[metric] for r in chosen], [r["text"] for r in chosen]))
+        )
         for state in (*WAYS, "control"):
             change = _difference(by["other", state], by["other", "before"], metric)
-            found.append((f"the others, {state} - before: {title}", mean(*change)))
+            estimates.append((f"the others, {state} - before: {title}", mean(*change)))
     for way in WAYS:
-        some = [r for r in records if r["kind"] == "memory" and r["state"] == way]
-        groups = [r["text"] for r in some]
-        found.append((f"memories equal to the control to the bit, {way}", mean([r["same"] for r in some], groups)))
-        found.append((f"seconds, {way}", mean([r["seconds"] for r in some], groups)))
-    return [Line(name, estimate) for name, estimate in found if estimate is not None]
+        chosen = [r for r in records if r["kind"] == "memory" and r["state"] == way]
+        groups = [r["text"] for r in chosen]
+        estimates.append(
+            (f"memories equal to the control to the bit, {way}", mean([r["same"] for r in chosen], groups))
+        )
+        estimates.append((f"seconds, {way}", mean([r["seconds"] for r in chosen], groups)))
+    return [Line(name, estimate) for name, estimate in estimates if estimate is not None]
 
 
 def _is(r: Record, about: str, state: str) -> bool:
@@ -199,7 +209,7 @@ def measure(
     data: QuestionSet,
     settings: Settings,
     out: Path,
-    **how: Unpack[protocol.How],
+    **how: Unpack[protocol.RunOptions],
 ) -> list[Line]:
     """Run the protocol, or go on with it; arguments as in `protocol.measure`."""
     return protocol.measure(

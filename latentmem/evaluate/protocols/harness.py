@@ -112,24 +112,24 @@ class HarnessLM(TemplateLM):  # type: ignore[misc, unused-ignore]
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         """(log-likelihood, whether greedy decoding says it) of each continuation [(texts, context, continuation)]."""
         order = sorted(range(len(requests)), key=lambda i: len(requests[i][1]) + len(requests[i][2]))
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        logliks: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for start in range(0, len(order), BATCH):
-            some = order[start : start + BATCH]
-            prompts = [self._opened(requests[i][1]) for i in some]
-            scores = self.llm.score_rows(self._context, prompts, [requests[i][2] for i in some])
-            for i, score in zip(some, scores, strict=True):
-                found[i] = (score.logprobs.double().sum().item(), bool(score.hits.all()))
-        return found
+            batch = order[start : start + BATCH]
+            prompts = [self._opened(requests[i][1]) for i in batch]
+            scores = self.llm.score_rows(self._context, prompts, [requests[i][2] for i in batch])
+            for i, score in zip(batch, scores, strict=True):
+                logliks[i] = (score.logprobs.double().sum().item(), bool(score.hits.all()))
+        return logliks
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, window after window; each token counts once."""
         size = min(WINDOW, self._context.room) - 1
-        found = []
+        logliks = []
         for request in requests:
             ids = self.tok_encode(request.args[0])
             windows = map(make_disjoint_window, get_rolling_token_windows(ids, self.prefix_token_id, size, 1))
-            found.append(sum(value for value, _ in self._loglikelihood_tokens([((), a, b) for a, b in windows])))
-        return found
+            logliks.append(sum(value for value, _ in self._loglikelihood_tokens([((), a, b) for a, b in windows])))
+        return logliks
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations, up to the first of the strings at which a task stops.
@@ -137,7 +137,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         Raises:
             ValueError: a task that samples, or a prompt that does not fit.
         """
-        found = []
+        texts = []
         for request in requests:
             text, options = request.args
             if options.get("do_sample") and options.get("temperature", 1.0) > 0:
@@ -149,8 +149,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc, unused-ignore]
             until = options.get("until") or []
             for stop in [until] if isinstance(until, str) else until:
                 said = said.split(stop)[0] if stop else said
-            found.append(said)
-        return found
+            texts.append(said)
+        return texts
 
     def _opened(self, ids: list[int]) -> list[int]:
         """A prompt as it stands: the plain model's begins with what the model wants there, once."""
@@ -181,13 +181,13 @@ def evaluate(lm: HarnessLM, tasks: Sequence[Any], out: Path, **options: Any) -> 
     """
     from lm_eval import simple_evaluate
 
-    found = simple_evaluate(model=lm, tasks=list(tasks), log_samples=False, **options)
-    assert found is not None
-    results: dict[str, Any] = found["results"]
+    output = simple_evaluate(model=lm, tasks=list(tasks), log_samples=False, **options)
+    assert output is not None
+    results: dict[str, Any] = output["results"]
     out.mkdir(parents=True, exist_ok=True)
     memory = lm.memory
     about = {"model": lm.llm.name, "sha256": lm.llm.identity, "M": 0 if memory is None else memory.M, "write": lm.write}
     about |= {"adapters": lm.llm.adapters.identity if lm.llm.adapters else "", "dtype": str(lm.llm.decoder.dtype)[6:]}
-    everything = {"about": about, "n": found.get("n-samples", {}), "results": results}
+    everything = {"about": about, "n": output.get("n-samples", {}), "results": results}
     replace_bytes(out / "results.json", json.dumps(everything, indent=1, default=str) + "\n")
     return results

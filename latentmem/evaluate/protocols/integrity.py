@@ -115,8 +115,8 @@ class Integrity:
     def __init__(self, llm: MemoryModel, settings: Settings, folder: Path) -> None:
         self.llm, self.settings, self.folder = llm, settings, folder
         self.articles = heldout(settings.texts, settings.seed)
-        found = choices.load("blimp", settings.pairs, settings.seed) if settings.pairs else None
-        self.pairs = found.items if found else ()
+        blimp = choices.load("blimp", settings.pairs, settings.seed) if settings.pairs else None
+        self.pairs = blimp.items if blimp else ()
         self._tuned: Tuned | None = None
 
     def units(self) -> list[Unit]:
@@ -238,9 +238,9 @@ class Integrity:
             nll, tokens = read(self.llm, context, article, self.settings.tokens)
             yield {"kind": "read", "row": row, "at": at, "text": named(article), "nll": nll, "tokens": tokens}
         for start in range(0, len(self.pairs), 8):
-            some = self.pairs[start : start + 8]
-            for item, found in zip(some, choices.logliks(self.llm, memory, some), strict=True):
-                yield {"kind": "pair", "row": row, "at": at, "text": item.id, "right": choices.is_right(item, found)}
+            batch = self.pairs[start : start + 8]
+            for item, logliks in zip(batch, choices.logliks(self.llm, memory, batch), strict=True):
+                yield {"kind": "pair", "row": row, "at": at, "text": item.id, "right": choices.is_right(item, logliks)}
 
     def _left(self, memory: Memory, i: int, update: int) -> float:
         """Share of the slots of fact i, written by this update, that is left, over all layers."""
@@ -306,50 +306,52 @@ def _slots(memory: Memory, before: Memory, at: int) -> Record:
 
 def lines(records: Sequence[Record]) -> list[Line]:
     """Answers by age and window, perplexity and pairs at checkpoints, slot norms, drift, speed."""
-    found: list[tuple[str, Estimate | None]] = []
+    estimates: list[tuple[str, Estimate | None]] = []
     for row in ROWS:
         asked = [r for r in records if r["kind"] == "asked" and r["row"] == row]
         for age in sorted({r["age"] for r in asked}):
-            some = [r for r in asked if r["age"] == age]
+            of_age = [r for r in asked if r["age"] == age]
             name = f"{row}, asked {'at once' if age == 0 else f'{age} facts later'}"
-            found += [(f"{name}: {title}", _mean(some, metric)) for metric, title in METRICS.items()]
-            weights = [DECAY ** (some[-1]["at"] - r["at"]) for r in some]
+            estimates += [(f"{name}: {title}", _mean(of_age, metric)) for metric, title in METRICS.items()]
+            weights = [DECAY ** (of_age[-1]["at"] - r["at"]) for r in of_age]
             for metric, title in SHARES.items():
-                values = [w * r[metric] for w, r in zip(weights, some, strict=True)]
-                found.append((f"{name}: {title}, exponential mean", ratio(values, weights, _ids(some))))
-                for start, end, part in _windows(some):
-                    found.append((f"{name}: {title}, updates {start} to {end}", _mean(part, metric)))
+                values = [w * r[metric] for w, r in zip(weights, of_age, strict=True)]
+                estimates.append((f"{name}: {title}, exponential mean", ratio(values, weights, _ids(of_age))))
+                for start, end, part in _windows(of_age):
+                    estimates.append((f"{name}: {title}, updates {start} to {end}", _mean(part, metric)))
             if row == "memory":
-                found.append((f"{name}: share of its slots that is left", _mean(some, "left")))
+                estimates.append((f"{name}: share of its slots that is left", _mean(of_age, "left")))
         more = _less_alone(asked, records)
-        found.append((f"{row}, {LESS_ALONE}: token accuracy", mean([y for _, y in more], [at for at, _ in more])))
-        found += _checkpoints(records, row)
-        found += [(f"{row}: {name}", estimate) for name, estimate in [*_slot_norms(records, row), *drift(records, row)]]
+        estimates.append((f"{row}, {LESS_ALONE}: token accuracy", mean([y for _, y in more], [at for at, _ in more])))
+        estimates += _checkpoints(records, row)
+        estimates += [
+            (f"{row}: {name}", estimate) for name, estimate in [*_slot_norms(records, row), *drift(records, row)]
+        ]
         speeds = [r for r in records if r["kind"] == "speed" and r["row"] == row]
         pace = ratio([r["updates"] for r in speeds], [r["seconds"] for r in speeds], [r["at"] for r in speeds])
-        found.append((f"{row}: updates per second", pace))
-    return [Line(name, estimate) for name, estimate in found if estimate is not None]
+        estimates.append((f"{row}: updates per second", pace))
+    return [Line(name, estimate) for name, estimate in estimates if estimate is not None]
 
 
-def _mean(some: Sequence[Record], metric: str) -> Estimate | None:
-    return mean([r[metric] for r in some], _ids(some))
+def _mean(records: Sequence[Record], metric: str) -> Estimate | None:
+    return mean([r[metric] for r in records], _ids(records))
 
 
-def _ids(some: Sequence[Record]) -> list[str]:
-    return [r["question"] for r in some]
+def _ids(records: Sequence[Record]) -> list[str]:
+    return [r["question"] for r in records]
 
 
-def _windows(some: Sequence[Record]) -> Iterator[tuple[int, int, list[Record]]]:
+def _windows(records: Sequence[Record]) -> Iterator[tuple[int, int, list[Record]]]:
     """Equal parts of the stream: (first update, last update, what was asked in between)."""
-    last = max((r["at"] for r in some), default=0)
+    last = max((r["at"] for r in records), default=0)
     bounds = [round(last * i / WINDOWS) for i in range(WINDOWS + 1)]
     for start, end in pairwise(bounds):
-        yield start + 1, end, [r for r in some if start < r["at"] <= end]
+        yield start + 1, end, [r for r in records if start < r["at"] <= end]
 
 
 def _checkpoints(records: Sequence[Record], row: str) -> list[tuple[str, Estimate | None]]:
     """Perplexity and pairs of the plain model, and of a row at up to `WINDOWS` checkpoints, the last one among them."""
-    found: list[tuple[str, Estimate | None]] = []
+    estimates: list[tuple[str, Estimate | None]] = []
     there = {kind: _at(records, kind, row) for kind in ("read", "pair")}
     plain = {kind: _at(records, kind, "plain").get(0, {}) for kind in ("read", "pair")}
     points = sorted(there["read"])
@@ -359,21 +361,21 @@ def _checkpoints(records: Sequence[Record], row: str) -> list[tuple[str, Estimat
         texts = [text for text in there["read"][at] if text in plain["read"]]
         more = [there["read"][at][text]["nll"] - plain["read"][text]["nll"] for text in texts]
         tokens = [plain["read"][text]["tokens"] for text in texts]
-        found.append((f"{row}: perplexity / plain after {at}", exp(ratio(more, tokens, texts))))
+        estimates.append((f"{row}: perplexity / plain after {at}", exp(ratio(more, tokens, texts))))
     for at in points:
         items = [item for item in there["pair"].get(at, {}) if item in plain["pair"]]
         more = [there["pair"][at][item]["right"] - plain["pair"][item]["right"] for item in items]
-        found.append((f"{row}: BLiMP - plain after {at}", mean(more, items)))
-    return found
+        estimates.append((f"{row}: BLiMP - plain after {at}", mean(more, items)))
+    return estimates
 
 
 def _at(records: Sequence[Record], kind: str, row: str) -> dict[int, dict[str, Record]]:
     """Records of a kind by checkpoint and text."""
-    found: dict[int, dict[str, Record]] = {}
+    by_point: dict[int, dict[str, Record]] = {}
     for r in records:
         if r["kind"] == kind and r["row"] == row:
-            found.setdefault(r["at"], {})[r["text"]] = r
-    return found
+            by_point.setdefault(r["at"], {})[r["text"]] = r
+    return by_point
 
 
 def settled(records: Sequence[Record]) -> tuple[float, int] | None:
@@ -397,7 +399,7 @@ def drift(records: Sequence[Record], row: str) -> list[tuple[str, Estimate | Non
     turn, start = known
     width = max(1, round(2 * turn))
 
-    def found(points: Sequence[tuple[int, float]]) -> Estimate | None:
+    def trend(points: Sequence[tuple[int, float]]) -> Estimate | None:
         windows = [at // width for at, _ in points]
         if len(set(windows)) < FEWEST:
             return None
@@ -408,15 +410,15 @@ def drift(records: Sequence[Record], row: str) -> list[tuple[str, Estimate | Non
     for age in sorted({r["age"] for r in asked}):
         name = f"token accuracy asked {'at once' if age == 0 else f'{age} facts later'}"
         points = [(r["at"], float(r["accuracy"])) for r in asked if r["age"] == age]
-        out.append((f"drift of the {name}, per {SCALE} updates", found(points)))
+        out.append((f"drift of the {name}, per {SCALE} updates", trend(points)))
     more = _less_alone(asked, records)
     if more:
-        out.append((f"drift of the token accuracy {LESS_ALONE}, per {SCALE} updates", found(more)))
+        out.append((f"drift of the token accuracy {LESS_ALONE}, per {SCALE} updates", trend(more)))
     for what, (name, short) in LOOKS.items():
         slots = _looks(records, row, start, what)
         if slots:
             points = _relative(slots, what)
-            out.append((f"drift of the {name} (1: no change of {short}), per {SCALE} updates", found(points)))
+            out.append((f"drift of the {name} (1: no change of {short}), per {SCALE} updates", trend(points)))
     return out
 
 
@@ -434,20 +436,20 @@ def _slot_norms(records: Sequence[Record], row: str) -> list[tuple[str, Estimate
     if known is None:
         return []
     turn, start = known
-    found = []
+    estimates = []
     for what, (name, _) in LOOKS.items():
         slots = _looks(records, row, start, what)
         values = [sum(r[what]) / len(r[what]) for r in slots]
         windows = [r["at"] // max(1, round(2 * turn)) for r in slots]
-        found.append((f"{name}, mean over layers, after {start} updates", mean(values, windows)))
-    return found
+        estimates.append((f"{name}, mean over layers, after {start} updates", mean(values, windows)))
+    return estimates
 
 
 def _less_alone(asked: Sequence[Record], records: Sequence[Record]) -> list[tuple[int, float]]:
     """At each update the token accuracy of the newest fact less that of the same fact alone in an empty memory."""
     alone = {(r["row"], r["at"]): r["accuracy"] for r in records if r["kind"] == "alone"}
-    some = [r for r in asked if r["age"] == 0 and (r["row"], r["at"]) in alone]
-    return [(r["at"], r["accuracy"] - alone[r["row"], r["at"]]) for r in some]
+    newest = [r for r in asked if r["age"] == 0 and (r["row"], r["at"]) in alone]
+    return [(r["at"], r["accuracy"] - alone[r["row"], r["at"]]) for r in newest]
 
 
 def _relative(slots: Sequence[Record], what: str) -> list[tuple[int, float]]:
@@ -458,7 +460,7 @@ def _relative(slots: Sequence[Record], what: str) -> list[tuple[int, float]]:
 
 
 def notes(records: Sequence[Record], settings: Settings) -> list[str]:
-    """How far each row came, whether slots are broken, and what the test for drift says, in sentences."""
+    """RunOptions far each row came, whether slots are broken, and what the test for drift says, in sentences."""
     said = []
     for row, asked in (("memory", settings.updates), ("ft", settings.ft_updates)):
         reached = max((r["at"] for r in records if r["kind"] == "speed" and r["row"] == row), default=0)
@@ -491,8 +493,8 @@ def draw(records: Sequence[Record], path: Path) -> None:
     accuracy: plots.Curves = {}
     for row in ROWS:
         for age in sorted({r["age"] for r in records if r["kind"] == "asked" and r["row"] == row}):
-            some = [r for r in records if r["kind"] == "asked" and r["row"] == row and r["age"] == age]
-            points: plots.Points = [((a + b) / 2, _mean(part, "accuracy")) for a, b, part in _windows(some)]
+            answers = [r for r in records if r["kind"] == "asked" and r["row"] == row and r["age"] == age]
+            points: plots.Points = [((a + b) / 2, _mean(part, "accuracy")) for a, b, part in _windows(answers)]
             accuracy[f"{row}, {'at once' if age == 0 else f'{age} facts later'}"] = points
     panels: dict[str, plots.Curves] = {"token accuracy": accuracy, "perplexity / plain": {}, "BLiMP - plain": {}}
     for row in ROWS:
@@ -512,7 +514,7 @@ def measure(
     out: Path,
     *,
     minutes: float | None = None,
-    **how: Unpack[protocol.How],
+    **how: Unpack[protocol.RunOptions],
 ) -> list[Line]:
     """Run the protocol, or go on with it; further arguments as in `protocol.measure`.
 
@@ -528,7 +530,7 @@ def measure(
 
     shown = how.pop("progress", lambda done, total: None)
 
-    def told(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         shown(done, total)
         if minutes is not None and done < total and time.monotonic() - started > 60 * minutes:
             raise protocol.EnoughError
@@ -544,7 +546,7 @@ def measure(
         "articles": [named(article) for article in worker.articles],
         "pairs": named(repr(worker.pairs)),
     }
-    found = protocol.measure(
+    table_lines = protocol.measure(
         PROTOCOL,
         llm,
         worker,
@@ -556,7 +558,7 @@ def measure(
         chosen=CHOSEN,
         args=(settings, out),
         after=after,
-        **how | {"progress": told},
+        **how | {"progress": report},
     )
     worker.clear(finished)
-    return found
+    return table_lines

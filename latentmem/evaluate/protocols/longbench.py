@@ -116,13 +116,13 @@ def load(name: str, count: int, seed: int) -> Examples:
         local = hubs.local_rows(LOCAL[name])
         if local is None:
             raise ValueError(f"{name} is read from the folder LATENTMEM_DATA, as {LOCAL[name]}: set it to one.")
-        found = {"altqa": altqa, "babi": babi}[name](local[0])
+        examples = {"altqa": altqa, "babi": babi}[name](local[0])
         source = LOCAL[name]
     else:
         with hubs.reading(HUB) as hub:
-            found = longbench(name, list(hub(name, split="test")))
+            examples = longbench(name, list(hub(name, split="test")))
         source = f"{HUB}, {name}"
-    drawn = [found[i] for i in np.random.default_rng(seed).permutation(len(found))]
+    drawn = [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))]
     if name == "babi":
         seen: dict[str, int] = {}
         rank = {}
@@ -135,20 +135,20 @@ def load(name: str, count: int, seed: int) -> Examples:
 
 def longbench(name: str, rows: Iterable[Record]) -> list[Example]:
     """Rows {input or question, context, answers} of a LongBench set."""
-    found = []
+    examples = []
     for i, row in enumerate(rows):
         asked = row["input"] if "input" in row else row["question"]
-        found.append(Example(f"{name}-{i}", named(row["context"]), row["context"], asked, tuple(row["answers"])))
-    return found
+        examples.append(Example(f"{name}-{i}", named(row["context"]), row["context"], asked, tuple(row["answers"])))
+    return examples
 
 
 def altqa(rows: Iterable[Record]) -> list[Example]:
     """Rows {id, context, question, answer} of AltQA, each once; its questions have no question mark."""
-    found: dict[tuple[str, ...], Example] = {}
+    examples: dict[tuple[str, ...], Example] = {}
     for row in rows:
         text, asked, answer = row["context"], f"{row['question'].strip().rstrip('?').strip()}?", str(row["answer"])
-        found.setdefault((text, asked, answer), Example(f"altqa-{row['id']}", named(text), text, asked, (answer,)))
-    return list(found.values())
+        examples.setdefault((text, asked, answer), Example(f"altqa-{row['id']}", named(text), text, asked, (answer,)))
+    return list(examples.values())
 
 
 def babi(rows: Iterable[Record]) -> list[Example]:
@@ -160,9 +160,9 @@ def babi(rows: Iterable[Record]) -> list[Example]:
     Raises:
         ValueError: a line without a number, or a task without a question.
     """
-    found: list[Example] = []
+    examples: list[Example] = []
     for row in rows:
-        story, sentences, before = -1, list[str](), len(found)
+        story, sentences, before = -1, list[str](), len(examples)
         for line in row["text"].splitlines():
             number, _, rest = line.strip().partition(" ")
             if not number:
@@ -178,12 +178,14 @@ def babi(rows: Iterable[Record]) -> list[Example]:
             asked, answer, *_ = rest.split("\t")
             group = f"{row['task']}-{story}"
             text = " ".join(sentences)
-            found.append(Example(f"{group}-{number}", group, text, asked.strip(), (answer.strip().replace(",", ", "),)))
-        if len(found) == before:
+            examples.append(
+                Example(f"{group}-{number}", group, text, asked.strip(), (answer.strip().replace(",", ", "),))
+            )
+        if len(examples) == before:
             raise ValueError(
                 f"bAbI's {row['task']} holds no question: lines with tabs were expected. Take another copy."
             )
-    return found
+    return examples
 
 
 class LongBench:
@@ -203,7 +205,7 @@ class LongBench:
     def units(self) -> list[Unit]:
         """One unit for each row of each example."""
         rows = [row for row in ROWS if row in self.settings.rows]
-        return [(row, name, i) for name, some in self.sets.items() for i in range(len(some)) for row in rows]
+        return [(row, name, i) for name, examples in self.sets.items() for i in range(len(examples)) for row in rows]
 
     def chains(self) -> list[list[Unit]]:
         """None: each example stands by itself."""
@@ -284,21 +286,23 @@ def cut(ids: Sequence[int], piece: int) -> Iterator[Sequence[int]]:
 
 def lines(records: Sequence[Record]) -> list[Line]:
     """F1, exact match and hits of every set in each row, their mean over sets, and paired differences."""
-    found: list[tuple[str, Estimate | None]] = []
+    estimates: list[tuple[str, Estimate | None]] = []
     names = [name for name in NAMES if any(r["set"] == name for r in records)]
     by = {(row, name): _of(records, row, name) for row in ROWS for name in names}
     for metric, title in (("f1", "F1"), ("em", "exact match"), ("hit", "hits")):
         for name in names:
             for row in ROWS:
-                some = by[row, name].values()
-                found.append((f"{title}, {name}, {row}", mean([r[metric] for r in some], [r["text"] for r in some])))
+                chosen = by[row, name].values()
+                estimates.append(
+                    (f"{title}, {name}, {row}", mean([r[metric] for r in chosen], [r["text"] for r in chosen]))
+                )
     for name in names:
         ours = by["memory", name]
         for row in ROWS[:-1]:
             both = [q for q in ours if q in by[row, name]]
             more = [ours[q]["f1"] - by[row, name][q]["f1"] for q in both]
-            found.append((f"F1, {name}, memory - {row}", mean(more, [ours[q]["text"] for q in both])))
-    return [Line(name, estimate) for name, estimate in found if estimate is not None]
+            estimates.append((f"F1, {name}, memory - {row}", mean(more, [ours[q]["text"] for q in both])))
+    return [Line(name, estimate) for name, estimate in estimates if estimate is not None]
 
 
 def _of(records: Sequence[Record], row: str, name: str) -> dict[str, Record]:
@@ -311,8 +315,8 @@ def notes(records: Sequence[Record], folder: Path) -> list[str]:
     for row in ROWS:
         means = []
         for name in NAMES:
-            some = [r["f1"] for r in records if r["row"] == row and r["set"] == name and name not in LOCAL]
-            means += [sum(some) / len(some)] if some else []
+            scores = [r["f1"] for r in records if r["row"] == row and r["set"] == name and name not in LOCAL]
+            means += [sum(scores) / len(scores)] if scores else []
         if means:
             said.append(f"{row}: mean F1 over {len(means)} of LongBench's sets {100 * sum(means) / len(means):.1f}%.")
     return said
@@ -323,7 +327,7 @@ def measure(
     sets: Sequence[Examples],
     settings: Settings,
     out: Path,
-    **how: Unpack[protocol.How],
+    **how: Unpack[protocol.RunOptions],
 ) -> list[Line]:
     """Run the protocol, or go on with it; further arguments as in `protocol.measure`.
 

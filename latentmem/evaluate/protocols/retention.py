@@ -34,7 +34,7 @@ from latentmem.evaluate.asking import NEW_TOKENS, Answer, ask, in_context, writt
 from latentmem.evaluate.baselines.passages import ranked
 from latentmem.evaluate.data.questions import LONGEST
 from latentmem.evaluate.data.sets import Question, QuestionSet, Text
-from latentmem.evaluate.protocol import How
+from latentmem.evaluate.protocol import RunOptions
 from latentmem.evaluate.tables import plots, results
 from latentmem.evaluate.tables.summary import Line
 from latentmem.longterm.search import RetrievedPrefix
@@ -81,10 +81,10 @@ class Settings(protocol.Settings):
     def __post_init__(self) -> None:
         if not self.steps or min(self.steps) < 0 or list(self.steps) != sorted(set(self.steps)):
             raise ValueError(f"steps must be ascending numbers from 0, got {', '.join(map(str, self.steps))}.")
-        for what, given, known in (("rows", self.rows, ROWS), ("fills", self.fills, FILLS)):
-            wrong = [item for item in given if item not in known]
-            if wrong or not given or len(set(given)) < len(given):
-                raise ValueError(f"{what} must be some of {', '.join(known)}, got {', '.join(given) or 'none'}.")
+        for what, values, known in (("rows", self.rows, ROWS), ("fills", self.fills, FILLS)):
+            wrong = [item for item in values if item not in known]
+            if wrong or not values or len(set(values)) < len(values):
+                raise ValueError(f"{what} must be some of {', '.join(known)}, got {', '.join(values) or 'none'}.")
         if len(set(self.capacities)) < len(self.capacities):
             raise ValueError(f"capacities must differ, got {', '.join(map(str, self.capacities))}.")
         if self.streamed and "full" not in self.fills:
@@ -196,8 +196,8 @@ class Retention:
                 facts = {"row": row, "N": N, "fill": fill, "step": t, "text": text.id, "M": memory.M}
                 answers = self._ask(self.llm.context(memory), text.questions)
                 for question, answer in zip(text.questions, answers, strict=True):
-                    found = self._found(memory, question, "target")
-                    yield from _records([question], [answer], left=_left(memory, "target"), **found, **facts)
+                    retrieved = self._found(memory, question, "target")
+                    yield from _records([question], [answer], left=_left(memory, "target"), **retrieved, **facts)
 
     def _window(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
         N_seen = min(N, self._room)
@@ -206,19 +206,19 @@ class Retention:
             after = [i for j in range(t) for i in self._ids(self._other(j))]
             target = self._ids(text.text)
             ids = tuple([*before, *target, *after][-N_seen:])
-            left = _in_window(N_seen, len(after), len(target))
-            context = in_context(self.llm, ids) if left else self._shared(ids)  # without the text, all see the same
+            share = _in_window(N_seen, len(after), len(target))
+            context = in_context(self.llm, ids) if share else self._shared(ids)  # without the text, all see the same
             answers = self._ask(context, text.questions)
-            yield from _records(text.questions, answers, row=row, N=N, fill=fill, step=t, text=text.id, left=left)
+            yield from _records(text.questions, answers, row=row, N=N, fill=fill, step=t, text=text.id, left=share)
 
     def _bm25(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
         for t in self.settings.own:
             library = [*self._filler(N), text.text, *(self._other(j) for j in range(t))]
-            found = _find(library, [q.question for q in text.questions])
-            answers = self._ask_found(found, text.questions)
-            for question, answer, passage in zip(text.questions, answers, found, strict=True):
-                left = float(passage == text.text)
-                yield from _records([question], [answer], row=row, N=N, fill=fill, step=t, text=text.id, left=left)
+            passages = _find(library, [q.question for q in text.questions])
+            answers = self._ask_found(passages, text.questions)
+            for question, answer, passage in zip(text.questions, answers, passages, strict=True):
+                share = float(passage == text.text)
+                yield from _records([question], [answer], row=row, N=N, fill=fill, step=t, text=text.id, left=share)
 
     # --- the stream -------------------------------------------------------------------------------------------------
 
@@ -238,19 +238,19 @@ class Retention:
             library = [*self._filler(N), *(self._streamed(j)[0] for j in range(step + 1))]
             if memory is not None:
                 answers = self._ask(self.llm.context(memory), questions)
-                left = [_left(memory, text.id) for _, text, _ in asked]
+                shares = [_left(memory, text.id) for _, text, _ in asked]
             elif row == "window":
                 N_seen = min(N, self._room)
                 ids = [i for passage in library for i in self._ids(passage)][-N_seen:]
                 answers = self._ask(in_context(self.llm, ids), questions)
                 tokens = [len(self._ids(passage)) for passage in library]
                 newer = {age: sum(tokens[len(tokens) - age :]) for age in ages}
-                left = [_in_window(N_seen, newer[age], len(self._ids(text.text))) for age, text, _ in asked]
+                shares = [_in_window(N_seen, newer[age], len(self._ids(text.text))) for age, text, _ in asked]
             else:
-                found = _find(library, [question.question for question in questions])
-                answers = self._ask_found(found, questions)
-                left = [float(passage == text.text) for passage, (_, text, _) in zip(found, asked, strict=True)]
-            for (age, text, question), answer, share in zip(asked, answers, left, strict=True):
+                passages = _find(library, [question.question for question in questions])
+                answers = self._ask_found(passages, questions)
+                shares = [float(passage == text.text) for passage, (_, text, _) in zip(passages, asked, strict=True)]
+            for (age, text, question), answer, share in zip(asked, answers, shares, strict=True):
                 facts = {"row": row, "N": N, "fill": "full", "step": age, "stream": True, "text": text.id}
                 facts |= {"M": memory.M, **self._found(memory, question, text.id)} if memory is not None else {}
                 yield from _records([question], [answer], left=share, **facts)
@@ -345,7 +345,7 @@ class Retention:
 
     @property
     def _steps_supply(self) -> int:
-        """How many unrelated texts are kept for the steps; later steps begin with the first again."""
+        """RunOptions many unrelated texts are kept for the steps; later steps begin with the first again."""
         return min(max(self.settings.steps), len(self.data.unrelated) * 3 // 4)
 
     def _other(self, j: int) -> str:
@@ -358,16 +358,16 @@ class Retention:
         memory = self._full(N)
         return replace(memory, slots=torch.zeros_like(memory.slots))
 
-    def _ask_found(self, found: list[str], questions: Sequence[Question]) -> list[Answer]:
+    def _ask_found(self, passages: list[str], questions: Sequence[Question]) -> list[Answer]:
         """Ask each question behind the passage that was found for it, if any; what was asked before is kept."""
         seen = self._seen
-        for passage in dict.fromkeys(found):
-            new = [q for q, p in zip(questions, found, strict=True) if p == passage and (q.id, p) not in seen]
+        for passage in dict.fromkeys(passages):
+            new = [q for q, p in zip(questions, passages, strict=True) if p == passage and (q.id, p) not in seen]
             if new:
                 context = in_context(self.llm, self._ids(passage) if passage else ())
                 for question, answer in zip(new, self._ask(context, new), strict=True):
                     seen[question.id, passage] = answer
-        return [seen[q.id, passage] for q, passage in zip(questions, found, strict=True)]
+        return [seen[q.id, passage] for q, passage in zip(questions, passages, strict=True)]
 
 
 def measure(
@@ -377,7 +377,7 @@ def measure(
     out: Path,
     *,
     drawn: dict[str, Any] | None = None,
-    **how: Unpack[How],
+    **how: Unpack[RunOptions],
 ) -> list[Line]:
     """Run the protocol, or go on with it, and write everything that the folder then holds.
 

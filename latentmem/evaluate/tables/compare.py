@@ -68,21 +68,21 @@ def compare(runs: Mapping[str, Path], N: int, *, stream: bool = False) -> list[L
     """
     if len(runs) < 2:
         raise ValueError(f"give at least two runs as name=folder, got {len(runs)}.")
-    found = {name: read(path) for name, path in runs.items()}
-    first = next(iter(found.values()))[0]
-    for name, (config, _) in found.items():
+    loaded = {name: read(path) for name, path in runs.items()}
+    first = next(iter(loaded.values()))[0]
+    for name, (config, _) in loaded.items():
         if config["data"]["sha256"] != first["data"]["sha256"]:
             raise ValueError(f"{name} asks other questions than {next(iter(runs))}: draw both with the same options.")
     memories = {
         name: _cells(records, "ours", N - _taken(config["settings"]["memory"]), "full", stream)
-        for name, (config, records) in found.items()
+        for name, (config, records) in loaded.items()
     }
     for name, cells in memories.items():
         if not cells:
             raise ValueError(f"{runs[name]} holds no memory of N = {N} slots that was full at first.")
     rows: dict[str, Cells] = {}
     for row in SHARED:
-        for _, records in found.values():
+        for _, records in loaded.values():
             apart = row in ("floor", "oracle")
             cells = _cells(records, row, 0 if apart else N, None, stream and not apart)
             if cells:
@@ -94,11 +94,11 @@ def compare(runs: Mapping[str, Path], N: int, *, stream: bool = False) -> list[L
     for metric in METRICS:
         out += _lines(metric, memories, rows, both)
     for name, cells in memories.items():
-        left = {t: _mean(cells[t], both[t], "left") for t in steps}
-        out.append(Line("left", "left", name, _there(left)))
-        taken = {t: {q for q in some if "found" in cells[t][q]} for t, some in both.items()}
+        shares = {t: _mean(cells[t], both[t], "left") for t in steps}
+        out.append(Line("left", "left", name, _there(shares)))
+        taken = {t: {q for q in questions if "found" in cells[t][q]} for t, questions in both.items()}
         if any(taken.values()):
-            share = {t: _mean(cells[t], some, "found") for t, some in taken.items()}
+            share = {t: _mean(cells[t], questions, "found") for t, questions in taken.items()}
             out.append(Line("left", "left", f"{name}: of its long-term slots retrieved", _there(share)))
     return out
 
@@ -110,42 +110,47 @@ def _lines(
     for name, cells in [*rows.items(), *memories.items()]:
         at = {t: both[t] for t in both} if set(cells) != {-1} else {-1: set.union(*both.values())}
         out.append(
-            Line(metric, "row", name, _there({t: _mean(cells.get(t, {}), some, metric) for t, some in at.items()}))
+            Line(
+                metric,
+                "row",
+                name,
+                _there({t: _mean(cells.get(t, {}), questions, metric) for t, questions in at.items()}),
+            )
         )
     for name, cells in memories.items():
         if metric != "loglik" and 0 in both:
-            kept = {t: _ratio(cells[t], cells[0], some & both[0], metric) for t, some in both.items()}
+            kept = {t: _ratio(cells[t], cells[0], questions & both[0], metric) for t, questions in both.items()}
             out.append(Line(metric, "kept", f"{name} / its step 0", _there(kept)))
         beside = [(NAMES[row], rows.get(NAMES[row], {})) for row in ("window", "bm25")]
         for other, theirs in ((base, memories[base]), *beside):
             if name != other and theirs:
-                gain = {t: _gain(cells[t], theirs.get(t, {}), some, metric) for t, some in both.items()}
+                gain = {t: _gain(cells[t], theirs.get(t, {}), questions, metric) for t, questions in both.items()}
                 out.append(Line(metric, "gain", f"{name} - {other}", _there(gain)))
     return [line for line in out if line.cells]
 
 
 def _cells(records: Iterable[Record], row: str, N: int, fill: str | None, stream: bool) -> Cells:
-    found: Cells = {}
+    cells: Cells = {}
     for r in records:
         there = r["row"] == row and r["N"] == N and bool(r.get("stream")) == stream
         if there and (fill is None or r["fill"] == fill):
-            found.setdefault(r.get("step", -1), {})[r["question"]] = r
-    return found
+            cells.setdefault(r.get("step", -1), {})[r["question"]] = r
+    return cells
 
 
-def _mean(cell: dict[str, Record], some: Iterable[str], metric: str) -> Estimate | None:
-    chosen = [cell[q] for q in sorted(some) if q in cell]
+def _mean(cell: dict[str, Record], questions: Iterable[str], metric: str) -> Estimate | None:
+    chosen = [cell[q] for q in sorted(questions) if q in cell]
     return mean([r[metric] for r in chosen], [r["text"] for r in chosen])
 
 
-def _ratio(cell: dict[str, Record], start: dict[str, Record], some: Iterable[str], metric: str) -> Estimate | None:
-    chosen = [q for q in sorted(some) if q in cell and q in start]
+def _ratio(cell: dict[str, Record], start: dict[str, Record], questions: Iterable[str], metric: str) -> Estimate | None:
+    chosen = [q for q in sorted(questions) if q in cell and q in start]
     groups = [cell[q]["text"] for q in chosen]
     return ratio([cell[q][metric] for q in chosen], [start[q][metric] for q in chosen], groups)
 
 
-def _gain(cell: dict[str, Record], other: dict[str, Record], some: Iterable[str], metric: str) -> Estimate | None:
-    chosen = [q for q in sorted(some) if q in cell and q in other]
+def _gain(cell: dict[str, Record], other: dict[str, Record], questions: Iterable[str], metric: str) -> Estimate | None:
+    chosen = [q for q in sorted(questions) if q in cell and q in other]
     return mean([cell[q][metric] - other[q][metric] for q in chosen], [cell[q]["text"] for q in chosen])
 
 
@@ -153,7 +158,7 @@ def _there(cells: Mapping[int, Estimate | None]) -> dict[int, Estimate]:
     return {t: cell for t, cell in cells.items() if cell is not None}
 
 
-def markdown(found: Sequence[Line]) -> str:
+def markdown(lines: Sequence[Line]) -> str:
     """The tables as Markdown, means with their 95% intervals."""
     titles = {
         **{m: f"{t[0].upper()}{t[1:]}" for m, t in METRICS.items()},
@@ -162,16 +167,16 @@ def markdown(found: Sequence[Line]) -> str:
     out = []
     for metric, title in titles.items():
         for heading, kinds in ((title, ("row", "kept", "left")), (f"{title}, paired differences", ("gain",))):
-            some = [line for line in found if line.metric == metric and line.kind in kinds]
-            if some:
-                out.append(f"## {heading}\n\n{_table(some)}")
+            chosen = [line for line in lines if line.metric == metric and line.kind in kinds]
+            if chosen:
+                out.append(f"## {heading}\n\n{_table(chosen)}")
     return "\n\n".join(out) + "\n"
 
 
-def _table(some: Sequence[Line]) -> str:
-    steps = sorted({t for line in some for t in line.cells if t >= 0})
+def _table(lines: Sequence[Line]) -> str:
+    steps = sorted({t for line in lines for t in line.cells if t >= 0})
     rows = ["| | n (texts) | " + " | ".join(f"t = {t}" for t in steps) + " |", "| --- |" + " --- |" * (len(steps) + 1)]
-    for line in some:
+    for line in lines:
         sizes = ", ".join(sorted({f"{cell.n} ({cell.texts})" for cell in line.cells.values()}))
         cells = {steps[0]: line.cells[-1]} if -1 in line.cells else line.cells
         rows.append(
@@ -180,13 +185,13 @@ def _table(some: Sequence[Line]) -> str:
     return "\n".join(rows)
 
 
-def draw(found: Sequence[Line], title: str, path: Path) -> None:
+def draw(lines: Sequence[Line], title: str, path: Path) -> None:
     """The token accuracy of all rows over steps, with intervals, as a PNG."""
     from latentmem.evaluate.tables.plots import require
 
     pyplot = require()
     figure, axis = pyplot.subplots(figsize=(8, 5.4), layout="constrained")
-    lines = [line for line in found if (line.metric, line.kind) == ("accuracy", "row")]
+    lines = [line for line in lines if (line.metric, line.kind) == ("accuracy", "row")]
     shared = set(NAMES.values())
     colours = iter(("#999999", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000"))
     for line in lines:
@@ -223,10 +228,10 @@ def draw(found: Sequence[Line], title: str, path: Path) -> None:
 
 def write(runs: Mapping[str, Path], N: int, out: Path, command: str = "", *, stream: bool = False) -> list[Line]:
     """Compare runs and write compare.md, compare.json and compare.png into a folder."""
-    found = compare(runs, N, stream=stream)
+    lines = compare(runs, N, stream=stream)
     out.mkdir(parents=True, exist_ok=True)
     title = f"Retention side by side, N = {N}"
-    replace_bytes(out / "compare.json", json.dumps([asdict(line) for line in found], indent=1) + "\n")
-    replace_bytes(out / "compare.md", f"# {title}\n\n```\n{command}\n```\n\n{markdown(found)}")
-    draw(found, title, out / "compare.png")
-    return found
+    replace_bytes(out / "compare.json", json.dumps([asdict(line) for line in lines], indent=1) + "\n")
+    replace_bytes(out / "compare.md", f"# {title}\n\n```\n{command}\n```\n\n{markdown(lines)}")
+    draw(lines, title, out / "compare.png")
+    return lines

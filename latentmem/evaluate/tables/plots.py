@@ -50,8 +50,8 @@ def draw(lines: Sequence[Line], title: str, path: Path) -> None:
     for column, (N, stream) in enumerate(parts):
         for row, (metric, name) in enumerate(METRICS.items()):
             axis = axes[row][column]
-            some = [x for x in lines if (x.N, x.stream, x.metric, x.filtered) == (N, stream, metric, False)]
-            _curves(axis, [line for line in some if line.kind in ("row", "bound")])
+            chosen = [x for x in lines if (x.N, x.stream, x.metric, x.filtered) == (N, stream, metric, False)]
+            _curves(axis, [line for line in chosen if line.kind in ("row", "bound")])
             axis.set_ylabel(name if column == 0 else "")
             axis.grid(alpha=0.25)
         axes[0][column].set_title(part_name(N, stream))
@@ -63,10 +63,10 @@ def draw(lines: Sequence[Line], title: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _curves(axis: Any, some: Sequence[Line]) -> None:
-    steps = sorted({t for line in some for t in line.cells})
+def _curves(axis: Any, lines: Sequence[Line]) -> None:
+    steps = sorted({t for line in lines for t in line.cells})
     places = {t: i for i, t in enumerate(steps)}  # steps grow geometrically: even places are easier to read than a log
-    for number, line in enumerate(line for line in some if line.kind == "row"):
+    for number, line in enumerate(line for line in lines if line.kind == "row"):
         cells: list[tuple[int, Estimate]] = sorted(line.cells.items())
         if line.row in CONSTANT:
             cells = [(t, cells[0][1]) for t in steps]
@@ -83,7 +83,7 @@ def _curves(axis: Any, some: Sequence[Line]) -> None:
             markersize=5,
             elinewidth=0.8,
         )
-    for line in some:
+    for line in lines:
         if line.kind == "bound" and line.fill == "full":
             points = sorted(line.cells.items())
             x, y = [places[t] for t, _ in points], [cell.mean for _, cell in points]
@@ -91,7 +91,9 @@ def _curves(axis: Any, some: Sequence[Line]) -> None:
     axis.set_xticks(range(len(steps)), [str(t) for t in steps])
 
 
-def panels(some: Mapping[str, Curves], x: str, title: str, path: Path, *, ticks: Sequence[float] | None = None) -> None:
+def panels(
+    by_panel: Mapping[str, Curves], x: str, title: str, path: Path, *, ticks: Sequence[float] | None = None
+) -> None:
     """Draw panels over each other with one common axis into a PNG.
 
     Args:
@@ -101,10 +103,10 @@ def panels(some: Mapping[str, Curves], x: str, title: str, path: Path, *, ticks:
     """
     pyplot = require()
     figure, axes = pyplot.subplots(
-        len(some), 1, figsize=(8, 1 + 2.6 * len(some)), squeeze=False, sharex=True, layout="constrained"
+        len(by_panel), 1, figsize=(8, 1 + 2.6 * len(by_panel)), squeeze=False, sharex=True, layout="constrained"
     )
-    alike = len({tuple(curves) for curves in some.values()}) == 1 < len(some)
-    for axis, (name, curves) in zip(axes[:, 0], some.items(), strict=True):
+    alike = len({tuple(curves) for curves in by_panel.values()}) == 1 < len(by_panel)
+    for axis, (name, curves) in zip(axes[:, 0], by_panel.items(), strict=True):
         looks = itertools.product(("-", "--", ":"), ORDER)  # the colours, once more with other lines
         for (line, colour), (curve, points) in zip(looks, curves.items(), strict=False):
             there = [(at, value) for at, value in points if value is not None]

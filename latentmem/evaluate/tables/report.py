@@ -33,8 +33,8 @@ def write(
     body = [f"<h1>{escape(title)}</h1>", f'<img alt="curves" src="data:image/png;base64,{picture}">']
     for N, stream in dict.fromkeys((line.N, line.stream) for line in lines):
         body.append(f"<h2>{part_name(N, stream)}</h2>")
-        for heading, some in sections([line for line in lines if (line.N, line.stream) == (N, stream)]):
-            body.append(f"<h3>{escape(heading)}</h3>{_table(some)}")
+        for heading, chosen in sections([line for line in lines if (line.N, line.stream) == (N, stream)]):
+            body.append(f"<h3>{escape(heading)}</h3>{_table(chosen)}")
     body += ["<h2>What was said</h2>", _examples(records, data), "<h2>How this was made</h2>", _facts(facts)]
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -43,11 +43,11 @@ def write(
     replace_bytes(path, page)
 
 
-def _table(some: Sequence[Line]) -> str:
-    steps = sorted({t for line in some for t in line.cells})
+def _table(lines: Sequence[Line]) -> str:
+    steps = sorted({t for line in lines for t in line.cells})
     head = "".join(f"<th>{t}</th>" for t in steps)
     rows = [f"<tr><th>texts written since</th><th>n</th>{head}</tr>"]
-    for line in some:
+    for line in lines:
         cells = "".join(_cell(line, t) for t in steps)
         kind = "ours" if line.kind == "row" and line.row == OURS else ""
         kind = kind or ("thin" if line.kind in ("bound", "M/N", "found") else "")
@@ -76,9 +76,9 @@ def _examples(records: Sequence[dict[str, Any]], data: QuestionSet) -> str:
     for question in questions:
         cells = []
         for key in wanted:
-            found = said.get((*key, question.id))
-            kind = ' class="hit"' if found and found["hit"] else ""
-            cells.append(f"<td{kind}>{escape(found.get('said', '')) if found else ''}</td>")
+            record = said.get((*key, question.id))
+            kind = ' class="hit"' if record and record["hit"] else ""
+            cells.append(f"<td{kind}>{escape(record.get('said', '')) if record else ''}</td>")
         gold = escape(" / ".join(question.answers))
         rows.append(f"<tr><td>{escape(question.question)}</td><td>{gold}</td>{''.join(cells)}</tr>")
     return f'<div><table class="words">{"".join(rows)}</table></div>'

@@ -34,7 +34,7 @@ def _commit() -> str:
     """The commit of this source tree, marked where files differ from it; "" for an installed package."""
     here = Path(__file__).parent
     try:
-        found = subprocess.run(
+        described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
             cwd=here, capture_output=True, text=True, timeout=10, check=True,
         )  # fmt: skip
@@ -43,7 +43,7 @@ def _commit() -> str:
         )
     except (OSError, subprocess.SubprocessError):
         return ""
-    return found.stdout.strip() if tracked.returncode == 0 else ""
+    return described.stdout.strip() if tracked.returncode == 0 else ""
 
 
 def write(folder: Folder, data: QuestionSet, *, unfinished: bool = False) -> list[summary.Line]:

@@ -57,13 +57,13 @@ def lines(records: Sequence[Record]) -> list[Line]:
     A question is filtered out if it is answered closed book (the M+ protocol).
     """
     table = _Table(records)
-    found: list[Line] = []
+    all_lines: list[Line] = []
     for N, stream in table.parts():
         for metric in METRICS:
             for filtered in (False, True) if metric == "hit" and table.answered else (False,):
-                found += table.lines(N, stream, metric, filtered)
-        found += table.left(N, stream)
-    return [line for line in found if line.cells]
+                all_lines += table.lines(N, stream, metric, filtered)
+        all_lines += table.kept(N, stream)
+    return [line for line in all_lines if line.cells]
 
 
 class _Table:
@@ -103,11 +103,11 @@ class _Table:
         return sorted({step for row, n, _, s, step in self.by if n == N and s == stream and row not in CONSTANT})
 
     def lines(self, N: int, stream: bool, metric: str, filtered: bool) -> list[Line]:
-        rows, steps, found = self._rows(N, stream), self._steps(N, stream), []
+        rows, steps, lines = self._rows(N, stream), self._steps(N, stream), []
 
         def line(kind: str, name: str, cells: Iterable[tuple[int, Estimate | None]]) -> None:
-            some = {step: cell for step, cell in cells if cell is not None}
-            found.append(Line(N, stream, metric, filtered, kind, row, fill, name, some))
+            there = {step: cell for step, cell in cells if cell is not None}
+            lines.append(Line(N, stream, metric, filtered, kind, row, fill, name, there))
 
         def values(row: str, fill: str, step: int) -> dict[str, Record]:
             cell = self._cell(row, N, fill, stream, step)
@@ -127,7 +127,7 @@ class _Table:
                 if other_row in CONSTANT or (other_row != OURS and other_fill == fill):  # of one history
                     pairs = ((t, values(row, fill, t), values(other_row, other_fill, t)) for t in steps)
                     line("paired", f"{name} - {other}", ((t, _difference(a, b, metric)) for t, a, b in pairs))
-        return found
+        return lines
 
     def _bound(self, N: int, stream: bool, fill: str, t: int, metric: str, values: Any) -> Estimate | None:
         """b + (u - b) * share left: what would be known if knowing went with slots alone (paper, section 4.4)."""
@@ -136,9 +136,9 @@ class _Table:
         bound = [floor[q][metric] + (oracle[q][metric] - floor[q][metric]) * ours[q]["left"] for q in both]
         return mean(bound, [ours[q]["text"] for q in both])
 
-    def left(self, N: int, stream: bool) -> list[Line]:
+    def kept(self, N: int, stream: bool) -> list[Line]:
         """Share of the text's slots (of its tokens in the window, of right passages found) left at each step; M/N."""
-        found = []
+        lines = []
         for name, (row, fill) in self._rows(N, stream).items():
             if row in CONSTANT:
                 continue
@@ -147,15 +147,15 @@ class _Table:
             if row == OURS:
                 kinds |= {"M/N": f"{name}: M/N", "found": f"{name}: long-term slots that are retrieved"}
             for kind, title in kinds.items():
-                some = {t: _filled(cell, N) if kind == "M/N" else _mean(cell, kind) for t, cell in cells.items()}
-                there = {t: estimate for t, estimate in some.items() if estimate}
-                found.append(Line(N, stream, "left", False, kind, row, fill, title, there))
-        return found
+                estimates = {t: _filled(cell, N) if kind == "M/N" else _mean(cell, kind) for t, cell in cells.items()}
+                there = {t: estimate for t, estimate in estimates.items() if estimate}
+                lines.append(Line(N, stream, "left", False, kind, row, fill, title, there))
+        return lines
 
 
 def _mean(cell: dict[str, Record], metric: str) -> Estimate | None:
-    some = [r for r in cell.values() if metric in r]
-    return mean([r[metric] for r in some], [r["text"] for r in some])
+    records = [r for r in cell.values() if metric in r]
+    return mean([r[metric] for r in records], [r["text"] for r in records])
 
 
 def _filled(cell: dict[str, Record], N: int) -> Estimate | None:
@@ -173,22 +173,22 @@ def _difference(ours: dict[str, Record], other: dict[str, Record], metric: str) 
     return mean([ours[q][metric] - other[q][metric] for q in both], [ours[q]["text"] for q in both])
 
 
-def as_json(found: Iterable[Line]) -> list[Record]:
+def as_json(lines: Iterable[Line]) -> list[Record]:
     """Lines as plain data for the summary file."""
-    return [{**asdict(line), "cells": {str(t): asdict(cell) for t, cell in line.cells.items()}} for line in found]
+    return [{**asdict(line), "cells": {str(t): asdict(cell) for t, cell in line.cells.items()}} for line in lines]
 
 
 # --- Markdown -------------------------------------------------------------------------------------------------------
 
 
-def markdown(found: Sequence[Line]) -> str:
+def markdown(lines: Sequence[Line]) -> str:
     """The tables of all parts as Markdown, means with their 95% intervals."""
     out = []
-    for N, stream in dict.fromkeys((line.N, line.stream) for line in found):
-        part = [line for line in found if (line.N, line.stream) == (N, stream)]
+    for N, stream in dict.fromkeys((line.N, line.stream) for line in lines):
+        part = [line for line in lines if (line.N, line.stream) == (N, stream)]
         out.append(f"## {part_name(N, stream)}{': one memory, texts of every age in it' * stream}")
-        for title, some in sections(part):
-            out.append(f"### {title}\n\n{_table(some)}")
+        for title, chosen in sections(part):
+            out.append(f"### {title}\n\n{_table(chosen)}")
     return "\n\n".join(out) + "\n"
 
 
@@ -197,14 +197,14 @@ def sections(part: Sequence[Line]) -> list[tuple[str, list[Line]]]:
     groups: list[tuple[str, list[Line]]] = []
     for filtered in (False, True):
         for metric, title in METRICS.items():
-            some = [line for line in part if (line.metric, line.filtered) == (metric, filtered)]
+            chosen = [line for line in part if (line.metric, line.filtered) == (metric, filtered)]
             heading = f"{title[0].upper()}{title[1:]}{', without questions answered closed book' * filtered}"
-            groups.append((heading, [line for line in some if line.kind in ("row", "relative", "bound")]))
+            groups.append((heading, [line for line in chosen if line.kind in ("row", "relative", "bound")]))
             if metric == "accuracy":
-                paired = [line for line in some if line.kind == "paired"]
+                paired = [line for line in chosen if line.kind == "paired"]
                 groups.append((f"{heading}, paired differences", paired))
     groups.append(("Share that is left of the text", [line for line in part if line.metric == "left"]))
-    return [(heading, some) for heading, some in groups if some]
+    return [(heading, chosen) for heading, chosen in groups if chosen]
 
 
 def part_name(N: int, stream: bool) -> str:
@@ -217,15 +217,15 @@ def label(line: Line) -> str:
     return {"relative": f"{line.name} / oracle", "bound": f"bound for {line.name}"}.get(line.kind, line.name)
 
 
-def terminal(found: Sequence[Line]) -> Iterator[tuple[str, Table]]:
+def terminal(lines: Sequence[Line]) -> Iterator[tuple[str, Table]]:
     """The token accuracy of each part as a table for the terminal."""
-    for N, stream in dict.fromkeys((line.N, line.stream) for line in found):
-        some = [x for x in found if (x.N, x.stream, x.metric, x.kind) == (N, stream, "accuracy", "row")]
-        steps = sorted({t for line in some for t in line.cells})
+    for N, stream in dict.fromkeys((line.N, line.stream) for line in lines):
+        chosen = [x for x in lines if (x.N, x.stream, x.metric, x.kind) == (N, stream, "accuracy", "row")]
+        steps = sorted({t for line in chosen for t in line.cells})
         table = Table(box=None, pad_edge=False)
         for column in ("texts written since", *map(str, steps)):
             table.add_column(column, justify="right" if table.columns else "left")
-        for line in some:
+        for line in chosen:
             table.add_row(line.name, *(cell_text(line.cells[t]) if t in line.cells else "" for t in steps))
         yield f"Token accuracy, {part_name(N, stream)}", table
 
@@ -236,10 +236,10 @@ def cell_text(cell: Estimate) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def _table(some: Sequence[Line]) -> str:
-    steps = sorted({t for line in some for t in line.cells})
+def _table(lines: Sequence[Line]) -> str:
+    steps = sorted({t for line in lines for t in line.cells})
     rows = ["| | n (texts) | " + " | ".join(f"t = {t}" for t in steps) + " |", "| --- |" + " --- |" * (len(steps) + 1)]
-    for line in some:
+    for line in lines:
         sizes = {f"{cell.n} ({cell.texts})" for cell in line.cells.values()}
         cells = [cell_text(line.cells[t]) if t in line.cells else "" for t in steps]
         rows.append(f"| {label(line)} | {', '.join(sorted(sizes))} | {' | '.join(cells)} |")
