@@ -44,7 +44,7 @@ class EnoughError(Exception):
 
 
 class RunOptions(TypedDict, total=False):
-    """RunOptions a protocol is run, whichever it is; see `carry_out`."""
+    """How a protocol is run, whichever it is; see `carry_out`."""
 
     command: str
     workers: int

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -32,24 +31,14 @@ from latentmem.evaluate.data.questions import heldout
 from latentmem.evaluate.data.sets import Text
 from latentmem.evaluate.data.synthetic import fact
 from latentmem.evaluate.protocol import Line
-from latentmem.evaluate.stats import Estimate, exp, mean, ratio, slope
 from latentmem.evaluate.tables import plots
+from latentmem.evaluate.tables.integrity import ROWS, TURNS, draw, drift, lines, settled
 from latentmem.model.model import MemoryModel
 
 PROTOCOL = "integrity/2"
-ROWS = ("memory", "ft")
 FACT = 32  # tokens of a fact at most
 NEW_TOKENS = 20  # of an answer, as for all invented texts
-DECAY = 0.9999  # of the paper's exponential mean, per update
-TURNS = 10  # N/K updates, of which a stream has this many behind it where the test for drift begins
-WINDOWS = 10  # equal parts of a stream in the table
-FEWEST = 4  # windows that a drift is computed from
-LESS_ALONE = "asked at once, less the same fact alone in an empty memory"
-SHARES = {"hit": "hits", "accuracy": "token accuracy"}
-METRICS = {**SHARES, "loglik": "log-likelihood per token"}
-LOOKS = {"norms": ("mean slot norm", "norm"), "variances": ("variance of slot norms", "variance")}  # of each layer
 CHOSEN = ("rows", "updates", "ft_updates")  # settings that choose units and change none: a later run may add to them
-SCALE = 10_000  # updates, of which a slope says the change
 Unit = tuple[Any, ...]  # ("plain", 0), ("ft", stretch) or ("memory", stretch)
 Record = dict[str, Any]
 
@@ -301,166 +290,11 @@ def _slots(memory: Memory, before: Memory, at: int) -> Record:
     }
 
 
-# --- the table ------------------------------------------------------------------------------------------------------
-
-
-def lines(records: Sequence[Record]) -> list[Line]:
-    """Answers by age and window, perplexity and pairs at checkpoints, slot norms, drift, speed."""
-    estimates: list[tuple[str, Estimate | None]] = []
-    for row in ROWS:
-        asked = [r for r in records if r["kind"] == "asked" and r["row"] == row]
-        for age in sorted({r["age"] for r in asked}):
-            of_age = [r for r in asked if r["age"] == age]
-            name = f"{row}, asked {'at once' if age == 0 else f'{age} facts later'}"
-            estimates += [(f"{name}: {title}", _mean(of_age, metric)) for metric, title in METRICS.items()]
-            weights = [DECAY ** (of_age[-1]["at"] - r["at"]) for r in of_age]
-            for metric, title in SHARES.items():
-                values = [w * r[metric] for w, r in zip(weights, of_age, strict=True)]
-                estimates.append((f"{name}: {title}, exponential mean", ratio(values, weights, _ids(of_age))))
-                for start, end, part in _windows(of_age):
-                    estimates.append((f"{name}: {title}, updates {start} to {end}", _mean(part, metric)))
-            if row == "memory":
-                estimates.append((f"{name}: share of its slots that is left", _mean(of_age, "left")))
-        more = _less_alone(asked, records)
-        estimates.append((f"{row}, {LESS_ALONE}: token accuracy", mean([y for _, y in more], [at for at, _ in more])))
-        estimates += _checkpoints(records, row)
-        estimates += [
-            (f"{row}: {name}", estimate) for name, estimate in [*_slot_norms(records, row), *drift(records, row)]
-        ]
-        speeds = [r for r in records if r["kind"] == "speed" and r["row"] == row]
-        pace = ratio([r["updates"] for r in speeds], [r["seconds"] for r in speeds], [r["at"] for r in speeds])
-        estimates.append((f"{row}: updates per second", pace))
-    return [Line(name, estimate) for name, estimate in estimates if estimate is not None]
-
-
-def _mean(records: Sequence[Record], metric: str) -> Estimate | None:
-    return mean([r[metric] for r in records], _ids(records))
-
-
-def _ids(records: Sequence[Record]) -> list[str]:
-    return [r["question"] for r in records]
-
-
-def _windows(records: Sequence[Record]) -> Iterator[tuple[int, int, list[Record]]]:
-    """Equal parts of the stream: (first update, last update, what was asked in between)."""
-    last = max((r["at"] for r in records), default=0)
-    bounds = [round(last * i / WINDOWS) for i in range(WINDOWS + 1)]
-    for start, end in pairwise(bounds):
-        yield start + 1, end, [r for r in records if start < r["at"] <= end]
-
-
-def _checkpoints(records: Sequence[Record], row: str) -> list[tuple[str, Estimate | None]]:
-    """Perplexity and pairs of the plain model, and of a row at up to `WINDOWS` checkpoints, the last one among them."""
-    estimates: list[tuple[str, Estimate | None]] = []
-    there = {kind: _at(records, kind, row) for kind in ("read", "pair")}
-    plain = {kind: _at(records, kind, "plain").get(0, {}) for kind in ("read", "pair")}
-    points = sorted(there["read"])
-    shown = min(WINDOWS, len(points))
-    points = [points[-1 - i * len(points) // shown] for i in reversed(range(shown))]
-    for at in points:
-        texts = [text for text in there["read"][at] if text in plain["read"]]
-        more = [there["read"][at][text]["nll"] - plain["read"][text]["nll"] for text in texts]
-        tokens = [plain["read"][text]["tokens"] for text in texts]
-        estimates.append((f"{row}: perplexity / plain after {at}", exp(ratio(more, tokens, texts))))
-    for at in points:
-        items = [item for item in there["pair"].get(at, {}) if item in plain["pair"]]
-        more = [there["pair"][at][item]["right"] - plain["pair"][item]["right"] for item in items]
-        estimates.append((f"{row}: BLiMP - plain after {at}", mean(more, items)))
-    return estimates
-
-
-def _at(records: Sequence[Record], kind: str, row: str) -> dict[int, dict[str, Record]]:
-    """Records of a kind by checkpoint and text."""
-    by_point: dict[int, dict[str, Record]] = {}
-    for r in records:
-        if r["kind"] == kind and r["row"] == row:
-            by_point.setdefault(r["at"], {})[r["text"]] = r
-    return by_point
-
-
-def settled(records: Sequence[Record]) -> tuple[float, int] | None:
-    """N/K by what was written, and the update from which drift is looked for; None: no memory was written."""
-    slots = [r for r in records if r["kind"] == "slots"]
-    if not slots:
-        return None
-    turn = slots[0]["N"] * len(slots) / sum(r["K"] for r in slots)
-    return turn, round(TURNS * turn)
-
-
-def drift(records: Sequence[Record], row: str) -> list[tuple[str, Estimate | None]]:
-    """Slopes per `SCALE` updates, of a memory after it was replaced `TURNS` times, of fine-tuning from the start.
-
-    Intervals are drawn over windows of 2 N/K updates, because neighbouring states share most of their slots; of
-    fine-tuning over the updates that are asked. Fewer than `FEWEST` windows give nothing.
-    """
-    known = settled(records) if row == "memory" else (0.5, 0)
-    if known is None:
-        return []
-    turn, start = known
-    width = max(1, round(2 * turn))
-
-    def trend(points: Sequence[tuple[int, float]]) -> Estimate | None:
-        windows = [at // width for at, _ in points]
-        if len(set(windows)) < FEWEST:
-            return None
-        return slope([at / SCALE for at, _ in points], [y for _, y in points], windows)
-
-    asked = [r for r in records if r["kind"] == "asked" and r["row"] == row and r["at"] > start]
-    out = []
-    for age in sorted({r["age"] for r in asked}):
-        name = f"token accuracy asked {'at once' if age == 0 else f'{age} facts later'}"
-        points = [(r["at"], float(r["accuracy"])) for r in asked if r["age"] == age]
-        out.append((f"drift of the {name}, per {SCALE} updates", trend(points)))
-    more = _less_alone(asked, records)
-    if more:
-        out.append((f"drift of the token accuracy {LESS_ALONE}, per {SCALE} updates", trend(more)))
-    for what, (name, short) in LOOKS.items():
-        slots = _looks(records, row, start, what)
-        if slots:
-            points = _relative(slots, what)
-            out.append((f"drift of the {name} (1: no change of {short}), per {SCALE} updates", trend(points)))
-    return out
-
-
-def _looks(records: Sequence[Record], row: str, start: int, what: str) -> list[Record]:
-    """Looks at the slots after this update that hold what is asked for."""
-    return [r for r in records if r["kind"] == "slots" and r["row"] == row and r["at"] > start and what in r]
-
-
-def _slot_norms(records: Sequence[Record], row: str) -> list[tuple[str, Estimate | None]]:
-    """Mean and variance of the slot norms, mean over layers and over the looks from which drift is looked for.
-
-    Intervals are drawn over windows of 2 N/K updates, as for drift.
-    """
-    known = settled(records)
-    if known is None:
-        return []
-    turn, start = known
-    estimates = []
-    for what, (name, _) in LOOKS.items():
-        slots = _looks(records, row, start, what)
-        values = [sum(r[what]) / len(r[what]) for r in slots]
-        windows = [r["at"] // max(1, round(2 * turn)) for r in slots]
-        estimates.append((f"{name}, mean over layers, after {start} updates", mean(values, windows)))
-    return estimates
-
-
-def _less_alone(asked: Sequence[Record], records: Sequence[Record]) -> list[tuple[int, float]]:
-    """At each update the token accuracy of the newest fact less that of the same fact alone in an empty memory."""
-    alone = {(r["row"], r["at"]): r["accuracy"] for r in records if r["kind"] == "alone"}
-    newest = [r for r in asked if r["age"] == 0 and (r["row"], r["at"]) in alone]
-    return [(r["at"], r["accuracy"] - alone[r["row"], r["at"]]) for r in newest]
-
-
-def _relative(slots: Sequence[Record], what: str) -> list[tuple[int, float]]:
-    """Norms or variances at each update, each layer relative to its own mean, mean over layers."""
-    layers = torch.tensor([r[what] for r in slots], dtype=torch.float64)
-    relative = (layers / layers.mean(0)).mean(1).tolist()
-    return [(r["at"], value) for r, value in zip(slots, relative, strict=True)]
+# --- the run --------------------------------------------------------------------------------------------------------
 
 
 def notes(records: Sequence[Record], settings: Settings) -> list[str]:
-    """RunOptions far each row came, whether slots are broken, and what the test for drift says, in sentences."""
+    """How far each row came, whether slots are broken, and what the test for drift says, in sentences."""
     said = []
     for row, asked in (("memory", settings.updates), ("ft", settings.ft_updates)):
         reached = max((r["at"] for r in records if r["kind"] == "speed" and r["row"] == row), default=0)
@@ -486,26 +320,6 @@ def notes(records: Sequence[Record], settings: Settings) -> list[str]:
             after = f" after update {known[1]}" if known else ""
             said.append(f"{row}, {name}{after}: {e.mean:.4f} [{e.low:.4f}, {e.high:.4f}]: {verdict}.")
     return said
-
-
-def draw(records: Sequence[Record], path: Path) -> None:
-    """Accuracy by window, perplexity, pairs and slot norms against updates, as one picture."""
-    accuracy: plots.Curves = {}
-    for row in ROWS:
-        for age in sorted({r["age"] for r in records if r["kind"] == "asked" and r["row"] == row}):
-            answers = [r for r in records if r["kind"] == "asked" and r["row"] == row and r["age"] == age]
-            points: plots.Points = [((a + b) / 2, _mean(part, "accuracy")) for a, b, part in _windows(answers)]
-            accuracy[f"{row}, {'at once' if age == 0 else f'{age} facts later'}"] = points
-    panels: dict[str, plots.Curves] = {"token accuracy": accuracy, "perplexity / plain": {}, "BLiMP - plain": {}}
-    for row in ROWS:
-        for name, estimate in _checkpoints(records, row):
-            what, _, at = name.removeprefix(f"{row}: ").rpartition(" after ")
-            panels[what].setdefault(row, []).append((float(at), estimate))
-    slots = [r for r in records if r["kind"] == "slots"]
-    if slots:
-        norms: plots.Points = [(at, value) for at, value in _relative(slots, "norms")]
-        panels["slot norm, relative to its mean"] = {"memory": norms}
-    plots.panels({name: curves for name, curves in panels.items() if curves}, "updates", "Integrity", path)
 
 
 def measure(

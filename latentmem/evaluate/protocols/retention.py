@@ -345,7 +345,7 @@ class Retention:
 
     @property
     def _steps_supply(self) -> int:
-        """RunOptions many unrelated texts are kept for the steps; later steps begin with the first again."""
+        """How many unrelated texts are kept for the steps; later steps begin with the first again."""
         return min(max(self.settings.steps), len(self.data.unrelated) * 3 // 4)
 
     def _other(self, j: int) -> str:

@@ -97,7 +97,7 @@ def panels(
     """Draw panels over each other with one common axis into a PNG.
 
     Args:
-        some: what each panel shows -> its curves; estimates are drawn with their intervals.
+        by_panel: what each panel shows -> its curves; estimates are drawn with their intervals.
         x: name of the common axis.
         ticks: of a logarithmic axis, where it is marked; None: it is linear.
     """
