@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
@@ -15,7 +14,6 @@ from latentmem.evaluate import runner
 from latentmem.evaluate.asking import written
 from latentmem.evaluate.stats import Estimate
 from latentmem.evaluate.tables import results
-from latentmem.files.container import replace_bytes
 from latentmem.model.model import MemoryModel
 
 Record = runner.Record
@@ -149,14 +147,11 @@ def carry_out(
     """
     if workers > 1 and loading is None:
         raise ValueError("more than one worker needs `loading`, the arguments with which they load the model.")
-    config: dict[str, Any] = {"protocol": protocol, **about}
-    config.setdefault("model", model(llm))
-    folder = runner.Folder(out, config)
+    folder = runner.Folder(out, {"protocol": protocol, "model": model(llm), **about})
     with folder.working(results.this_run(command)):
         try:
-            runner.run(folder, worker, _made, (type(worker), loading, args), workers, progress)
-        except EnoughError:
-            pass
+            with suppress(EnoughError):
+                runner.run(folder, worker, _made, (type(worker), loading, args), workers, progress)
         except KeyboardInterrupt:
             finish(folder, False)
             raise
@@ -226,25 +221,16 @@ def _write(
 ) -> list[AnyLine]:
     records = [record for unit in folder.done().values() for record in unit]
     table_lines, notes = lines(records), after(records, folder.path) if after else []
-    config, runs = folder.config, folder.runs
-    everything = {"title": title, **config, "runs": runs, "notes": notes}
-    everything["lines"] = [[x.name, _finite(asdict(x.estimate))] for x in table_lines]
-    summary = json.dumps(everything, indent=1, allow_nan=False)
-    replace_bytes(folder.path / "summary.json", f"{summary}\n")
-    commands = "\n".join(dict.fromkeys(run["command"] for run in runs))
+    config = folder.config
     values = {**config["settings"]["memory"], **config["settings"]}
     shown = ", ".join(f"{key} = {value}" for key, value in values.items() if key != "memory" and value is not None)
-    head = f"# {title}\n\n```\n{commands}\n```\n\n{runs[-1]['started'][:10]}. {config['model']['name']}, "
-    head += f"adapters {config['model']['adapters'] or 'none'}, {config['model']['dtype']}; {shown}. "
-    head += f"Intervals: 95%, bootstrap over {over}.\n\n"
-    head += "".join(f"- {note}\n" for note in notes) + "\n" * bool(notes)
-    replace_bytes(folder.path / "table.md", head + table(table_lines))
+    about = f"{folder.runs[-1]['started'][:10]}. {config['model']['name']}, adapters "
+    about += f"{config['model']['adapters'] or 'none'}, {config['model']['dtype']}; {shown}. "
+    about += f"Intervals: 95%, bootstrap over {over}."
+    about += "\n\n" * bool(notes) + "\n".join(f"- {note}" for note in notes)
+    more = {"notes": notes, "lines": [[line.name, line.estimate.as_json()] for line in table_lines]}
+    results.save(folder, title, about, table(table_lines), more)
     return table_lines
-
-
-def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no infinity: an interval that has no end has None there."""
-    return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
 
 
 def markdown(lines: Sequence[Line]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,10 @@ class Estimate:
     high: float
     n: int
     texts: int
+
+    def as_json(self) -> dict[str, float | None]:
+        """The fields as plain data; JSON has no infinity: an interval that has no end has None there."""
+        return {name: number if math.isfinite(number) else None for name, number in asdict(self).items()}
 
 
 def mean(values: Sequence[float], groups: Sequence[Hashable]) -> Estimate | None:

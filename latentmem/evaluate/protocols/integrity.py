@@ -31,6 +31,7 @@ from latentmem.evaluate.data.questions import heldout
 from latentmem.evaluate.data.sets import Text
 from latentmem.evaluate.data.synthetic import fact
 from latentmem.evaluate.protocol import Line
+from latentmem.evaluate.runner import Progress
 from latentmem.evaluate.tables import plots
 from latentmem.evaluate.tables.integrity import ROWS, TURNS, draw, drift, lines, settled
 from latentmem.model.model import MemoryModel
@@ -322,6 +323,18 @@ def notes(records: Sequence[Record], settings: Settings) -> list[str]:
     return said
 
 
+def _until(end: float, progress: Progress | None) -> Progress:
+    """A progress that also ends the run behind this time."""
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress(done, total)
+        if done < total and time.monotonic() > end:
+            raise protocol.EnoughError
+
+    return report
+
+
 def measure(
     llm: MemoryModel,
     settings: Settings,
@@ -339,15 +352,10 @@ def measure(
         minutes: after which no stretch is begun; the table then shows what was reached.
     """
     plots.require()
-    worker, started = Integrity(llm, settings, out), time.monotonic()
+    worker = Integrity(llm, settings, out)
     finished: list[Unit] = []
-
-    shown = how.pop("progress", lambda done, total: None)
-
-    def report(done: int, total: int) -> None:
-        shown(done, total)
-        if minutes is not None and done < total and time.monotonic() - started > 60 * minutes:
-            raise protocol.EnoughError
+    if minutes is not None:
+        how["progress"] = _until(time.monotonic() + 60 * minutes, how.get("progress"))
 
     def after(records: Sequence[Record], folder: Path) -> list[str]:
         finished.extend((r["row"], r["at"] // settings.stretch - 1) for r in records if r["kind"] == "speed")
@@ -372,7 +380,7 @@ def measure(
         chosen=CHOSEN,
         args=(settings, out),
         after=after,
-        **how | {"progress": report},
+        **how,
     )
     worker.clear(finished)
     return table_lines

@@ -46,6 +46,19 @@ def _commit() -> str:
     return described.stdout.strip() if tracked.returncode == 0 else ""
 
 
+def save(folder: Folder, title: str, about: str, table: str, more: Record) -> None:
+    """Write table.md and summary.json.
+
+    Args:
+        about: stands between the commands and the table.
+        more: of summary.json, beside the title, what was asked, and the runs.
+    """
+    summary = {"title": title, **folder.config, "runs": folder.runs, **more}
+    replace_bytes(folder.path / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    commands = "\n".join(dict.fromkeys(run["command"] for run in folder.runs))
+    replace_bytes(folder.path / "table.md", f"# {title}\n\n```\n{commands}\n```\n\n{about}\n\n{table}")
+
+
 def write(folder: Folder, data: QuestionSet, *, unfinished: bool = False) -> list[summary.Line]:
     """Compute the summary of all records that are finished and write it in four forms.
 
@@ -74,19 +87,11 @@ def write(folder: Folder, data: QuestionSet, *, unfinished: bool = False) -> lis
         **{key: last[key] for key in ("python", "machine")},
         **last["versions"],
     }
-    everything = {
-        "title": title,
-        "facts": facts,
-        **config,
-        "runs": folder.runs,
-        "samples": [[text.id, [q.id for q in text.questions]] for text in data.texts],
-        "lines": summary.as_json(lines),
-    }
-    replace_bytes(folder.path / "summary.json", json.dumps(everything, indent=1) + "\n")
-    commands = "\n".join(dict.fromkeys(run["command"] for run in folder.runs))
-    head = f"# {title}\n\n```\n{commands}\n```\n\n{facts['finished'][:10]}. {facts['questions']}. "
-    head += f"Adapters: {facts['adapters']}; {facts['dtype']}; intervals: {facts['intervals']}.\n\n"
-    replace_bytes(folder.path / "table.md", head + summary.markdown(lines))
+    samples = [[text.id, [q.id for q in text.questions]] for text in data.texts]
+    about = f"{facts['finished'][:10]}. {facts['questions']}. "
+    about += f"Adapters: {facts['adapters']}; {facts['dtype']}; intervals: {facts['intervals']}."
+    more = {"facts": facts, "samples": samples, "lines": summary.as_json(lines)}
+    save(folder, title, about, summary.markdown(lines), more)
     plots.draw(lines, title, folder.path / "plot.png")
     report.write(folder.path / "report.html", title, facts, lines, records, data, folder.path / "plot.png")
     return lines

@@ -175,7 +175,7 @@ def _difference(ours: dict[str, Record], other: dict[str, Record], metric: str) 
 
 def as_json(lines: Iterable[Line]) -> list[Record]:
     """Lines as plain data for the summary file."""
-    return [{**asdict(line), "cells": {str(t): asdict(cell) for t, cell in line.cells.items()}} for line in lines]
+    return [{**asdict(line), "cells": {str(t): cell.as_json() for t, cell in line.cells.items()}} for line in lines]
 
 
 # --- Markdown -------------------------------------------------------------------------------------------------------
