@@ -42,7 +42,14 @@ class EnoughError(Exception):
 
 
 class RunOptions(TypedDict, total=False):
-    """How a protocol is run, whichever it is; see `carry_out`."""
+    """How a protocol is run, whichever it is.
+
+    Args:
+        command: what was typed, for the record.
+        workers: processes; more than 1 needs `loading`.
+        loading: arguments of `latentmem.load` that give the same model again, for other processes.
+        progress: called with (units done, units in all); may raise `EnoughError`.
+    """
 
     command: str
     workers: int
@@ -136,10 +143,7 @@ def carry_out(
         finish: given the folder and whether the run is complete, writes the results and returns them.
         out: gets config.json and records.jsonl.
         args: what another process makes its own worker of, behind the model.
-        command: what was typed, for the record.
-        workers: processes; more than 1 needs `loading`.
-        loading: arguments of `latentmem.load` that give the same model again, for other processes.
-        progress: called with (units done, units in all); may raise `EnoughError`.
+        command, workers, loading, progress: as in `RunOptions`.
 
     Raises:
         KeyboardInterrupt: stopped; the results then show what was finished, and the next run goes on from there.

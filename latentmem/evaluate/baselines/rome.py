@@ -82,17 +82,9 @@ class RankOne(Weights):
 
     def value(self, edit: Edit, prompts: Sequence[str]) -> Tensor:
         """v - W k, [d]: what is added to what comes out of the layer, so that the new answer is likely."""
+        rows, asked, places = self._rows(edit, prompts)
         _, answer = self.ids(edit.rewrite.prompt, edit.rewrite.answer)
-        rows, asked, places = [], [], []
-        for prompt in prompts:
-            ids, _ = self.ids(prompt, edit.rewrite.answer)
-            rows.append([*ids, *answer[:-1]])
-            asked.append(range(len(ids) - 1, len(rows[-1])))
-            places.append(last_of(self.llm, ids, prompt, edit.subject))
-        about = f"{edit.subject} is a"
-        general = prompt_ids(self.llm, about, question=False, bare=False)
         target = torch.tensor(answer, device=self.down.weight.device)
-        places.append(last_of(self.llm, general, about, edit.subject))
         more = torch.zeros(self.down.out_features, device=target.device, requires_grad=True)
         outputs: list[Tensor] = []  # what comes out at these places without the vector
 
@@ -105,8 +97,6 @@ class RankOne(Weights):
             return (output.float() + mask[..., None] * more).to(output.dtype)
 
         optimizer, before = torch.optim.Adam([more], lr=self.rate), None
-        rows.append(general)
-        asked.append(range(len(general) - 1, len(general)))
         with self.down.register_forward_hook(hook), self.above(self.layer, rows):
             for _ in range(self.steps):
                 with torch.enable_grad():
@@ -125,6 +115,22 @@ class RankOne(Weights):
                 with torch.no_grad():
                     more.mul_(torch.clamp(self.clamp * length / more.norm(), max=1.0))
         return more.detach()
+
+    def _rows(self, edit: Edit, prompts: Sequence[str]) -> tuple[list[list[int]], list[range], list[int]]:
+        """Each prompt with the new answer, and last "subject is a": (ids, where is predicted, the subject's end)."""
+        _, answer = self.ids(edit.rewrite.prompt, edit.rewrite.answer)
+        rows, asked, places = [], [], []
+        for prompt in prompts:
+            ids, _ = self.ids(prompt, edit.rewrite.answer)
+            rows.append([*ids, *answer[:-1]])
+            asked.append(range(len(ids) - 1, len(rows[-1])))
+            places.append(last_of(self.llm, ids, prompt, edit.subject))
+        about = f"{edit.subject} is a"
+        general = prompt_ids(self.llm, about, question=False, bare=False)
+        rows.append(general)
+        asked.append(range(len(general) - 1, len(general)))
+        places.append(last_of(self.llm, general, about, edit.subject))
+        return rows, asked, places
 
     @cached_property
     def moments(self) -> Tensor:

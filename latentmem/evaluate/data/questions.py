@@ -41,6 +41,16 @@ def load(name: str, count: Count, *, questions: int, per_text: int, seed: int) -
 
     Source: MemoryLLM section 4.4.
     """
+    source, texts, unrelated = _candidates(name, count, questions, seed)
+    generator = np.random.default_rng(seed)
+    chosen = _draw(texts, generator, questions, per_text, name)
+    targets = {text.text for text in texts}
+    free = [t for t in dict.fromkeys(unrelated) if t not in targets and count(t) <= LONGEST]
+    return QuestionSet(name, source, tuple(chosen), tuple(free[i] for i in generator.permutation(len(free))))
+
+
+def _candidates(name: str, count: Callable[[str], int], questions: int, seed: int) -> tuple[str, list[Text], list[str]]:
+    """Of a set where it is from, the texts whose questions pass its filter, and unrelated texts; as in `load`."""
     if name == "synthetic":
         from latentmem.evaluate.data import synthetic
 
@@ -66,11 +76,7 @@ def load(name: str, count: Count, *, questions: int, per_text: int, seed: int) -
         unrelated = [row["context"] for row in rows if row["title"] not in titles]
     else:
         raise ValueError(f"the question set must be one of {', '.join(NAMES)}, got {name!r}.")
-    texts, generator = list(texts), np.random.default_rng(seed)
-    chosen = _draw(texts, generator, questions, per_text, name)
-    targets = {text.text for text in texts}
-    free = [t for t in dict.fromkeys(unrelated) if t not in targets and count(t) <= LONGEST]
-    return QuestionSet(name, source, tuple(chosen), tuple(free[i] for i in generator.permutation(len(free))))
+    return source, list(texts), unrelated
 
 
 def _draw(texts: list[Text], generator: np.random.Generator, questions: int, per_text: int, name: str) -> list[Text]:

@@ -320,11 +320,7 @@ def _mean(records: Iterable[Record], metric: str) -> Estimate | None:
 
 
 def measure(
-    llm: MemoryModel,
-    data: Sequence[Dialogue],
-    settings: Settings,
-    out: Path,
-    **how: Unpack[protocol.RunOptions],
+    llm: MemoryModel, data: Sequence[Dialogue], settings: Settings, out: Path, **how: Unpack[protocol.RunOptions]
 ) -> list[Line]:
     """Run the protocol, or go on with it; further arguments as in `protocol.measure`.
 

@@ -407,11 +407,7 @@ def _shown(estimate: Any) -> str:
 
 
 def measure(
-    llm: MemoryModel,
-    data: EditSet,
-    settings: Settings,
-    out: Path,
-    **how: Unpack[protocol.RunOptions],
+    llm: MemoryModel, data: EditSet, settings: Settings, out: Path, **how: Unpack[protocol.RunOptions]
 ) -> list[Cell]:
     """Run the protocol, or go on with it; arguments as in `protocol.measure`.
 
@@ -429,12 +425,11 @@ def measure(
             draw(lines(records), data.source, folder / "plot.png")
         return []
 
-    asked = {"source": data.source, "sha256": data.identity, "ids": [edit.id for edit in data.edits]}
     cells: list[Cell] = protocol.measure(
         PROTOCOL,
         llm,
         worker,
-        asked,
+        {"source": data.source, "sha256": data.identity, "ids": [edit.id for edit in data.edits]},
         settings,
         lines,
         out,

@@ -121,11 +121,7 @@ def lines(records: Sequence[Record]) -> list[Line]:
 
 
 def measure(
-    llm: MemoryModel,
-    data: QuestionSet,
-    settings: Settings,
-    out: Path,
-    **how: Unpack[protocol.RunOptions],
+    llm: MemoryModel, data: QuestionSet, settings: Settings, out: Path, **how: Unpack[protocol.RunOptions]
 ) -> list[Line]:
     """Run the protocol, or go on with it; arguments as in `protocol.measure`."""
     return protocol.measure(

@@ -205,11 +205,7 @@ def _difference(
 
 
 def measure(
-    llm: MemoryModel,
-    data: QuestionSet,
-    settings: Settings,
-    out: Path,
-    **how: Unpack[protocol.RunOptions],
+    llm: MemoryModel, data: QuestionSet, settings: Settings, out: Path, **how: Unpack[protocol.RunOptions]
 ) -> list[Line]:
     """Run the protocol, or go on with it; arguments as in `protocol.measure`."""
     return protocol.measure(

@@ -109,6 +109,13 @@ class Integrity:
         self.pairs = blimp.items if blimp else ()
         self._tuned: Tuned | None = None
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What is written, asked and read, as JSON."""
+        articles = [named(article) for article in self.articles]
+        facts = f"invented, seed {self.settings.seed}"
+        return {"facts": facts, "articles": articles, "pairs": named(repr(self.pairs))}
+
     def units(self) -> list[Unit]:
         """None: all is in chains."""
         return []
@@ -336,12 +343,7 @@ def _until(end: float, progress: Progress | None) -> Progress:
 
 
 def measure(
-    llm: MemoryModel,
-    settings: Settings,
-    out: Path,
-    *,
-    minutes: float | None = None,
-    **how: Unpack[protocol.RunOptions],
+    llm: MemoryModel, settings: Settings, out: Path, *, minutes: float | None = None, **how: Unpack[protocol.RunOptions]
 ) -> list[Line]:
     """Run the protocol, or go on with it; further arguments as in `protocol.measure`.
 
@@ -363,16 +365,11 @@ def measure(
             draw(records, folder / "plot.png")
         return notes(records, settings)
 
-    data = {
-        "facts": f"invented, seed {settings.seed}",
-        "articles": [named(article) for article in worker.articles],
-        "pairs": named(repr(worker.pairs)),
-    }
     table_lines = protocol.measure(
         PROTOCOL,
         llm,
         worker,
-        data,
+        worker.about,
         settings,
         lines,
         out,

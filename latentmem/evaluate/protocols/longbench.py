@@ -323,11 +323,7 @@ def notes(records: Sequence[Record], folder: Path) -> list[str]:
 
 
 def measure(
-    llm: MemoryModel,
-    sets: Sequence[Examples],
-    settings: Settings,
-    out: Path,
-    **how: Unpack[protocol.RunOptions],
+    llm: MemoryModel, sets: Sequence[Examples], settings: Settings, out: Path, **how: Unpack[protocol.RunOptions]
 ) -> list[Line]:
     """Run the protocol, or go on with it; further arguments as in `protocol.measure`.
 

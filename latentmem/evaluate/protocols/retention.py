@@ -379,18 +379,13 @@ def measure(
     drawn: dict[str, Any] | None = None,
     **how: Unpack[RunOptions],
 ) -> list[Line]:
-    """Run the protocol, or go on with it, and write everything that the folder then holds.
+    """Run the protocol, or go on with it; the lines of all tables.
 
     A folder is about the same questions, steps and model; other rows, fills and capacities are added to it.
 
     Args:
-        llm: the model; other processes load theirs anew.
         out: gets config.json, records.jsonl, summary.json, table.md, plot.png and report.html.
         drawn: how the questions were drawn, for the record.
-        how: as of `protocol.carry_out`.
-
-    Returns:
-        The lines of all tables.
 
     Raises:
         KeyboardInterrupt: stopped; the tables then show what was finished, and the next run goes on from there.

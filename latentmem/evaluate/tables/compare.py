@@ -80,14 +80,7 @@ def compare(runs: Mapping[str, Path], N: int, *, stream: bool = False) -> list[L
     for name, cells in memories.items():
         if not cells:
             raise ValueError(f"{runs[name]} holds no memory of N = {N} slots that was full at first.")
-    rows: dict[str, Cells] = {}
-    for row in SHARED:
-        for _, records in loaded.values():
-            apart = row in ("floor", "oracle")
-            cells = _cells(records, row, 0 if apart else N, None, stream and not apart)
-            if cells:
-                rows[NAMES[row]] = cells
-                break
+    rows = _beside([records for _, records in loaded.values()], N, stream)
     steps = sorted(set.intersection(*(set(cells) for cells in memories.values())))
     both = {t: set.intersection(*(set(cells[t]) for cells in memories.values())) for t in steps}
     out: list[Line] = []
@@ -101,6 +94,17 @@ def compare(runs: Mapping[str, Path], N: int, *, stream: bool = False) -> list[L
             share = {t: _mean(cells[t], questions, "found") for t, questions in taken.items()}
             out.append(Line("left", "left", f"{name}: of its long-term slots retrieved", _there(share)))
     return out
+
+
+def _beside(runs: Iterable[Sequence[Record]], N: int, stream: bool) -> dict[str, Cells]:
+    """The rows beside the memories by their names, each from the first run that has it."""
+    rows: dict[str, Cells] = {}
+    for row in SHARED:
+        apart = row in ("floor", "oracle")
+        of_runs = (_cells(records, row, 0 if apart else N, None, stream and not apart) for records in runs)
+        if cells := next(filter(None, of_runs), None):
+            rows[NAMES[row]] = cells
+    return rows
 
 
 def _lines(

@@ -107,16 +107,7 @@ def panels(
     )
     alike = len({tuple(curves) for curves in by_panel.values()}) == 1 < len(by_panel)
     for axis, (name, curves) in zip(axes[:, 0], by_panel.items(), strict=True):
-        looks = itertools.product(("-", "--", ":"), ORDER)  # the colours, once more with other lines
-        for (line, colour), (curve, points) in zip(looks, curves.items(), strict=False):
-            there = [(at, value) for at, value in points if value is not None]
-            if alike and not there:  # its look is kept for it
-                continue
-            at = [place for place, _ in there]
-            axis.plot(at, [_middle(value) for _, value in there], line, color=colour, label=curve, marker=".")
-            drawn = [(place, value) for place, value in there if isinstance(value, Estimate)]
-            places, low, high = [p for p, _ in drawn], [e.low for _, e in drawn], [e.high for _, e in drawn]
-            axis.fill_between(places, low, high, color=colour, alpha=0.1 if alike else 0.2, linewidth=0)
+        _panel(axis, curves, alike)
         axis.set_ylabel(name)
         axis.grid(alpha=0.25)
         if ticks is not None:
@@ -134,6 +125,20 @@ def panels(
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _panel(axis: Any, curves: Curves, alike: bool) -> None:
+    """The curves of one panel; where all panels show the same ones, a curve without points keeps its look for it."""
+    looks = itertools.product(("-", "--", ":"), ORDER)  # the colours, once more with other lines
+    for (line, colour), (curve, points) in zip(looks, curves.items(), strict=False):
+        there = [(at, value) for at, value in points if value is not None]
+        if alike and not there:
+            continue
+        at = [place for place, _ in there]
+        axis.plot(at, [_middle(value) for _, value in there], line, color=colour, label=curve, marker=".")
+        drawn = [(place, value) for place, value in there if isinstance(value, Estimate)]
+        places, low, high = [p for p, _ in drawn], [e.low for _, e in drawn], [e.high for _, e in drawn]
+        axis.fill_between(places, low, high, color=colour, alpha=0.1 if alike else 0.2, linewidth=0)
 
 
 def _middle(value: Estimate | float) -> float:
