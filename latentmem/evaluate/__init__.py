@@ -1,9 +1,10 @@
 """Measuring memories: one file per protocol, with the rows that everything is judged against.
 
-questions.py   sets of texts with questions, by name, and `synthetic.py`, which invents them
-asking.py      one context, many questions: hit, token accuracy and likelihood of the gold answer
-retention.py   the protocol: what is still known after other texts were written, beside its baselines
-runner.py      units of work over processes, kept as JSON lines, resumed after a kill
-stats.py       bootstrap intervals over texts; summary.py, plots.py, report.py: tables, a plot, a page
-results.py     what a run leaves in its folder
+protocol.py, runner.py     what all protocols share; units of work over processes, resumed after a kill
+asking.py, scoring.py      one context, many questions: hit, token accuracy and likelihood of the gold answer
+stats.py                   bootstrap intervals over texts
+protocols/                 what is measured: the settings, the units and the lines of each protocol
+data/                      sets of texts, questions, edits and choices, by name
+baselines/                 what a memory is compared with: passages, fine-tuning, rank-one edits
+tables/                    what a run leaves in its folder: tables, plots, a page
 """

@@ -14,6 +14,7 @@ from typing import Any
 
 from latentmem.core.memory import Memory
 from latentmem.core.presets import PAPER_PIECE
+from latentmem.core.settings import MemorySettings, settings_of
 from latentmem.evaluate.protocols.longbench import cut
 from latentmem.files.container import replace_bytes
 from latentmem.model.context import Context
@@ -43,8 +44,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         write: write what a generative prompt has beyond 512 tokens with its answer; the memory is by default an empty
             one then. Otherwise a prompt that does not fit is an error.
         max_length: tokens of prompt and answer that are kept, from the end.
-        N, compression, choice: of the empty memory into which prompts are written; by default as trained.
-        loading: further arguments of `latentmem.load`.
+        options: settings of the empty memory into which prompts are written, by default as trained, and further
+            arguments of `latentmem.load`.
 
     Raises:
         ValueError: a memory of another model.
@@ -56,23 +57,22 @@ class HarnessLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         memory: Memory | str | None = None,
         write: bool = False,
         max_length: int = 16_384,
-        N: int | None = None,
-        compression: int | None = None,
-        choice: str | None = None,
         batch_size: Any = None,
         max_batch_size: Any = None,
-        **loading: Any,
+        **options: Any,
     ) -> None:
         from latentmem.loading.load import load
 
         super().__init__()
-        self.llm = load(model, **loading) if isinstance(model, str) else model
+        names = [one.name for one in settings_of(MemorySettings) if one.name in options]
+        settings = MemorySettings.of({name: options.pop(name) for name in names})
+        self.llm = load(model, **options) if isinstance(model, str) else model
         self.tokenizer = self.llm.prompts_or_raise().tokenizer
         self.write, self.max_length = write, int(max_length)
         if isinstance(memory, str):
             memory = Memory.load(memory)
         if memory is None and write:
-            memory = self.llm.empty(N, compression=compression, choice=choice)
+            memory = self.llm.empty(settings=settings)
         if memory is not None:
             self.llm.check(memory)
         self.memory = memory
