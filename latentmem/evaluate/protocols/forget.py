@@ -171,9 +171,7 @@ def lines(records: Sequence[Record]) -> list[Line]:
             residue = _difference(by["target", way], control, metric)
             estimates.append((f"residue, {way} - control: {title}", mean(*residue)))
             if residue[1] == known[1]:
-                estimates.append(
-                    (f"share of what was known that is residue, {way}: {title}", ratio(residue[0], *known))
-                )
+                estimates.append((f"share of what was known that is left, {way}: {title}", ratio(residue[0], *known)))
     for metric, title in METRICS.items():
         chosen = list(by["other", "before"].values())
         estimates.append(
