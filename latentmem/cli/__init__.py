@@ -1,4 +1,4 @@
-"""The command line. It parses, calls and prints; nothing else: one module for each panel of `latentmem --help`."""
+"""The command line parses, calls and prints, and nothing else; each panel of `latentmem --help` is one module."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import sys
 
 # The panels of --help are listed in this order:
 # isort: off
-from latentmem.cli import memories, versions, sources, copies, serving, training, evaluation  # noqa: F401
+from latentmem.cli import memories, doctor, versions, sources, copies, serving, training, evaluation  # noqa: F401
 
 # isort: on
-from latentmem.cli.base import app, error
+from latentmem.cli.base import app
+from latentmem.cli.printing import error
 
 __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """Run the command line; what is wrong with the input is one sentence and exit code 2."""
+    """Run the command line; a mistake in the input is one sentence and exit code 2."""
     try:
         app()
-    except ValueError as wrong:
-        error(str(wrong))
+    except ValueError as mistake:
+        error(str(mistake))
         sys.exit(2)
-    except OSError as wrong:
-        error(f"{wrong.strerror or wrong}{f': {wrong.filename}' if wrong.filename else ''}")
+    except OSError as fault:
+        error(f"{fault.strerror or fault}{f': {fault.filename}' if fault.filename else ''}")
         sys.exit(1)

@@ -1,12 +1,13 @@
-"""What the commands share: their options, the store, the model, and how things are printed."""
+"""What the commands share: the app, their options, the store and the model."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from latentmem.cli import printing
 
 if TYPE_CHECKING:
     from latentmem.core.memory import Memory
@@ -21,7 +22,7 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
+def _print_version(asked: bool) -> None:
     if asked:
         from latentmem.version import __version__
 
@@ -31,33 +32,36 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Say which.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
 
 PACKAGED = "smollm2-135m"
+MODELS = "smollm2-135m, a folder, a .gguf file or a hub id"
 Name = Annotated[str, typer.Option("--memory", "-m", help="Name of the memory.")]
-ModelName = Annotated[
-    str | None,
-    typer.Option("--model", help="smollm2-135m, a folder, a .gguf file or a hub id; by default what wrote the memory."),
-]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps; by default the fastest.")]
+ModelName = Annotated[str | None, typer.Option("--model", help=f"{MODELS}; by default the one that wrote the memory.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the fastest.")]
 Quantize = Annotated[
-    str | None, typer.Option("--quantize", help="New memory: int8 for a model of 8-bit linear layers, on a CPU.")
+    str | None, typer.Option("--quantize", help="New memory: int8 runs the model's linear layers in 8 bits (CPU only).")
 ]
 ServedQuantize = Annotated[
     str | None,
-    typer.Option("--quantize", help="int8: a model of 8-bit linear layers, on a CPU; only it reads its memories."),
+    typer.Option(
+        "--quantize",
+        help="int8 runs the linear layers in 8 bits (CPU only). Only such a model reads the memories it writes.",
+    ),
 ]
 Adapters = Annotated[
-    str, typer.Option("--adapters", help="auto: the model's own; none: untrained; or what `latentmem train` made.")
+    str, typer.Option("--adapters", help="auto: the model's own; none: untrained; or a file of `latentmem train`.")
 ]
 OwnAdapters = Annotated[
     str | None,
     typer.Option(
         "--adapters",
-        help="none: untrained; or what `latentmem train` made, which can also stand in LATENTMEM_ADAPTERS.",
+        help="none: untrained; or a file of `latentmem train`, which LATENTMEM_ADAPTERS can name as well.",
         show_default="the model's own",
     ),
 ]
@@ -65,14 +69,11 @@ NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest
 Version = Annotated[
     int | None, typer.Option("--version", help="A version, see `latentmem history`; by default the newest.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")]
-
-
-# --- the store and the model ------------------------------------------------------------------------------------------
+Json = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 
 
 def opened(name: str) -> Store:
-    """The store, where a memory of this name can be asked for."""
+    """The store, for a memory of this name."""
     from latentmem.store import check_name
     from latentmem.store.home import opened
 
@@ -91,8 +92,13 @@ def settled(name: str, model: str | None = None) -> Store:
 def finish(store: Store, name: str, llm: MemoryModel) -> None:
     """Apply what was acknowledged and cut off."""
     if store.pending_count(name):
-        with progress() as bar:
-            store.apply(llm, name, tokens(bar, "finishing what was cut off"))
+        with printing.progress() as bar:
+            store.apply(llm, name, printing.tokens(bar, "finishing what was cut off"))
+
+
+def applied(store: Store, name: str) -> Memory | None:
+    """The memory without what waits for a model; None if there is none of this name."""
+    return store.open(name, store.applied_version(name)) if name in store else None
 
 
 def read(
@@ -104,10 +110,10 @@ def read(
     adapters: str | None = None,
 ) -> tuple[Memory, MemoryModel]:
     """A version of a memory and the model that reads it."""
-    known = store.open(name, store.applied_version(name) if version is None else version)
-    llm = load(known, model, device, adapters=adapters)
+    memory = store.open(name, store.applied_version(name) if version is None else version)
+    llm = load(memory, model, device, adapters=adapters)
     if version is not None:
-        return known, llm
+        return memory, llm
     finish(store, name, llm)
     return store.open(name), llm
 
@@ -121,87 +127,30 @@ def load(
 ) -> MemoryModel:
     """The model that is asked for, or the one that wrote the memory, in the memory's dtype and quantized as it was.
 
-    Without `adapters` and `LATENTMEM_ADAPTERS` it gets its own, or none where the memory is of the untrained model.
+    Without `adapters` and `LATENTMEM_ADAPTERS` the model gets its own, or none for a memory of the untrained model.
     """
     import latentmem
 
     name = model or (memory.model_name if memory is not None else "") or PACKAGED
-    chosen = adapters or os.environ.get("LATENTMEM_ADAPTERS") or "auto"
+    adapters_name = adapters or os.environ.get("LATENTMEM_ADAPTERS") or "auto"
     if memory is None:
-        return latentmem.load(name, device=device, quantize=quantize, adapters=pair(chosen))
+        return latentmem.load(name, device=device, quantize=quantize, adapters=pair(adapters_name))
     if adapters is None and not memory.adapters:
-        chosen = "none"
-    made = memory.model.rpartition("-")[0] or None
-    if quantize not in (None, made):
+        adapters_name = "none"
+    own = quantized_as(memory)
+    if quantize not in (None, own):
         raise ValueError(
-            f"the memory was written by a model with {f'--quantize {made}' if made else 'exact weights'}, "
+            f"the memory was written by a model with {f'--quantize {own}' if own else 'exact weights'}, "
             f"not --quantize {quantize}. Leave it out, or choose a new name."
         )
-    return latentmem.load(name, device=device, dtype=memory.slots.dtype, quantize=made, adapters=pair(chosen))
+    return latentmem.load(name, device=device, dtype=memory.slots.dtype, quantize=own, adapters=pair(adapters_name))
+
+
+def quantized_as(memory: Memory) -> str | None:
+    """How the model was quantized that wrote a memory, as `latentmem.load` takes it."""
+    return memory.model.rpartition("-")[0] or None
 
 
 def pair(adapters: str) -> str | None:
     """`--adapters` as `latentmem.load` takes it."""
     return None if adapters == "none" else adapters
-
-
-# --- printing ---------------------------------------------------------------------------------------------------------
-
-
-def progress(unit: str = "tokens", seconds: float = 30) -> Any:
-    """A bar with the time left, estimated from the speed of the last seconds."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-    console = Console(stderr=True)
-    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, speed_estimate_period=seconds)
-
-
-def tokens(bar: Any, what: str, total: int | None = None, before: int = 0, task: Any = None) -> Any:
-    """A callable that shows (tokens done, tokens in all) in a bar.
-
-    Args:
-        total: of several texts, if this is one of them.
-        before: tokens of those that are done.
-        task: what the bar shows already.
-    """
-    task = bar.add_task(what, total=total) if task is None else task
-    return lambda done, all_: bar.update(task, completed=before + done, total=total or all_)
-
-
-def table(*columns: str, right: Sequence[str] = ()) -> Any:
-    """A table of the terminal; `right` names the columns of numbers. Names are folded where it is narrow."""
-    from rich.table import Table
-
-    made = Table(box=None, pad_edge=False)
-    for column in columns:
-        fixed = column in (*right, "time", "changed")
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=fixed)
-    return made
-
-
-def text(words: str) -> Any:
-    """Words as they are, without markup."""
-    from rich.text import Text
-
-    return Text(words)
-
-
-def show(renderable: Any) -> None:
-    from rich.console import Console
-
-    Console(highlight=False).print(renderable)
-
-
-def error(message: str) -> None:
-    typer.echo(f"latentmem: {message}", err=True)
-
-
-def size(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB" if count >= 1 << 20 else f"{count / 2**10:.1f} KiB"
-
-
-def state(memory: Memory) -> str:
-    """How full a memory is, in words."""
-    return f"{memory.M} of {memory.N} slots per layer, {memory.updates} update{'s' * (memory.updates != 1)}"

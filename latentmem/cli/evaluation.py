@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentmem.cli import base
+from latentmem.cli import base, printing
 from latentmem.cli.base import PACKAGED, Adapters, Device, app
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Shared:
         from latentmem.evaluate import protocol, runner
 
         llm, loading = self.loaded
-        with _stoppable(self.out), base.progress("units", seconds=600) as progress:
+        with _stoppable(self.out), printing.progress("units", seconds=600) as progress:
             task = progress.add_task(name, total=None)
             found = measure(
                 llm,
@@ -182,7 +182,7 @@ def retention(
     drawn: dict[str, Any] = {"questions": questions, "per_text": per_text, "seed": seed}
     chosen = sets.load(data, lambda text: len(prompts.text(text)), **drawn)
     count = workers or (runner.cores() if llm.decoder.device.type == "cpu" else 1)
-    with _stoppable(out), base.progress("units", seconds=3600) as progress:
+    with _stoppable(out), printing.progress("units", seconds=3600) as progress:
         task = progress.add_task(f"retention on {data}", total=None)
         lines = measure(
             llm,
@@ -197,7 +197,7 @@ def retention(
         )
     for title, table in terminal(lines):
         typer.echo(f"\n{title}")
-        base.show(table)
+        printing.show(table)
     typer.echo(f"\nAll tables, the plot and the page are in {out}: table.md, plot.png, report.html, summary.json")
 
 
@@ -456,12 +456,12 @@ def everything(
         raise ValueError(f"--only takes some of {', '.join(runs)}; got {', '.join(unknown)}.")
     failed: dict[str, str] = {}
     for name in chosen:
-        base.error(f"{name}: into {out / name}")
+        printing.error(f"{name}: into {out / name}")
         try:
             runs[name](out=out / name, **ways)
         except ValueError as error:  # of this one, such as a data set that is not there; the others do not need it
             failed[name] = str(error)
-            base.error(f"{name}: {error}")
+            printing.error(f"{name}: {error}")
     tables = {name: (out / name / "table.md") for name in chosen if (out / name / "table.md").exists()}
     parts = [f"<!-- {name} -->\n\n{table.read_text(encoding='utf-8')}" for name, table in tables.items()]
     if parts:
@@ -485,7 +485,7 @@ def _stoppable(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        base.error(f"stopped; what is finished is in {out}, and the same command goes on from there.")
+        printing.error(f"stopped; what is finished is in {out}, and the same command goes on from there.")
         raise typer.Exit(130) from None
 
 

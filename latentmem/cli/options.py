@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import wraps
 from typing import Annotated, Any
 
@@ -23,8 +24,8 @@ def replaced(
     """A command with options in the place of one of its parameters, which becomes `build(**values)` of them."""
     own = inspect.signature(command, eval_str=True).parameters.values()
     line = [option for one in own for option in (options if one.name == parameter else [one])]
-    line.sort(key=lambda option: option.default is not option.empty)  # the required ones first
-    signature, names = inspect.Signature(line, return_annotation=None), [option.name for option in options]
+    names = [option.name for option in options]
+    signature = inspect.Signature([option.replace(kind=option.KEYWORD_ONLY) for option in line], return_annotation=None)
 
     @wraps(command)
     def called(**values: Any) -> None:
@@ -37,9 +38,16 @@ def replaced(
     return called
 
 
-def options_of(kind: type) -> list[inspect.Parameter]:
-    """The fields of a dataclass that are annotated as options."""
-    return list(inspect.signature(kind, eval_str=True).parameters.values())
+def expanded(command: Command) -> Command:
+    """A command with the fields of each dataclass among its parameters as options in that parameter's place.
+
+    The fields are annotated with `typer.Option`, as parameters of a command are.
+    """
+    for one in inspect.signature(command, eval_str=True).parameters.values():
+        if isinstance(one.annotation, type) and is_dataclass(one.annotation):
+            fields = list(inspect.signature(one.annotation, eval_str=True).parameters.values())
+            command = replaced(command, one.name, fields, one.annotation)
+    return command
 
 
 # --- settings of a memory ---------------------------------------------------------------------------------------------

@@ -1,16 +1,17 @@
-"""Memories for other programs: serve, mcp, keys."""
+"""Memories for other programs and people: serve, mcp, keys."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentmem.cli import base
+from latentmem.cli import base, options, printing
 from latentmem.cli.base import Adapters, Device, ServedQuantize, app
 
 if TYPE_CHECKING:
@@ -18,49 +19,90 @@ if TYPE_CHECKING:
 
     from latentmem.serve.engine.service import Service
     from latentmem.serve.http.keys import Keys
+    from latentmem.serve.http.state import Limits
 
 PANEL = "Serving"
 keys = typer.Typer(help="Keys for `latentmem serve`: who may read and write which memories.", no_args_is_help=True)
 app.add_typer(keys, name="keys", rich_help_panel=PANEL)
 
-Model = Annotated[str, typer.Argument(help="smollm2-135m, a folder, a .gguf file or a hub id.")]
-StorePath = Annotated[Path | None, typer.Option("--store", help="A store; by default that of the command line.")]
-Batch = Annotated[int, typer.Option(min=1, help="Answers that are made together.")]
-Waiting = Annotated[int, typer.Option(min=1, help="Questions that may wait or run; more are refused with 429.")]
-Changes = Annotated[int, typer.Option(min=1, help="Writes and other changes that may wait.")]
-CacheBytes = Annotated[
-    int | None,
-    typer.Option(min=0, help="Memories that were opened are kept up to this size; by default a quarter of the RAM."),
-]
+Model = Annotated[str, typer.Argument(help=f"{base.MODELS}.")]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Options of the model and the store that are served."""
+
+    store: Annotated[Path | None, typer.Option(help="Folder of a store; by default that of the command line.")] = None
+    cache_bytes: Annotated[
+        int | None, typer.Option(min=0, help="Bytes of opened memories that are kept; by default a quarter of the RAM.")
+    ] = None
+    quantize: ServedQuantize = None
+    adapters: Adapters = "auto"
+    device: Device = None
+
+    def service(self, model: str, **sizes: Any) -> Service:
+        """A service over the store, not started."""
+        import torch
+
+        import latentmem
+        from latentmem.serve.engine.service import Service, quarter
+        from latentmem.store.home import TIMEOUT, home
+
+        cache_bytes = quarter(torch.device("cpu")) if self.cache_bytes is None else self.cache_bytes
+        store = latentmem.Store(self.store or home() / "store", cache_bytes=cache_bytes, timeout=TIMEOUT)
+        adapters = base.pair(self.adapters)
+        llm = latentmem.load(model, device=self.device, quantize=self.quantize, adapters=adapters)
+        return Service(llm, store, **sizes)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Options of a service; as in `latentmem.serve.engine.service.Service`."""
+
+    batch: Annotated[int, typer.Option(min=1, help="Answers that are made together.")] = 32
+    waiting: Annotated[int, typer.Option(min=1, help="Questions that may wait or run; more get status 429.")] = 256
+    changes: Annotated[
+        int, typer.Option(min=1, help="Writes and other changes that may wait; more get status 429.")
+    ] = 256
+    prefix_bytes: Annotated[
+        int | None, typer.Option(min=0, help="Bytes of keys and values that the device keeps; by default a quarter.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """Options of what one request may ask for; as in `latentmem.serve.http.state.Limits`."""
+
+    max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request.")] = 4 << 20
+    max_upload: Annotated[int, typer.Option(min=1024, help="Bytes of a memory that is imported.")] = 1 << 30
+    max_text: Annotated[int, typer.Option(min=1, help="Characters of text in a request.")] = 1_000_000
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for, in tokens.")] = 4096
+    max_n: Annotated[int, typer.Option("--max-n", min=1, help="Answers to one request.")] = 8
+    seconds: Annotated[float, typer.Option(min=1, help="Seconds after which a request is given up.")] = 300
+
+    def limits(self) -> Limits:
+        from latentmem.serve.http.state import Limits
+
+        return Limits(
+            **{name.removeprefix("max_") if name != "max_tokens" else name: v for name, v in vars(self).items()}
+        )
 
 
 @app.command(rich_help_panel=PANEL)
+@options.expanded
 def serve(
     model: Model = base.PACKAGED,
-    host: Annotated[str, typer.Option(help="Address; other than this machine's own only with keys.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
-    store: StorePath = None,
-    batch: Batch = 32,
-    waiting: Waiting = 256,
-    changes: Changes = 256,
-    cache_bytes: CacheBytes = None,
-    prefix_bytes: Annotated[
-        int | None, typer.Option(min=0, help="Their keys and values on the device; by default a quarter of it.")
-    ] = None,
-    max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request.")] = 4 << 20,
-    max_upload: Annotated[int, typer.Option(min=1024, help="Bytes of a memory that is imported.")] = 1 << 30,
-    max_text: Annotated[int, typer.Option(min=1, help="Characters of text in a request.")] = 1_000_000,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for, in tokens.")] = 4096,
-    max_n: Annotated[int, typer.Option("--max-n", min=1, help="Answers to one request.")] = 8,
-    seconds: Annotated[float, typer.Option(min=1, help="Until a request is given up.")] = 300,
-    grace: Annotated[int, typer.Option(min=0, help="Seconds for requests that run when the server ends.")] = 30,
-    quantize: ServedQuantize = None,
-    adapters: Adapters = "auto",
-    device: Device = None,
+    host: Annotated[str, typer.Option(help="Address; one that others can reach needs keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any that is free.")] = 8000,
+    *,
+    sizes: Sizes,
+    limits: RequestLimits,
+    grace: Annotated[int, typer.Option(min=0, help="Seconds that running requests get when the server ends.")] = 30,
+    loading: Loading,
 ) -> None:
-    """Serve memories over HTTP, with OpenAI's interface and their own; SIGTERM or Ctrl-C ends it."""
-    _needs("serve", "fastapi", "uvicorn", "prometheus_client", "python_multipart")
-    from latentmem.serve.http.app import Limits, create_app
+    """Serve memories over HTTP, with OpenAI's interface and their own; SIGTERM or Ctrl-C ends the server."""
+    _require("serve", "fastapi", "uvicorn", "prometheus_client", "python_multipart")
+    from latentmem.serve.http.app import create_app
     from latentmem.serve.http.run import bound, is_loopback
     from latentmem.serve.http.run import serve as run
 
@@ -71,40 +113,32 @@ def serve(
             f"Make one first: `latentmem keys add NAME --memories 'NAME'`, or leave --host out."
         )
     at = bound(host, port)
-    limits = Limits(body=max_body, upload=max_upload, text=max_text, n=max_n, max_tokens=max_tokens, seconds=seconds)
-    where = f"[{host}]" if ":" in host else host
-    url = f"http://{where}:{at.getsockname()[1]}"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{at.getsockname()[1]}"
 
     def make() -> tuple[FastAPI, Service]:
-        sizes = {"batch": batch, "waiting": waiting, "changes": changes, "prefix_bytes": prefix_bytes}
-        service = _service(model, store, cache_bytes, device, quantize, adapters, **sizes)
-        return create_app(service, known, limits), service
+        service = loading.service(model, **vars(sizes))
+        return create_app(service, known, limits.limits()), service
 
-    def show_address(app: FastAPI) -> None:
-        name = app.state.latentmem.model
-        needs = " -H 'Authorization: Bearer lm-...'" if known.required else ""
-        base.error(f"{name} answers at {url}; open it in a browser, or ask it, for example:")
-        body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-        typer.echo(f"curl {url}/v1/chat/completions{needs} -H 'Content-Type: application/json' -d '{body}'", err=True)
+    run(make, at, grace=grace, on_ready=lambda app: _print_address(app.state.latentmem.model, url, known.required))
 
-    run(make, at, grace=grace, on_ready=show_address)
+
+def _print_address(model: str, url: str, with_key: bool) -> None:
+    """Where the model answers, and how to ask it."""
+    printing.error(f"{model} answers at {url}; open it in a browser, or ask it, for example:")
+    key = " -H 'Authorization: Bearer lm-...'" if with_key else ""
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    typer.echo(f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'", err=True)
 
 
 @app.command(rich_help_panel=PANEL)
-def mcp(
-    model: Model = base.PACKAGED,
-    store: StorePath = None,
-    cache_bytes: CacheBytes = None,
-    quantize: ServedQuantize = None,
-    adapters: Adapters = "auto",
-    device: Device = None,
-) -> None:
+@options.expanded
+def mcp(model: Model = base.PACKAGED, *, loading: Loading) -> None:
     """Serve memories as tools of the Model Context Protocol, over standard input and output."""
-    _needs("mcp", "mcp")
-    with contextlib.redirect_stdout(sys.stderr):  # nothing but the protocol is said there
+    _require("mcp", "mcp")
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the protocol alone
         from latentmem.serve.mcp import create_server
 
-        service = _service(model, store, cache_bytes, device, quantize, adapters)
+        service = loading.service(model)
         service.start()
     try:
         create_server(service).run()
@@ -115,13 +149,13 @@ def mcp(
 @keys.command()
 def add(
     name: Annotated[str, typer.Argument(help="Name of the key, for lists and logs.")],
-    memories: Annotated[str, typer.Option(help="Memories that it may touch: names and patterns, 'alice,team-*'.")],
-    read_only: Annotated[bool, typer.Option("--read-only", help="It may ask, and change nothing.")] = False,
+    memories: Annotated[str, typer.Option(help="Memories that the key opens: names and patterns, 'alice,team-*'.")],
+    read_only: Annotated[bool, typer.Option("--read-only", help="The key may ask, and change nothing.")] = False,
 ) -> None:
     """Make a key and print it, once."""
-    given = _keys().add(name, [one.strip() for one in memories.split(",") if one.strip()], read_only=read_only)
-    base.error(f"the key {name!r}; it is kept nowhere, only its hash:")
-    typer.echo(given)
+    secret = _keys().add(name, [one.strip() for one in memories.split(",") if one.strip()], read_only=read_only)
+    printing.error(f"the key {name!r}; it is kept nowhere, only its hash:")
+    typer.echo(secret)
 
 
 @keys.command("list")
@@ -131,50 +165,28 @@ def list_() -> None:
     if not known:
         typer.echo("No keys yet. `latentmem keys add NAME --memories 'NAME'` makes one.")
         return
-    table = base.table("key", "memories", "rights")
+    table = printing.table("key", "memories", "rights")
     for key in known:
-        table.add_row(base.text(key.name), base.text(", ".join(key.memories)), ", ".join(key.rights))
-    base.show(table)
+        table.add_row(printing.text(key.name), printing.text(", ".join(key.memories)), ", ".join(key.rights))
+    printing.show(table)
 
 
 @keys.command()
 def remove(name: Annotated[str, typer.Argument(help="Name of the key.")]) -> None:
-    """Take a key away, at once."""
+    """Remove a key, at once."""
     _keys().remove(name)
     typer.echo(f"{name}: removed")
 
 
 def _keys(required: bool = False) -> Keys:
     from latentmem.serve.http.keys import FILE, Keys
-    from latentmem.store import home as files
+    from latentmem.store.home import home
 
-    return Keys(files.home() / FILE, required=required)
-
-
-def _service(
-    model: str,
-    path: Path | None,
-    cache_bytes: int | None,
-    device: str | None,
-    quantize: str | None,
-    adapters: str,
-    **sizes: Any,
-) -> Service:
-    """A service over the store of the command line, or another."""
-    import torch
-
-    import latentmem
-    from latentmem.serve.engine.service import Service, quarter
-    from latentmem.store import home as files
-
-    cache_bytes = quarter(torch.device("cpu")) if cache_bytes is None else cache_bytes
-    store = latentmem.Store(path or files.home() / "store", cache_bytes=cache_bytes, timeout=files.TIMEOUT)
-    llm = latentmem.load(model, device=device, quantize=quantize, adapters=base.pair(adapters))
-    return Service(llm, store, **sizes)
+    return Keys(home() / FILE, required=required)
 
 
-def _needs(extra: str, *modules: str) -> None:
-    """A ValueError that says how to install what is missing."""
+def _require(extra: str, *modules: str) -> None:
+    """Refuse a command whose packages are missing, and say how to install them."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise ValueError(

@@ -7,19 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from latentmem.cli import base
+from latentmem.cli import printing
 from latentmem.cli.base import app
 
 
 @app.command(rich_help_panel="Training and measuring")
 def train(
-    config: Annotated[str, typer.Argument(help="A YAML file, or the name of one that comes with the package.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the same one goes on with it.")],
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a config of the package.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the same folder continues the run.")],
     changes: Annotated[list[str] | None, typer.Option("--set", help="A value of the config: steps.total=100")] = None,
-    stop: Annotated[int | None, typer.Option(min=1, help="End after so many steps in all; go on later.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show counts, time and memory; write nothing.")] = False,
+    stop: Annotated[int | None, typer.Option(min=1, help="Stop after this many steps in all.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print counts, time and memory; write nothing.")] = False,
 ) -> None:
-    """Teach a model to write and read its memory; what is stopped or killed goes on with the same command."""
+    """Teach a model to write and read its memory. The same command continues a run that was stopped or killed."""
     try:
         from latentmem.train import config as configs
         from latentmem.train import loop
@@ -29,11 +29,11 @@ def train(
         raise ValueError(f"training needs {error.name}: run `pip install 'latentmem[train]'`.") from None
     settings = configs.load(config, changes or ())
     if dry_run:
-        base.show(_rehearsed(loop.rehearse(settings)))
+        printing.show(_rehearsed(loop.rehearse(settings)))
         return
     run = loop.Run(settings, out)
     try:
-        with base.progress("steps", seconds=600) as progress:
+        with printing.progress("steps", seconds=600) as progress:
             task = progress.add_task("training", total=settings.steps.total)
 
             def show(done: int, total: int, row: dict[str, Any]) -> None:
@@ -42,7 +42,7 @@ def train(
 
             run.train(show, stop)
     except KeyboardInterrupt:
-        base.error(f"stopped; the newest checkpoint is in {out}, and the same command goes on from there.")
+        printing.error(f"stopped; the newest checkpoint is in {out}, and the same command goes on from there.")
         raise typer.Exit(130) from None
     if run.rank == 0:
         done = run.step == settings.steps.total
@@ -50,7 +50,7 @@ def train(
 
 
 def _rehearsed(facts: dict[str, Any]) -> Any:
-    """What a dry run found, as a table."""
+    """The facts of a dry run, as a table."""
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -1,4 +1,4 @@
-"""Going back: history, diff, undo, rollback, fork."""
+"""Versions of a memory: history, diff, undo, rollback, fork."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentmem.cli import base
+from latentmem.cli import base, printing
 from latentmem.cli.base import Json, Name, app
 
 if TYPE_CHECKING:
@@ -19,12 +19,12 @@ PANEL = "Versions of a memory"
 
 @app.command(rich_help_panel=PANEL)
 def history(memory: Name = "default", json_: Json = False) -> None:
-    """Show every version: when it was made, by what, and from which."""
+    """Show every version: its time, its event, and the version it was made from."""
     versions = base.opened(memory).history(memory)
     if json_:
         typer.echo(json.dumps([asdict(version) | {"time": version.time.isoformat()} for version in versions]))
         return
-    table = base.table(
+    table = printing.table(
         "version", "time", "event", "source", "tokens", "from", "state", "bytes", right=("version", "tokens", "bytes")
     )
     for version in versions:
@@ -34,13 +34,13 @@ def history(memory: Name = "default", json_: Json = False) -> None:
             str(version.version),
             f"{version.time:%Y-%m-%d %H:%M}",
             version.event,
-            base.text(version.source or ""),
+            printing.text(version.source or ""),
             str(version.tokens or ""),
             made_from,
             version.state,
-            base.size(version.bytes) if version.bytes else "",
+            printing.size(version.bytes) if version.bytes else "",
         )
-    base.show(table)
+    printing.show(table)
     for version in versions:
         if version.error:
             typer.echo(f"version {version.version} failed: {version.error}")
@@ -49,41 +49,41 @@ def history(memory: Name = "default", json_: Json = False) -> None:
 @app.command(rich_help_panel=PANEL)
 def diff(
     one: Annotated[int, typer.Argument(help="A version.")],
-    other: Annotated[int | None, typer.Argument(help="Another one.", show_default="the newest")] = None,
+    other: Annotated[int | None, typer.Argument(help="Another version.", show_default="the newest")] = None,
     memory: Name = "default",
 ) -> None:
-    """Show what became of each source between two versions."""
+    """Show how the sources changed between two versions."""
     changes = base.settled(memory).diff(memory, one, other)
     if not changes:
         typer.echo("every source is as it was")
         return
     then = "the newest" if other is None else str(other)
     numbers = (f"tokens in {one}", f"in {then}", f"slots in {one}", f"in {then}")
-    table = base.table("source", *numbers, right=numbers)
+    table = printing.table("source", *numbers, right=numbers)
     for change in changes:
-        cells = (*map(str, change.tokens), *(f"{left:.1f}" for left in change.slots_left))
-        table.add_row(base.text(change.source), *cells)
-    base.show(table)
+        cells = (*map(str, change.tokens), *(f"{slots:.1f}" for slots in change.slots_left))
+        table.add_row(printing.text(change.source), *cells)
+    printing.show(table)
 
 
 @app.command(rich_help_panel=PANEL)
 def undo(memory: Name = "default") -> None:
-    """Go one step back, to what the newest version was made from; again and again, if you like."""
+    """Go back to the version that the newest one was made from; again and again, if you like."""
     store = base.settled(memory)
-    _went_back(store, memory, store.undo(memory))
+    _print_version(store, memory, store.undo(memory))
 
 
 @app.command(rich_help_panel=PANEL)
 def rollback(version: Annotated[int, typer.Argument(help="The version.")], memory: Name = "default") -> None:
-    """Go to any version, older or newer; the way there is a version too, so nothing is lost."""
+    """Go to any version, older or newer. This makes a new version, so nothing is lost."""
     store = base.settled(memory)
-    _went_back(store, memory, store.rollback(memory, version))
+    _print_version(store, memory, store.rollback(memory, version))
 
 
-def _went_back(store: Store, memory: str, new: int) -> None:
+def _print_version(store: Store, memory: str, new: int) -> None:
     to = store.history(memory)[new].base
     now = store.open(memory)
-    typer.echo(f"{memory}: back at version {to[1] if to else 0} ({base.state(now)})")
+    typer.echo(f"{memory}: back at version {to[1] if to else 0} ({printing.state(now)})")
     typer.echo(f"This is version {new}; `latentmem rollback {new - 1} -m {memory}` takes it back.")
 
 
@@ -93,7 +93,7 @@ def fork(
     memory: Name = "default",
     version: base.Version = None,
 ) -> None:
-    """Begin a memory that goes on from another; nothing is copied."""
+    """Make a memory that goes on from another; nothing is copied."""
     store = base.settled(memory)
     store.fork(memory, new, version)
-    typer.echo(f"{new}: goes on from {memory}, {base.state(store.open(new))}")
+    typer.echo(f"{new}: goes on from {memory}, {printing.state(store.open(new))}")
