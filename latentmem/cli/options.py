@@ -86,7 +86,7 @@ def _settings() -> Iterator[tuple[str, Setting, Any]]:
     complete = MemorySettings().complete()
     for one in settings_of(MemorySettings):
         if one.type is not LongTermSettings:
-            yield one.name, one, getattr(complete, one.name)
+            yield one.name, one, getattr(complete, one.name, one.default)
     for one in settings_of(LongTermSettings):
         yield (PART, one, 0) if one.name == "R" else (f"{PART}_{one.name}", one, one.default)
 
