@@ -436,7 +436,7 @@ def everything(
     adapters: Adapters = "auto",
 ) -> None:
     """Every protocol with its own defaults, one after the other, and one page of all tables: hours on two cores."""
-    from latentmem.files.container import replace_bytes
+    from latentmem.evaluate.tables.results import one_page
 
     ways: dict[str, Any] = {"workers": workers, "model": model, "device": device, "adapters": adapters}
     runs: dict[str, Callable[..., None]] = {
@@ -462,11 +462,9 @@ def everything(
         except ValueError as error:  # of this one, such as a data set that is not there; the others do not need it
             failed[name] = str(error)
             printing.error(f"{name}: {error}")
-    tables = {name: (out / name / "table.md") for name in chosen if (out / name / "table.md").exists()}
-    parts = [f"<!-- {name} -->\n\n{table.read_text(encoding='utf-8')}" for name, table in tables.items()]
-    if parts:
-        replace_bytes(out / "results.md", "\n".join(parts))
-        typer.echo(f"All tables: {out / 'results.md'}")
+    page = one_page(out, chosen)
+    if page is not None:
+        typer.echo(f"All tables: {page}")
     if failed:
         raise ValueError(f"not everything was measured: {', '.join(failed)}; the reasons are above.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -95,3 +96,13 @@ def write(folder: Folder, data: QuestionSet, *, unfinished: bool = False) -> lis
     plots.draw(lines, title, folder.path / "plot.png")
     report.write(folder.path / "report.html", title, facts, lines, records, data, folder.path / "plot.png")
     return lines
+
+
+def one_page(folder: Path, names: Sequence[str]) -> Path | None:
+    """Put the tables of several runs, which lie in folders of these names, on one page; None if there are no tables."""
+    tables = {name: folder / name / "table.md" for name in names}
+    parts = [f"<!-- {name} -->\n\n{path.read_text(encoding='utf-8')}" for name, path in tables.items() if path.exists()]
+    if not parts:
+        return None
+    replace_bytes(folder / "results.md", "\n".join(parts))
+    return folder / "results.md"
