@@ -20,7 +20,7 @@ from latentmem import longterm as longterms
 from latentmem.core import sources
 from latentmem.core.memory import Memory
 from latentmem.files import snapshot
-from latentmem.longterm.blocks import Block
+from latentmem.longterm.blocks import BLOCK, Block
 from latentmem.store import delta
 from latentmem.store.delta import Chain
 from latentmem.store.journal import Journal, Row
@@ -186,6 +186,11 @@ def size(memory: Memory) -> int:
     ranges = longterm.ranges[-1:] if longterm is not None else ()
     tail = sum(part.stored.slots.nbytes for part in ranges if not part.sealed)
     return tail + sum(t.numel() * t.element_size() for t in (memory.slots, memory.births, memory.origins))
+
+
+def largest(memory: Memory) -> int:
+    """A `size` that no memory of these settings exceeds: N slots, and a block of the long-term part."""
+    return memory.L * (memory.N + BLOCK) * (memory.d * memory.slots.itemsize + 8)
 
 
 def plain(memory: Memory) -> Memory:

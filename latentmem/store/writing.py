@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from latentmem.core import memory as memories
 from latentmem.core.memory import Memory, Update
 from latentmem.errors import NotFoundError
 from latentmem.model.model import MemoryModel
@@ -27,7 +26,7 @@ from latentmem.model.writing import Progress
 from latentmem.store import delta
 from latentmem.store.journal import Journal, Row
 from latentmem.store.locks import Locks
-from latentmem.store.states import States, after_event, facts, plain, size
+from latentmem.store.states import States, after_event, facts, largest, plain, size
 
 ATTEMPTS = 3  # broken-off attempts to apply a write before it is given up
 CONTENTS = ("text", "turns", "ids")  # what a write can hold
@@ -214,7 +213,14 @@ class Writer:
         """
         if isinstance(tokens, ValueError):
             raise tokens
-        after, updates = _written(llm, before, tokens.ids, row.payload["source"], progress)
+        updates: list[Update] = []
+        limit = largest(before)
+
+        def keep(update: Update) -> None:  # a delta that is larger than the memory gives way to a snapshot
+            if delta.size(updates) < limit:
+                updates.append(update)
+
+        after = llm.write_ids(before, tokens.ids, row.payload["source"], progress, keep)
         small = deltas + 1 < self._states.snapshot_every and delta.size(updates) < size(after)
         payload = row.payload | {"tokens": len(tokens.ids), "resolved": tokens.role}
         row = replace(row, payload=payload, state="applied", facts=facts(after))
@@ -295,11 +301,11 @@ def tokenised(llm: MemoryModel, payload: dict[str, Any]) -> Tokens | ValueError:
     if "ids" in payload:
         return Tokens(payload["ids"], None)
     try:
-        prompts = llm.prompts_or_raise()
         if "turns" in payload:
-            return Tokens([i for turn in payload["turns"] for i in prompts.turn(turn)], None)
+            return Tokens(llm.tokens(payload["turns"]), None)
+        prompts = llm.prompts_or_raise()
         role = payload.get("resolved") or payload["role"] or (prompts.style.wrap if prompts.chats else None) or "raw"
-        return Tokens(prompts.written(payload["text"], role), role)
+        return Tokens(llm.tokens(payload["text"], role), role)
     except ValueError as error:
         return error
 
@@ -323,21 +329,3 @@ def in_all(progress: Progress | None, lengths: Sequence[int]) -> Iterator[Progre
 
 def _share(progress: Progress, before: int, total: int, done: int, _: int) -> None:
     progress(before + done, total)
-
-
-def _written(
-    llm: MemoryModel, memory: Memory, ids: list[int], source: str, progress: Progress | None
-) -> tuple[Memory, list[Update]]:
-    """`llm.write_ids`, and each of its updates."""
-    updates = []
-    for start in range(0, len(ids), memory.piece):
-        piece = ids[start : start + memory.piece]
-        following = llm.write_ids(memory, piece, source)
-        k = sum(s.slots for s in following.sources) - sum(s.slots for s in memory.sources)
-        new = following.slots[:, -k:].clone().cpu()
-        dropped = memories.draw(memory, k)
-        updates.append(Update(new, dropped, source, len(piece), llm.retriever.new_keys(memory, dropped)))
-        memory = following
-        if progress is not None:
-            progress(start + len(piece), len(ids))
-    return memory, updates

@@ -15,6 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from latentmem.core import memory as core_memory
 from latentmem.core.memory import Memory, draw, empty
 from latentmem.core.settings import MemorySettings
 from latentmem.core.sources import forecast, forget, pin
@@ -136,6 +137,37 @@ def test_deltas_stand_between_snapshots_and_are_smaller(llm, tmp_path):
     store.create("small", start(llm, N=8, K=8))
     store.write(llm, "small", "a text that is longer than the memory")
     assert store._journal.head(store._journal.id("small")).kind == "snapshot"
+
+
+@pytest.mark.parametrize("action", ["write", "append", "replay", "rebuild"])
+def test_a_write_of_13_updates_is_tokenised_once_and_each_update_drawn_once(llm, store, monkeypatch, action):
+    text, key = "a" * (12 * 8 + 3), "one"
+    store.create("m", start(llm))
+    if action in ("replay", "rebuild"):
+        store.write(llm, "m", "gone", "gone")
+        store.write(llm, "m", text, "s")
+    if action == "rebuild":
+        store.rollback("m", 0)
+        store.write(llm, "m", text, "s")
+    if action == "append":
+        store.append("m", text, "s", key=key)
+    encoded, drawn = [], []
+    encode, draw_all = llm.tokenizer.encode, core_memory.draw
+    monkeypatch.setattr(type(llm.tokenizer), "encode", lambda self, *a, **k: encoded.append(a) or encode(*a, **k))
+    monkeypatch.setattr(core_memory, "draw", lambda *a: drawn.append(a) or draw_all(*a))
+    count = Progressed()
+    {
+        "write": lambda: store.write(llm, "m", text, "s", key=key, progress=count),
+        "append": lambda: store.apply(llm, "m", count),
+        "replay": lambda: store.forget_by_replay(llm, "m", "gone", count),
+        "rebuild": lambda: store.rebuild(llm, "m", "new", count),
+    }[action]()
+    assert (len(encoded), len(drawn)) == (1, 13) and count.last == (len(text), len(text))
+
+
+class Progressed:
+    def __call__(self, *numbers):
+        self.last = numbers
 
 
 def test_a_rollback_is_a_version_and_can_be_undone(llm, store):
@@ -595,10 +627,10 @@ def test_a_row_that_breaks_the_process_three_times_is_given_up(llm, store, monke
     store.append("m", "fine", "b")
     write_ids = llm.write_ids
 
-    def crash(memory, ids, source="text"):
+    def crash(memory, ids, *args):
         if len(ids) == len("poison"):
             raise MemoryError
-        return write_ids(memory, ids, source)
+        return write_ids(memory, ids, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(llm, "write_ids", crash)
@@ -726,10 +758,10 @@ def test_a_write_that_is_acknowledged_while_others_are_replayed_is_kept(llm, sto
     store.write(llm, "m", "second", "b")
     write_ids, late = llm.write_ids, []
 
-    def meanwhile(memory, ids, source="text"):
+    def meanwhile(*args):
         if not late:
             late.append(again(store).append("m", "late", "c"))
-        return write_ids(memory, ids, source)
+        return write_ids(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(llm, "write_ids", meanwhile)
@@ -743,11 +775,11 @@ def test_a_replay_that_is_broken_off_changes_nothing_and_is_cleared_up(llm, stor
     before, write_ids, calls = files(store), llm.write_ids, []
     versions = {n: [store.open(n, i) for i in range(len(store.history(n)) - (n == "m"))] for n in ("m", "f")}
 
-    def breaks(memory, ids, source="text"):
-        calls.append(source)
+    def breaks(*args):
+        calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return write_ids(memory, ids, source)
+        return write_ids(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(llm, "write_ids", breaks)
