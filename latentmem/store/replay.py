@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from latentmem.core.memory import Memory
-from latentmem.model.model import MemoryModel
 from latentmem.model.writing import Progress
 from latentmem.store.journal import Journal, Row
 from latentmem.store.locks import Locks
 from latentmem.store.states import States, after_event, facts, plain
-from latentmem.store.writing import Tokens, Writer, content_of, in_all, length, payload, tokenised
+from latentmem.store.writing import Tokens, Writer, WritingModel, content_of, in_all, length, payload, tokenised
 
 New = dict[int, Row | None]  # id of an old row -> what takes its place, its base still the old one; None: nothing
 
@@ -33,7 +32,7 @@ class Replay:
 
     # --- forgetting -------------------------------------------------------------------------------------------------
 
-    def forget(self, llm: MemoryModel, name: str, source: str, progress: Progress | None = None) -> list[str]:
+    def forget(self, llm: WritingModel, name: str, source: str, progress: Progress | None = None) -> list[str]:
         """`Store.forget_by_replay`, without the sweep."""
         with self._locks.family(name) as family:
             for memory in family:
@@ -55,7 +54,7 @@ class Replay:
             raise ValueError(f"the journal has no write of the source {source!r}.")
         return {row.id for row in removed}
 
-    def _compute(self, llm: MemoryModel, rows: list[Row], removed: set[int], progress: Progress | None) -> New:
+    def _compute(self, llm: WritingModel, rows: list[Row], removed: set[int], progress: Progress | None) -> New:
         """Compute all versions anew that are made from removed ones.
 
         Args:
@@ -103,7 +102,7 @@ class Replay:
 
     def _write(
         self,
-        llm: MemoryModel,
+        llm: WritingModel,
         row: Row,
         before: Memory,
         deltas: int,
@@ -156,7 +155,7 @@ class Replay:
 
     # --- rebuilding -------------------------------------------------------------------------------------------------
 
-    def path(self, llm: MemoryModel, name: str) -> list[Row]:
+    def path(self, llm: WritingModel, name: str) -> list[Row]:
         """What led to the newest version of a memory, its beginning first.
 
         Raises:
@@ -177,7 +176,7 @@ class Replay:
             raise ValueError(f"version {ids[-1]} was written as token ids of another tokenizer.")
         return path[::-1]
 
-    def repeat(self, llm: MemoryModel, path: Sequence[Row], name: str, progress: Progress | None) -> None:
+    def repeat(self, llm: WritingModel, path: Sequence[Row], name: str, progress: Progress | None) -> None:
         """Write into a memory what a path holds, and repeat the events between."""
         texts = {
             row.id: payload(content_of(row) or "", row.payload["source"], row.payload["role"])

@@ -31,7 +31,7 @@ from latentmem.store.objects import Disk, objects_at
 from latentmem.store.replay import Replay
 from latentmem.store.states import States, facts, plain
 from latentmem.store.views import Change, Overview, SourceStats, Version
-from latentmem.store.writing import Content, Writer, payload
+from latentmem.store.writing import Content, Writer, WritingModel, payload
 
 
 class Store:
@@ -225,7 +225,7 @@ class Store:
 
     def write(
         self,
-        llm: MemoryModel,
+        llm: WritingModel,
         name: str,
         text: Content,
         source: str = "text",
@@ -254,19 +254,29 @@ class Store:
             return self._writer.write(llm, name, memory, body, key, progress).seq
 
     def append(
-        self, name: str, text: Content, source: str = "text", *, role: str | None = None, key: str | None = None
+        self,
+        name: str,
+        text: Content,
+        source: str = "text",
+        *,
+        role: str | None = None,
+        key: str | None = None,
+        llm: WritingModel | None = None,
     ) -> int:
-        """Acknowledge a write without a model: the journal has it, and the next `write`, `ask` or `apply` applies it.
+        """Acknowledge a write: the journal has it, and the next `write`, `ask` or `apply` applies it.
+
+        Args:
+            llm: refuses now what it would refuse then, and says how many tokens the write takes. It computes nothing.
 
         Returns:
             The version that will hold it.
 
         Raises:
-            ValueError: an empty text, a source that has expired, or a key of another text.
+            ValueError: an empty text, a source that has expired, a key of another text, or what `llm` refuses.
         """
-        return self._writer.append(name, payload(text, source, role), key).seq
+        return self._writer.append(name, payload(text, source, role), key, llm).seq
 
-    def apply(self, llm: MemoryModel, name: str, progress: Progress | None = None) -> int:
+    def apply(self, llm: WritingModel, name: str, progress: Progress | None = None) -> int:
         """Apply the writes that are acknowledged and not applied yet, and forget the sources that have expired.
 
         A write that the model refuses, or that was broken off three times, is marked as failed and passed over.
@@ -316,7 +326,7 @@ class Store:
                         raise
         raise InUseError(f"the versions of {name!r} are numbered anew; try again later.")
 
-    def open(self, name: str, version: int | None = None, *, llm: MemoryModel | None = None) -> Memory:
+    def open(self, name: str, version: int | None = None, *, llm: WritingModel | None = None) -> Memory:
         """A version of a memory, by default the newest; sources whose time is over are forgotten before.
 
         Where somebody is writing, the newest version is the one that is being written, and is waited for.
@@ -403,10 +413,12 @@ class Store:
             newest = self._states.memory(self._states.ready(name, self._journal.head(memory)))
             names = [held.name for held in newest.sources]
             if source not in names:
-                raise ValueError(f"{name!r} has no source {source!r} (it has: {', '.join(names) or 'none'}).")
+                raise NotFoundError(f"{name!r} has no source {source!r} (it has: {', '.join(names) or 'none'}).")
             self._journal.set_expiry(memory, source, at)
 
-    def forget_by_replay(self, llm: MemoryModel, name: str, source: str, progress: Progress | None = None) -> list[str]:
+    def forget_by_replay(
+        self, llm: WritingModel, name: str, source: str, progress: Progress | None = None
+    ) -> list[str]:
         """Forget a source as if it had never been written: in this memory, in the one it was forked from, in all forks.
 
         Every version that holds the source is computed anew without it, by the journal; rows and objects of the old

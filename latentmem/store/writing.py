@@ -11,24 +11,25 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from latentmem.core.memory import Memory, Update
 from latentmem.errors import NotFoundError
-from latentmem.model.model import MemoryModel
-from latentmem.model.prompts import Message
-from latentmem.model.writing import Progress
+from latentmem.model.prompts import Message, Prompts
+from latentmem.model.writing import Progress, Updates
 from latentmem.store import delta
 from latentmem.store.journal import Journal, Row
 from latentmem.store.locks import Locks
 from latentmem.store.states import States, after_event, facts, largest, plain, size
 
 ATTEMPTS = 3  # broken-off attempts to apply a write before it is given up
+WAITING = 1024  # writes that wait whose tokens are kept
 CONTENTS = ("text", "turns", "ids")  # what a write can hold
 Content = str | Sequence[Message] | Sequence[int]
 
@@ -39,6 +40,11 @@ class Tokens:
 
     ids: list[int]
     role: str | None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the journal keeps of them."""
+        return {"tokens": len(self.ids), "resolved": self.role}
 
 
 @dataclass(frozen=True)
@@ -56,23 +62,43 @@ class Written:
     after: Memory
 
 
+class WritingModel(Protocol):
+    """What a store needs of a model to write with it; `MemoryModel` has all of it."""
+
+    tokenizer_identity: str
+
+    def check(self, memory: Memory) -> None: ...
+    def prompts_or_raise(self) -> Prompts: ...
+    def tokens(self, content: str | Sequence[Message], role: str | None = None) -> list[int]: ...
+    def write_ids(
+        self,
+        memory: Memory,
+        ids: list[int],
+        source: str = "text",
+        progress: Progress | None = None,
+        updates: Updates | None = None,
+    ) -> Memory: ...
+
+
 class Writer:
     """Changes the memories of one store; whoever calls holds the memory, except for `append`."""
 
     def __init__(self, journal: Journal, states: States, locks: Locks) -> None:
         self._journal, self._states, self._locks = journal, states, locks
+        self._tokens: OrderedDict[int, tuple[str, Tokens]] = OrderedDict()  # of rows that wait: the tokenizer, the ids
 
     # --- acknowledging ----------------------------------------------------------------------------------------------
 
-    def append(self, name: str, payload: dict[str, Any], key: str | None) -> Row:
+    def append(self, name: str, payload: dict[str, Any], key: str | None, llm: WritingModel | None = None) -> Row:
         """The row of a write, pending, or the row that has this key already."""
-        memory = self._journal.id(name)
+        memory, tokens = self._journal.id(name), None if llm is None else accepted(tokenised(llm, payload))
         with self._journal.transaction():
-            return self._keyed(name, memory, key, payload) or self._acknowledge(name, memory, payload, key)
+            known = self._keyed(name, memory, key, payload)
+            return known or self._acknowledge(name, memory, payload, key, llm, tokens)
 
     def write(
         self,
-        llm: MemoryModel,
+        llm: WritingModel,
         name: str,
         memory: int,
         payload: dict[str, Any],
@@ -85,12 +111,10 @@ class Writer:
         known = self._keyed(name, memory, key, payload)
         if known is not None:
             return _succeeded(known)
-        tokens = tokens or tokenised(llm, payload)
-        if isinstance(tokens, ValueError):  # what the model refuses is not acknowledged
-            raise tokens
-        pending = self._acknowledge(name, memory, payload, key)
+        tokens = accepted(tokens or tokenised(llm, payload))  # what the model refuses is not acknowledged
+        pending = self._acknowledge(name, memory, payload, key, llm, tokens)
         try:
-            self.settle(llm, memory, progress, {pending.id: tokens})
+            self.settle(llm, memory, progress)
             return _succeeded(self._journal.row(pending.id))
         except BaseException as error:
             self._withdraw(pending, error)
@@ -109,12 +133,27 @@ class Writer:
             )
         return row
 
-    def _acknowledge(self, name: str, memory: int, payload: dict[str, Any], key: str | None) -> Row:
+    def _acknowledge(
+        self,
+        name: str,
+        memory: int,
+        payload: dict[str, Any],
+        key: str | None,
+        llm: WritingModel | None,
+        tokens: Tokens | None,
+    ) -> Row:
+        if tokens is not None:
+            payload = payload | tokens.facts
         with self._journal.transaction():
             if self._journal.find(name) != memory:
                 raise NotFoundError(f"the memory {name!r} was deleted meanwhile.")
             base = self._journal.head(memory).id
-            return self._journal.append(Row(memory, "write", base, payload, key, state="pending"))
+            row = self._journal.append(Row(memory, "write", base, payload, key, state="pending"))
+        if llm is not None and tokens is not None:
+            self._tokens[row.id] = (llm.tokenizer_identity, tokens)
+            while len(self._tokens) > WAITING:  # others may have applied the oldest
+                self._tokens.popitem(last=False)
+        return row
 
     def _withdraw(self, row: Row, error: BaseException) -> None:
         """Take back a write that could not be applied, so that nothing has changed."""
@@ -134,34 +173,27 @@ class Writer:
 
     # --- applying ---------------------------------------------------------------------------------------------------
 
-    def advance(self, llm: MemoryModel | None, name: str, memory: int, progress: Progress | None = None) -> None:
+    def advance(self, llm: WritingModel | None, name: str, memory: int, progress: Progress | None = None) -> None:
         """Apply the writes that wait, then forget the sources that have expired."""
         if llm is not None:
             self.settle(llm, memory, progress)
         for source in self.expired(memory):
             self.event(name, memory, "expire", source)
 
-    def settle(
-        self,
-        llm: MemoryModel,
-        memory: int,
-        progress: Progress | None = None,
-        known: Mapping[int, Tokens | ValueError] | None = None,
-    ) -> None:
-        """Apply the writes that wait, in order.
-
-        Args:
-            known: tokens of rows, where the caller has them.
-        """
+    def settle(self, llm: WritingModel, memory: int, progress: Progress | None = None) -> None:
+        """Apply the writes that wait, in order."""
         rows = self._journal.pending(memory)
-        texts = dict(known or {})
-        for row in rows:
-            texts[row.id] = texts.get(row.id) or tokenised(llm, row.payload)
-        steps = in_all(progress, [length(texts[row.id]) for row in rows])
-        for row, step in zip(rows, steps, strict=True):
-            self._apply(llm, row, texts[row.id], step)
+        texts = [self._tokens_of(llm, row) for row in rows]
+        steps = in_all(progress, [length(tokens) for tokens in texts])
+        for row, tokens, step in zip(rows, texts, steps, strict=True):
+            self._apply(llm, row, tokens, step)
 
-    def _apply(self, llm: MemoryModel, row: Row, tokens: Tokens | ValueError, progress: Progress | None) -> None:
+    def _tokens_of(self, llm: WritingModel, row: Row) -> Tokens | ValueError:
+        """The tokens of a row that waits, from its acknowledgement if this process made it with the same tokenizer."""
+        tokenizer, tokens = self._tokens.pop(row.id, ("", None))
+        return tokens if tokens is not None and tokenizer == llm.tokenizer_identity else tokenised(llm, row.payload)
+
+    def _apply(self, llm: WritingModel, row: Row, tokens: Tokens | ValueError, progress: Progress | None) -> None:
         base = self._journal.row(row.base or 0)
         before = self._states.memory(base)
         llm.check(before)
@@ -197,7 +229,7 @@ class Writer:
 
     def compute(
         self,
-        llm: MemoryModel,
+        llm: WritingModel,
         row: Row,
         before: Memory,
         deltas: int,
@@ -211,8 +243,7 @@ class Writer:
             deltas: between that and the snapshot before it.
             tokens: of its text, or why the model refuses the text.
         """
-        if isinstance(tokens, ValueError):
-            raise tokens
+        tokens = accepted(tokens)
         updates: list[Update] = []
         limit = largest(before)
 
@@ -222,8 +253,7 @@ class Writer:
 
         after = llm.write_ids(before, tokens.ids, row.payload["source"], progress, keep)
         small = deltas + 1 < self._states.snapshot_every and delta.size(updates) < size(after)
-        payload = row.payload | {"tokens": len(tokens.ids), "resolved": tokens.role}
-        row = replace(row, payload=payload, state="applied", facts=facts(after))
+        row = replace(row, payload=row.payload | tokens.facts, state="applied", facts=facts(after))
         return Written(row, delta.to_bytes(updates) if small else after, after)
 
     # --- without a text ---------------------------------------------------------------------------------------------
@@ -296,7 +326,7 @@ def content_of(row: Row) -> Content | None:
     return next((row.payload[kind] for kind in CONTENTS if kind in row.payload), None)
 
 
-def tokenised(llm: MemoryModel, payload: dict[str, Any]) -> Tokens | ValueError:
+def tokenised(llm: WritingModel, payload: dict[str, Any]) -> Tokens | ValueError:
     """The tokens of a write, or why the model refuses it."""
     if "ids" in payload:
         return Tokens(payload["ids"], None)
@@ -308,6 +338,13 @@ def tokenised(llm: MemoryModel, payload: dict[str, Any]) -> Tokens | ValueError:
         return Tokens(llm.tokens(payload["text"], role), role)
     except ValueError as error:
         return error
+
+
+def accepted(tokens: Tokens | ValueError) -> Tokens:
+    """The tokens, or the error with which the model refuses them."""
+    if isinstance(tokens, ValueError):
+        raise tokens
+    return tokens
 
 
 def length(tokens: Tokens | ValueError) -> int:

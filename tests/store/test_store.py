@@ -139,7 +139,7 @@ def test_deltas_stand_between_snapshots_and_are_smaller(llm, tmp_path):
     assert store._journal.head(store._journal.id("small")).kind == "snapshot"
 
 
-@pytest.mark.parametrize("action", ["write", "append", "replay", "rebuild"])
+@pytest.mark.parametrize("action", ["write", "append", "accept", "replay", "rebuild"])
 def test_a_write_of_13_updates_is_tokenised_once_and_each_update_drawn_once(llm, store, monkeypatch, action):
     text, key = "a" * (12 * 8 + 3), "one"
     store.create("m", start(llm))
@@ -159,6 +159,7 @@ def test_a_write_of_13_updates_is_tokenised_once_and_each_update_drawn_once(llm,
     {
         "write": lambda: store.write(llm, "m", text, "s", key=key, progress=count),
         "append": lambda: store.apply(llm, "m", count),
+        "accept": lambda: (store.append("m", text, "s", llm=llm), store.apply(llm, "m", count)),
         "replay": lambda: store.forget_by_replay(llm, "m", "gone", count),
         "rebuild": lambda: store.rebuild(llm, "m", "new", count),
     }[action]()
@@ -606,6 +607,16 @@ def test_what_was_acknowledged_is_applied_in_order_by_the_next_who_has_a_model(l
     expected = llm.write(llm.write(llm.write(live[-1], "one", "b"), "two", "b"), "three", "c")
     same(again(later).open("m"), expected)
     assert store.append("m", "two", "b", key="two") == 3
+
+
+def test_a_model_at_hand_refuses_before_a_write_is_acknowledged_and_counts_its_tokens(llm, store):
+    store.create("m", start(llm))
+    with pytest.raises(ValueError, match="role"):
+        store.append("m", "x", role="judge", llm=llm)
+    assert store.append("m", "five.", llm=llm) == 1 and store.version("m").tokens == 5
+    assert store.append("m", "five.") == 2 and store.version("m").tokens == 0
+    store.apply(llm, "m")
+    assert [v.tokens for v in store.history("m")] == [0, 5, 5]
 
 
 def test_a_row_that_the_model_refuses_is_marked_and_passed_over(llm, store):

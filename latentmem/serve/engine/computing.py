@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from latentmem.core.memory import Memory
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Message, Prompts
@@ -31,7 +29,7 @@ class EngineModel:
     """
 
     def __init__(self, llm: MemoryModel, engine: Engine) -> None:
-        self._llm, self._engine = llm, engine
+        self._llm, self._engine, self.tokenizer_identity = llm, engine, llm.tokenizer_identity
         self.newest: Memory | None = None
         self.tokens_written = 0
 
@@ -72,15 +70,6 @@ class EngineModel:
             if progress is not None:
                 progress(start + len(piece), len(ids))
         return memory
-
-    @property
-    def retriever(self) -> EngineModel:
-        """What makes the keys of slots that go to a long-term memory."""
-        return self
-
-    def new_keys(self, memory: Memory, dropped: Tensor) -> Tensor | None:
-        """As `Retriever.new_keys`."""
-        return self._compute(partial(self._llm.retriever.new_keys, memory, dropped))
 
     def _compute(self, action: Callable[[], Result]) -> Result:
         release_threads()

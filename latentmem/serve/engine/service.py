@@ -264,9 +264,9 @@ class Service:
         """
         self._accept()
         try:
-            count = tokens(self.llm, content, role)  # what is refused, is refused before it is accepted
             key = key or f"{OWN_KEY}{uuid.uuid4().hex}"  # versions can be numbered anew before it is applied
-            version = self.store.append(name, content, source, role=role, key=key)
+            version = self.store.append(name, content, source, role=role, key=key, llm=self.llm)
+            count = self.store.version(name, key=key).tokens
             done = self._change(lambda: self._apply(name, key))
         except BaseException:
             self._changed()
@@ -362,20 +362,6 @@ class Service:
         with self._count:
             self._changes -= 1
             self._count.notify_all()
-
-
-def tokens(llm: MemoryModel, content: Content, role: str | None = None) -> int:
-    """How many tokens a write takes.
-
-    Raises:
-        ValueError: it is empty, or the model can not read it.
-    """
-    prompts = llm.prompts_or_raise()
-    if isinstance(content, str):
-        return len(prompts.written(content, role))
-    if not content:
-        raise ValueError("there is nothing to be written; give at least one turn.")
-    return sum(len(prompts.turn(turn)) for turn in content if isinstance(turn, dict))
 
 
 def quarter(device: torch.device) -> int:
