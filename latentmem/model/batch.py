@@ -162,17 +162,19 @@ class Batch:
         """Logits of the next token behind tokens [B, n], [B, vocab] float32."""
         n, device = tokens.shape[1], tokens.device
         text = self._text[:, : self._text.shape[1] - self._unread.shape[1]]
-        lengths = torch.tensor([row.front.P if row.front else 0 for row in self.rows], device=device)[:, None]
-        P = int(lengths.max())
-        mask = None
+        lengths = [row.front.P if row.front else 0 for row in self.rows]
+        P, mask = max(lengths), None
+        positions = torch.arange(P + text.shape[1] - n, P + text.shape[1], device=device).expand(len(tokens), -1)
         if self._padded:
-            in_front = (torch.arange(P, device=device)[None] >= P - lengths).long()
+            starts = torch.tensor(lengths, device=device)[:, None]
+            in_front = (torch.arange(P, device=device)[None] >= P - starts).long()
             mask = torch.cat([in_front, text], dim=1)
+            positions = (starts + text.cumsum(1) - 1).clamp(min=0)[:, -n:]
         with self.llm.using(self._adapter):
             output = self.llm.base(
                 input_ids=tokens,
                 attention_mask=mask,
-                position_ids=(lengths + text.cumsum(1) - 1).clamp(min=0)[:, -n:],
+                position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,

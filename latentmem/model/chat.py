@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+from transformers import Cache
+
 from latentmem.core.memory import Memory
 from latentmem.model.generating import MAX_NEW_TOKENS
 from latentmem.model.model import MemoryModel
-from latentmem.model.prompts import Message
+from latentmem.model.prompts import Message, shared_length
 
 
 class Journal(Protocol):
@@ -52,7 +54,7 @@ class Conversation:
         self.window, self.journal = window, journal
         if self.messages and self.messages[-1]["role"] == "user":  # it was cut off before the answer
             self.messages.append({"role": "assistant", "content": ""})
-        self._cache: Any = None
+        self._cache: Cache | None = None
         self._read: list[int] = []  # the ids that `_cache` holds behind the memory
 
     def say(self, text: str, **generate_kwargs: Any) -> str:
@@ -81,15 +83,7 @@ class Conversation:
 
     def _answer(self, asked: Message, ids: list[int], generate_kwargs: dict[str, Any]) -> Iterator[str]:
         answer, whole = "", True
-        question = self.llm.prompts_or_raise().chat([asked], bare=not self.memory.is_empty)
-        cache = self._cache if self.memory.is_empty else self.llm.text_cache(self.memory, question, self._cache)
-        if cache is not self._cache:  # the long-term memory gives something else than for the last question
-            self._read = []
-        known = 0
-        if cache is not None:  # what the last turns left in it; `generate` needs at least one token to read
-            same = (a == b for a, b in zip(self._read, ids[:-1], strict=False))
-            known = next((i for i, equal in enumerate(same) if not equal), min(len(self._read), len(ids) - 1))
-            self._crop(cache, known)
+        cache, known = self._read_before(asked, ids)
         try:
             for part in self.llm.stream_ids(self.memory, ids[known:], cache=cache, **generate_kwargs):
                 answer += part
@@ -104,7 +98,19 @@ class Conversation:
             if self.journal:
                 self.journal.keep_turns(self.messages, self.source)
 
-    def _crop(self, cache: Any, text: int) -> None:
+    def _read_before(self, asked: Message, ids: list[int]) -> tuple[Cache | None, int]:
+        """The cache behind which an answer begins, and how many ids of the prompt the cache holds already."""
+        question = self.llm.prompts_or_raise().chat([asked], bare=not self.memory.is_empty)
+        cache = self.llm.text_cache(self.memory, question, self._cache)
+        if cache is None:
+            return None, 0
+        known = 0
+        if cache is self._cache:  # the long-term memory gives the same as for the last question
+            known = min(shared_length(self._read, ids), len(ids) - 1)  # at least one token is left to read
+        self._crop(cache, known)
+        return cache, known
+
+    def _crop(self, cache: Cache | None, text: int) -> None:
         """Cut a cache back to its first `text` tokens behind the memory."""
         if cache is not None:
             surplus = cache.get_seq_length() - self.llm.positions(self.memory) - text
@@ -115,7 +121,7 @@ class Conversation:
         """The most slots that writing all turns may take; a preset may fill up what a short text writes."""
         if self.memory.rules.slots_of(1, self.memory.K, 1) > 1:
             return self.memory.N
-        tokens = sum(len(self.llm.prompts_or_raise().turn(message)) for message in self.messages)
+        tokens = len(self.llm.tokens(self.messages)) if self.messages else 0
         return tokens // self.memory.compression + len(self.messages) + tokens // self.memory.piece
 
     def _room(self, new: int, more: int = 0) -> int:
@@ -141,12 +147,12 @@ class Conversation:
 
     def _write(self, count: int) -> None:
         """Write the oldest `count` turns into the memory, with their roles, and take them out of the context."""
-        if count:
-            if self.journal:
-                self.memory = self.journal.write(self.llm, self.messages, count, self.source)
-            else:
-                prompts = self.llm.prompts_or_raise()
-                ids = [i for message in self.messages[:count] for i in prompts.turn(message)]
-                self.memory = self.llm.write_ids(self.memory, ids, self.source)
-            self.messages = self.messages[count:]
-            self._cache, self._read = None, []
+        if not count:
+            return
+        if self.journal:
+            self.memory = self.journal.write(self.llm, self.messages, count, self.source)
+        else:
+            ids = self.llm.tokens(self.messages[:count])
+            self.memory = self.llm.write_ids(self.memory, ids, self.source)
+        self.messages = self.messages[count:]
+        self._cache, self._read = None, []

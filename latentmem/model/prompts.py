@@ -106,28 +106,32 @@ class Prompts:
         """Ids of a conversation, ready for the assistant's turn; contents stay plain text."""
         if not self.chats:
             return self._bos(bare) + self.text("".join(map(_line, messages)) + "Assistant:")
-        if messages[0]["role"] != "system" and self.style.system is not None:
-            if self.style.system == "":
-                turns = [i for message in messages for i in self.turn(message)]
-                return self._control(self._leading_bos(bare)) + turns + self._control(self._answer_opening())
-            messages = [{"role": "system", "content": self.style.system}, *messages]
-        text = self._render([{**m, "content": _mark(i)} for i, m in enumerate(messages)], answer=True)
+        system = self.style.system if messages[0]["role"] != "system" else None
+        if system == "":
+            turns = [i for message in messages for i in self.turn(message)]
+            return self._control(self._leading_bos(bare)) + turns + self._control(self._answer_opening())
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *messages]
+        text = self._render([{**message, "content": _mark(i)} for i, message in enumerate(messages)], answer=True)
         if bare:
             text = text.removeprefix(self._leading_bos(False))
         ids: list[int] = []
-        for part in re.split(f"({_MARK_WHOLE})", text):
-            found = re.fullmatch(_MARK, part)
-            ids += self.text(messages[int(found[1])]["content"]) if found else self._control(part)
+        for i, part in enumerate(re.split(_MARK, text)):  # control, number of a message, control, ...
+            ids += self.text(messages[int(part)]["content"]) if i % 2 else self._control(part)
         return ids
 
     @cached_property
     def frame(self) -> tuple[list[int], list[int]]:
-        """Ids that stand before and after every question (without bos): the template's, and the style's."""
-        some = [self.question(text, bare=True) for text in ("Who was it", "ten days ago")]
-        n = min(map(len, some))
-        lead = next(i for i in range(n + 1) if i == n or some[0][i] != some[1][i])
-        tail = next(i for i in range(n - lead + 1) if i == n - lead or some[0][-1 - i] != some[1][-1 - i])
-        return some[0][:lead], some[0][len(some[0]) - tail :]
+        """Ids that stand before and after every question (without bos): the template's, and the style's.
+
+        <user> Who was it    <end> <assistant>
+        <user> ten days ago  <end> <assistant>
+        before               after               = what two questions share at both ends
+        """
+        one, other = (self.question(text, bare=True) for text in ("Who was it", "ten days ago"))
+        before = shared_length(one, other)
+        after = shared_length(one[before:][::-1], other[before:][::-1])
+        return one[:before], one[len(one) - after :]
 
     @property
     def opening(self) -> list[int]:
@@ -201,16 +205,20 @@ class Prompts:
             turn = self._render([{"role": "system", "content": _mark(3)}, user]).removesuffix(first)
         else:
             raise ValueError(f"role must be system, user, assistant or raw, got {role!r}.")
-        before, _, after = re.split(f"({_MARK_WHOLE})", turn)
+        before, _, after = re.split(_MARK, turn)
         return before, after
 
 
-_MARK = r"\x02content(\d+)\x03"
-_MARK_WHOLE = _MARK.replace("(", "(?:")
+_MARK = r"\x02content(\d+)\x03"  # stands for the content of a message while the template is rendered
 
 
 def _mark(i: int) -> str:
     return f"\x02content{i}\x03"
+
+
+def shared_length(one: list[int], other: list[int]) -> int:
+    """How many ids two lists have in common at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _line(message: Message) -> str:
