@@ -237,7 +237,8 @@ class Store:
         """Write a text, turns of a conversation or token ids into a memory; when this returns, no crash loses it.
 
         Args:
-            source, role: as in `MemoryModel.write`.
+            source: the name under which the text is accounted; as in `MemoryModel.write`.
+            role: as in `MemoryModel.write`.
             key: idempotency key: a second write with the same key and text changes nothing.
             progress: called after each piece with (tokens done, tokens in all).
 
