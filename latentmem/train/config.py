@@ -285,7 +285,7 @@ class Config:
             (r.width or not r.alone, "retriever.alone needs a retriever.width above 0."),
             (
                 not r.width or any(self.objectives.get(name) for name in OBJECTIVES if name not in UNASKED),
-                f"retriever.width needs an objective that asks about texts; {' and '.join(UNASKED)} do not.",
+                f"retriever.width needs an objective that asks about texts; {', '.join(UNASKED)} do not.",
             ),
             (1 <= t.shortest <= t.longest, f"texts: shortest={t.shortest} must not exceed longest={t.longest}."),
             (t.longest <= piece, f"texts.longest={t.longest} is more than one update reads, {piece} tokens."),

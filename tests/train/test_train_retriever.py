@@ -592,6 +592,6 @@ def test_sizes_that_make_no_sense_are_refused(retriever, named):
 
 def test_something_must_be_asked_about_a_text():
     some = {"data": (Source("x"),), "retriever": RetrieverShape(4)}
-    with pytest.raises(ValueError, match="needs an objective that asks about texts; unrelated and chat do not"):
+    with pytest.raises(ValueError, match="needs an objective that asks about texts; unrelated, chat, everyday do not"):
         Config(objectives={"unrelated": 1.0, "chat": 1.0, "recall": 0.0}, **some)
     assert Config(objectives={"unrelated": 1.0, "unknown": 0.1}, **some).retriever.sizes == {"width": 4, "hidden": 8}
