@@ -283,9 +283,9 @@ def test_a_dropped_file_is_written_and_one_sees_how(server, trained, opened, mon
     server.service.store.create("dropped", trained.empty(N=512, K=64))
     write, updates, seen = trained.write_ids, count(1), threading.Event()
 
-    def slowly(*args):
+    def slowly(*args, **more):
         assert next(updates) != 3 or seen.wait(HANG)
-        return write(*args)
+        return write(*args, **more)
 
     monkeypatch.setattr(trained, "write_ids", slowly)
     page = opened(server, "dropped")

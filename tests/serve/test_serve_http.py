@@ -354,13 +354,13 @@ def test_a_write_is_seen_while_it_is_made(llm, tmp_path):
         service, went, goes_on = server.service, threading.Event(), threading.Event()
         usual, count = service.llm.write_ids, 0
 
-        def slowly(*args):
+        def slowly(*args, **more):
             nonlocal count
             count += 1
             if count == 3:
                 went.set()
                 assert goes_on.wait(HANG)
-            return usual(*args)
+            return usual(*args, **more)
 
         service.llm.write_ids = slowly
         sent = server("POST", "/v1/memories/m/write", {"text": "x" * 40, "wait": False})
