@@ -241,7 +241,7 @@ def test_names_of_other_memories_are_never_told(guarded):
     for method, path, body, status in [
         ("DELETE", "/v1/memories/alice", None, 409),
         ("POST", "/v1/memories/alice/forget", {"source": "notes", "exact": True}, 403),
-        ("POST", "/v1/memories/alice/pin", {"source": "nothing"}, 404),
+        ("POST", "/v1/memories/alice/pin", {"source": "nothing"}, 400),
         ("GET", "/v1/memories/alice/history?text=true", None, 200),
     ]:
         got, said = server(method, path, body, **mine)

@@ -605,6 +605,9 @@ def test_a_full_disk_keeps_the_checkpoint_before(what, error, config, straight, 
         Path(path).write_bytes(b"a part")
         raise error
 
+    def full(*_):
+        raise error
+
     out = tmp_path / "run"
     Run(config, out).train(stop=2)
     with (
@@ -612,7 +615,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(what, error, config, straight, 
         pytest.raises(ValueError, match=f"{what} could not be .*No space left.*make room"),
     ):
         if what == "the result":
-            patch.setattr("safetensors.torch.save_file", disk)
+            patch.setattr("latentmem.files.container.canonical", full)
         else:
             patch.setattr(loop, "save_file", disk)
         Run(config, out).train()
