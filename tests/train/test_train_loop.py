@@ -615,7 +615,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(what, error, config, straight, 
         pytest.raises(ValueError, match=f"{what} could not be .*No space left.*make room"),
     ):
         if what == "the result":
-            patch.setattr("latentmem.files.container.canonical", full)
+            patch.setattr(loop, "result", full)
         else:
             patch.setattr(loop, "save_file", disk)
         Run(config, out).train()
