@@ -15,6 +15,7 @@ import platformdirs
 import torch
 from filelock import FileLock
 
+from latentmem.files.container import replace_folder
 from latentmem.loading.hub import PACKAGED, _dequantised, _transformers, log, quiet
 from latentmem.model.model import MemoryModel
 
@@ -77,9 +78,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
             AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
         sums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
         (temporary / "SHA256SUMS").write_text("".join(f"{sha}  {name}\n" for name, sha in sums.items()))
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

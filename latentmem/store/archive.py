@@ -44,7 +44,7 @@ PAYLOAD: dict[str, tuple[type, ...]] = {
     "ids": (list,),
     "tokens": (int,),
 }
-NEEDS = {"write": {"source", "role", "sha256"}} | {event: {"source"} for event in ("pin", "unpin", "forget", "expire")}
+NEEDED = {"write": {"source", "role", "sha256"}} | {key: {"source"} for key in ("pin", "unpin", "forget", "expire")}
 CONTENTS = {"text", "turns", "ids"}  # a write has one of them
 BEGINNINGS = ("create", "import")
 
@@ -140,7 +140,6 @@ class Reader:
             raise ValueError(f"{path} is no exported memory ({error}).") from error
         try:
             self._read_books()
-            self._check_blocks()
         except (KeyError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile, ValueError) as error:
             self._file.close()
             raise ValueError(f"{path} is damaged or no exported memory: {error}.") from error
@@ -202,9 +201,6 @@ class Reader:
             raise ValueError("a block has another size in its journal")
         if {row.object for row in self.rows if row.object}.union(*blocks) != set(self.objects):
             raise ValueError("its objects are not those that its journal names")
-
-    def _check_blocks(self) -> None:
-        """A snapshot says itself which blocks it needs."""
         for row in self.rows:
             needed: set[str] = set()
             if row.kind == "snapshot" and row.object:
@@ -214,47 +210,37 @@ class Reader:
 
 
 def _row(i: int, line: dict[str, Any]) -> Row:
-    """Line i of a journal, checked by itself; a ValueError says what is wrong with it."""
+    """Line i of a journal, checked by itself; a ValueError if it is no version of a memory."""
     if set(line) != set(TYPES) or any(type(line[name]) not in kinds for name, kinds in TYPES.items()):
         raise ValueError(f"line {i} of its journal has other fields")
     json.dumps(line, ensure_ascii=False).encode()  # a ValueError where it is no valid Unicode
     row = Row(memory=0, **line)
-    for fault, there in (*_payload_faults(row).items(), *_row_faults(i, row).items()):
-        if there:
-            raise ValueError(f"line {i} of its journal {fault}")
+    if not _is_payload(row.event, row.payload):
+        raise ValueError(f"line {i} of its journal has another payload")
+    write, first = row.event == "write", row.event in BEGINNINGS
+    sound = (
+        row.event in EVENTS and row.state in STATES and row.kind in KINDS,
+        row.seq == i and 0 <= row.attempts < 100 and 0 <= row.time < LATEST,
+        (row.base is None) if i == 0 else (row.base is not None and 0 <= row.base < i),
+        first == (i == 0) and (not first or row.kind == "snapshot"),
+        (row.object is None) == (row.kind == "none"),
+        (row.state == "applied") == (row.kind != "none") if write else row.kind != "delta" and row.state != "pending",
+    )
+    if not all(sound):
+        raise ValueError(f"line {i} of its journal does not belong there")
     return row
 
 
-def _payload_faults(row: Row) -> dict[str, bool]:
-    """Fault -> whether the payload of a row has it."""
-    payload = row.payload
-    ids, turns = payload.get("ids"), payload.get("turns")
-    return {
-        "has another payload": not NEEDS.get(row.event, set()) <= set(payload) <= set(PAYLOAD),
-        "has a value of another type": any(type(value) not in PAYLOAD.get(name, ()) for name, value in payload.items()),
-        "holds token ids that are no numbers": type(ids) is list and any(type(token) is not int for token in ids),
-        "holds turns that are none": type(turns) is list and not all(map(_is_turn, turns)),
-        "holds no text, more than one, or one too many": len(CONTENTS & set(payload)) != int(row.event == "write"),
-    }
+def _is_payload(event: str, payload: dict[str, Any]) -> bool:
+    needed, write = NEEDED.get(event, set()), event == "write"
+    if not needed <= set(payload) <= set(PAYLOAD) or len(CONTENTS & set(payload)) != int(write):
+        return False
+    return (
+        all(type(value) in PAYLOAD[name] for name, value in payload.items())
+        and all(type(token) is int for token in payload.get("ids", ()))
+        and all(map(_is_turn, payload.get("turns", ())))
+    )
 
 
 def _is_turn(turn: object) -> bool:
     return type(turn) is dict and set(turn) == {"role", "content"} and {*map(type, turn.values())} == {str}
-
-
-def _row_faults(i: int, row: Row) -> dict[str, bool]:
-    """Fault -> whether row i has it."""
-    known = row.event in EVENTS and row.state in STATES and row.kind in KINDS
-    bounded = 0 <= row.attempts < 100 and 0 <= row.time < LATEST
-    based = row.base is None if i == 0 else row.base is not None and 0 <= row.base < i
-    write, first = row.event == "write", row.event in BEGINNINGS
-    second = i == 1 and row.event == "import"  # a memory that was taken with what it was made from
-    return {
-        "has an unknown value": not (known and bounded),
-        "does not belong there": row.seq != i or not based or first != (i == 0 or second),
-        "is a beginning without a snapshot": first and row.kind != "snapshot",
-        "names an object that it can not have": (row.object is None) != (row.kind == "none")
-        or (row.kind == "delta" and not write),
-        "is a write without an object, or one too many": write and (row.state == "applied") != (row.kind != "none"),
-        "waits and is no write": row.state == "pending" and not write,
-    }

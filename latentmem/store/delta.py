@@ -9,7 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from latentmem.core.memory import Memory, Update, update
+from latentmem.core import memory as memories
+from latentmem.core.memory import Memory, Update
+from latentmem.errors import DamagedError
 from latentmem.files import container
 from latentmem.files.container import Buffer
 
@@ -23,14 +25,13 @@ def size(updates: list[Update]) -> int:
 
 def to_bytes(updates: list[Update]) -> bytes:
     """A delta as a safetensors file; equal updates give equal bytes."""
-    tensors = {}
-    for i, one in enumerate(updates):
-        tensors[f"new.{i}"] = one.slots.detach().cpu().contiguous()
-        tensors[f"dropped.{i}"] = one.dropped.int()
-        if one.keys is not None:
-            tensors[f"keys.{i}"] = one.keys.contiguous()
-    books = [{"source": one.source, "tokens": one.tokens} for one in updates]
-    return container.to_bytes(tensors, {"format": FORMAT, "updates": json.dumps(books)})
+    tensors: dict[str, Tensor] = {}
+    for i, update in enumerate(updates):
+        tensors |= {f"new.{i}": update.slots, f"dropped.{i}": update.dropped.int()}
+        if update.keys is not None:
+            tensors[f"keys.{i}"] = update.keys
+    accounts = [{"source": update.source, "tokens": update.tokens} for update in updates]
+    return container.to_bytes(tensors, {"format": FORMAT, "updates": json.dumps(accounts)})
 
 
 def from_bytes(data: Buffer, name: str) -> list[Update]:
@@ -39,37 +40,32 @@ def from_bytes(data: Buffer, name: str) -> list[Update]:
     Raises:
         ValueError: it is no delta.
     """
-    tensors, metadata = container.from_bytes(data, name)
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{name} is no delta of this version: expected the format {FORMAT!r}, got {metadata!r}.")
+    tensors, header = container.from_bytes(data, name)
+    if header.get("format") != FORMAT:
+        raise DamagedError(f"{name} is no delta of this version: expected the format {FORMAT!r}, got {header!r}.")
     try:
-        books = json.loads(metadata["updates"])
-        found = [
-            Update(
-                tensors.pop(f"new.{i}"),
-                tensors.pop(f"dropped.{i}").to(torch.long),
-                book["source"],
-                book["tokens"],
-                tensors.pop(f"keys.{i}", None),
-            )
-            for i, book in enumerate(books)
-        ]
-        if tensors or not all(type(one.source) is str and type(one.tokens) is int for one in found):
-            raise ValueError(f"unknown tensors {sorted(tensors)} or accounts {books}")
+        updates = []
+        for i, account in enumerate(json.loads(header["updates"])):
+            slots, dropped, keys = tensors.pop(f"new.{i}"), tensors.pop(f"dropped.{i}"), tensors.pop(f"keys.{i}", None)
+            updates.append(Update(slots, dropped.long(), account["source"], account["tokens"], keys))
+        if tensors or not all(type(update.source) is str and type(update.tokens) is int for update in updates):
+            raise ValueError(f"unknown tensors {sorted(tensors)} or accounts {header['updates']}")
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{name} is a damaged delta ({error}). Restore it from a copy.") from error
-    return found
+        raise DamagedError(f"{name} is a damaged delta ({error}). Restore it from a copy.") from error
+    return updates
 
 
 class Chain:
     """Changes of a memory, one after another; every slot that is left at the end is copied once.
 
-    Meanwhile the memory holds the numbers of its slots in their place, so that what is kept and dropped is decided by
-    the very functions that decide it for a memory itself. One with a long-term part, which takes the slots that are
-    dropped, goes on as it is.
+    parts    [the memory's slots] [new slots of an update] [new slots of the next] ...    numbered 0, 1, 2, ... through
+    books    the memory with these numbers in the place of its slots
+
+    So what is kept and dropped is decided by the very functions that decide it for a memory. A memory with a long-term
+    part, which takes the slots that are dropped, goes on as it is.
 
     Args:
-        memory: what the changes begin with.
+        memory: the memory before all changes.
         mapped: whether its slots lie in a file, so that they are copied even if nothing moves them.
     """
 
@@ -78,55 +74,52 @@ class Chain:
         self._begin(memory)
 
     def _begin(self, memory: Memory) -> None:
-        self._whole = memory.longterm is not None
+        self._numbered = memory.longterm is None
         self._parts, self._bytes = [memory.slots], 0
-        if self._whole:
-            self._books = memory
-            return
-        self._start = _numbers(memory.L, memory.M, 0)
+        self._start = _numbers(memory.L, memory.M, 0) if self._numbered else memory.slots
         self._books = replace(memory, slots=self._start)
 
-    def update(self, one: Update) -> None:
+    def update(self, change: Update) -> None:
         """Apply an update; a ValueError if it does not fit."""
-        like = self._parts[0]
-        if one.slots.ndim != 3 or one.slots.shape[::2] != like.shape[::2] or one.slots.dtype != like.dtype:
+        first, slots = self._parts[0], change.slots
+        if slots.ndim != 3 or slots.shape[::2] != first.shape[::2] or slots.dtype != first.dtype:
             raise ValueError(
-                f"new slots must be [{like.shape[0]}, k, {like.shape[2]}] in {like.dtype}, got "
-                f"{list(one.slots.shape)} in {one.slots.dtype}."
+                f"new slots must be [{first.shape[0]}, k, {first.shape[2]}] in {first.dtype}, got {list(slots.shape)} "
+                f"in {slots.dtype}."
             )
-        if self._whole:
-            self._books = update(self._books, replace(one, slots=one.slots.to(like.device)))
+        slots = slots.to(first.device)
+        if not self._numbered:
+            self._books = memories.update(self._books, replace(change, slots=slots))
             return
-        numbers = _numbers(like.shape[0], one.slots.shape[1], sum(part.shape[1] for part in self._parts))
-        self._books = update(self._books, replace(one, slots=numbers))
-        self._parts.append(one.slots.to(like.device))
-        self._bytes += one.slots.nbytes
-        if self._bytes > 2 * like.nbytes + (1 << 20):  # what comes from elsewhere than a disk is held until then
+        numbers = _numbers(first.shape[0], slots.shape[1], sum(part.shape[1] for part in self._parts))
+        self._books = memories.update(self._books, replace(change, slots=numbers))
+        self._parts.append(slots)
+        self._bytes += slots.nbytes
+        if self._bytes > 2 * first.nbytes + (1 << 20):  # parts that come from elsewhere than a disk are held until then
             memory, self._mapped = self.memory(), False
             self._begin(memory)
 
     def change(self, how: Callable[[Memory], Memory]) -> None:
-        """Apply what only drops slots or keeps books, such as `core.memory.forget`."""
+        """Apply a change that only drops slots or keeps books, such as `core.memory.forget`."""
         self._books = how(self._books)
 
     def memory(self) -> Memory:
         """The memory after all changes."""
-        if self._whole:
-            untouched = self._mapped and self._books.slots is self._parts[0]
-            return replace(self._books, slots=self._books.slots.clone()) if untouched else self._books
-        if self._books.slots is self._start and not self._mapped:
-            return replace(self._books, slots=self._parts[0])
+        first, untouched = self._parts[0], self._books.slots is self._start
+        if untouched or not self._numbered:
+            whole = first if untouched else self._books.slots
+            return replace(self._books, slots=whole.clone() if untouched and self._mapped else whole)
         numbers = self._books.slots[:, :, 0]
-        slots = self._parts[0].new_empty(*numbers.shape, self._parts[0].shape[2])
+        slots = first.new_empty(*numbers.shape, first.shape[2])
         starts = torch.tensor([0, *(part.shape[1] for part in self._parts)]).cumsum(0)
         for layer, mine in enumerate(numbers):
             edges = torch.searchsorted(mine, starts).tolist()  # the order is kept: each part's slots lie together
-            for part, start, first, end in zip(self._parts, starts.tolist(), edges, edges[1:], strict=False):
-                if first < end:
-                    torch.index_select(part[layer], 0, mine[first:end] - start, out=slots[layer, first:end])
+            for part, start, begin, end in zip(self._parts, starts.tolist(), edges, edges[1:], strict=False):
+                if begin < end:
+                    torch.index_select(part[layer], 0, mine[begin:end] - start, out=slots[layer, begin:end])
         return replace(self._books, slots=slots)
 
 
 def _numbers(layers: int, count: int, start: int) -> Tensor:
-    """The numbers of new slots in the place of the slots, [L, count, 1]."""
+    """The numbers of slots in their place, [L, count, 1]."""
     return torch.arange(start, start + count)[None, :, None].expand(layers, count, 1)

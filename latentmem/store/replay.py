@@ -14,12 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from latentmem.core.memory import Memory
 from latentmem.model.writing import Progress
 from latentmem.store.journal import Journal, Row
 from latentmem.store.locks import Locks
-from latentmem.store.states import States, after_event, facts, plain
-from latentmem.store.writing import Tokens, Writer, WritingModel, content_of, in_all, length, payload, tokenised
+from latentmem.store.states import State, States, after_event, facts, plain
+from latentmem.store.writing import Tokens, Writer, WritingModel, content_of, in_all, payload, tokenised
 
 New = dict[int, Row | None]  # id of an old row -> what takes its place, its base still the old one; None: nothing
 
@@ -67,61 +66,51 @@ class Replay:
         again = [row for row in rows if row.id in changed]
         writes = [row for row in again if row.id not in removed and row.event == "write" and row.state == "applied"]
         texts = {row.id: tokenised(llm, row.payload) for row in writes}
-        steps = in_all(progress, [length(text) for text in texts.values()])
+        steps = in_all(progress, list(texts.values()))
         last_child = {row.base: row.id for row in again}
         new: New = {}
-        bases: dict[int, tuple[Memory, int]] = {}  # new state of a base, and deltas before it, until its last child
+        states: dict[int, State] = {}  # new states of bases, until their last child
         for row in again:
             base = row.base or 0
-            if base not in bases:
-                old = self._journal.row(base)
-                bases[base] = self._states.memory(old), self._states.deltas(old)
-            before, deltas = bases[base]
+            before = states.get(base) or self._states.state(self._journal.row(base))
             if row.id in removed:
                 new[row.id], after = None, before
             elif row.id in texts:
-                written, after = self._write(llm, row, before, deltas, texts[row.id], next(steps))
-                new[row.id], deltas = written, {"snapshot": 0, "delta": deltas + 1, "none": deltas}[written.kind]
+                new[row.id], after = self._write(llm, row, before, texts[row.id], next(steps))
             else:
                 new[row.id], after = self._repeat(row, before)
             if row.id in last_child:
-                bases[row.id] = after, deltas
+                states[row.id] = after
             if last_child[base] == row.id:
-                del bases[base]
+                states.pop(base, None)
         return new
 
-    def _repeat(self, row: Row, before: Memory) -> tuple[Row, Memory]:
+    def _repeat(self, row: Row, before: State) -> tuple[Row, State]:
         """A version without a text, or of a write that waits or has failed, on top of another state of its base."""
         if row.event == "write":
             return row, before
         try:
-            after = plain(after_event(row, before))
+            after = plain(after_event(row, before.memory))
         except ValueError as error:
             return replace(row, state="failed", error=str(error)), before
-        return replace(row, facts=facts(after) if row.facts else {}), after
+        return replace(row, facts=facts(after) if row.facts else {}), State(after, before.deltas)
 
     def _write(
-        self,
-        llm: WritingModel,
-        row: Row,
-        before: Memory,
-        deltas: int,
-        tokens: Tokens | ValueError,
-        progress: Progress | None,
-    ) -> tuple[Row, Memory]:
+        self, llm: WritingModel, row: Row, before: State, tokens: Tokens, progress: Progress | None
+    ) -> tuple[Row, State]:
         """The version of a write on top of another state of its base, its object on disk."""
-        llm.check(before)
+        llm.check(before.memory)
         kept = {name: value for name, value in row.facts.items() if name != "blocks"}
         bare = replace(row, kind="none", object=None, bytes=0, facts=kept)
         try:
-            written = self._writer.compute(llm, bare, before, deltas, tokens, progress)
+            computed, content, after = self._writer.compute(llm, bare, before, tokens, progress)
         except ValueError as error:
             return replace(bare, state="failed", error=str(error)), before
         with self._locks.objects():
-            done = self._states.put(written.row, written.content)
-            for name in [done.object or "", *done.facts.get("blocks", ())]:
+            written = self._states.put(computed, content)
+            for name in [written.object or "", *written.facts.get("blocks", ())]:
                 self._journal.build(row.memory, name)
-        return done, written.after
+        return written, State(after, before.deltas + 1 if written.kind == "delta" else 0)
 
     def _exchange(self, family: list[int], new: New, source: str) -> list[str]:
         """Put the new rows in the place of the old ones, in one transaction; gives the names of changed memories."""
@@ -162,7 +151,7 @@ class Replay:
             ValueError: a version waits, the memory held something before its journal began, or a version was written
                 as token ids of another tokenizer than the model's.
         """
-        row = self._states.ready(name, self._journal.head(self._journal.id(name)))
+        row = self._states.ready(self._journal.head(self._journal.id(name)))
         path = [row]
         while row.base is not None:
             row = self._journal.row(row.base)
@@ -184,14 +173,14 @@ class Replay:
             if row.event == "write" and row.state != "failed"
         }
         tokens = {id: tokenised(llm, text) for id, text in texts.items()}
-        steps = in_all(progress, [length(read) for read in tokens.values()])
+        steps = in_all(progress, list(tokens.values()))
         with self._locks.memory(name) as memory:
             for row in path:
                 if row.id in texts:
-                    self._writer.write(llm, name, memory, texts[row.id], None, next(steps), tokens[row.id])
+                    self._writer.write(llm, memory, texts[row.id], None, next(steps), tokens[row.id])
                 elif row.event in ("pin", "unpin", "forget", "expire"):
                     event = "forget" if row.event == "expire" else row.event
-                    self._writer.event(name, memory, event, row.payload["source"])
+                    self._writer.event(memory, event, row.payload["source"])
 
 
 def _numbers(rows: list[Row]) -> dict[int, int]:

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -26,6 +26,13 @@ from latentmem.store.delta import Chain
 from latentmem.store.journal import Journal, Row
 from latentmem.store.objects import Objects
 from latentmem.version import __version__
+
+
+class State(NamedTuple):
+    """The memory at a version, and how many deltas stand between it and the snapshot before it."""
+
+    memory: Memory
+    deltas: int
 
 
 class States:
@@ -120,13 +127,14 @@ class States:
         facts = row.facts | ({"blocks": blocks} if blocks else {})
         return replace(row, kind="snapshot", object=self._objects.put(data), bytes=len(data), facts=facts)
 
-    def deltas(self, row: Row | None) -> int:
-        """Deltas between a version and the snapshot before it; no more than matter are counted."""
+    def state(self, row: Row) -> State:
+        """The memory at a version with its deltas; no more are counted than matter."""
+        here: Row | None = row
         count = 0
-        while row is not None and row.kind != "snapshot" and count < self.snapshot_every:
-            count += row.kind == "delta"
-            row = None if row.base is None else self._journal.row(row.base)
-        return count
+        while here is not None and here.kind != "snapshot" and count < self.snapshot_every:
+            count += here.kind == "delta"
+            here = None if here.base is None else self._journal.row(here.base)
+        return State(self.memory(row), count)
 
     # --- what waits -------------------------------------------------------------------------------------------------
 
@@ -143,12 +151,13 @@ class States:
             here = None if here.base is None else self._journal.row(here.base)
         return False
 
-    def ready(self, name: str, row: Row) -> Row:
-        """The row of a version of the memory `name`; a ValueError if it waits."""
+    def ready(self, row: Row) -> Row:
+        """The row of a version; a ValueError if it waits."""
         if self.waits(row):
+            name = self._journal.name(row.memory)
             raise ValueError(
-                f"version {row.seq} of {name!r} waits for writes that are acknowledged and not applied yet; "
-                f"`apply` does it, or give the model to `open`."
+                f"version {row.seq} of {name!r} waits for writes that are acknowledged and not applied yet; `apply` "
+                f"does it, or give the model to `open`."
             )
         return row
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,14 +30,15 @@ from latentmem.store.objects import Disk, objects_at
 from latentmem.store.replay import Replay
 from latentmem.store.states import States, facts, plain
 from latentmem.store.views import Change, Overview, SourceStats, Version
-from latentmem.store.writing import Content, Writer, WritingModel, payload
+from latentmem.store.writing import Content, Writer, WritingModel, payload, tokenised
 
 
 class Store:
     """Memories by name, with all their versions, in one folder.
 
     A store can be used by any number of threads and processes at once; a memory is changed by one at a time. The model
-    is an argument where one is needed, so a store can hold memories of many models.
+    is an argument where one is needed, so a store can hold memories of many models. A `progress` is called after each
+    piece that is written, with (tokens done, tokens in all).
 
     Args:
         path: a folder of this machine, made if it is not there; SQLite's log needs a real disk, no network folder.
@@ -99,34 +99,20 @@ class Store:
         """The journal's numbers of memories, by default of all, by name; no memory is opened."""
         return views.overview(self._journal, names)
 
-    def create(self, name: str, memory: Memory, *, before: Memory | None = None, key: str | None = None) -> None:
+    def create(self, name: str, memory: Memory) -> None:
         """Begin a named memory with one that there is, usually `llm.empty(...)`.
 
         A memory into which something was written is taken as it is; its texts are not in the journal, so it can not be
         replayed.
-
-        Args:
-            before: the memory before it; that becomes version 0, and `memory` version 1.
-            key: idempotency key: a second creation with the same key changes nothing.
 
         Raises:
             NameTakenError: there is a memory of this name.
             ValueError: the name is none: letters, digits, "_" and "-", at most 64.
         """
         check_name(name)
-        taken = self._journal.find(name)
-        if taken is not None and key is not None and self._journal.keyed(taken, key):
-            return
         with self._locks.objects():
-            rows: list[Row] = []
-            for state in [memory] if before is None else [before, memory]:
-                event = "import" if rows or state.updates else "create"
-                rows.append(self._states.put(Row(0, event, None, {}, facts=facts(state)), plain(state)))
-            rows[-1] = replace(rows[-1], key=key)
-            with self._journal.transaction():
-                first = self._journal.add(name, rows[0])
-                for row in rows[1:]:
-                    self._journal.append(replace(row, memory=first.memory, base=first.id))
+            first = Row(0, "import" if memory.updates else "create", None, {}, facts=facts(memory))
+            self._journal.add(name, self._states.put(first, plain(memory)))
 
     def delete(self, name: str) -> None:
         """Delete a memory, all its versions and the turns of its conversation for good, from the disk too.
@@ -155,7 +141,7 @@ class Store:
         """
         check_name(new)
         with self._locks.memory(name) as memory, self._journal.transaction():
-            base = self._states.ready(name, self._journal.version(name, version))
+            base = self._states.ready(self._journal.version(name, version))
             first = self._journal.add(new, Row(0, "fork", base.id, {}))
             for source, at in self._journal.expiries(memory).items():
                 self._journal.set_expiry(first.memory, source, at)
@@ -171,7 +157,7 @@ class Store:
             The new version.
         """
         with self._locks.memory(name) as memory, self._journal.transaction():
-            base = self._states.ready(name, self._journal.version(name, version))
+            base = self._states.ready(self._journal.version(name, version))
             return self._journal.append(Row(memory, "rollback", base.id, {})).seq
 
     def undo(self, name: str) -> int:
@@ -187,7 +173,7 @@ class Store:
             ValueError: the memory began like this.
         """
         with self._locks.memory(name) as memory, self._journal.transaction():
-            row = self._states.ready(name, self._journal.head(memory))
+            row = self._states.ready(self._journal.head(memory))
             while row.base is not None and (row.event == "rollback" or row.state == "failed"):
                 row = self._journal.row(row.base)
             if row.base is None or row.event == "fork":
@@ -240,7 +226,6 @@ class Store:
             source: the name under which the text is accounted; as in `MemoryModel.write`.
             role: as in `MemoryModel.write`.
             key: idempotency key: a second write with the same key and text changes nothing.
-            progress: called after each piece with (tokens done, tokens in all).
 
         Returns:
             The version that holds it.
@@ -252,7 +237,7 @@ class Store:
         """
         body = payload(text, source, role)
         with self._locks.memory(name) as memory:
-            return self._writer.write(llm, name, memory, body, key, progress).seq
+            return self._writer.write(llm, memory, body, key, progress).seq
 
     def append(
         self,
@@ -275,21 +260,19 @@ class Store:
         Raises:
             ValueError: an empty text, a source that has expired, a key of another text, or what `llm` refuses.
         """
-        return self._writer.append(name, payload(text, source, role), key, llm).seq
+        body = payload(text, source, role)
+        return self._writer.append(name, body, key, None if llm is None else tokenised(llm, body)).seq
 
     def apply(self, llm: WritingModel, name: str, progress: Progress | None = None) -> int:
         """Apply the writes that are acknowledged and not applied yet, and forget the sources that have expired.
 
         A write that the model refuses, or that was broken off three times, is marked as failed and passed over.
 
-        Args:
-            progress: called after each piece with (tokens done, tokens in all).
-
         Returns:
             The newest version.
         """
         with self._locks.memory(name) as memory:
-            self._writer.advance(llm, name, memory, progress)
+            self._writer.advance(llm, memory, progress)
             return self._journal.head(memory).seq
 
     def pending_count(self, name: str) -> int:
@@ -344,9 +327,9 @@ class Store:
             row.state == "pending" or self._journal.pending(memory) or self._writer.expired(memory)
         ):
             with self._locks.memory(name) as memory:
-                self._writer.advance(llm, name, memory)
-                return self._states.memory(self._states.ready(name, self._journal.head(memory)))
-        self._states.ready(name, row)
+                self._writer.advance(llm, memory)
+                return self._states.memory(self._states.ready(self._journal.head(memory)))
+        self._states.ready(row)
         try:
             return self._states.memory(row)
         except ValueError:
@@ -384,7 +367,7 @@ class Store:
             ValueError: no such source, or more than the quota.
         """
         with self._locks.memory(name) as memory:
-            return self._writer.event(name, memory, "pin" if pinned else "unpin", source).seq
+            return self._writer.event(memory, "pin" if pinned else "unpin", source).seq
 
     def forget(self, name: str, source: str) -> int:
         """Drop all slots of a source from the newest version. Older versions, and the journal, keep it.
@@ -396,7 +379,7 @@ class Store:
             ValueError: no such source.
         """
         with self._locks.memory(name) as memory:
-            return self._writer.event(name, memory, "forget", source).seq
+            return self._writer.event(memory, "forget", source).seq
 
     def expire(self, name: str, source: str, after: float | datetime | None) -> None:
         """Say when a source is to be forgotten: by slots, by whoever opens or writes the memory next after that.
@@ -411,7 +394,7 @@ class Store:
             raise ValueError(f"{after} has no time zone; give one, for example datetime.now().astimezone().")
         at = after.timestamp() if isinstance(after, datetime) else None if after is None else time.time() + after
         with self._locks.memory(name) as memory:
-            newest = self._states.memory(self._states.ready(name, self._journal.head(memory)))
+            newest = self._states.memory(self._states.ready(self._journal.head(memory)))
             names = [held.name for held in newest.sources]
             if source not in names:
                 raise NotFoundError(f"{name!r} has no source {source!r} (it has: {', '.join(names) or 'none'}).")
@@ -426,9 +409,6 @@ class Store:
         ones are deleted from the disk, so no rollback brings it back. Versions are numbered anew. All or nothing: a
         crash before the end changes nothing, one behind it leaves nothing to be done but a sweep, which the next
         `Store` on this folder does. Turns of a conversation under this source that wait to be written go too.
-
-        Args:
-            progress: called after each piece with (tokens done, tokens in all).
 
         Returns:
             The memories that were rewritten.
@@ -445,7 +425,6 @@ class Store:
 
         Args:
             new: the name of the memory that is made; its settings are those of the old one.
-            progress: called after each piece with (tokens done, tokens in all).
 
         Raises:
             ValueError: the memory held something before its journal began, or the new name is taken.

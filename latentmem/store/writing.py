@@ -20,46 +20,18 @@ from typing import Any, Protocol
 import torch
 
 from latentmem.core.memory import Memory, Update
-from latentmem.errors import NotFoundError
 from latentmem.model.prompts import Message, Prompts
 from latentmem.model.writing import Progress, Updates
 from latentmem.store import delta
 from latentmem.store.journal import Journal, Row
 from latentmem.store.locks import Locks
-from latentmem.store.states import States, after_event, facts, largest, plain, size
+from latentmem.store.states import State, States, after_event, facts, largest, plain, size
 
 ATTEMPTS = 3  # broken-off attempts to apply a write before it is given up
 WAITING = 1024  # writes that wait whose tokens are kept
 CONTENTS = ("text", "turns", "ids")  # what a write can hold
 Content = str | Sequence[Message] | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A text as the model reads it: token ids, and the role under which they are written."""
-
-    ids: list[int]
-    role: str | None
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What the journal keeps of them."""
-        return {"tokens": len(self.ids), "resolved": self.role}
-
-
-@dataclass(frozen=True)
-class Written:
-    """A write that is computed and not on disk yet.
-
-    Args:
-        row: applied, but for its object.
-        content: of the object: a delta, or the memory where it is a snapshot.
-        after: the memory with the write.
-    """
-
-    row: Row
-    content: bytes | Memory
-    after: Memory
+Payload = dict[str, Any]
 
 
 class WritingModel(Protocol):
@@ -71,13 +43,24 @@ class WritingModel(Protocol):
     def prompts_or_raise(self) -> Prompts: ...
     def tokens(self, content: str | Sequence[Message], role: str | None = None) -> list[int]: ...
     def write_ids(
-        self,
-        memory: Memory,
-        ids: list[int],
-        source: str = "text",
-        progress: Progress | None = None,
-        updates: Updates | None = None,
+        self, memory: Memory, ids: list[int], source: str, progress: Progress | None, updates: Updates | None
     ) -> Memory: ...
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A text as a model reads it: ids, the role under which they are written, the tokenizer; or the model's refusal."""
+
+    ids: Sequence[int] = ()
+    role: str | None = None
+    tokenizer: str = ""
+    refusal: ValueError | None = None
+
+    def checked(self) -> Tokens:
+        """These tokens; raises the refusal."""
+        if self.refusal is not None:
+            raise self.refusal
+        return self
 
 
 class Writer:
@@ -85,34 +68,31 @@ class Writer:
 
     def __init__(self, journal: Journal, states: States, locks: Locks) -> None:
         self._journal, self._states, self._locks = journal, states, locks
-        self._tokens: OrderedDict[int, tuple[str, Tokens]] = OrderedDict()  # of rows that wait: the tokenizer, the ids
+        self._tokens: OrderedDict[int, Tokens] = OrderedDict()  # of rows that wait
 
     # --- acknowledging ----------------------------------------------------------------------------------------------
 
-    def append(self, name: str, payload: dict[str, Any], key: str | None, llm: WritingModel | None = None) -> Row:
+    def append(self, name: str, payload: Payload, key: str | None, tokens: Tokens | None = None) -> Row:
         """The row of a write, pending, or the row that has this key already."""
-        memory, tokens = self._journal.id(name), None if llm is None else accepted(tokenised(llm, payload))
         with self._journal.transaction():
-            known = self._keyed(name, memory, key, payload)
-            return known or self._acknowledge(name, memory, payload, key, llm, tokens)
+            memory = self._journal.id(name)
+            return self._keyed(memory, payload, key) or self._acknowledge(memory, payload, key, tokens)
 
     def write(
         self,
         llm: WritingModel,
-        name: str,
         memory: int,
-        payload: dict[str, Any],
-        key: str | None,
+        payload: Payload,
+        key: str | None = None,
         progress: Progress | None = None,
-        tokens: Tokens | ValueError | None = None,
+        tokens: Tokens | None = None,
     ) -> Row:
         """Acknowledge a write and apply it; where that fails, nothing has changed."""
-        self.advance(llm, name, memory)
-        known = self._keyed(name, memory, key, payload)
+        self.advance(llm, memory)
+        known = self._keyed(memory, payload, key)
         if known is not None:
             return _succeeded(known)
-        tokens = accepted(tokens or tokenised(llm, payload))  # what the model refuses is not acknowledged
-        pending = self._acknowledge(name, memory, payload, key, llm, tokens)
+        pending = self._acknowledge(memory, payload, key, tokens or tokenised(llm, payload))
         try:
             self.settle(llm, memory, progress)
             return _succeeded(self._journal.row(pending.id))
@@ -120,9 +100,9 @@ class Writer:
             self._withdraw(pending, error)
             raise
 
-    def _keyed(self, name: str, memory: int, key: str | None, payload: dict[str, Any]) -> Row | None:
+    def _keyed(self, memory: int, payload: Payload, key: str | None) -> Row | None:
         """The version of this key, if it is that of the same text."""
-        row = None if key is None else self._journal.keyed(memory, key)
+        row, name = None if key is None else self._journal.keyed(memory, key), self._journal.name(memory)
         if row is not None and row.payload.get("sha256") != payload["sha256"]:
             raise ValueError(f"the key {key!r} belongs to another text, version {row.seq} of {name!r}; use a new key.")
         at = self._journal.expiries(memory).get(payload["source"])
@@ -133,24 +113,14 @@ class Writer:
             )
         return row
 
-    def _acknowledge(
-        self,
-        name: str,
-        memory: int,
-        payload: dict[str, Any],
-        key: str | None,
-        llm: WritingModel | None,
-        tokens: Tokens | None,
-    ) -> Row:
-        if tokens is not None:
-            payload = payload | tokens.facts
+    def _acknowledge(self, memory: int, payload: Payload, key: str | None, tokens: Tokens | None) -> Row:
+        if tokens is not None:  # what the model refuses is not acknowledged
+            payload = payload | {"tokens": len(tokens.checked().ids)}
         with self._journal.transaction():
-            if self._journal.find(name) != memory:
-                raise NotFoundError(f"the memory {name!r} was deleted meanwhile.")
             base = self._journal.head(memory).id
             row = self._journal.append(Row(memory, "write", base, payload, key, state="pending"))
-        if llm is not None and tokens is not None:
-            self._tokens[row.id] = (llm.tokenizer_identity, tokens)
+        if tokens is not None:
+            self._tokens[row.id] = tokens
             while len(self._tokens) > WAITING:  # others may have applied the oldest
                 self._tokens.popitem(last=False)
         return row
@@ -173,49 +143,46 @@ class Writer:
 
     # --- applying ---------------------------------------------------------------------------------------------------
 
-    def advance(self, llm: WritingModel | None, name: str, memory: int, progress: Progress | None = None) -> None:
+    def advance(self, llm: WritingModel | None, memory: int, progress: Progress | None = None) -> None:
         """Apply the writes that wait, then forget the sources that have expired."""
         if llm is not None:
             self.settle(llm, memory, progress)
         for source in self.expired(memory):
-            self.event(name, memory, "expire", source)
+            self.event(memory, "expire", source)
 
     def settle(self, llm: WritingModel, memory: int, progress: Progress | None = None) -> None:
         """Apply the writes that wait, in order."""
         rows = self._journal.pending(memory)
         texts = [self._tokens_of(llm, row) for row in rows]
-        steps = in_all(progress, [length(tokens) for tokens in texts])
-        for row, tokens, step in zip(rows, texts, steps, strict=True):
+        for row, tokens, step in zip(rows, texts, in_all(progress, texts), strict=True):
             self._apply(llm, row, tokens, step)
 
-    def _tokens_of(self, llm: WritingModel, row: Row) -> Tokens | ValueError:
+    def _tokens_of(self, llm: WritingModel, row: Row) -> Tokens:
         """The tokens of a row that waits, from its acknowledgement if this process made it with the same tokenizer."""
-        tokenizer, tokens = self._tokens.pop(row.id, ("", None))
-        return tokens if tokens is not None and tokenizer == llm.tokenizer_identity else tokenised(llm, row.payload)
+        tokens = self._tokens.pop(row.id, None)
+        known = tokens is not None and tokens.tokenizer == llm.tokenizer_identity
+        return tokens if tokens is not None and known else tokenised(llm, row.payload)
 
-    def _apply(self, llm: WritingModel, row: Row, tokens: Tokens | ValueError, progress: Progress | None) -> None:
-        base = self._journal.row(row.base or 0)
-        before = self._states.memory(base)
-        llm.check(before)
+    def _apply(self, llm: WritingModel, row: Row, tokens: Tokens, progress: Progress | None) -> None:
+        before = self._states.state(self._journal.row(row.base or 0))
+        llm.check(before.memory)
         if row.attempts >= ATTEMPTS:
-            self._fail(row, f"applying it was broken off {ATTEMPTS} times")
-            return
+            return self._fail(row, f"applying it was broken off {ATTEMPTS} times")
         begun = replace(row, attempts=row.attempts + 1)
         self._journal.change(begun)
         try:
             with self._not_counted(row, KeyboardInterrupt, torch.OutOfMemoryError, OSError):
-                written = self.compute(llm, begun, before, self._states.deltas(base), tokens, progress)
+                computed = self.compute(llm, begun, before, tokens, progress)
         except ValueError as error:
-            self._fail(row, str(error))
-            return
+            return self._fail(row, str(error))
         with self._not_counted(row, OSError):
-            self._commit(written)
+            return self._commit(*computed)
 
-    def _commit(self, written: Written) -> None:
+    def _commit(self, row: Row, content: bytes | Memory, after: Memory) -> None:
         """Put the object of a write on disk, then its row."""
         with self._locks.objects():
-            self._journal.change(self._states.put(written.row, written.content))
-        self._states.cache.put(written.row.id, written.after)
+            self._journal.change(self._states.put(row, content))
+        self._states.cache.put(row.id, after)
 
     @contextlib.contextmanager
     def _not_counted(self, row: Row, *errors: type[BaseException]) -> Iterator[None]:
@@ -228,43 +195,37 @@ class Writer:
             raise
 
     def compute(
-        self,
-        llm: WritingModel,
-        row: Row,
-        before: Memory,
-        deltas: int,
-        tokens: Tokens | ValueError,
-        progress: Progress | None = None,
-    ) -> Written:
+        self, llm: WritingModel, row: Row, before: State, tokens: Tokens, progress: Progress | None
+    ) -> tuple[Row, bytes | Memory, Memory]:
         """Compute a write.
 
-        Args:
-            before: the state of its base.
-            deltas: between that and the snapshot before it.
-            tokens: of its text, or why the model refuses the text.
+        Returns:
+            The row, applied, but for its object; the content of that, a delta, or the memory where it is a snapshot;
+            the memory with the write.
         """
-        tokens = accepted(tokens)
+        ids, limit = list(tokens.checked().ids), largest(before.memory)
         updates: list[Update] = []
-        limit = largest(before)
 
         def keep(update: Update) -> None:  # a delta that is larger than the memory gives way to a snapshot
             if delta.size(updates) < limit:
                 updates.append(update)
 
-        after = llm.write_ids(before, tokens.ids, row.payload["source"], progress, keep)
-        small = deltas + 1 < self._states.snapshot_every and delta.size(updates) < size(after)
-        row = replace(row, payload=row.payload | tokens.facts, state="applied", facts=facts(after))
-        return Written(row, delta.to_bytes(updates) if small else after, after)
+        after = llm.write_ids(before.memory, ids, row.payload["source"], progress, keep)
+        small = before.deltas + 1 < self._states.snapshot_every and delta.size(updates) < size(after)
+        payload = row.payload | {"tokens": len(ids), "resolved": tokens.role}
+        row = replace(row, payload=payload, state="applied", facts=facts(after))
+        return row, delta.to_bytes(updates) if small else after, after
 
     # --- without a text ---------------------------------------------------------------------------------------------
 
-    def event(self, name: str, memory: int, event: str, source: str) -> Row:
+    def event(self, memory: int, event: str, source: str) -> Row:
         """Add a version that needs no model, on top of the newest."""
-        head = self._states.ready(name, self._journal.head(memory))
+        head = self._states.ready(self._journal.head(memory))
         row = Row(memory, event, head.id, {"source": source})
         after = plain(after_event(row, self._states.memory(head)))
         with self._journal.transaction():
             if self._journal.head(memory).id != head.id:
+                name = self._journal.name(memory)
                 raise ValueError(f"a write into {name!r} was acknowledged meanwhile; `apply` it and try again.")
             row = self._journal.append(replace(row, facts=facts(after)))
         self._states.cache.put(row.id, after)
@@ -289,7 +250,7 @@ def _succeeded(row: Row) -> Row:
     return row
 
 
-def payload(content: Content, source: str, role: str | None) -> dict[str, Any]:
+def payload(content: Content, source: str, role: str | None) -> Payload:
     """What the journal keeps of a write, before it is applied.
 
     Raises:
@@ -326,42 +287,28 @@ def content_of(row: Row) -> Content | None:
     return next((row.payload[kind] for kind in CONTENTS if kind in row.payload), None)
 
 
-def tokenised(llm: WritingModel, payload: dict[str, Any]) -> Tokens | ValueError:
-    """The tokens of a write, or why the model refuses it."""
+def tokenised(llm: WritingModel, payload: Payload) -> Tokens:
+    """The tokens of a write, or the model's refusal."""
     if "ids" in payload:
-        return Tokens(payload["ids"], None)
+        return Tokens(payload["ids"], tokenizer=llm.tokenizer_identity)
+    role = None
     try:
-        if "turns" in payload:
-            return Tokens(llm.tokens(payload["turns"]), None)
         prompts = llm.prompts_or_raise()
-        role = payload.get("resolved") or payload["role"] or (prompts.style.wrap if prompts.chats else None) or "raw"
-        return Tokens(llm.tokens(payload["text"], role), role)
+        if "text" in payload:
+            default = prompts.style.wrap if prompts.chats else None
+            role = payload.get("resolved") or payload["role"] or default or "raw"
+        content = payload["turns"] if "turns" in payload else payload["text"]
+        return Tokens(llm.tokens(content, role), role, llm.tokenizer_identity)
     except ValueError as error:
-        return error
+        return Tokens(refusal=error)
 
 
-def accepted(tokens: Tokens | ValueError) -> Tokens:
-    """The tokens, or the error with which the model refuses them."""
-    if isinstance(tokens, ValueError):
-        raise tokens
-    return tokens
-
-
-def length(tokens: Tokens | ValueError) -> int:
-    """Tokens of a write; 0 where the model refuses it."""
-    return len(tokens.ids) if isinstance(tokens, Tokens) else 0
-
-
-def in_all(progress: Progress | None, lengths: Sequence[int]) -> Iterator[Progress | None]:
-    """The progress of each of several writes, which counts the tokens of all of them.
-
-    Args:
-        lengths: tokens of each.
-    """
-    done, total = 0, sum(lengths)
-    for count in lengths:
+def in_all(progress: Progress | None, texts: Sequence[Tokens]) -> Iterator[Progress | None]:
+    """The progress of each of several writes, which counts the tokens of all of them."""
+    done, total = 0, sum(len(text.ids) for text in texts)
+    for text in texts:
         yield None if progress is None else partial(_share, progress, done, total)
-        done += count
+        done += len(text.ids)
 
 
 def _share(progress: Progress, before: int, total: int, done: int, _: int) -> None:
