@@ -15,6 +15,7 @@ ROOMS = {  # room -> the rooms below that it may import, next to its own; the or
     "errors": set(),
     "fields": set(),
     "splitmix": set(),
+    "data": set(),
     "decoder": {"errors"},
     "core": {"errors", "fields", "splitmix", "decoder"},
     "longterm": {"errors", "decoder", "core"},
@@ -23,8 +24,8 @@ ROOMS = {  # room -> the rooms below that it may import, next to its own; the or
     "model": {"errors", "decoder", "core", "longterm", "files"},
     "loading": {"errors", "decoder", "core", "longterm", "files", "model"},
     "store": {"version", "errors", "core", "longterm", "files", "model"},
-    "train": {"version", "errors", "decoder", "core", "longterm", "files", "model", "loading"},
-    "evaluate": {"version", "errors", "decoder", "core", "longterm", "files", "model", "loading", "store"},
+    "train": {"version", "errors", "data", "decoder", "core", "longterm", "files", "model", "loading"},
+    "evaluate": {"version", "errors", "data", "decoder", "core", "longterm", "files", "model", "loading", "store"},
     "serve": {"version", "errors", "core", "longterm", "files", "model", "loading", "store"},
     "__init__": {"version", "core", "files", "model", "loading", "store"},
     "cli": {

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
-import json
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from latentmem import data
 from latentmem.train.config import Source
 
 SUFFIXES = (".txt", ".md")
@@ -101,16 +99,8 @@ class Documents:
         return len(self.all)
 
 
-def locate(path: str) -> Path | None:
-    """A file or folder by its path, or by its path below `$LATENTMEM_DATA`; None if it is in neither."""
-    places = [Path(path).expanduser()]
-    if os.environ.get("LATENTMEM_DATA"):
-        places.append(Path(os.environ["LATENTMEM_DATA"]) / path)
-    return next((place for place in places if place.exists()), None)
-
-
 def _read(source: Source) -> list[Document]:
-    place = locate(source.path)
+    place = next((place for place in data.places(source.path) if place.exists()), None)
     if place is None and (source.hub or _like_a_hub_name(source.path)):
         return list(_documents(_hub(source), source.hub or source.path, source.kind))
     if place is None:
@@ -125,7 +115,7 @@ def _read(source: Source) -> list[Document]:
         return [Document(f"{source.path}/{file.relative_to(place)}", file.stem, _text(file)) for file in files]
     if place.suffix in SUFFIXES:
         return [Document(source.path, place.stem, _text(place))]
-    return list(_documents(_lines(place), source.path, source.kind))
+    return list(_documents(data.rows_of_lines(place), source.path, source.kind))
 
 
 def _like_a_hub_name(path: str) -> bool:
@@ -139,39 +129,12 @@ def _text(file: Path) -> str:
         raise ValueError(f"{file} can not be read as UTF-8 text ({error}). Mend it, or take it away.") from None
 
 
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a `.jsonl` or `.jsonl.gz` file."""
-    opened = gzip.open if file.suffix == ".gz" else open
-    number = 0
-    try:
-        with opened(file, "rt", encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):  # noqa: B007 - named in the error
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError("a JSON object was expected")
-                    yield row
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise ValueError(f"{file} can not be read after line {number}: {error}. Mend it, or take it away.") from None
-
-
 def _hub(source: Source) -> Iterator[dict[str, Any]]:
     name = source.hub or source.path
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ValueError(
-            f"{name} is loaded from the hub with `datasets`: run `pip install 'latentmem[train]'`."
-        ) from None
-    try:
-        rows = load_dataset(name, source.subset, split=source.split, streaming=True)
-        yield from rows.take(MOST)
-    except Exception as error:  # whatever the hub and its readers raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{name} could not be loaded from the hub ({reason}). Look at the connection and the source's hub, subset "
-            f"and split, or give a file or folder as path."
-        ) from error
+    no_package = f"{name} is loaded from the hub with `datasets`: run `pip install 'latentmem[train]'`."
+    no_set = "Look at the connection and the source's hub, subset and split, or give a file or folder as path."
+    with data.reading(name, no_package, no_set) as hub:
+        yield from hub(source.subset, split=source.split, streaming=True).take(MOST)
 
 
 def _documents(rows: Iterable[dict[str, Any]], name: str, kind: str) -> Iterator[Document]:
@@ -224,16 +187,15 @@ class Apart:
 
 def _strings(source: Source) -> Iterator[str]:
     """Every text in every row of a source; its path may hold `*`."""
-    bases = [Path(), *([Path(os.environ["LATENTMEM_DATA"])] if os.environ.get("LATENTMEM_DATA") else [])]
-    each = (sorted(map(Path, glob.glob(str(base / Path(source.path).expanduser())))) for base in bases)  # noqa: PTH207
-    files = next((found for found in each if found), [])
+    each = (sorted(map(Path, glob.glob(str(place)))) for place in data.places(source.path))  # noqa: PTH207
+    files = next((matches for matches in each if matches), [])
     if not files and source.optional:
         return
     if not files or files[0].is_dir() or files[0].suffix in SUFFIXES:
         yield from (document.text for document in _read(source))
         return
     for file in files:
-        inside: list[Any] = list(_lines(file))
+        inside: list[Any] = list(data.rows_of_lines(file))
         while inside:
             value = inside.pop()
             if isinstance(value, str):

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from latentmem import cli
+from latentmem import cli, data
 from latentmem.core.settings import MemorySettings
 from latentmem.evaluate import protocol
-from latentmem.evaluate.data import choices, hub, questions
+from latentmem.evaluate.data import choices, questions
 from latentmem.evaluate.data.choices import Choices, Item, is_right, logliks
 from latentmem.evaluate.data.sets import QuestionSet
 from latentmem.evaluate.protocols import ability
@@ -35,7 +35,7 @@ def llm(monkeypatch):
 def rows(monkeypatch):
     """The three sets as made-up files."""
     files = dict(zip(choices.FILES.values(), (BLIMP, PIQA, MMLU), strict=True))
-    monkeypatch.setattr(hub, "local_rows", lambda *names: [files[name] for name in names])
+    monkeypatch.setattr(data, "local_rows", lambda *names: [files[name] for name in names])
 
 
 # --- the sets -------------------------------------------------------------------------------------------------------
@@ -77,8 +77,8 @@ def test_without_a_folder_the_sets_come_from_the_hub(monkeypatch):
 
     datasets = pytest.importorskip("datasets", reason="the hub is read with `datasets`")
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["one", "two"])
-    monkeypatch.setattr(hub, "local_rows", lambda *names: None)
-    monkeypatch.setattr(hub, "reading", Hub)
+    monkeypatch.setattr(data, "local_rows", lambda *names: None)
+    monkeypatch.setattr(data, "reading", Hub)
     assert [len(choices.load(name, 4, 0).items) for name in choices.NAMES] == [4, 4, 4]
     assert asked == [
         *(("nyu-mll/blimp", part, "train") for part in ("one", "two")),

@@ -5,8 +5,9 @@ import math
 
 import pytest
 
+from latentmem import data
 from latentmem.core.settings import MemorySettings
-from latentmem.evaluate.data import hub, questions
+from latentmem.evaluate.data import questions
 from latentmem.evaluate.data.sets import Question, QuestionSet, Text
 from latentmem.evaluate.protocols import effects
 from latentmem.evaluate.protocols.effects import Settings, lines, measure
@@ -113,7 +114,7 @@ def test_another_question_needs_another_folder(llm, tmp_path):
 
 def test_held_out_articles_are_drawn_by_seed_and_too_few_are_said(monkeypatch):
     rows = [{"text": f"text {i}"} for i in range(5)]
-    monkeypatch.setattr(hub, "local_rows", lambda *names: [rows[:2], rows[2:]])
+    monkeypatch.setattr(data, "local_rows", lambda *names: [rows[:2], rows[2:]])
     assert questions.heldout(3, 0) == questions.heldout(3, 0) != questions.heldout(3, 1)
     with pytest.raises(ValueError, match="5 held-out articles, and 6 were asked for"):
         questions.heldout(6, 0)
@@ -121,6 +122,6 @@ def test_held_out_articles_are_drawn_by_seed_and_too_few_are_said(monkeypatch):
 
 def test_unanswerable_questions_are_kept_by_their_text(monkeypatch):
     rows = [{"id": str(i), "context": f"text {i % 2}", "question": f"q{i}"} for i in range(4)]
-    monkeypatch.setattr(hub, "local_rows", lambda *names: [rows])
+    monkeypatch.setattr(data, "local_rows", lambda *names: [rows])
     found = questions.unanswerable({"text 0"})
     assert {text: [q.question for q in some] for text, some in found.items()} == {"text 0": ["q0", "q2"]}

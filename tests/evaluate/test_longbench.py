@@ -6,10 +6,9 @@ import sys
 
 import pytest
 
-from latentmem import cli
+from latentmem import cli, data
 from latentmem.core.settings import MemorySettings
 from latentmem.evaluate import asking, scoring
-from latentmem.evaluate.data import hub
 from latentmem.evaluate.protocols import longbench
 from latentmem.evaluate.protocols.longbench import Example, Examples, LongBench, Settings, cut, lines, load, measure
 from latentmem.model.model import MemoryModel
@@ -96,7 +95,7 @@ def test_longbench_comes_from_the_hub(monkeypatch):
         def __exit__(self, *error):
             return False
 
-    monkeypatch.setattr(hub, "reading", lambda name: Hub())
+    monkeypatch.setattr(data, "reading", lambda name: Hub())
     assert len(load("musique", 2, 0).examples) == 2 and asked == [("musique", "test")]
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from latentmem import data
 from latentmem.core.memory import Memory
-from latentmem.evaluate.data import hub as hubs
 from latentmem.model.model import MemoryModel
 
 NAMES = ("blimp", "piqa", "mmlu")
@@ -70,7 +70,7 @@ def load(name: str, count: int, seed: int) -> Choices:
     """
     if name not in NAMES:
         raise ValueError(f"the set must be one of {', '.join(NAMES)}, got {name!r}.")
-    local = hubs.local_rows(FILES[name])
+    local = data.local_rows(FILES[name])
     rows, source = (local[0], FILES[name]) if local else (_from_hub(name), HUB[name])
     items = {"blimp": blimp, "piqa": piqa, "mmlu": mmlu}[name](rows)
     if len(items) < count:
@@ -79,7 +79,7 @@ def load(name: str, count: int, seed: int) -> Choices:
 
 
 def _from_hub(name: str) -> list[Row]:
-    with hubs.reading(HUB[name]) as hub:
+    with data.reading(HUB[name]) as hub:
         if name == "piqa":
             return list(hub(split="validation"))
         if name == "mmlu":

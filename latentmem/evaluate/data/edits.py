@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from latentmem.evaluate.data import hub as hubs
+from latentmem import data
 from latentmem.evaluate.data.questions import UNRELATED, heldout, unrelated_texts
 
 NAMES = ("zsre", "counterfact")
@@ -145,7 +145,7 @@ def load(name: str, *, seed: int, file: Path | None = None) -> EditSet:
 
 def _found(name: str) -> tuple[str, list[Edit]]:
     """What `$LATENTMEM_DATA` or the hub has, and where it is from, in words."""
-    rows = hubs.local_rows(f"editing/{name}.jsonl.gz")
+    rows = data.local_rows(f"editing/{name}.jsonl.gz")
     if name == "zsre":
         if rows:
             return "zsRE as in KnowEdit's test split", [knowedit(row) for row in rows[0]]
@@ -159,7 +159,7 @@ def _file(name: str, file: Path) -> tuple[str, list[Edit]]:
     """The first records of a file of the paper's, and which it is."""
     title, original, fields = FILES[name]
     edits = []
-    for i, row in enumerate(hubs.rows_of_file(file, f"records of {original}", fields)[: FIRST[name]]):
+    for i, row in enumerate(data.rows_of_file(file, f"records of {original}", fields)[: FIRST[name]]):
         try:
             edits.append(mend(i, row) if name == "zsre" else counterfact(row))
         except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -217,7 +217,7 @@ def _question(text: str) -> str:
 
 
 def _hub_zsre() -> list[Edit]:
-    with hubs.reading("wangzn2001/Model_Editing_Hurt") as hub:
+    with data.reading("wangzn2001/Model_Editing_Hurt") as hub:
         rows = hub(data_files="training-data/zsre_mend_eval.json", split="train", streaming=True)
         return _first(rows.take(FIRST["zsre"]), mend)
 
@@ -228,6 +228,6 @@ def _first(rows: Iterable[Row], edit: Callable[[int, Row], Edit]) -> list[Edit]:
 
 def _hub_counterfact() -> list[Edit]:
     """The first records by `case_id`, which is the order of the authors' file; the hub's is split in two."""
-    with hubs.reading("azhx/counterfact") as hub:
+    with data.reading("azhx/counterfact") as hub:
         rows = [row for split in ("train", "test") for row in hub(split=split)]
         return [counterfact(row) for row in sorted(rows, key=lambda row: row["case_id"])[: FIRST["counterfact"]]]

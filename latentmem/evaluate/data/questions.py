@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from latentmem.evaluate.data import hub as hubs
+from latentmem import data
 from latentmem.evaluate.data.sets import Question, QuestionSet, Text
 
 NAMES = ("squad", "nq", "synthetic")
@@ -111,11 +111,11 @@ def _nq_fits(row: dict[str, Any], count: Count) -> bool:
 
 def unanswerable(texts: Collection[str]) -> dict[str, tuple[Question, ...]]:
     """Questions of SQuAD 2.0 that seem to be about one of these texts and are not answered by it, by text."""
-    local = hubs.local_rows("squad/eval_unanswerable.jsonl.gz")
+    local = data.local_rows("squad/eval_unanswerable.jsonl.gz")
     if local:
         rows = local[0]
     else:
-        with hubs.reading("rajpurkar/squad_v2") as hub:
+        with data.reading("rajpurkar/squad_v2") as hub:
             rows = [row for row in hub(split="validation") if not row["answers"]["text"]]
     by_text: dict[str, list[Question]] = {}
     for row in rows:
@@ -130,11 +130,11 @@ def heldout(count: int, seed: int) -> list[str]:
     Raises:
         ValueError: data that can not be found, or too little of it.
     """
-    local = hubs.local_rows("corpus/wiki2015_heldout.jsonl.gz", "corpus/wiki2018_heldout.jsonl.gz")
+    local = data.local_rows("corpus/wiki2015_heldout.jsonl.gz", "corpus/wiki2018_heldout.jsonl.gz")
     if local:
         texts = [row["text"] for rows in local for row in rows]
     else:
-        with hubs.reading("Salesforce/wikitext") as hub:
+        with data.reading("Salesforce/wikitext") as hub:
             lines = [row["text"] for row in hub("wikitext-2-raw-v1", split="test")]
         texts = [part for part in re.split(r"\n(?= = [^=])", "\n".join(lines)) if len(part) > 2000]
     if len(texts) < count:
@@ -153,22 +153,22 @@ def unrelated_texts() -> list[str]:
 
 
 def _squad() -> Rows:
-    local = hubs.local_rows("squad/eval_titles.jsonl.gz", "squad/train_13_titles.jsonl.gz")
+    local = data.local_rows("squad/eval_titles.jsonl.gz", "squad/train_13_titles.jsonl.gz")
     if local:
         rows, others = local
         return "SQuAD, 27 articles of the v2.0 development set", rows, [row["context"] for row in others]
-    with hubs.reading("rajpurkar/squad_v2") as hub:
+    with data.reading("rajpurkar/squad_v2") as hub:
         rows = list(hub(split="validation"))
-    with hubs.reading("rajpurkar/squad") as hub:
+    with data.reading("rajpurkar/squad") as hub:
         contexts = dict.fromkeys(row["context"] for row in hub(split="train", streaming=True).take(20_000))
     return "rajpurkar/squad_v2, validation", rows, list(contexts)[:UNRELATED]
 
 
 def _nq() -> Rows:
-    local = hubs.local_rows("nq/eval.jsonl.gz")
+    local = data.local_rows("nq/eval.jsonl.gz")
     if local:
         return "Natural Questions with gold paragraphs", local[0], []
-    with hubs.reading("google-research-datasets/natural_questions") as hub:
+    with data.reading("google-research-datasets/natural_questions") as hub:
         rows = list(natural_questions(hub("default", split="validation", streaming=True)))
     return "google-research-datasets/natural_questions, validation", rows, []
 

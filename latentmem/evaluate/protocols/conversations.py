@@ -26,12 +26,12 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from latentmem import data
 from latentmem.core.memory import Memory
 from latentmem.core.settings import LongTermSettings
 from latentmem.evaluate import protocol, scoring
 from latentmem.evaluate.asking import AT_ONCE, in_context, written
 from latentmem.evaluate.baselines.passages import ranked
-from latentmem.evaluate.data import hub as hubs
 from latentmem.evaluate.protocol import Line
 from latentmem.evaluate.stats import Estimate, mean
 from latentmem.model.context import Context
@@ -112,7 +112,7 @@ def load(count: int, seed: int, file: Path | None = None) -> list[Dialogue]:
         ValueError: data that can not be found or read.
     """
     if file is None:
-        local = hubs.local_rows(FILE)
+        local = data.local_rows(FILE)
         if local is None:
             raise ValueError(
                 "LoCoMo is not on the hub: get locomo10.json from github.com/snap-research/locomo and give it with "
@@ -120,7 +120,7 @@ def load(count: int, seed: int, file: Path | None = None) -> list[Dialogue]:
             )
         rows = local[0]
     else:
-        rows = hubs.rows_of_file(file, "LoCoMo dialogues", {"qa": list, "conversation": dict})
+        rows = data.rows_of_file(file, "LoCoMo dialogues", {"qa": list, "conversation": dict})
     return [_some(dialogue(row), count, seed) for row in rows]
 
 

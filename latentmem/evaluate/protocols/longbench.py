@@ -24,11 +24,11 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from latentmem import data
 from latentmem.core.presets import PAPER_PIECE
 from latentmem.evaluate import protocol, scoring
 from latentmem.evaluate.asking import in_context, named, written
 from latentmem.evaluate.baselines.passages import ranked
-from latentmem.evaluate.data import hub as hubs
 from latentmem.evaluate.protocol import Line
 from latentmem.evaluate.stats import Estimate, mean
 from latentmem.model.context import Context
@@ -113,13 +113,13 @@ def load(name: str, count: int, seed: int) -> Examples:
     if name not in NAMES:
         raise ValueError(f"the set must be one of {', '.join(NAMES)}, got {name!r}.")
     if name in LOCAL:
-        local = hubs.local_rows(LOCAL[name])
+        local = data.local_rows(LOCAL[name])
         if local is None:
             raise ValueError(f"{name} is read from the folder LATENTMEM_DATA, as {LOCAL[name]}: set it to one.")
         examples = {"altqa": altqa, "babi": babi}[name](local[0])
         source = LOCAL[name]
     else:
-        with hubs.reading(HUB) as hub:
+        with data.reading(HUB) as hub:
             examples = longbench(name, list(hub(name, split="test")))
         source = f"{HUB}, {name}"
     drawn = [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))]
