@@ -11,10 +11,10 @@ from mcp.server import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 
 from latentmem.errors import NameTakenError, NotFoundError
-from latentmem.model.model import MemoryModel
 from latentmem.serve.engine.answer import Sampling
 from latentmem.serve.engine.service import BusyError, Service
 from latentmem.store import Store, check_name
+from latentmem.store.writing import WritingModel
 from latentmem.version import __version__
 
 Facts = dict[str, object]
@@ -62,7 +62,7 @@ def create_server(service: Service, sampling: Sampling | None = None) -> MCPServ
     def memory_stats(memory_id: str) -> Facts:
         """How full a memory is, its sources, and how much of each is left."""
 
-        def read(store: Store, llm: MemoryModel) -> Facts:
+        def read(store: Store, llm: WritingModel) -> Facts:
             _require_memory(store, memory_id)
             version = store.apply(llm, memory_id)
             memory, stats = store.open(memory_id, version), store.stats(memory_id, version=version)
@@ -77,7 +77,7 @@ def create_server(service: Service, sampling: Sampling | None = None) -> MCPServ
     def memory_forget(memory_id: str, source: str) -> Facts:
         """Drop what is left of a source from a memory. Older versions of the memory keep it."""
 
-        def forget(store: Store, llm: MemoryModel) -> Facts:
+        def forget(store: Store, llm: WritingModel) -> Facts:
             _require_memory(store, memory_id)
             store.apply(llm, memory_id)
             return {"memory_id": memory_id, "version": store.forget(memory_id, source), "forgotten": source}

@@ -10,6 +10,7 @@ import torch
 from serving import HANG
 
 from latentmem import MemoryModel, Store
+from latentmem.core import memory as core_memory
 from latentmem.core.settings import LongTermSettings, MemorySettings
 from latentmem.errors import NameTakenError, NotFoundError, TooLongError
 from latentmem.serve.engine.answer import Sampling
@@ -83,6 +84,19 @@ def test_all_that_a_write_computes_is_computed_in_the_thread_of_the_engine(store
     service.close()
     assert len(threads) > count > 0
     assert set(threads) == {"engine"}
+
+
+def test_a_served_write_of_13_updates_is_tokenised_once_and_each_update_drawn_once(service, monkeypatch):
+    text = "a" * (12 * 8 + 3)
+    service.create("a", MemorySettings(N=32, K=8)).result()
+    encoded, drawn = [], []
+    encode, draw_all = service.llm.tokenizer.encode, core_memory.draw
+    tokenizer = type(service.llm.tokenizer)
+    monkeypatch.setattr(tokenizer, "encode", lambda self, *a, **k: encoded.append(a) or encode(*a, **k))
+    monkeypatch.setattr(core_memory, "draw", lambda *a: drawn.append(a) or draw_all(*a))
+    writing = service.write("a", text)
+    assert writing.tokens == writing.done.result().tokens == len(text)
+    assert (len(encoded), len(drawn)) == (1, 13)
 
 
 def test_a_read_comes_behind_the_writes_that_were_accepted_before(service, llm):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +21,9 @@ from latentmem.core.memory import Memory
 from latentmem.errors import TooLongError
 from latentmem.model.batch import Batch, Row
 from latentmem.model.model import MemoryModel
+from latentmem.model.prompts import Message, Prompts
 from latentmem.model.streaming import Detokenizer
+from latentmem.model.writing import Progress, Updates
 from latentmem.serve.engine.answer import Answer, Piece, Sampling
 
 CHUNK = 512  # positions of a prompt that are read between two tokens of other answers
@@ -329,3 +336,69 @@ class Engine:
             self._running.pop(choice.row, None)
         choice.answer.cancelled = True
         choice.answer.give(error)
+
+
+class EngineModel:
+    """The model as a store writes with it (`WritingModel`): the caller waits while the engine's thread computes.
+
+    A text is computed piece by piece, so answers get their tokens between two pieces.
+
+    Attributes:
+        newest: the memory after the newest piece, until `clear`.
+        tokens_written: tokens of all pieces.
+    """
+
+    def __init__(self, llm: MemoryModel, engine: Engine) -> None:
+        self._llm, self._engine, self.tokenizer_identity = llm, engine, llm.tokenizer_identity
+        self.newest: Memory | None = None
+        self.tokens_written = 0
+
+    def clear(self) -> None:
+        """Keep the memory of the newest piece no longer."""
+        self.newest = None
+
+    def check(self, memory: Memory) -> None:
+        self._llm.check(memory)
+
+    def prompts_or_raise(self) -> Prompts:
+        return self._llm.prompts_or_raise()
+
+    def tokens(self, content: str | Sequence[Message], role: str | None = None) -> list[int]:
+        return self._llm.tokens(content, role)
+
+    def write_ids(
+        self, memory: Memory, ids: list[int], source: str, progress: Progress | None, updates: Updates | None
+    ) -> Memory:
+        for start in range(0, len(ids), memory.piece):
+            piece = ids[start : start + memory.piece]
+            release_threads()
+            memory = self._engine.call(partial(self._llm.write_ids, memory, piece, source, updates=updates))
+            self.newest = memory
+            self.tokens_written += len(piece)
+            if progress is not None:
+                progress(start + len(piece), len(ids))
+        return memory
+
+
+# --- threads that wait take no cores from the one that computes -------------------------------------------------------
+
+
+def release_threads() -> None:
+    """End the helpers with which this thread computes; they come back when it computes again.
+
+    Each thread that computes has helpers of its own. If there are more of them than cores, GNU OpenMP puts them to
+    sleep after every loop, and a thread that generates beside one that only waits is much slower.
+    """
+    for pause in _pauses():
+        pause(2)  # omp_pause_hard; it changes nothing if this thread has no helpers
+
+
+@cache
+def _pauses() -> list[Any]:
+    """Of each GNU OpenMP that torch computes with on a CPU under Linux: what ends a thread's helpers."""
+    torch_folder, pauses = Path(torch.__file__).parent, []
+    for path in (*torch_folder.glob("lib/libgomp*.so*"), *torch_folder.parent.glob("torch.libs/libgomp*.so*")):
+        with contextlib.suppress(OSError, AttributeError):  # not Linux, not loaded, or older than OpenMP 5
+            library = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            pauses.append(library.omp_pause_resource_all)
+    return pauses

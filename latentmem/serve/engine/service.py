@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 
@@ -25,11 +25,9 @@ from latentmem.core.settings import MemorySettings
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Message, Prompts
 from latentmem.serve.engine.answer import Answer, Sampling
-from latentmem.serve.engine.computing import EngineModel
-from latentmem.serve.engine.engine import Engine
-from latentmem.serve.engine.threads import release_threads
+from latentmem.serve.engine.engine import Engine, EngineModel, release_threads
 from latentmem.store import Store, Version
-from latentmem.store.writing import Content
+from latentmem.store.writing import Content, WritingModel
 
 Result = TypeVar("Result")
 OWN_KEY = "request "  # begins the idempotency keys that the service makes itself
@@ -120,8 +118,7 @@ class Service:
         llm.prefixes.limit = quarter(llm.decoder.device) if prefix_bytes is None else prefix_bytes
         self.llm, self.store, self.waiting, self.changes = llm, store, waiting, changes
         self._engine = engine or Engine(llm, batch)
-        self._computing = EngineModel(llm, self._engine)
-        self._model = cast(MemoryModel, self._computing)  # all that a store needs of one
+        self._model = EngineModel(llm, self._engine)
         self._openers, self._writer = ThreadPoolExecutor(2, "open"), ThreadPoolExecutor(1, "write")
         self._count = threading.Condition()
         self._answers: set[Answer] = set()
@@ -284,13 +281,13 @@ class Service:
             BusyError: too many wait. The result may be a `NameTakenError`.
         """
 
-        def act(store: Store, llm: MemoryModel) -> Version:
+        def act(store: Store, llm: WritingModel) -> Version:
             store.create(name, self.llm.empty(settings=settings))
             return store.version(name)
 
         return self.change(act)
 
-    def change(self, action: Callable[[Store, MemoryModel], Result]) -> Future[Result]:
+    def change(self, action: Callable[[Store, WritingModel], Result]) -> Future[Result]:
         """Do anything else with the store, behind all changes that were accepted before.
 
         Raises:
@@ -310,8 +307,8 @@ class Service:
         """Apply what waits for a memory, and let others look on."""
 
         def progress(done: int, total: int) -> None:
-            if self._computing.newest is not None:
-                self._underway = Underway(name, self._computing.newest, done, total)
+            if self._model.newest is not None:
+                self._underway = Underway(name, self._model.newest, done, total)
 
         return self.store.apply(self._model, name, progress)
 
@@ -330,7 +327,7 @@ class Service:
                 return action()
             finally:
                 self._underway = None
-                self._computing.clear()
+                self._model.clear()
 
         return self._writer.submit(act)
 
@@ -341,7 +338,7 @@ class Service:
         return {
             "reads": len(self._answers),
             "changes": self._changes,
-            "tokens_written": self._computing.tokens_written,
+            "tokens_written": self._model.tokens_written,
             "prefix_bytes": self.llm.prefixes.nbytes,
             **self._engine.stats(),
         }

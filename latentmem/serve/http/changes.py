@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
-from latentmem.model.model import MemoryModel
 from latentmem.serve.http import schema
 from latentmem.serve.http.errors import Refused
 from latentmem.serve.http.memories import info
 from latentmem.serve.http.state import authorize, key_of
 from latentmem.serve.http.waiting import change_store
 from latentmem.store import Store
+from latentmem.store.writing import WritingModel
 
 router = APIRouter(prefix="/v1/memories", tags=["memories"])
 
@@ -45,7 +45,7 @@ async def forget(request: Request, id: str, body: schema.Forget) -> schema.Forgo
     authorize(request, id, write=True)
     key = key_of(request)
 
-    def act(store: Store, llm: MemoryModel) -> schema.Forgotten:
+    def act(store: Store, llm: WritingModel) -> schema.Forgotten:
         if not body.exact:
             return schema.Forgotten(id=id, version=store.forget(id, body.source))
         if not all(key.may_touch(name) for name in store.family(id)):
@@ -70,7 +70,7 @@ async def expire(request: Request, id: str, body: schema.Expire) -> schema.Expir
     """Forget a source `after` so many seconds; null: never."""
     authorize(request, id, write=True)
 
-    def act(store: Store, llm: MemoryModel) -> schema.Expiring:
+    def act(store: Store, llm: WritingModel) -> schema.Expiring:
         store.expire(id, body.source, body.after)
         stats = next((one for one in store.stats(id, ()) if one.source == body.source), None)
         return schema.Expiring(id=id, source=body.source, expires=stats.expires if stats is not None else None)

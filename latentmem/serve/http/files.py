@@ -13,7 +13,6 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from latentmem.errors import NameTakenError
-from latentmem.model.model import MemoryModel
 from latentmem.serve.http import schema
 from latentmem.serve.http.content import FILE, body_of, file_of
 from latentmem.serve.http.errors import Refused
@@ -21,6 +20,7 @@ from latentmem.serve.http.memories import info
 from latentmem.serve.http.state import app_state, authorize
 from latentmem.serve.http.waiting import carried_out, read_store
 from latentmem.store import Store
+from latentmem.store.writing import WritingModel
 
 router = APIRouter(prefix="/v1/memories", tags=["memories"])
 BINARY = {"type": "string", "format": "binary"}
@@ -67,7 +67,7 @@ async def import_(request: Request, id: str) -> schema.MemoryInfo:
         await _receive(request, file)
         path = Path(file.name)
 
-        def act(store: Store, llm: MemoryModel) -> None:
+        def act(store: Store, llm: WritingModel) -> None:
             if id in store:
                 raise NameTakenError(f"there is a memory {id!r} already.")
             try:

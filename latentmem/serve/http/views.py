@@ -11,8 +11,8 @@ from torch import Tensor
 
 from latentmem import longterm
 from latentmem.core.memory import Memory
+from latentmem.serve.engine.engine import release_threads
 from latentmem.serve.engine.service import OWN_KEY
-from latentmem.serve.engine.threads import release_threads
 from latentmem.serve.http import schema
 from latentmem.serve.http.errors import Refused
 from latentmem.serve.http.keys import Key

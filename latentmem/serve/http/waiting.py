@@ -10,11 +10,11 @@ from typing import TypeVar
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
-from latentmem.model.model import MemoryModel
 from latentmem.serve.engine.service import BusyError
 from latentmem.serve.http.errors import Refused
 from latentmem.serve.http.state import app_state
 from latentmem.store import Store
+from latentmem.store.writing import WritingModel
 
 Result = TypeVar("Result")
 TRIES = 8  # of a change, while writes are accepted that it has to wait for
@@ -59,14 +59,14 @@ async def carried_out(done: Future[Result]) -> Result:
     return await asyncio.shield(future)
 
 
-async def change_store(request: Request, name: str, action: Callable[[Store, MemoryModel], Result]) -> Result:
+async def change_store(request: Request, name: str, action: Callable[[Store, WritingModel], Result]) -> Result:
     """Change a memory, behind everything that was accepted before.
 
     Raises:
         NotFoundError: no such memory.
     """
 
-    def act(store: Store, llm: MemoryModel) -> Result:
+    def act(store: Store, llm: WritingModel) -> Result:
         for _ in range(TRIES):
             store.apply(llm, name)
             try:
