@@ -10,7 +10,7 @@ from dataclasses import asdict
 from mcp.server import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 
-from latentmem.errors import NameTakenError, NotFoundError
+from latentmem.errors import NameTakenError
 from latentmem.serve.engine.answer import Sampling
 from latentmem.serve.engine.service import BusyError, Service
 from latentmem.store import Store, check_name
@@ -32,65 +32,60 @@ def create_server(service: Service, sampling: Sampling | None = None) -> MCPServ
         sampling: how answers are made.
     """
     server = MCPServer("latentmem", instructions=INSTRUCTIONS, version=__version__, log_level="WARNING")
+    tools = _Tools(service, sampling or Sampling())
+    for tool in (tools.memory_write, tools.memory_ask, tools.memory_stats, tools.memory_forget):
+        server.tool()(_errors_to_client(tool))
+    return server
 
-    @server.tool()
-    @_errors_to_client
-    def memory_write(memory_id: str, text: str, source: str = "text") -> Facts:
+
+class _Tools:
+    """One method for each tool: its name, docstring and arguments are what the client sees."""
+
+    def __init__(self, service: Service, sampling: Sampling) -> None:
+        self._service, self._sampling = service, sampling
+
+    def memory_write(self, memory_id: str, text: str, source: str = "text") -> Facts:
         """Write a text into a memory; the memory is made if it is not there.
 
         `source` is a name under which the text can be forgotten later.
         """
         check_name(memory_id)
-        if memory_id not in service.store:
+        if memory_id not in self._service.store:
             with contextlib.suppress(NameTakenError):  # by somebody else meanwhile
-                service.create(memory_id).result()
-        version = service.write(memory_id, text, source).done.result()
+                self._service.create(memory_id).result()
+        version = self._service.write(memory_id, text, source).done.result()
         facts = {"version": version.version, "source": source, "tokens": version.tokens}
         return {"memory_id": memory_id, **facts, "slots": version.facts.get("M"), "capacity": version.facts.get("N")}
 
-    @server.tool()
-    @_errors_to_client
-    def memory_ask(memory_id: str, question: str) -> Facts:
+    def memory_ask(self, memory_id: str, question: str) -> Facts:
         """Answer a question with what a memory holds."""
         check_name(memory_id)
-        answer = service.ask(memory_id, question, sampling or Sampling())
+        answer = self._service.ask(memory_id, question, self._sampling)
         text = "".join(piece.text for piece in answer).strip()
         return {"memory_id": memory_id, "version": answer.version, "answer": text}
 
-    @server.tool()
-    @_errors_to_client
-    def memory_stats(memory_id: str) -> Facts:
+    def memory_stats(self, memory_id: str) -> Facts:
         """How full a memory is, its sources, and how much of each is left."""
 
         def read(store: Store, llm: WritingModel) -> Facts:
-            _require_memory(store, memory_id)
             version = store.apply(llm, memory_id)
             memory, stats = store.open(memory_id, version), store.stats(memory_id, version=version)
             sources = [asdict(one) | {"expires": one.expires and one.expires.isoformat()} for one in stats]
             sizes = {"slots": memory.M, "capacity": memory.N}
             return {"memory_id": memory_id, "version": version, **sizes, "sources": sources}
 
-        return service.change(read).result()
+        check_name(memory_id)
+        return self._service.change(read).result()
 
-    @server.tool()
-    @_errors_to_client
-    def memory_forget(memory_id: str, source: str) -> Facts:
+    def memory_forget(self, memory_id: str, source: str) -> Facts:
         """Drop what is left of a source from a memory. Older versions of the memory keep it."""
 
         def forget(store: Store, llm: WritingModel) -> Facts:
-            _require_memory(store, memory_id)
             store.apply(llm, memory_id)
             return {"memory_id": memory_id, "version": store.forget(memory_id, source), "forgotten": source}
 
-        return service.change(forget).result()
-
-    return server
-
-
-def _require_memory(store: Store, name: str) -> None:
-    check_name(name)
-    if name not in store:
-        raise NotFoundError(f"there is no memory {name!r}; memory_write makes one.")
+        check_name(memory_id)
+        return self._service.change(forget).result()
 
 
 def _errors_to_client(tool: Callable[..., Facts]) -> Callable[..., Facts]:

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -48,18 +49,7 @@ def serve(
         on_ready: called when the service is ready.
     """
     door = _Door()
-    config = uvicorn.Config(
-        door,
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=grace,
-    )
-    server, services, errors = _Server(config, door), [], []
+    server, services, errors = _Server(door, grace), [], []
 
     def start() -> None:
         try:
@@ -105,8 +95,10 @@ class _Door:
 class _Server(uvicorn.Server):
     """Ends on a signal without raising it again, so that the service can be closed; a second one does not wait."""
 
-    def __init__(self, config: uvicorn.Config, door: _Door) -> None:
-        super().__init__(config)
+    def __init__(self, door: _Door, grace: int) -> None:
+        bare: dict[str, Any] = {"ws": "none", "lifespan": "off", "log_config": None}
+        bare |= dict.fromkeys(("access_log", "server_header", "proxy_headers"), False)
+        super().__init__(uvicorn.Config(door, http="h11", timeout_graceful_shutdown=grace, **bare))
         self._door = door
 
     @contextlib.contextmanager
