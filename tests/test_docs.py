@@ -91,7 +91,7 @@ def test_every_command_and_option_that_a_page_shows_exists():
         command = get_command(cli.app)
         while hasattr(command, "commands"):
             command, words = command.commands[words[0]], words[1:]
-        options = {option for parameter in command.params for option in parameter.opts}
+        options = {option for one in command.params for option in (*one.opts, *one.secondary_opts)}
         unknown = {word.split("=")[0] for word in words if re.match(r"--?[A-Za-z]", word)} - options
         assert not unknown, f"{page}: {command.name} has no {sorted(unknown)}"
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from latentmem.evaluate.data.sets import Question
+from latentmem.evaluate.settings import NEW_TOKENS
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
 
-NEW_TOKENS = 10  # of an answer, as in the paper
 AT_ONCE = 8  # questions in one pass: more bring nothing on a CPU
 
 

@@ -12,29 +12,12 @@ from latentmem.core.memory import Memory
 from latentmem.core.settings import LongTermSettings, MemorySettings
 from latentmem.evaluate import runner
 from latentmem.evaluate.asking import written
+from latentmem.evaluate.settings import Settings
 from latentmem.evaluate.stats import Estimate
 from latentmem.evaluate.tables import results
 from latentmem.model.model import MemoryModel
 
 Record = runner.Record
-MEMORY = MemorySettings(N=2048)  # the memory that is measured by default
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the settings of every protocol hold.
-
-    Args:
-        memory: settings of the memory that is measured; a checkpoint has its own N and K. The seed is also the seed of
-            everything that is drawn.
-    """
-
-    memory: MemorySettings = MEMORY
-
-    @property
-    def seed(self) -> int:
-        """Seed of everything that is drawn, and of every drop."""
-        return self.memory.seed
 
 
 class EnoughError(Exception):

@@ -7,8 +7,8 @@ import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from latentmem import fields
 from latentmem.cli import options
-from latentmem.core import settings as core
 from latentmem.core.settings import LongTermSettings, MemorySettings
 
 
@@ -26,10 +26,10 @@ def command(chosen_by):
 
 def test_every_setting_has_an_option_with_its_help():
     parameters = {one.name: one for one in get_command(command([])).params}
-    for one in core.settings_of(MemorySettings):
+    for one in fields.settings_of(MemorySettings):
         if one.name != "longterm":
             assert one.help in parameters[one.name].help
-    for one in core.settings_of(LongTermSettings):
+    for one in fields.settings_of(LongTermSettings):
         assert one.help in parameters["longterm" if one.name == "R" else f"longterm_{one.name}"].help
     assert parameters["N"].opts == ["--capacity", "-N"] and parameters["N"].show_default == "2048"
     assert "last, surprise" in parameters["choice"].help
@@ -53,7 +53,7 @@ def test_only_what_was_given_comes_to_the_command_and_gives_the_settings():
 def test_a_new_setting_is_an_option_by_itself(monkeypatch):
     @dataclasses.dataclass(frozen=True)
     class More(MemorySettings):
-        shade: str | None = core.setting("the colour of its slots", None, choices=("red", "blue"))
+        shade: str | None = fields.setting("the colour of its slots", None, choices=("red", "blue"))
 
     monkeypatch.setattr(options, "MemorySettings", More)
     got = []

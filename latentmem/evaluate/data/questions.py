@@ -15,9 +15,9 @@ import numpy as np
 
 from latentmem import data
 from latentmem.evaluate.data.sets import Question, QuestionSet, Text
+from latentmem.evaluate.settings import LONGEST
 
 NAMES = ("squad", "nq", "synthetic")
-LONGEST = 512  # tokens of a text, as in the paper
 SHORTEST = 16  # tokens of a Natural Questions context
 ANSWER = {"squad": 3, "nq": 4}  # tokens of an answer at most (MemoryLLM section 4.4)
 UNRELATED = 1_000  # of the synthetic set, and the most that is taken from the hub

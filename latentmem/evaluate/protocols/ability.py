@@ -12,7 +12,6 @@ a full memory. The plain model and the empty memory must agree to the bit. Nothi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
@@ -24,6 +23,7 @@ from latentmem.evaluate.data import choices
 from latentmem.evaluate.data.choices import Choices
 from latentmem.evaluate.data.questions import heldout
 from latentmem.evaluate.protocol import Line
+from latentmem.evaluate.settings import Ability as Settings
 from latentmem.evaluate.stats import Estimate, exp, mean, ratio
 from latentmem.model.model import MemoryModel
 
@@ -33,31 +33,6 @@ TITLES = {"blimp": "BLiMP", "piqa": "PIQA", "mmlu": "MMLU"}
 BATCH = 8  # items of one unit of work
 Unit = tuple[Any, ...]  # ("perplexity", index of the article), or (set, number of the batch)
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings(protocol.Settings):
-    """What is measured, beside the memory.
-
-    Args:
-        texts, tokens: held-out articles, and tokens of each.
-        blimp, piqa, mmlu: items of each set; 0 leaves it out.
-
-    Raises:
-        ValueError: numbers below 0, or articles of one token.
-    """
-
-    texts: int = 50
-    tokens: int = 512
-    blimp: int = 670
-    piqa: int = 400
-    mmlu: int = 285
-
-    def __post_init__(self) -> None:
-        counts = {name: getattr(self, name) for name in ("texts", *choices.NAMES)}
-        if min(counts.values()) < 0 or self.tokens < 2:
-            values = ", ".join(f"{name}={count}" for name, count in counts.items())
-            raise ValueError(f"counts are 0 or more and tokens 2 or more, got {values}, tokens={self.tokens}.")
 
 
 class Ability:

@@ -33,13 +33,14 @@ from latentmem.evaluate import protocol, scoring
 from latentmem.evaluate.asking import AT_ONCE, in_context, written
 from latentmem.evaluate.baselines.passages import ranked
 from latentmem.evaluate.protocol import Line
+from latentmem.evaluate.settings import Conversations as Settings
 from latentmem.evaluate.stats import Estimate, mean
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
 
 PROTOCOL = "conversations/2"
 FILE = "conversations/locomo8.jsonl.gz"
-ROWS = ("floor", "window", "bm25", "memory", "longterm")
+ROWS = Settings.ROWS
 CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", 5: "adversarial"}
 OPEN_DOMAIN, ADVERSARIAL = 3, 5
 NOT_ANSWERED = "not mentioned"  # stands where a question has no right answer
@@ -73,33 +74,6 @@ class Dialogue:
     id: str
     sessions: tuple[Session, ...]
     questions: tuple[Asked, ...]
-
-
-@dataclass(frozen=True)
-class Settings(protocol.Settings):
-    """What is measured, beside the memory.
-
-    Args:
-        rows: of `ROWS`.
-        longterm: R, the long-term slots of the row "longterm", whose memory has N - R slots.
-        passages: turns that are retrieved for a question.
-        new_tokens: of an answer.
-
-    Raises:
-        ValueError: unknown rows, or a long-term part that leaves no slots.
-    """
-
-    rows: tuple[str, ...] = ROWS
-    longterm: int = 512
-    passages: int = 10
-    new_tokens: int = 32
-
-    def __post_init__(self) -> None:
-        if not self.rows or set(self.rows) - set(ROWS) or len(set(self.rows)) < len(self.rows):
-            raise ValueError(f"rows must be some of {', '.join(ROWS)}, got {', '.join(self.rows) or 'none'}.")
-        N = self.memory.N
-        if "longterm" in self.rows and not (self.longterm >= 1 and (N is None or self.longterm < N)):
-            raise ValueError(f"the long-term part takes between 1 and N - 1 of N={N} slots, got {self.longterm}.")
 
 
 def load(count: int, seed: int, file: Path | None = None) -> list[Dialogue]:

@@ -33,6 +33,7 @@ from latentmem.evaluate.baselines.editors import (
 from latentmem.evaluate.baselines.rome import RankOne
 from latentmem.evaluate.baselines.tuning import FineTuned, LowRank
 from latentmem.evaluate.data.edits import Edit, EditSet, Probe
+from latentmem.evaluate.settings import Editing as Settings
 from latentmem.evaluate.stats import Means, harmonic, mean, of_means
 from latentmem.evaluate.tables import plots
 from latentmem.model.context import Context
@@ -40,22 +41,7 @@ from latentmem.model.model import MemoryModel
 from latentmem.model.scoring import Score
 
 PROTOCOL = "editing/2"
-ROWS = (
-    "none",
-    "context",
-    "bm25",
-    "memory-unedited",
-    "memory-empty",
-    "memory-own",
-    "memory-full",
-    "longterm",
-    "ft",
-    "ft-l",
-    "lora",
-    "ike",
-    "rome",
-)
-DEFAULT = tuple(row for row in ROWS if row not in ("bm25", "longterm"))  # of use where much was written
+ROWS = Settings.ROWS
 SEQUENTIAL = ("none", "bm25", "memory-own", "memory-full", "longterm", "ft", "ft-l", "lora", "rome")  # take many edits
 SHOWN = ("memory-full", "bm25", "longterm", "rome", "ft", "none", "memory-own", "lora", "ft-l")  # in a picture
 TUNED = ("ft", "ft-l", "lora")  # rows of fine-tuning: the best of them is what the memory is compared with
@@ -69,30 +55,6 @@ SEGMENT = 50  # edits of a sequence between two points from which a run goes on
 CHOSEN = ("edits", "rows", "sequence")  # settings by which a folder may grow
 Unit = tuple[Any, ...]  # ("single", row, edit) or ("sequence", row, T, number of the sequence, segment)
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings(protocol.Settings):
-    """What is measured, beside the memory.
-
-    Args:
-        edits: how many are made one at a time.
-        rows: of `ROWS`; which of them a model does not have, `Editing.rows` says.
-        sequence: T, numbers of edits without reset; 1 is an edit at a time.
-    """
-
-    edits: int = 200
-    rows: tuple[str, ...] = DEFAULT
-    sequence: tuple[int, ...] = (1,)
-
-    def __post_init__(self) -> None:
-        unknown = [row for row in self.rows if row not in ROWS]
-        if unknown or not self.rows:
-            raise ValueError(f"rows must be some of {', '.join(ROWS)}; got {', '.join(unknown) or 'none'}.")
-        if self.edits < 2:
-            raise ValueError(f"one edit has no interval: take at least 2, got {self.edits}.")
-        if not self.sequence or min(self.sequence) < 1:
-            raise ValueError(f"a sequence has at least one edit, got {self.sequence}.")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
@@ -24,6 +23,7 @@ from latentmem.evaluate.data.questions import heldout, unanswerable
 from latentmem.evaluate.data.sets import QuestionSet
 from latentmem.evaluate.protocol import Line
 from latentmem.evaluate.scoring import ABSTAINS
+from latentmem.evaluate.settings import Effects as Settings
 from latentmem.evaluate.stats import Estimate, exp, mean, ratio
 from latentmem.model.model import MemoryModel
 
@@ -32,19 +32,6 @@ KINDS = ("answered", "not answered", "never written")
 STATES = ("plain", "empty", "full")
 Unit = tuple[Any, ...]  # ("perplexity" or "abstention", index)
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings(protocol.Settings):
-    """What is measured, beside the memory.
-
-    Args:
-        texts: held-out articles for the perplexity, and paragraphs for the abstention.
-        tokens: of each article.
-    """
-
-    texts: int = 100
-    tokens: int = 512
 
 
 class Effects:

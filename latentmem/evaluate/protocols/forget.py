@@ -16,7 +16,6 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
@@ -25,9 +24,10 @@ import torch
 
 from latentmem.core.memory import Memory
 from latentmem.evaluate import protocol
-from latentmem.evaluate.asking import NEW_TOKENS, ask, in_context, written
+from latentmem.evaluate.asking import ask, in_context, written
 from latentmem.evaluate.data.sets import QuestionSet, Text
 from latentmem.evaluate.protocol import Line
+from latentmem.evaluate.settings import Forget as Settings
 from latentmem.evaluate.stats import Estimate, mean, ratio
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
@@ -40,28 +40,6 @@ METRICS = {"hit": "hits", "accuracy": "token accuracy", "loglik": "log-likelihoo
 TARGET = "target"  # the name under which the text to be forgotten is written
 Unit = tuple[Any, ...]  # ("forget", index of the text)
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings(protocol.Settings):
-    """What is measured, beside the memory.
-
-    Args:
-        behind: other texts that are written behind the one that is forgotten; one more stands before it.
-        per_other: questions about each other text.
-        new_tokens: of an answer.
-
-    Raises:
-        ValueError: no text behind, or no question about others.
-    """
-
-    behind: int = 3
-    per_other: int = 2
-    new_tokens: int = NEW_TOKENS
-
-    def __post_init__(self) -> None:
-        if self.behind < 1 or self.per_other < 1:
-            raise ValueError(f"behind and per_other must be 1 or more, got {self.behind} and {self.per_other}.")
 
 
 class Forget:

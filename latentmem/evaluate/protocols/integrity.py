@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -32,6 +31,7 @@ from latentmem.evaluate.data.sets import Text
 from latentmem.evaluate.data.synthetic import fact
 from latentmem.evaluate.protocol import Line
 from latentmem.evaluate.runner import Progress
+from latentmem.evaluate.settings import Integrity as Settings
 from latentmem.evaluate.tables import plots
 from latentmem.evaluate.tables.integrity import ROWS, TURNS, draw, drift, lines, settled
 from latentmem.model.model import MemoryModel
@@ -42,57 +42,6 @@ NEW_TOKENS = 20  # of an answer, as for all invented texts
 CHOSEN = ("rows", "updates", "ft_updates")  # settings that choose units and change none: a later run may add to them
 Unit = tuple[Any, ...]  # ("plain", 0), ("ft", stretch) or ("memory", stretch)
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings(protocol.Settings):
-    """What is measured, beside the memory.
-
-    Args:
-        rows: of `ROWS`.
-        updates: facts that are written into the memory.
-        ft_updates: facts that the plain model is fine-tuned on.
-        every: facts of which one is asked.
-        age: facts written since, at which a fact is asked once more.
-        stretch: facts of one unit of work; what is kept when a run is killed.
-        checkpoint: facts after which other text and pairs are read.
-        texts, tokens: held-out articles of a checkpoint, and tokens of each.
-        pairs: BLiMP pairs of a checkpoint; 0: none.
-        role: how a fact is written, as in `MemoryModel.write`; None: as the model's style says.
-        lr, steps: of the fine-tuning, steps on each fact.
-
-    Raises:
-        ValueError: unknown rows, or numbers that do not go into each other.
-    """
-
-    rows: tuple[str, ...] = ROWS
-    updates: int = 20_000
-    ft_updates: int = 2_000
-    every: int = 100
-    age: int = 50
-    stretch: int = 200
-    checkpoint: int = 1_000
-    texts: int = 8
-    tokens: int = 256
-    pairs: int = 134
-    role: str | None = "raw"
-    lr: float = 2e-5
-    steps: int = 1
-
-    def __post_init__(self) -> None:
-        if not self.rows or set(self.rows) - set(ROWS) or len(set(self.rows)) < len(self.rows):
-            raise ValueError(f"rows must be some of {', '.join(ROWS)}, got {', '.join(self.rows) or 'none'}.")
-        numbers = ("updates", "ft_updates", "every", "age", "stretch", "checkpoint", "texts", "steps")
-        small = [f"{name}={getattr(self, name)}" for name in numbers if getattr(self, name) < 1]
-        if small or self.tokens < 2 or self.pairs < 0 or self.lr <= 0:
-            wrong = ", ".join(small) or f"tokens={self.tokens}, pairs={self.pairs}, lr={self.lr}"
-            raise ValueError(f"a stream needs positive numbers (tokens from 2, pairs from 0), got {wrong}.")
-        for name in ("updates", "ft_updates", "checkpoint"):
-            if getattr(self, name) % self.stretch:
-                raise ValueError(
-                    f"{name} must be a multiple of the stretch, {self.stretch}, got {getattr(self, name)}; a stretch "
-                    f"is never cut."
-                )
 
 
 class Integrity:

@@ -30,6 +30,7 @@ from latentmem.evaluate import protocol, scoring
 from latentmem.evaluate.asking import in_context, named, written
 from latentmem.evaluate.baselines.passages import ranked
 from latentmem.evaluate.protocol import Line
+from latentmem.evaluate.settings import LongBench as Settings
 from latentmem.evaluate.stats import Estimate, mean
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
@@ -42,7 +43,7 @@ ANSWER = {  # tokens of an answer at most; LongBench's own
     **{"altqa": 32, "babi": 10},
 }
 NAMES = tuple(ANSWER)
-ROWS = ("floor", "oracle", "window", "bm25", "memory")
+ROWS = Settings.ROWS
 PASSAGE = 100  # words of a passage that BM25 ranks
 CHOSEN = ("rows",)  # settings that choose units and change none: a later run may add to them
 Unit = tuple[Any, ...]  # (row, set, index of the example)
@@ -76,32 +77,6 @@ class Examples:
     def identity(self) -> str:
         """Hash of everything in it."""
         return hashlib.sha256(repr(self.examples).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Settings(protocol.Settings):
-    """What is measured, beside the memory.
-
-    Args:
-        rows: of `ROWS`.
-        length: tokens of a LongBench text, question and answer that are kept, from the end.
-        passages: of a text that are retrieved.
-
-    Raises:
-        ValueError: unknown rows, or no room for a prompt.
-    """
-
-    rows: tuple[str, ...] = ROWS
-    length: int = 16_384
-    passages: int = 5
-
-    def __post_init__(self) -> None:
-        if not self.rows or set(self.rows) - set(ROWS) or len(set(self.rows)) < len(self.rows):
-            raise ValueError(f"rows must be some of {', '.join(ROWS)}, got {', '.join(self.rows) or 'none'}.")
-        if self.length < PAPER_PIECE or self.passages < 1:
-            raise ValueError(
-                f"length must be {PAPER_PIECE} or more and passages 1 or more, got {self.length} and {self.passages}."
-            )
 
 
 def load(name: str, count: int, seed: int) -> Examples:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -28,13 +28,12 @@ import torch
 
 from latentmem import longterm
 from latentmem.core.memory import Memory
-from latentmem.core.settings import MemorySettings
 from latentmem.evaluate import protocol, runner
-from latentmem.evaluate.asking import NEW_TOKENS, Answer, ask, in_context, written
+from latentmem.evaluate.asking import Answer, ask, in_context, written
 from latentmem.evaluate.baselines.passages import ranked
-from latentmem.evaluate.data.questions import LONGEST
 from latentmem.evaluate.data.sets import Question, QuestionSet, Text
 from latentmem.evaluate.protocol import RunOptions
+from latentmem.evaluate.settings import Retention as Settings
 from latentmem.evaluate.tables import plots, results
 from latentmem.evaluate.tables.summary import Line
 from latentmem.longterm.search import RetrievedPrefix
@@ -42,65 +41,12 @@ from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
 
 PROTOCOL = "retention/1"  # another number where records of before and after can not stand in one table
-ROWS = ("floor", "dead", "oracle", "window", "bm25", "ours")
-FILLS = ("full", "empty")
-OWN_RUN = 50  # steps up to which every sample has its own run
+ROWS = Settings.ROWS
 LONGEST_ANSWER = 64  # tokens that are kept free for a gold answer
 SEGMENT = 20  # steps of a stream that are one unit of work
-MEMORY = MemorySettings(K=LONGEST)
 CHOSEN = ("rows", "fills", "capacities")  # settings that choose units and change none: a later run may add to them
 Unit = tuple[Any, ...]  # (row, N, fill, index of the text), or ("stream", row, N, segment)
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings(protocol.Settings):
-    """What is measured.
-
-    Args:
-        steps: how many other texts were written between the text and its questions, ascending.
-        capacities: N of the memories; empty for a checkpoint's own.
-        fills: "full" and "empty".
-        rows: of `ROWS`.
-        memory: with each of the capacities as its N; by default every text is one update.
-        new_tokens: of an answer, in which the gold answer has to stand.
-        stream: ask all steps in the stream, not only those beyond `OWN_RUN`.
-
-    Raises:
-        ValueError: unknown rows or fills, steps that are negative or not ascending, a stream that does not begin full.
-    """
-
-    memory: MemorySettings = MEMORY
-    steps: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 50)
-    capacities: tuple[int, ...] = (1024, 2048)
-    fills: tuple[str, ...] = FILLS
-    rows: tuple[str, ...] = ROWS
-    new_tokens: int = NEW_TOKENS
-    stream: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.steps or min(self.steps) < 0 or list(self.steps) != sorted(set(self.steps)):
-            raise ValueError(f"steps must be ascending numbers from 0, got {', '.join(map(str, self.steps))}.")
-        for what, values, known in (("rows", self.rows, ROWS), ("fills", self.fills, FILLS)):
-            wrong = [item for item in values if item not in known]
-            if wrong or not values or len(set(values)) < len(values):
-                raise ValueError(f"{what} must be some of {', '.join(known)}, got {', '.join(values) or 'none'}.")
-        if len(set(self.capacities)) < len(self.capacities):
-            raise ValueError(f"capacities must differ, got {', '.join(map(str, self.capacities))}.")
-        if self.streamed and "full" not in self.fills:
-            raise ValueError(
-                f"a stream (here the steps {self.streamed}) begins with a full memory: add the fill 'full'."
-            )
-
-    @property
-    def own(self) -> tuple[int, ...]:
-        """Steps at which every sample is asked in its own run."""
-        return () if self.stream else tuple(t for t in self.steps if t <= OWN_RUN)
-
-    @property
-    def streamed(self) -> tuple[int, ...]:
-        """Ages at which the texts of the stream are asked."""
-        return tuple(t for t in self.steps if t not in self.own)
 
 
 class Retention:

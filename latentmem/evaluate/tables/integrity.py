@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from latentmem.evaluate.protocol import Line
+from latentmem.evaluate.settings import Integrity
 from latentmem.evaluate.stats import Estimate, exp, mean, ratio, slope
 from latentmem.evaluate.tables import plots
 
-ROWS = ("memory", "ft")
+ROWS = Integrity.ROWS
 DECAY = 0.9999  # of the paper's exponential mean, per update
 TURNS = 10  # N/K updates, of which a stream has this many behind it where the test for drift begins
 WINDOWS = 10  # equal parts of a stream in the table
