@@ -13,7 +13,7 @@ import latentmem
 from latentmem.serve.engine.answer import Piece
 from latentmem.serve.engine.service import Service
 from latentmem.serve.http.app import create_app
-from latentmem.serve.http.logs import Log
+from latentmem.serve.http.gate import Log
 
 WORDS = ["the ", "door ", "is ", "blue"]
 HANG = 300  # seconds after which nothing comes any more

@@ -1,4 +1,11 @@
-"""The app of the server (read `service.py` first; then `gate.py`, `state.py`, and the routes)."""
+"""The app of the server; read `engine/service.py` first.
+
+gate.py       what every request passes        memories.py   make, list, show, delete, write, ask
+state.py      what a route works with          versions.py   look, change, export, import
+errors.py     which status an error has        openai.py     OpenAI's interface; `responder.py` answers it
+keys.py       who may touch which memories     schema.py     bodies of requests and responses
+run.py        the process                      static.py     the page
+"""
 
 from __future__ import annotations
 
@@ -11,11 +18,10 @@ from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from latentmem.serve.engine.service import Service
-from latentmem.serve.http import changes, content, files, memories, openai, schema, views
+from latentmem.serve.http import memories, openai, schema, versions
 from latentmem.serve.http.errors import MEANINGS, add_handlers, not_ready
-from latentmem.serve.http.gate import Gate
+from latentmem.serve.http.gate import Gate, Log, Metrics
 from latentmem.serve.http.keys import Keys
-from latentmem.serve.http.logs import Log, Metrics
 from latentmem.serve.http.state import AppState, Limits, app_state
 from latentmem.version import __version__
 
@@ -43,7 +49,7 @@ def create_app(
     app = FastAPI(**facts, docs_url=None, redoc_url=None)  # those pages would load scripts of others
     app.state.latentmem, app.state.log = state, log
     add_handlers(app)
-    for routes in (openai, memories, content, views, changes, files):
+    for routes in (openai, memories, versions):
         app.include_router(routes.router, dependencies=[BEARER], responses=REFUSALS)
     _add_own_routes(app, metrics)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]

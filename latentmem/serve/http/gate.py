@@ -1,26 +1,47 @@
-"""What every request passes first: who asks, from where and how much; and last: its line in the log."""
+"""What every request passes: first who asks, from where and how much; at its end the log and the metrics.
+
+The log and Prometheus get one line of JSON, and numbers; never a text, a question or a key.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import re
+import sys
+import threading
 import time
+import traceback
 import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import TextIO
 
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentmem.serve.http import static
 from latentmem.serve.http.errors import Refused, not_ready, refusal
 from latentmem.serve.http.keys import EVERYONE, Key, Keys
-from latentmem.serve.http.logs import Log, Metrics, RequestLog
-from latentmem.serve.http.state import AppState
+from latentmem.serve.http.state import AppState, RequestLog, media_type
 
 OPEN = ("/health", "/ready")  # no key, at any time
 LOADING = (*OPEN, "/metrics", "/openapi.json")  # also while the server is not ready
 LOCAL = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?")
 ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 IMPORT = re.compile(r"/v1/memories/[^/]+/import")
+BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+METHODS = ("GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS")
+KINDS = {
+    "/v1/memories/{id}/ask": "ask",
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "completion",
+    "/v1/memories/{id}/write": "write",
+}
 
 
 class Gate:
@@ -155,9 +176,85 @@ def _require_local(scope: Scope, headers: Headers) -> None:
         raise Refused(403, "without keys this server does not answer to other web pages.", "foreign_origin")
     if scope["method"] in ("GET", "HEAD", "OPTIONS", "DELETE"):
         return
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = media_type(headers)
     raw = IMPORT.fullmatch(scope["path"]) and kind in ("application/zip", "application/octet-stream")
     if kind not in ("application/json", "multipart/form-data", "") and not raw:
         raise Refused(415, "a body must be application/json or multipart/form-data.", "unsupported_media_type")
     if kind == "" and headers.get("content-length", "0") != "0":
         raise Refused(415, "a body needs its Content-Type: application/json.", "unsupported_media_type")
+
+
+# --- the log and the metrics ------------------------------------------------------------------------------------------
+
+
+class Log:
+    """Lines of JSON.
+
+    Args:
+        to: where they go; by default standard error, as it is when a line is written.
+    """
+
+    def __init__(self, to: TextIO | None = None) -> None:
+        self._to, self._lock = to, threading.Lock()
+
+    def line(self, **facts: object) -> None:
+        facts = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **facts}
+        with self._lock:
+            to = self._to or sys.stderr
+            to.write(json.dumps(facts) + "\n")
+            to.flush()
+
+    def request(self, request: RequestLog, method: str, route: str, status: int, seconds: float) -> None:
+        """One request that has ended."""
+        facts = {name: value for name, value in asdict(request).items() if value and name != "id"}
+        self.line(id=request.id, method=method, route=route, status=status, ms=round(seconds * 1000, 1), **facts)
+
+    def error(self, request: RequestLog, error: BaseException) -> None:
+        """Where this program made an error, without its message, which may hold a text."""
+        frames = traceback.extract_tb(error.__traceback__)
+        where = [f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno} {frame.name}" for frame in frames]
+        self.line(id=request.id, error=type(error).__name__, where=where[-12:])
+
+
+class Metrics:
+    """Numbers for Prometheus.
+
+    Args:
+        now: gives what the server does now, name -> number.
+    """
+
+    def __init__(self, now: Callable[[], dict[str, float]]) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "latentmem_requests", "Requests that have ended.", ["method", "route", "status"], registry=self.registry
+        )
+        self._seconds = Histogram(
+            "latentmem_request_seconds", "How long they took.", ["kind"], buckets=BUCKETS, registry=self.registry
+        )
+        self._busy = Counter("latentmem_busy", "Requests refused because too many waited.", registry=self.registry)
+        self._tokens = Counter("latentmem_tokens", "Tokens read, made and written.", ["kind"], registry=self.registry)
+        self.registry.register(_Now(now))
+
+    def request(self, request: RequestLog, method: str, route: str, status: int, seconds: float) -> None:
+        """Count one request that has ended."""
+        self._requests.labels(method if method in METHODS else "other", route, str(status)).inc()
+        if route in KINDS and status < 400:
+            self._seconds.labels(KINDS[route]).observe(seconds)
+        if status == 429:
+            self._busy.inc()
+        for kind in ("prompt", "completion", "written"):
+            self._tokens.labels(kind).inc(getattr(request, f"{kind}_tokens"))
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _Now(Collector):
+    """What the server does when Prometheus asks."""
+
+    def __init__(self, now: Callable[[], dict[str, float]]) -> None:
+        self._now = now
+
+    def collect(self) -> Iterator[Metric]:
+        for name, value in self._now().items():
+            yield GaugeMetricFamily(f"latentmem_service_{name}", "Of the service, now.", value=value)

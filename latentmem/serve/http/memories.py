@@ -1,19 +1,44 @@
-"""The addresses of memories by name: make, list, show, delete."""
+"""The addresses of memories by name: make, list, show, delete, write, ask."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Header, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, UploadFile
 
-from latentmem.errors import NotFoundError
+from latentmem.errors import InUseError, NotFoundError
 from latentmem.serve.http import schema
-from latentmem.serve.http.state import app_state, authorize, key_of
-from latentmem.serve.http.waiting import carried_out, change_store, read_store, with_timeout
-from latentmem.store import Overview, Store
+from latentmem.serve.http.errors import Json, Refused
+from latentmem.serve.http.responder import collected, usage
+from latentmem.serve.http.state import (
+    app_state,
+    authorize,
+    carried_out,
+    change_store,
+    check_length,
+    key_of,
+    media_type,
+    read_store,
+    request_log,
+    with_timeout,
+)
+from latentmem.store import Overview, Store, Version
+from latentmem.store.writing import Content
 
 router = APIRouter(prefix="/v1/memories", tags=["memories"])
+WORD = {"type": "string"}
+FILE: dict[str, Any] = {"type": "object", "properties": {"file": WORD | {"format": "binary"}}, "required": ["file"]}
+FORM = FILE | {"properties": FILE["properties"] | dict.fromkeys(("source", "role", "wait"), WORD)}
+LATER = (TimeoutError, OSError, InUseError, RuntimeError, MemoryError)  # errors after which a write waits
 
 
 @router.post("", status_code=201)
@@ -62,3 +87,130 @@ async def info(request: Request, name: str) -> schema.MemoryInfo:
 def _info(overview: Overview) -> schema.MemoryInfo:
     facts = asdict(overview)
     return schema.MemoryInfo(**facts | {"id": facts.pop("name"), "model": Path(overview.model).name})
+
+
+# --- write and ask ----------------------------------------------------------------------------------------------------
+
+
+def body_of(kinds: dict[str, Any]) -> dict[str, Any]:
+    """What a body may be, media type -> schema, for the OpenAPI document, where a route reads it itself."""
+    return {"requestBody": {"content": {kind: {"schema": what} for kind, what in kinds.items()}, "required": True}}
+
+
+@router.post(
+    "/{id}/write",
+    response_model=schema.Written,
+    responses={202: {"model": schema.Written}},
+    openapi_extra=body_of(
+        {"application/json": {"$ref": "#/components/schemas/Write"}, "multipart/form-data": FORM},
+    ),
+)
+async def write(
+    request: Request, id: str, idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None
+) -> Response:
+    """Write a text, turns of a conversation or an uploaded text file; the response says that no crash loses it.
+
+    With `wait: false`, or where it takes longer than a request may, the memory has it later.
+    """
+    authorize(request, id, write=True)
+    body = await _read_body(request)
+    content, service = _content(request, body), app_state(request).service
+    writing = await run_in_threadpool(service.write, id, content, body.source, role=body.role, key=idempotency_key)
+    request_log(request).written_tokens = writing.tokens
+    if body.wait:
+        with contextlib.suppress(*LATER):  # the write is in the journal: who reads or writes the memory next applies it
+            version = await with_timeout(request, carried_out(writing.done))
+            return _written(id, version, version.tokens or writing.tokens)
+    facts = {"version": writing.version, "tokens": writing.tokens, "state": "pending"}
+    return Json(schema.Written(id=id, M=None, N=None, **facts).model_dump(), 202)
+
+
+def _written(name: str, version: Version, count: int) -> Json:
+    facts: dict[str, Any] = {"version": version.version, "tokens": count, "state": version.state}
+    return Json(schema.Written(id=name, M=version.facts.get("M"), N=version.facts.get("N"), **facts).model_dump())
+
+
+def _content(request: Request, body: schema.Write) -> Content:
+    """What is written; a refusal if it is longer than allowed."""
+    if body.text:
+        check_length(request, body.text)
+        return body.text
+    turns, most = body.messages or [], app_state(request).limits.messages
+    if len(turns) > most:
+        raise Refused(400, f"a conversation may have {most} messages, got {len(turns)}; split it.", "invalid_value")
+    check_length(request, *(turn.content for turn in turns))
+    return [turn.model_dump() for turn in turns]
+
+
+async def _read_body(request: Request) -> schema.Write:
+    kind = media_type(request.headers)
+    if kind == "multipart/form-data":
+        return await _uploaded(request)
+    if kind != "application/json":
+        raise Refused(415, "a body must be application/json or multipart/form-data.", "unsupported_media_type")
+    try:
+        body = json.loads(await request.body())
+    except (ValueError, RecursionError):
+        raise Refused(400, "the body is not valid JSON.", "invalid_json") from None
+    write = _validated(body)
+    if (write.text is None) == (write.messages is None):
+        raise Refused(400, "give either text or messages.", "invalid_value", "text")
+    if write.messages is not None and write.role is not None:
+        raise Refused(400, "messages have roles of their own; leave role out.", "invalid_value", "role")
+    return write
+
+
+def _validated(body: Any) -> schema.Write:
+    try:
+        return schema.Write.model_validate(body)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors(include_url=False)) from None
+
+
+async def _uploaded(request: Request) -> schema.Write:
+    """A file of text; its name without any path is the source, unless another is given."""
+    async with request.form(max_files=1, max_fields=8) as form:
+        file = file_of(form)
+        data = await file.read()
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = "\0"
+        if "\0" in text or not text.strip():
+            raise Refused(400, "the file is empty or no UTF-8 text.", "invalid_value", "file")
+        name = PurePosixPath((file.filename or "").replace("\\", "/")).name
+        name = "".join(c for c in name if c.isprintable())[-schema.SOURCE_LENGTH :]
+        fields: dict[str, Any] = {"text": text, "source": name or "file", "wait": form.get("wait", "true") != "false"}
+        return _validated(fields | {what: form[what] for what in ("source", "role") if form.get(what)})
+
+
+def file_of(form: FormData) -> UploadFile:
+    file = form.get("file")
+    if not isinstance(file, UploadFile):
+        raise Refused(400, "the form needs a field `file` with a file.", "invalid_value", "file")
+    return file
+
+
+@router.post("/{id}/ask", response_model_exclude_unset=True)
+async def ask(request: Request, id: str, body: schema.Ask) -> schema.Asked:
+    """Answer a question; with `sources` also what the answer drew on."""
+    authorize(request, id)
+    check_length(request, body.question)
+    service, limits = app_state(request).service, app_state(request).limits
+    if body.max_tokens is not None and body.max_tokens > limits.max_tokens:
+        raise Refused(400, f"max_tokens may be {limits.max_tokens} at most, got {body.max_tokens}.", None, "max_tokens")
+    answer = service.ask(id, body.question, body.sampling(), body.version)
+
+    async def answered() -> schema.Asked:
+        ((text, finish),) = await collected(answer, request_log(request))
+        text, version = text.strip(), answer.version
+        facts: dict[str, Any] = {}
+        if body.sources:
+
+            def drawn_on(store: Store) -> dict[str, float]:
+                return service.sources_of(store.open(id, version), body.question, text)
+
+            facts["sources"] = await read_store(request, drawn_on) if text else {}
+        return schema.Asked(id=id, answer=text, version=version, finish_reason=finish, usage=usage(answer), **facts)
+
+    return await with_timeout(request, answered())

@@ -18,10 +18,8 @@ from starlette.types import Receive, Scope, Send
 from latentmem.model.prompts import Message, Prompts
 from latentmem.serve.engine.answer import Answer, Piece, Sampling
 from latentmem.serve.http.errors import Json, Refused, refusal, to_json
-from latentmem.serve.http.logs import RequestLog
 from latentmem.serve.http.schema import MemoryChoice, OpenAIRequest, Usage
-from latentmem.serve.http.state import app_state, request_log
-from latentmem.serve.http.waiting import with_timeout
+from latentmem.serve.http.state import RequestLog, app_state, request_log, with_timeout
 
 
 async def collected(answer: Answer, log: RequestLog, n: int = 1) -> list[tuple[str, str]]:

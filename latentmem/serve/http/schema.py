@@ -315,16 +315,14 @@ class SourceLeft(BaseModel):
     source: str
     tokens: int
     slots: int
-    left: float
+    share_left: float = Field(serialization_alias="left", title="Left")
     stored: float
     pinned: bool
     expires: datetime | None
     forecast: dict[int, float]
 
 
-class Stats(BaseModel):
-    id: str
-    version: int
+class Stats(VersionOf):
     M: int
     N: int
     K: int
@@ -339,15 +337,13 @@ class Underway(BaseModel):
     total: int
 
 
-class Slots(BaseModel):
+class Slots(VersionOf):
     """Where the slots of a memory came from, without what is in them.
 
     `layers` has for each layer its slots, oldest first, as runs of three numbers: the place of the source in `sources`,
     or -1 for what is older than the memory; the number of the update that wrote it; how many slots.
     """
 
-    id: str
-    version: int
     L: int
     M: int
     N: int
@@ -369,9 +365,7 @@ class Drawn(Strict):
     version: Count | None = None
 
 
-class DrawnOn(BaseModel):
-    id: str
-    version: int
+class DrawnOn(VersionOf):
     sources: dict[str, float]
 
 
@@ -389,9 +383,7 @@ class Forget(Strict):
     exact: bool = False
 
 
-class Forgotten(BaseModel):
-    id: str
-    version: int
+class Forgotten(VersionOf):
     rewritten: list[str] | None = None
 
 
