@@ -1,4 +1,4 @@
-"""The command line parses, calls and prints, and nothing else; each panel of `latentmem --help` is one module."""
+"""The command line parses, calls and prints, and nothing else."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 # The panels of --help are listed in this order:
 # isort: off
-from latentmem.cli import memories, doctor, versions, sources, copies, serving, training, evaluation  # noqa: F401
+from latentmem.cli import memories, versions, serving, training, evaluation  # noqa: F401
 
 # isort: on
 from latentmem.cli.base import app

@@ -1,16 +1,18 @@
-"""Writing and asking: write, ask, chat, list, show, rm."""
+"""Writing and asking: write, ask, chat, list, show, rm; and `doctor`, which says whether memory is alive."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentmem.cli import base, inputs, options, printing, tables
+from latentmem.cli import base, options, printing
 from latentmem.cli.base import Device, Json, ModelName, Name, NewTokens, OwnAdapters, Quantize, Version, app
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from latentmem.store import Store, Turns
 
 PANEL = "Memories"
+LIKE_A_PATH = re.compile(r"^(/|~|\.\.?/)|\.[A-Za-z]\w{0,4}$")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -39,7 +42,7 @@ def write(
     device: Device = None,
 ) -> None:
     """Write texts into a memory; it is made if it does not exist."""
-    sources = inputs.texts_of(texts)
+    sources = _texts_of(texts)
     store = base.opened(memory)
     before = base.applied(store, memory)
     if before is not None:
@@ -60,7 +63,7 @@ def write(
     for (name, _), count in zip(sources, counts, strict=True):
         typer.echo(f"{name}: {count} tokens")
     now = store.open(memory)
-    typer.echo(f"{memory}, version {version}: {printing.state(now)}{tables.forgetting(now)}")
+    typer.echo(f"{memory}, version {version}: {printing.state(now)}{printing.forgetting(now)}")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -87,7 +90,7 @@ def ask(
         typer.echo("without memory: ", nl=False)
         _print_answer(llm.stream(llm.blank(), question, max_new_tokens=max_new_tokens))
     if sources and answer:
-        tables.show_drawn_on(llm.sources_of(now, question, answer), store.stats(memory, version=version))
+        printing.show_drawn_on(llm.sources_of(now, question, answer), store.stats(memory, version=version))
 
 
 @app.command(rich_help_panel=PANEL)
@@ -102,7 +105,7 @@ def chat(
     """Chat with a memory. Turns that leave the conversation are written into it, all at the end (Ctrl-D, /exit)."""
     from latentmem.store import Turns
 
-    store, lines = base.opened(memory), inputs.lines()
+    store, lines = base.opened(memory), _typed_lines()
     before = base.applied(store, memory)
     llm = base.load(before, model, device, quantize, adapters)
     if before is None:  # the memory is made when there is something to remember
@@ -173,15 +176,15 @@ def show(
     now, stats = store.open(memory, version), store.stats(memory, version=version)
     number = store.history(memory)[-1].version if version is None else version
     if json_:
-        typer.echo(json.dumps({"memory": memory, "version": number, **tables.facts_of(now, stats)}))
+        typer.echo(json.dumps({"memory": memory, "version": number, **printing.facts_of(now, stats)}))
     elif text:
-        tables.show_text(now, base.load(now, model, "cpu"))
+        printing.show_text(now, base.load(now, model, "cpu"))
     else:
-        tables.show_facts(f"{memory}, version {number}", now)
+        printing.show_facts(f"{memory}, version {number}", now)
         if layers:
-            tables.show_layers(now)
+            printing.show_layers(now)
         else:
-            tables.show_sources(stats, now)
+            printing.show_sources(stats, now)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -201,3 +204,131 @@ def _print_answer(parts: Iterable[str]) -> str:
         sys.stdout.flush()
     typer.echo()
     return answer.strip()
+
+
+@app.command(rich_help_panel=PANEL)
+def doctor(
+    memory: Annotated[str | None, typer.Option("--memory", "-m", help="Examine this memory as well.")] = None,
+    question: Annotated[str | None, typer.Option(help="With --memory: the question that the memory gets.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="As for `ask`; without --memory smollm2-135m.", show_default="what wrote it")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Is memory alive? Print answers with the real memory, a zeroed one and another's; exit code 1 if it is dead."""
+    from latentmem.evaluate.protocols import doctor as examination
+
+    if (memory is None) != (question is None):
+        raise ValueError("--memory and --question go together: name the memory and what to ask it.")
+    opened = None
+    if memory is None:
+        llm = base.load(None, model, device)
+    else:
+        opened, llm = base.read(base.opened(memory), memory, model, device)
+    typer.echo(f"model: {llm.name}, {str(llm.decoder.dtype)[6:]} on {llm.decoder.device.type}, {_versions()}")
+    difference = examination.law(llm)
+    if difference is not None:
+        typer.echo(f"memory against the same text in the context: largest logit difference {difference:.1e}")
+    with printing.progress("questions") as progress:
+        planted = examination.planted(llm)
+        cases = list(progress.track(planted, total=len(examination.THINGS), description="asking"))
+    printing.show(_side_by_side(cases))
+    if opened is not None and question is not None:
+        other = llm.write(llm.empty(), examination.fact(0), source="doctor")
+        printing.show(_side_by_side([examination.ask(llm, opened, other, question)]))
+    alive = examination.alive(cases)
+    hits = {row: sum(case.hits(row) for case in cases) for row in examination.ROWS}
+    typer.echo("right answers: " + ", ".join(f"{row} {count} of {len(cases)}" for row, count in hits.items()))
+    typer.echo("The memory is alive." if alive else "The memory is DEAD: what is written makes no difference.")
+    raise typer.Exit(0 if alive else 1)
+
+
+def _side_by_side(cases: Any) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    from latentmem.evaluate.protocols.doctor import ROWS
+
+    table = Table(show_lines=True)
+    for column in ("question", *ROWS):
+        table.add_column(column, ratio=1)
+    for case in cases:
+        cells = []
+        for row in ROWS:
+            score = f"\n(log p {case.logprobs[row]:.2f})" if case.logprobs else ""
+            cells.append(Text(("✓ " if case.gold and case.hits(row) else "") + case.answers[row] + score))
+        table.add_row(Text(case.question + (f"\n({case.gold})" if case.gold else "")), *cells)
+    return table
+
+
+def _versions() -> str:
+    import torch
+    import transformers
+
+    import latentmem
+
+    return f"latentmem {latentmem.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+# --- what commands take in --------------------------------------------------------------------------------------------
+
+
+def _texts_of(arguments: list[str]) -> list[tuple[str, str]]:
+    """The arguments of `write` -> (source, text) each; files of one name in different folders keep their paths."""
+    texts = [(argument, *_read(argument)) for argument in arguments]
+    paths: dict[str, set[str]] = {}
+    for argument, name, _ in texts:
+        paths.setdefault(name, set()).add(argument)
+    keep_names = {name for name in paths if len(paths[name]) == 1} | {"text", "standard input"}
+    return [(name if name in keep_names else argument, text) for argument, name, text in texts]
+
+
+def _read(argument: str) -> tuple[str, str]:
+    """An argument of `write` -> (source, text): standard input, a file, or the argument itself if it is a sentence."""
+    if argument == "-":
+        return "standard input", _decoded("standard input", sys.stdin.buffer.read())
+    path = Path(argument)
+    try:
+        exists, is_folder = path.exists(), path.is_dir()
+    except OSError:  # too long for a path: it is a text
+        exists = is_folder = False
+    if is_folder:
+        raise ValueError(f"{argument} is a folder; name its files, for example {argument.rstrip('/')}/*.txt.")
+    if exists:
+        try:
+            return path.name, _decoded(argument, path.read_bytes())
+        except OSError as error:
+            raise ValueError(f"{argument} can not be read: {error.strerror}.") from None
+    if not argument.strip():
+        raise ValueError("the text to be written is empty; give a file, a text in quotes, or - for standard input.")
+    if len(argument.split()) == 1 or LIKE_A_PATH.search(argument):
+        raise ValueError(
+            f"there is no file {argument!r}. (A text in quotes has at least two words and does not look like a path; "
+            f"any text can be piped: give - for standard input.)"
+        )
+    return "text", argument
+
+
+def _decoded(name: str, data: bytes) -> str:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(f"{name} is not UTF-8 text; turn it into plain text first.")
+    if not text.strip():
+        raise ValueError(f"{name} is empty: there is nothing to write.")
+    return text
+
+
+def _typed_lines() -> Iterator[str]:
+    """What a person types, until they leave."""
+    while True:
+        try:
+            line = input("you> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line in ("/exit", "/quit"):
+            return
+        if line:
+            yield line

@@ -1,15 +1,20 @@
-"""What all commands print with: bars of progress, tables, sizes, errors."""
+"""What commands print: bars of progress, errors, facts of a memory, and tables of its sources."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
     from latentmem.core.memory import Memory
+    from latentmem.longterm.longterm import LongTerm
+    from latentmem.model.model import MemoryModel
     from latentmem.model.writing import Progress
+    from latentmem.store import SourceStats
 
 
 def progress(unit: str = "tokens", seconds: float = 30) -> Any:
@@ -69,3 +74,147 @@ def size(count: int) -> str:
 def state(memory: Memory) -> str:
     """How full a memory is, in words."""
     return f"{memory.M} of {memory.N} slots per layer, {memory.updates} update{'s' * (memory.updates != 1)}"
+
+
+# --- a memory ---------------------------------------------------------------------------------------------------------
+
+
+def _longterm(memory: Memory) -> LongTerm | None:
+    from latentmem import longterm
+
+    return longterm.of(memory)
+
+
+def facts_of(memory: Memory, stats: list[SourceStats]) -> dict[str, Any]:
+    """Everything that `show` knows of a memory, for JSON."""
+    settings = {name: value for name, value in asdict(memory.settings).items() if name != "longterm"}
+    names = ("M", "L", "d", "updates", "tokens", "half_life", "model_name", "model", "adapters")
+    facts = settings | {name: getattr(memory, name) for name in names}
+    if (longterm := _longterm(memory)) is not None:
+        facts["longterm"] = asdict(longterm.settings) | {"S": longterm.S, "bytes": longterm.nbytes}
+    facts["sources"] = [
+        {
+            **{name: getattr(source, name) for name in ("tokens", "slots", "stored", "pinned", "forecast")},
+            "name": source.source,
+            "left": slots.tolist(),
+            "expires": source.expires.isoformat() if source.expires else None,
+        }
+        for source, slots in zip(stats, memory.slots_left(), strict=True)
+    ]
+    return facts
+
+
+def forgetting(memory: Memory) -> str:
+    """What a memory forgets next, as the end of a sentence."""
+    if (longterm := _longterm(memory)) is not None and longterm.S:
+        return f", and {longterm.S} that were dropped in its long-term part"
+    if memory.M < memory.N:
+        return f", forgets nothing until {memory.N - memory.M} more slots are filled"
+    return f", full: half of what is in it is left after {memory.half_life:.1f} more updates"
+
+
+def show_facts(title: str, memory: Memory) -> None:
+    """Size, fill and kind of a memory."""
+    from rich.table import Table
+
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("memory", title)
+    facts.add_row("fill", f"{memory.M} of {memory.N} slots in each of {memory.L} layers ({memory.M / memory.N:.0%})")
+    facts.add_row("written", f"{memory.updates} updates, {memory.tokens} tokens, at most {memory.K} slots per update")
+    facts.add_row(
+        "half-life", f"{memory.half_life:.1f} updates of {memory.K} slots once it is full" if memory.half_life else "0"
+    )
+    if (longterm := _longterm(memory)) is not None:
+        facts.add_row("long-term", _longterm_fact(longterm))
+    per_slot = f"{memory.compression} token(s) per slot" + f" ({memory.choice})" * (memory.compression > 1)
+    facts.add_row("kind", f"{memory.preset}, {per_slot}, seed {memory.seed}")
+    facts.add_row("model", text(f"{memory.model_name} {memory.model[:12]}"))
+    facts.add_row("bytes", f"{size(memory.slots.nbytes)} in {str(memory.slots.dtype)[6:]}")
+    show(facts)
+
+
+def _longterm_fact(longterm: LongTerm) -> str:
+    if not longterm.settings.keep:
+        return "no store; a question arranges the memory's own slots"
+    slots = int(longterm.occupied.sum(1).min())
+    stored = f"{slots} slots in each layer, {size(longterm.nbytes)}" if longterm.S else "empty"
+    return f"{stored}; a question takes {longterm.settings.R} of them at most"
+
+
+def show_sources(stats: list[SourceStats], memory: Memory) -> None:
+    """Of each source what is left, and what is expected to be left."""
+    ahead = _ahead(stats)
+    longterm = memory.longterm is not None
+    numbers = ("tokens", "slots", "left", *(["long-term"] if longterm else []), *ahead)
+    lines = table("source", *numbers, "", right=numbers)
+    for source in stats:
+        until = f"until {source.expires:%Y-%m-%d %H:%M}" if source.expires else ""
+        kept = ", ".join(filter(None, ["pinned" if source.pinned else "", until]))
+        shares = _shares(source, longterm)
+        lines.add_row(text(source.source), str(source.tokens), str(source.slots), *shares, kept)
+    older = (memory.origins < 0).sum(1)
+    if older.any():
+        lines.add_row("(older)", "", f"{older.float().mean():.0f}")
+    if lines.rows:
+        show(lines)
+    if stats:
+        typer.echo(f"(left now, and as expected after so many more updates: {', '.join(ahead)})")
+
+
+def _ahead(stats: list[SourceStats]) -> list[str]:
+    """The columns of the forecast."""
+    return [f"+{updates}" for updates in stats[0].forecast] if stats else []
+
+
+def _shares(source: SourceStats, longterm: bool) -> list[str]:
+    stored = [source.stored] if longterm else []
+    return [f"{share:.0%}" for share in (source.share_left, *stored, *source.forecast.values())]
+
+
+def show_layers(memory: Memory) -> None:
+    """Of each source what is left in each layer."""
+    lines = table("source", "slots", "left", "each layer, first to last", right=("slots", "left"))
+    for source, slots in zip(memory.sources, memory.slots_left(), strict=True):
+        share, low, high = slots.float() / source.slots, int(slots.min()), int(slots.max())
+        amount = f"{share.mean():.0%} ({low})" if low == high else f"{share.mean():.0%} ({low} to {high})"
+        lines.add_row(text(source.name), str(source.slots), amount, _bars(share.tolist()))
+    older = (memory.origins < 0).sum(1)
+    if int(older.sum()):
+        lines.add_row("(older)", "", f"({int(older.min())} to {int(older.max())})", "")
+    if lines.rows:
+        show(lines)
+
+
+def show_drawn_on(shares: dict[str, float], stats: list[SourceStats]) -> None:
+    """Which sources an answer drew on, the largest share first."""
+    if not shares:
+        typer.echo("(the memory is empty)")
+        return
+    known = {source.source: source for source in stats}
+    longterm = any(source.stored for source in stats)
+    columns = ("share", "left", *(["long-term"] if longterm else []), *_ahead(stats))
+    lines = table("drew on", *columns, right=columns)
+    for name, share in sorted(shares.items(), key=lambda item: -item[1]):
+        numbers = _shares(known[name], longterm) if name in known else []
+        lines.add_row(text(name or "(older)"), f"{share:.0%}", *numbers)
+    show(lines)
+    typer.echo("(share: of the attention to the memory, over all layers and tokens of the answer;")
+    typer.echo(" left: now, and as expected after so many more updates)")
+
+
+def _bars(shares: list[float]) -> str:
+    """One character per layer: the share that is left, from ▁ (none) to █ (all)."""
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(share * 7.999))] for share in shares)
+
+
+def show_text(memory: Memory, llm: MemoryModel) -> None:
+    """The text that layer 0 still holds, source by source."""
+    if not memory.rules.holds_inputs:
+        raise ValueError("only memories of the preset 'exact' hold embeddings in layer 0; this one can not be printed.")
+    ids, origins = llm.text_of(memory), memory.origins[0]
+    edges = [0, *((origins.diff() != 0).nonzero().flatten() + 1).tolist(), memory.M]
+    for start, end in itertools.pairwise(edges):
+        if start < end:
+            source = memory.sources[int(origins[start])].name if origins[start] >= 0 else "(older)"
+            typer.echo(f"--- {source}: {end - start} slots of layer 0")
+            typer.echo(llm.tokenizer.decode([int(i) for i in ids[start:end] if i >= 0]))

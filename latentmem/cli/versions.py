@@ -1,23 +1,31 @@
-"""Versions of a memory: history, diff, undo, rollback, fork."""
+"""Versions, sources and copies of a memory: each section is one panel of `latentmem --help`."""
 
 from __future__ import annotations
 
 import json
+import re
+import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from latentmem.cli import base, printing
-from latentmem.cli.base import Json, Name, app
+from latentmem.cli.base import Adapters, Device, Json, ModelName, Name, app
 
 if TYPE_CHECKING:
     from latentmem.store import Store
 
-PANEL = "Versions of a memory"
+VERSIONS, SOURCES, FILES = "Versions of a memory", "Sources of a memory", "Files and models"
+Source = Annotated[str, typer.Argument(help="The source, as `latentmem show` names it.")]
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
-@app.command(rich_help_panel=PANEL)
+# --- history, diff, undo, rollback, fork ------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=VERSIONS)
 def history(memory: Name = "default", json_: Json = False) -> None:
     """Show every version: its time, its event, and the version it was made from."""
     versions = base.opened(memory).history(memory)
@@ -46,7 +54,7 @@ def history(memory: Name = "default", json_: Json = False) -> None:
             typer.echo(f"version {version.version} failed: {version.error}")
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=VERSIONS)
 def diff(
     one: Annotated[int, typer.Argument(help="A version.")],
     other: Annotated[int | None, typer.Argument(help="Another version.", show_default="the newest")] = None,
@@ -66,14 +74,14 @@ def diff(
     printing.show(table)
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=VERSIONS)
 def undo(memory: Name = "default") -> None:
     """Go back to the version that the newest one was made from; again and again, if you like."""
     store = base.settled(memory)
     _print_version(store, memory, store.undo(memory))
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=VERSIONS)
 def rollback(version: Annotated[int, typer.Argument(help="The version.")], memory: Name = "default") -> None:
     """Go to any version, older or newer. This makes a new version, so nothing is lost."""
     store = base.settled(memory)
@@ -87,7 +95,7 @@ def _print_version(store: Store, memory: str, new: int) -> None:
     typer.echo(f"This is version {new}; `latentmem rollback {new - 1} -m {memory}` takes it back.")
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=VERSIONS)
 def fork(
     new: Annotated[str, typer.Argument(help="Name of the new memory.")],
     memory: Name = "default",
@@ -97,3 +105,128 @@ def fork(
     store = base.settled(memory)
     store.fork(memory, new, version)
     typer.echo(f"{new}: goes on from {memory}, {printing.state(store.open(new))}")
+
+
+# --- forget, pin, expire ----------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=SOURCES)
+def forget(
+    source: Source,
+    memory: Name = "default",
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="As if it had never been written: all versions and forks are made again."),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="With --exact: do not ask for confirmation.")] = False,
+    model: ModelName = None,
+    device: Device = None,
+) -> None:
+    """Forget a source: drop its slots; with --exact everything that was made from it."""
+    store = base.settled(memory, model)
+    if not exact:
+        version = store.forget(memory, source)
+        state = printing.state(store.open(memory))
+        typer.echo(f"{memory}, version {version}: the slots of {source!r} are gone, {state}")
+        typer.echo("Still there: its text in the history, older versions and forks, and what later")
+        typer.echo("texts took up from it while they were written. `--exact` removes that too.")
+        return
+    now = store.open(memory)
+    if not yes:
+        what = f"This makes every version of {memory!r} and of all memories that forks connect with it anew"
+        if not sys.stdin.isatty():
+            raise ValueError(f"{what[0].lower()}{what[1:]}, and can not be undone. Say that you want it with --yes.")
+        typer.confirm(f"{what}, and can not be undone. Go on?", abort=True)
+    llm = base.load(now, model, device)
+    with printing.progress() as bar:
+        rewritten = store.forget_by_replay(llm, memory, source, printing.tokens(bar, "writing the others anew"))
+    typer.echo(f"rewritten without {source!r}: {', '.join(rewritten)}")
+    typer.echo("Versions are numbered anew. Not reached: exported files, and memories that were")
+    typer.echo("made by `import` or `rebuild`.")
+
+
+@app.command(rich_help_panel=SOURCES)
+def pin(
+    source: Source,
+    memory: Name = "default",
+    off: Annotated[bool, typer.Option("--off", help="Remove the pin.")] = False,
+) -> None:
+    """Keep all slots that a source has left, however much is written later."""
+    store = base.settled(memory)
+    version = store.pin(memory, source, not off)
+    now = store.open(memory)
+    pinned = int(now.pinned().sum(1).max()) if now.M else 0
+    what = "is no longer pinned" if off else "is pinned"
+    typer.echo(
+        f"{memory}, version {version}: {source!r} {what}; {pinned} of at most {int(now.quota * now.N)} slots are"
+    )
+
+
+@app.command(rich_help_panel=SOURCES)
+def expire(
+    source: Source,
+    memory: Name = "default",
+    after: Annotated[str | None, typer.Option("--after", help="A number and s, m, h, d or w, such as 30d.")] = None,
+    never: Annotated[bool, typer.Option("--never", help="Remove the time.")] = False,
+) -> None:
+    """Set the time at which the slots of a source are dropped."""
+    if (after is None) == (not never):
+        raise ValueError("say when: --after 30d, for example, or --never.")
+    span = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", after or "0s")
+    if span is None:
+        raise ValueError(f"--after takes a number and one of s, m, h, d, w, such as 30d: got {after!r}.")
+    store = base.settled(memory)
+    store.expire(memory, source, None if never else float(span[1]) * SECONDS[span[2]])
+    if never:
+        typer.echo(f"{memory}: {source!r} never expires")
+        return
+    at = next((known.expires for known in store.stats(memory) if known.source == source), None)
+    when = f"by whoever opens it after {at:%Y-%m-%d %H:%M}" if at else "now"
+    typer.echo(f"{memory}: {source!r} is forgotten {when}")
+
+
+# --- export, import, rebuild ------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=FILES)
+def export(file: Annotated[Path, typer.Argument(help="A new file.")], memory: Name = "default") -> None:
+    """Write a memory with its history into one file."""
+    store = base.opened(memory)
+    if file.exists():
+        raise ValueError(f"{file} exists already; choose another name, or remove it.")
+    store.export(memory, file)
+    typer.echo(f"{file}: {printing.size(file.stat().st_size)}, {len(store.history(memory))} versions of {memory}")
+    typer.echo("It holds the texts; treat it like them.")
+
+
+@app.command("import", rich_help_panel=FILES)
+def import_(
+    file: Annotated[Path, typer.Argument(help="A file of `latentmem export`.")],
+    memory: Annotated[str, typer.Option("--memory", "-m", help="Name of the new memory.")],
+) -> None:
+    """Make a memory from an exported file, with its history; the file is verified."""
+    store = base.opened(memory)
+    store.import_(file, memory)
+    typer.echo(f"{memory}: {len(store.history(memory))} versions")
+
+
+@app.command(rich_help_panel=FILES)
+def rebuild(
+    new: Annotated[str, typer.Argument(help="Name of the new memory.")],
+    memory: Name = "default",
+    model: ModelName = None,
+    adapters: Adapters = "auto",
+    device: Device = None,
+) -> None:
+    """Write all texts of a memory again, into a new one, with another model or other adapters."""
+    import latentmem
+
+    store = base.settled(memory)
+    now = store.open(memory)
+    dtype = None if model else now.slots.dtype
+    quantize = None if model else base.quantized_as(now)
+    name = model or now.model_name or base.PACKAGED
+    llm = latentmem.load(name, device=device, dtype=dtype, quantize=quantize, adapters=base.pair(adapters))
+    with printing.progress() as bar:
+        store.rebuild(llm, memory, new, printing.tokens(bar, "writing"))
+    typer.echo(f"{new}: {memory} again, by {llm.name}, {printing.state(store.open(new))}")
