@@ -31,7 +31,7 @@ from latentmem.serve.http.state import (
     request_log,
     with_timeout,
 )
-from latentmem.store import Overview, Store, Version
+from latentmem.store import Overview, Store
 from latentmem.store.writing import Content
 
 router = APIRouter(prefix="/v1/memories", tags=["memories"])
@@ -120,14 +120,14 @@ async def write(
     if body.wait:
         with contextlib.suppress(*LATER):  # the write is in the journal: who reads or writes the memory next applies it
             version = await with_timeout(request, carried_out(writing.done))
-            return _written(id, version, version.tokens or writing.tokens)
-    facts = {"version": writing.version, "tokens": writing.tokens, "state": "pending"}
-    return Json(schema.Written(id=id, M=None, N=None, **facts).model_dump(), 202)
+            return _written(id, version.version, version.tokens or writing.tokens, version.state, version.facts)
+    return _written(id, writing.version, writing.tokens, "pending", {})
 
 
-def _written(name: str, version: Version, count: int) -> Json:
-    facts: dict[str, Any] = {"version": version.version, "tokens": count, "state": version.state}
-    return Json(schema.Written(id=name, M=version.facts.get("M"), N=version.facts.get("N"), **facts).model_dump())
+def _written(name: str, version: int, tokens: int, state: Any, facts: dict[str, Any]) -> Json:
+    sizes = {what: facts.get(what) for what in ("M", "N")}
+    body = schema.Written(id=name, version=version, tokens=tokens, state=state, **sizes)
+    return Json(body.model_dump(), 202 if state == "pending" else 200)
 
 
 def _content(request: Request, body: schema.Write) -> Content:
