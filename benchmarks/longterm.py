@@ -60,9 +60,9 @@ def with_stored(memory: Memory, S: int, R: int, int8: bool) -> Memory:
         slots = torch.randn(memory.L, k, memory.d, generator=generator).to(memory.slots)
         births = (torch.arange(start, start + k, dtype=torch.int32) // 150).expand(memory.L, k)
         orders = torch.arange(start, start + k).expand(memory.L, k)
-        stored = blocks.packed(slots) if int8 else slots
-        slots = StoredSlots(stored, births, torch.zeros_like(births), orders, None)
-        store = replace(store, ranges=blocks.extended(store.ranges, slots))
+        slots = blocks.packed(slots) if int8 else slots
+        stored = StoredSlots(slots, births, torch.zeros_like(births), orders, None)
+        store = replace(store, ranges=blocks.extended(store.ranges, stored))
         start += k
     before = -(-S // 150)
     return replace(memory, longterm=store, births=memory.births + before, updates=memory.updates + before)

@@ -55,7 +55,7 @@ class Peer:
         cache = DynamicCache()
         prefixes = [llm.prefix(memory) for memory in memories]
         for i in range(llm.decoder.L):
-            keys, values = (torch.cat(some) for some in zip(*(p._kv(i) for p in prefixes), strict=True))
+            keys, values = (torch.cat(some) for some in zip(*(p.front.layers[i]() for p in prefixes), strict=True))
             cache.update(keys, values, i)
         return cache
 

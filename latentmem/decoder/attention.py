@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,26 +122,18 @@ def stacked(memories: Sequence[KV], rows: Sequence[int]) -> KV:
 # --- from the cache to the attention ----------------------------------------------------------------------------------
 
 
-class Handover:
-    """Memories on their way from the cache to the attention of one layer.
-
-    Args:
-        memories: None once the attention has them.
-    """
-
-    def __init__(self, memories: Memories) -> None:
-        self.memories: Memories | None = memories
-
-
-def hand_over(keys: Tensor, values: Tensor, memories: Memories) -> Handover:
+def hand_over(keys: Tensor, values: Tensor, memories: Memories) -> list[Memories]:
     """Put memories on the keys and values of the text, the very tensors that the attention has to get.
 
-    They lie on the tensors and nowhere else: another thread, a pass that is broken off, or a layer without a memory
-    leaves nothing behind.
+    They lie on the tensors and nowhere else: a pass that is broken off leaves nothing behind, and no thread sees
+    another's.
+
+    Returns:
+        [memories], and [] once the attention has taken them.
     """
-    handover = Handover(memories)
-    vars(keys)["memories_in_front"] = vars(values)["memories_of_keys"] = handover
-    return handover
+    unread = [memories]
+    vars(keys)["memories_in_front"] = vars(values)["memories_of_keys"] = unread
+    return unread
 
 
 def _received(keys: Tensor, values: Tensor) -> Memories | None:
@@ -150,13 +142,10 @@ def _received(keys: Tensor, values: Tensor) -> Memories | None:
     Raises:
         RuntimeError: the layer changed its keys or values after the cache had returned them.
     """
-    handover, same = vars(keys).pop("memories_in_front", None), vars(values).pop("memories_of_keys", None)
-    if handover is not same:
+    unread, same = vars(keys).pop("memories_in_front", None), vars(values).pop("memories_of_keys", None)
+    if unread is not same:
         raise RuntimeError("a layer changed its keys after the cache had returned them; its memory would be lost.")
-    if handover is None:
-        return None
-    memories, handover.memories = handover.memories, None
-    return memories
+    return unread.pop() if unread else None
 
 
 # --- on the CPU -------------------------------------------------------------------------------------------------------
@@ -266,11 +255,8 @@ def _read(asked: Tensor, reader: _Reader, text: KV, seen: Tensor | None) -> Tens
     return output.view(B, shared * group, n, width).transpose(1, 2).contiguous()
 
 
-class _Reader(Protocol):
-    """What all rows read. `scores`: [B, key heads, m, head width] -> [B, key heads, m, P]; `add`: what weights read."""
-
-    def scores(self, asked: Tensor) -> Tensor: ...
-    def add(self, output: Tensor, weights: Tensor) -> None: ...
+# Three ways to read memories. `scores`: [B, key heads, m, head width] -> [B, key heads, m, P]; `add` adds w_memory
+# V_memory to an output [B, key heads, m, head width].
 
 
 class _OneMemory:
@@ -329,6 +315,9 @@ class _SeveralMemories:
             part = output[rows]
             memory.add(part, weights[rows, :, :, :P])
             output[rows] = part
+
+
+_Reader = _OneMemory | _StackedMemories | _SeveralMemories
 
 
 # --- on CUDA ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from latentmem.decoder import attention
-from latentmem.decoder.attention import KV, Handover, Memories
+from latentmem.decoder.attention import KV, Memories
 from latentmem.decoder.decoder import Decoder
 
 ROOM = 64  # tokens by which a text's buffers are longer than the text
@@ -31,6 +31,15 @@ class KVPrefix:
 
     P: int
     layers: Sequence[Callable[[], KV]]
+
+    @staticmethod
+    def from_pairs(pairs: Sequence[KV]) -> KVPrefix:
+        """From keys and values that are there."""
+        return KVPrefix(pairs[0][0].shape[2], [partial(_pair, *pair) for pair in pairs])
+
+
+def _pair(keys: Tensor, values: Tensor) -> KV:
+    return keys, values
 
 
 class MemoryCache(Cache):
@@ -52,8 +61,8 @@ class MemoryCache(Cache):
             RuntimeError: the layer before did not read its memory, so this model's attention is not ours.
         """
         before = self.layers[layer_idx - 1] if layer_idx else None
-        if isinstance(before, MemoryLayer) and before.handover and before.handover.memories:
-            before.handover = None
+        if isinstance(before, MemoryLayer) and before.unread:
+            before.unread.clear()
             raise RuntimeError("a layer did not read its memory: its attention is not the one that was chosen for it.")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -61,12 +70,6 @@ class MemoryCache(Cache):
         """Some front gives other keys and values than before, as many."""
         for layer in self.layers:
             layer.changed()
-
-    def rows(self, B: int) -> list[int]:
-        """The front of each of B rows; there may be several of each row that is read, as of hypotheses of beams."""
-        layer: Any = self.layers[0]
-        own = layer.rows if len(self.fronts) > 1 else [0]
-        return [front for front in own for _ in range(B // len(own))]
 
 
 def memory_cache(
@@ -170,7 +173,7 @@ class MemoryLayer(DynamicLayer):
         super().__init__()
         self.kv, self.length, self.store, self.apart = kv, length, store, apart
         self.rows = list(range(len(kv)))  # which memory each row reads
-        self.handover: Handover | None = None
+        self.unread: list[Memories] = []  # handed over, until the attention has taken them
         self._buffers: KV | None = None
         self._stacked = stacked
         self._stack: attention.Stack | None = None
@@ -186,7 +189,7 @@ class MemoryLayer(DynamicLayer):
         memories = Memories(kv, rows, partial(self._stack_of, kv) if own else None)
         if not self.apart:
             return memories.in_front_of(key_states, value_states)
-        self.handover = attention.hand_over(key_states, value_states, memories)
+        self.unread = attention.hand_over(key_states, value_states, memories)
         return key_states, value_states
 
     def begin(self, keys: Tensor, values: Tensor, rows: Sequence[int]) -> None:

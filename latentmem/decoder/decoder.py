@@ -30,7 +30,7 @@ class _Probe:
         self.kv = (keys, values)
         if self.stops:
             raise _Stop
-        self.handover = hand_over(keys, values, Memories([(keys[:, :, :1], values[:, :, :1])], [0]))
+        self.unread = hand_over(keys, values, Memories([(keys[:, :, :1], values[:, :, :1])], [0]))
         return keys, values
 
     def get_seq_length(self, *_: object) -> int:
@@ -58,8 +58,8 @@ class Decoder:
         self._by_layer_type = "layer_type" in inspect.signature(self.body.rotary_emb.forward).parameters
         kinds = [self._kind(i) for i in range(self.L)]
         known = {kind: self._understand(kinds.index(kind)) for kind in set(kinds)}
-        self._turned = [known[kind][0] for kind in kinds]  # how much of a head's width each layer rotates
-        self._direct = [known[kind][1] for kind in kinds]
+        self._rotated_widths = [known[kind][0] for kind in kinds]  # how much of a head's width each layer rotates
+        self._usual_layout = [known[kind][1] for kind in kinds]
         for kind in known if takes_memories(model) else ():
             self._check_reads(kinds.index(kind))
 
@@ -84,7 +84,7 @@ class Decoder:
         Returns:
             Two tensors [B, heads, m, head width].
         """
-        return self._project(i, hidden) if self._direct[i] else self._grab_plain(i, hidden)
+        return self._project(i, hidden) if self._usual_layout[i] else self._unrotated(i, hidden)
 
     @property
     def slides(self) -> bool:
@@ -107,7 +107,7 @@ class Decoder:
 
     def rotate(self, i: int, keys: Tensor, positions: Tensor) -> Tensor:
         """Rotate keys of layer i to positions [B or 1, m], as far as the model rotates them."""
-        return self._rotate(i, keys, positions, self._turned[i]) if self._turned[i] else keys
+        return self._rotate(i, keys, positions, self._rotated_widths[i]) if self._rotated_widths[i] else keys
 
     def _rotate(self, i: int, keys: Tensor, positions: Tensor, r: int) -> Tensor:
         cos, sin = self._cos_sin(i, keys, positions)
@@ -128,7 +128,7 @@ class Decoder:
         return [self.project(i, slots[i]) for i in range(self.L)]
 
     def _project(self, i: int, hidden: Tensor) -> KV:
-        """The usual layout: norm, `k_proj`, maybe `k_norm`, `v_proj`; no queries are made in vain, as in `_grab`."""
+        """The usual layout: norm, `k_proj`, maybe `k_norm`, `v_proj`; no queries are made in vain, as in `_probed`."""
         layer: Any = self.layers[i]
         attention = layer.self_attn
         x = layer.input_layernorm(hidden)
@@ -137,13 +137,13 @@ class Decoder:
             keys = attention.k_norm(keys)
         return keys.transpose(1, 2), values.transpose(1, 2)
 
-    def _grab_plain(self, i: int, hidden: Tensor) -> KV:
+    def _unrotated(self, i: int, hidden: Tensor) -> KV:
         """Any layout: what the layer's own attention hands to its cache when no position turns the keys."""
         cos, sin = self._cos_sin(i, hidden, torch.zeros(1, 1, dtype=torch.long, device=hidden.device))
         shape = (1, hidden.shape[1], cos.shape[-1])
-        return self._grab(i, hidden, (torch.ones_like(cos).expand(shape), torch.zeros_like(sin).expand(shape)))
+        return self._probed(i, hidden, (torch.ones_like(cos).expand(shape), torch.zeros_like(sin).expand(shape)))
 
-    def _grab(self, i: int, hidden: Tensor, cos_sin: KV) -> KV:
+    def _probed(self, i: int, hidden: Tensor, cos_sin: KV) -> KV:
         probe = _Probe(stops=True)
         with contextlib.suppress(_Stop):
             self._attend(i, hidden, cos_sin, probe)
@@ -186,8 +186,8 @@ class Decoder:
         x = torch.randn(1, 3, self.d, generator=generator).to(self.device, self.dtype)
         positions = torch.tensor([[1, 5, 11]], device=self.device)
         try:
-            keys = self._grab(i, x, self._cos_sin(i, x, positions))[0]
-            plain, values = self._grab_plain(i, x)
+            keys = self._probed(i, x, self._cos_sin(i, x, positions))[0]
+            plain, values = self._unrotated(i, x)
             direct = False
             with contextlib.suppress(AttributeError, RuntimeError):
                 mine = self._project(i, x)
@@ -211,5 +211,5 @@ class Decoder:
         x, probe = torch.zeros(1, 1, self.d, device=self.device, dtype=self.dtype), _Probe(stops=False)
         with contextlib.suppress(AttributeError, TypeError, RuntimeError, ValueError):
             self._attend(i, x, self._cos_sin(i, x, torch.zeros(1, 1, dtype=torch.long, device=self.device)), probe)
-        if probe.handover.memories is not None:
+        if probe.unread:
             raise ValueError(f"{self._name}: the attention of layer {i} does not get what its cache hands over.")

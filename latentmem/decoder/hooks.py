@@ -31,14 +31,12 @@ def layers_seen(decoder: Decoder, change: Change | None = None, *, outputs: bool
         outputs: collect what the layers give instead of what they get.
     """
     seen: list[Tensor] = []
-    handles = []
-    me = threading.get_ident()
+    handles, me = [], threading.get_ident()
 
     def before(i: int) -> Callable[..., Any]:
         def hook(_: torch.nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
-            if kwargs is None:  # another thread has just removed this hook: torch no longer knows what to give it
-                return None
-            if threading.get_ident() != me:
+            # without kwargs another thread has just removed this hook: torch no longer knows what to give it
+            if kwargs is None or threading.get_ident() != me:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
             changed = change(i, hidden) if change else hidden

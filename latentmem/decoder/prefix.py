@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -69,12 +69,8 @@ class Prefix:
     @cached_property
     def front(self) -> KVPrefix:
         """This prefix as what stands in front of a row; it holds no reference to the prefix, which would be a cycle."""
-        return KVPrefix(self.P, tuple(partial(_pair, k, v) for k, v in zip(self.rotated, self.values, strict=True)))
+        return KVPrefix.from_pairs(list(zip(self.rotated, self.values, strict=True)))
 
     def cache(self, *, store: bool = True) -> Cache:
         """A fresh cache over this prefix, for `forward` or `generate`; see `MemoryLayer`."""
         return memory_cache([self.front], self.decoder, store=store)
-
-
-def _pair(keys: Tensor, values: Tensor) -> KV:
-    return keys, values

@@ -32,12 +32,7 @@ EARLIER = {"latentmem memory 1": "4f1b448"}  # format -> the last commit that re
 BLOCK_FORMAT = "latentmem block 1"
 TENSORS = ("slots", "births", "origins")
 FIELDS = tuple(f.name for f in fields(Memory) if f.name not in (*TENSORS, "version"))
-TYPES: dict[str, type] = {
-    **dict.fromkeys(("updates", "tokens"), int),
-    **dict.fromkeys(("model", "adapters", "tokenizer", "model_name", "parent"), str),
-    "settings": dict,
-    "sources": list,
-}
+TYPES = {"int": int, "str": str, "bool": bool}  # of fields that are no tensors, sources or settings
 ARCHIVED = tuple(f"longterm.{name}" for name in ("slots", "births", "origins", "orders"))
 COUNTS = ("clock", "since")  # of the rule "frequency"
 
@@ -208,21 +203,17 @@ def _memory(
     if not verified and _checksum(header["memory"], tensors) != header["checksum"]:
         raise _damaged(name, "its checksum does not match")
     try:  # a checksum is no signature
-        for field, kind in TYPES.items():
-            if type(values[field]) is not kind:
-                raise ValueError(f"{field} is {values[field]!r}")
         settings, counts = _settings(values.pop("settings")), values.pop("longterm")
-        sources = tuple(_source(source) for source in values.pop("sources"))
+        sources = tuple(Source(**_typed(Source, source)) for source in values.pop("sources"))
         archive = _archive(archived, settings.longterm, counts, block) if counts else None
-        memory = Memory(
-            **own, **values, settings=settings, sources=sources, longterm=archive, version=header["checksum"]
-        )
+        plain = own | _typed(Memory, values) | {"version": header["checksum"]}
+        memory = Memory(**plain, settings=settings, sources=sources, longterm=archive)
         if memory.settings != settings:
             raise ValueError(f"the settings {settings} are not complete")
         _check_range(memory.origins, -1, len(sources) - 1, "a slot has an unknown source")
         if archive is not None:
             _check_archive(archive, memory)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise _damaged(name, error) from error
     return memory
 
@@ -235,11 +226,12 @@ def _settings(values: dict[str, Any]) -> MemorySettings:
     return MemorySettings.of(values)
 
 
-def _source(values: dict[str, Any]) -> Source:
-    source = Source(**values)
-    if list(map(type, asdict(source).values())) != [str, int, int, bool]:
-        raise ValueError(f"a source is {source}")
-    return source
+def _typed(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Values of fields of a dataclass; a ValueError if one is of another type."""
+    types = {field.name: TYPES[str(field.type)] for field in fields(kind) if str(field.type) in TYPES}
+    if any(type(value) is not types.get(name, type(value)) for name, value in values.items()):
+        raise ValueError(f"a {kind.__name__.lower()} is {values}")
+    return values
 
 
 def _archive(

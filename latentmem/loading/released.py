@@ -186,7 +186,7 @@ def _projectors(
         at = [names[which, i] for i in range(L)]
         return [tuple(found[f"{name}.{k}.weight"].to(device, dtype) for k in shapes) for name in at]  # type: ignore[misc]
 
-    return Projectors(pairs("query_proj"), pairs("key_proj"), pairs("encoder_query_proj"), torch.nn.functional.silu)
+    return Projectors(pairs("query_proj"), pairs("key_proj"))  # the third chooses what is dropped, if asked to
 
 
 def _check_config(config: dict[str, Any]) -> None:

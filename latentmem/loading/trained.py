@@ -104,4 +104,4 @@ def _retriever(tensors: dict[str, Tensor], facts: dict[str, Any], decoder: Decod
         first, second = ([theirs[f"{pairs.RETRIEVER}{kind}.{i}.{k}"].to(**like) for i in each] for k in (0, 1))
         return list(zip(first, second, strict=True))
 
-    return Projectors(both("query"), both("key"), (), torch.nn.functional.silu) if sizes else None
+    return Projectors(both("query"), both("key")) if sizes else None

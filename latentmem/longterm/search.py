@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import linear, normalize, silu
 
 from latentmem import longterm
 from latentmem.core.memory import Memory
@@ -66,25 +66,21 @@ class Retrieval:
 
 @dataclass(frozen=True, eq=False)
 class Projectors:
-    """The trained retriever of M+: of each layer two matrices for queries of a reader, of a writer, and for keys.
+    """The trained retriever of M+: of each layer two matrices for queries and two for keys, SiLU between them.
 
     Args:
         query: [(hidden width x d), (width x hidden width)] of each layer.
         key: as `query`.
-        writer: queries of a text that is written; the released code uses them to choose what is dropped, if asked to.
-        activation: between the two.
 
     Source: M+ section 3.1.2; the released `get_projector`.
     """
 
     query: Sequence[tuple[Tensor, Tensor]]
     key: Sequence[tuple[Tensor, Tensor]]
-    writer: Sequence[tuple[Tensor, Tensor]]
-    activation: Callable[[Tensor], Tensor]
 
     def project(self, pair: tuple[Tensor, Tensor], normed: Tensor) -> Tensor:
         """[s, d] -> [s, width]."""
-        return linear(self.activation(linear(normed, pair[0])), pair[1])
+        return linear(silu(linear(normed, pair[0])), pair[1])
 
 
 class Retriever:
@@ -198,15 +194,13 @@ class Retriever:
         Args:
             states: hidden states of the tokens at the input of each searched layer, [n, d].
         """
-        S, numbers = archive.S, torch.cat([archive.writers, memory.births], dim=1)
-        numbers, U = numbered(numbers, memory.updates)
-        best_first = self._marks(memory, archive, [s[asking] for s in states], numbers, U).argsort(
-            descending=True, stable=True
-        )
+        S, (numbers, U) = archive.S, numbered(torch.cat([archive.writers, memory.births], dim=1), memory.updates)
+        mark = self._marks(memory, archive, [hidden[asking] for hidden in states], numbers, U)
+        best_first = mark.argsort(descending=True, stable=True)
         rank, seen = best_first.argsort(), numbers[self.layers_searched[0]]
         sizes = seen[seen >= 0].bincount(minlength=U)[best_first]
         R = archive.most if archive.settings.keep else archive.settings.R
-        last = max(1, int((sizes.cumsum(0) <= R).sum()))
+        last = max(1, int((sizes.cumsum(0) <= R).sum()))  # so many updates stand last
         retrieval = Retrieval([], [])
         for i in range(self.decoder.L):
             places = slots_of_best(rank, numbers[i, :S], archive.orders[i], archive.most)
@@ -240,7 +234,7 @@ class Retriever:
                 raise _LastSearched
             return hidden
 
-        self._pass(KVPrefix(prefix.s, [partial(_same, kv) for kv in prefix.first]), ids, collect)
+        self._pass(KVPrefix.from_pairs(prefix.first), ids, collect)
         return states
 
     def _pass(self, front: KVPrefix, ids: Tensor, at: Callable[[int, Tensor], Tensor]) -> None:
@@ -253,10 +247,6 @@ class Retriever:
                 return
 
     # --- what stands in front of a question ---------------------------------------------------------------------------
-
-    def prefix(self, memory: Memory, prefix: Prefix, retrieval: Retrieval, asked: Tensor) -> RetrievedPrefix:
-        """[first ; retrieved and slots] in front of a row that asks `asked`, [n] ids."""
-        return RetrievedPrefix.of(self, memory, prefix, retrieval, asked)
 
     def slots(self, archive: LongTerm, i: int, places: Tensor) -> Tensor:
         """Stored slots of layer i, [R, d], on the model's device."""
@@ -334,10 +324,6 @@ class RetrievedPrefix(KVPrefix):
         self.retrieval.places[:], self.retrieval.order[:] = retrieval.places, retrieval.order
         self.computed.clear()
         return True
-
-
-def _same(kv: KV) -> KV:
-    return kv
 
 
 def _once(computed: dict[int, KV], i: int, compute: Callable[[], KV]) -> KV:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from transformers import Cache, DynamicCache
 
 from latentmem.core.memory import Memory
 from latentmem.decoder.adapters import READ
-from latentmem.decoder.attention import KV
 from latentmem.decoder.cache import KVPrefix, MemoryCache, memory_cache
 from latentmem.decoder.decoder import Decoder
 from latentmem.errors import TooLongError
@@ -131,7 +129,7 @@ def of_text(llm: Backbone, ids: Sequence[int]) -> Context:
     cache = DynamicCache()
     with llm.using(None):
         llm.decoder.body(input_ids=tokens, past_key_values=cache, use_cache=True)
-    front = KVPrefix(n, [partial(_pair, layer.keys, layer.values) for layer in cache.layers])
+    front = KVPrefix.from_pairs([(layer.keys, layer.values) for layer in cache.layers])
     return Context((front,), (llm.limit - n,), None)
 
 
@@ -171,7 +169,7 @@ def front_of(llm: Backbone, memory: Memory, ids: Ids) -> KVPrefix | None:
 def front_with(llm: Backbone, memory: Memory, chosen: Retrieval | None, asked: Tensor) -> KVPrefix:
     """A memory that holds something, with the long-term slots that tokens `asked` [n] have chosen."""
     prefix = llm.prefix(memory)
-    return llm.retriever.prefix(memory, prefix, chosen, asked) if chosen else prefix.front
+    return RetrievedPrefix.of(llm.retriever, memory, prefix, chosen, asked) if chosen else prefix.front
 
 
 def retrieve(llm: Backbone, memory: Memory, tokens: Tensor) -> Retrieval | None:
@@ -222,7 +220,3 @@ def text_cache(llm: Backbone, memory: Memory, ids: Ids | None, old: Cache | None
                 old.changed()
             return old
     return memory_cache([front], llm.decoder, store=True)
-
-
-def _pair(keys: Tensor, values: Tensor) -> KV:
-    return keys, values

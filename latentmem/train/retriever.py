@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, silu
+from torch.nn.functional import logsigmoid
 
 from latentmem.longterm.search import Projectors
 
@@ -87,7 +87,7 @@ class Retriever(nn.Module):
     def projectors(self) -> Projectors:
         """As it is used; a writer has no queries of its own."""
         query, key = ([(pair[0], pair[1]) for pair in some] for some in (self.query, self.key))  # type: ignore[index]
-        return Projectors(query, key, (), silu)
+        return Projectors(query, key)
 
     def forward(self, seen: Seen) -> tuple[Tensor, float] | None:
         """How badly it tells texts apart, and how much of what it finds is right.

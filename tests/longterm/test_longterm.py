@@ -13,7 +13,7 @@ from latentmem.core import sources
 from latentmem.core.settings import LongTermSettings
 from latentmem.longterm import ranking
 from latentmem.longterm.blocks import NO_SLOT
-from latentmem.longterm.search import Retrieval
+from latentmem.longterm.search import Retrieval, RetrievedPrefix
 from latentmem.model import batch as batches
 from latentmem.model.context import question_mask
 from latentmem.model.model import MemoryModel
@@ -418,7 +418,7 @@ def test_the_answer_is_not_what_is_searched_for(llm):
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6}), 9)
     ids, answer = torch.arange(30, 36), torch.arange(90, 96)
     chosen = llm.front(memory, ids).retrieval
-    front = llm.retriever.prefix(memory, llm.prefix(memory), chosen, ids)
+    front = RetrievedPrefix.of(llm.retriever, memory, llm.prefix(memory), chosen, ids)
     from latentmem.decoder.adapters import READ
     from latentmem.model.context import Context
 
@@ -452,7 +452,7 @@ def test_other_slots_are_read_from_there_on(attention, monkeypatch):
     settings = {"max_new_tokens": 2, "min_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
     made = llm.generate_ids(memory, prompt, **settings)
 
-    cache = llm.retriever.prefix(memory, llm.prefix(memory), first, prompt)
+    cache = RetrievedPrefix.of(llm.retriever, memory, llm.prefix(memory), first, prompt)
     from latentmem.decoder.cache import attention_mask, memory_cache
 
     with torch.no_grad():

@@ -403,7 +403,6 @@ def test_the_result_retrieves(taught, tiny_folder, dtype):
     llm, (tensors, facts) = loaded(tiny_folder, run, dtype=dtype), files.load(run.out / RESULT)
     assert facts["retriever"] == {"width": 16, "hidden": 32}
     made = llm.retriever.projectors
-    assert made.activation is torch.nn.functional.silu and len(made.writer) == 0
     for kind in ("query", "key"):
         for i, pair in enumerate(getattr(made, kind)):
             assert all(w.dtype == dtype for w in pair)
