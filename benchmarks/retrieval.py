@@ -49,7 +49,7 @@ def attended(llm: MemoryModel, i: int, hidden: Tensor, slots: Tensor) -> Tensor:
     attention: Any = llm.decoder.layers[i].self_attn
     with torch.no_grad(), llm.using(READ):
         keys = llm.decoder.project(i, slots)[0][0].float()
-        queries = attention.q_proj(llm.retriever.normed(i, hidden)).unflatten(-1, (-1, attention.head_dim))
+        queries = attention.q_proj(llm.decoder.normed(i, hidden)).unflatten(-1, (-1, attention.head_dim))
         queries = queries.transpose(0, 1).float()
     keys = keys.repeat_interleave(len(queries) // len(keys), dim=0)
     return (queries @ keys.transpose(1, 2)).amax(0)
@@ -111,7 +111,7 @@ def finding(llm: MemoryModel, data: Any, asked: list[tuple[str, Any]]) -> None:
             theirs = attended(llm, i, hidden[i], slots)
             add("attention of the layer", "all", i, marks(theirs, births[i], memory.updates + 1))
             if i < 13:
-                seen, kept = (normalize(llm.retriever.normed(i, some), dim=-1) for some in (hidden[i], slots))
+                seen, kept = (normalize(llm.decoder.normed(i, some), dim=-1) for some in (hidden[i], slots))
                 likeness = seen @ kept.T
                 for tokens, some in (("all", torch.ones_like(asking)), ("question", asking)):
                     fits = likeness[some].float()

@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from latentmem.decoder.cache import Prefix
 from latentmem.decoder.decoder import Decoder
-from latentmem.decoder.prefix import Prefix
 
 
 def read(decoder: Decoder, first: Tensor, slots: Tensor) -> Prefix:

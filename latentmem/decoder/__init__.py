@@ -24,7 +24,7 @@ with transformers 5.16.1 and 5.23.0, torch 2.13.0, PEFT 0.21.2.
 | `Module._forward_pre_hooks` | attention | the output layer's hook is set twice |
 | attributes of a tensor survive as long as the tensor | attention | models are refused |
 | `ops.mkldnn._linear_pointwise`, `autograd.forward_ad._current_level` | linear | torch's own kernel: slower |
-| `ao.quantization.quantize_dynamic` | quantize | int8 is refused |
+| `ao.quantization.quantize_dynamic` | linear | int8 is refused |
 | **PEFT** | | |
 | `BaseTunerLayer`: `_active_adapter`, `_disable_adapters`, `adapter_layer_names` | adapters | switching fails |
 | `lora.Linear`: `lora_A`, `lora_B`, `scaling`, `lora_dropout`, `base_layer` | adapters | an error |

@@ -21,7 +21,9 @@ function registered under `CUDA` says the same without a mask (`causal_lower_rig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,41 +35,13 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from latentmem.decoder.watching import watch, watched
-
 NAME = "latentmem_cpu"
 CUDA = "latentmem_cuda"
 QUERIES = 64  # at once for one memory: the scores of more do not fit into a core's cache
 LEARNED = 512  # at once where gradients flow: the scores are kept for the backward pass anyway
 LONG = 128  # queries from which on one row after another, in float32 by torch's kernel, is as fast as all at once
 KV = tuple[Tensor, Tensor]  # keys and values, each [B, heads, positions, head width]
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Different memories in one tensor, the shorter ones padded at their end: one row each.
-
-    Args:
-        keys: rotated, [B, key heads, P, head width], P of the longest.
-        values: as `keys`.
-        beyond: bool [B, 1, 1, P], True behind the end of a shorter memory; None if all are equally long.
-    """
-
-    keys: Tensor
-    values: Tensor
-    beyond: Tensor | None
-
-    @staticmethod
-    def of(memories: Sequence[KV]) -> Stack:
-        lengths = torch.tensor([keys.shape[2] for keys, _ in memories])
-        P = int(lengths.max())
-        keys, values = (part.new_empty(len(memories), part.shape[1], P, part.shape[3]) for part in memories[0])
-        for row, memory in enumerate(memories):
-            for into, tensor in zip((keys, values), memory, strict=True):
-                into[row, :, : tensor.shape[2]] = tensor[0]
-                into[row, :, tensor.shape[2] :] = 0
-        beyond = (torch.arange(P)[None] >= lengths[:, None])[:, None, None] if int(lengths.min()) < P else None
-        return Stack(keys, values, beyond)
+_here = threading.local()  # shares: the list of the `watching` that lasts in this thread, if any
 
 
 @dataclass(frozen=True)
@@ -173,7 +147,7 @@ def attend(
         [B, n, heads, head width], and no weights.
 
     Raises:
-        RuntimeError: the layer changed its keys or values after the cache had returned them.
+        RuntimeError: as `_received`.
     """
     memories = _received(key, value)
     if memories is None:
@@ -220,8 +194,7 @@ def _read_in_steps(query: Tensor, text: KV, memories: Memories, mask: Tensor | N
     if len(memories.kv) == 1:
         reader = _OneMemory(memories.kv[0])
     else:
-        stack = memories.stack() if memories.stack else None
-        reader = _StackedMemories(stack) if stack else _SeveralMemories(memories)
+        reader = (memories.stack and memories.stack()) or _SeveralMemories(memories)
     seen = None if mask is None else mask[:, :, None, :, -text[0].shape[2] :]
     learns = torch.is_grad_enabled() and query.requires_grad
     step = max(1, (LEARNED if learns else QUERIES) // max(1, B // len(memories.kv)))
@@ -281,18 +254,38 @@ class _OneMemory:
         output += part.view(shared, B, m, -1).transpose(0, 1)
 
 
-class _StackedMemories:
-    """Each row reads a memory of its own, all in one product."""
+@dataclass(frozen=True)
+class Stack:
+    """Each row reads a memory of its own, all in one product: the memories in one tensor, padded at their end.
 
-    def __init__(self, stack: Stack) -> None:
-        self.stack = stack
+    Args:
+        keys: rotated, [B, key heads, P, head width], P of the longest.
+        values: as `keys`.
+        beyond: bool [B, 1, 1, P], True behind the end of a shorter memory; None if all are equally long.
+    """
+
+    keys: Tensor
+    values: Tensor
+    beyond: Tensor | None
+
+    @staticmethod
+    def of(memories: Sequence[KV]) -> Stack:
+        lengths = torch.tensor([keys.shape[2] for keys, _ in memories])
+        P = int(lengths.max())
+        keys, values = (part.new_empty(len(memories), part.shape[1], P, part.shape[3]) for part in memories[0])
+        for row, memory in enumerate(memories):
+            for into, tensor in zip((keys, values), memory, strict=True):
+                into[row, :, : tensor.shape[2]] = tensor[0]
+                into[row, :, tensor.shape[2] :] = 0
+        beyond = (torch.arange(P)[None] >= lengths[:, None])[:, None, None] if int(lengths.min()) < P else None
+        return Stack(keys, values, beyond)
 
     def scores(self, asked: Tensor) -> Tensor:
-        scores = asked @ self.stack.keys.transpose(2, 3)
-        return scores if self.stack.beyond is None else scores.masked_fill_(self.stack.beyond, float("-inf"))
+        scores = asked @ self.keys.transpose(2, 3)
+        return scores if self.beyond is None else scores.masked_fill_(self.beyond, float("-inf"))
 
     def add(self, output: Tensor, weights: Tensor) -> None:
-        output += weights @ self.stack.values
+        output += weights @ self.values
 
 
 class _SeveralMemories:
@@ -317,7 +310,7 @@ class _SeveralMemories:
             output[rows] = part
 
 
-_Reader = _OneMemory | _StackedMemories | _SeveralMemories
+_Reader = _OneMemory | Stack | _SeveralMemories
 
 
 # --- on CUDA ----------------------------------------------------------------------------------------------------------
@@ -332,17 +325,7 @@ def attend_without_mask(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of n queries at the end of t keys, each seeing all keys up to itself, where there is no mask.
-
-    Args:
-        query: [B, heads, n, head width].
-        key: [B, key heads, t, head width], t >= n.
-        value: as `key`.
-        attention_mask: of `mask_if_needed`.
-
-    Returns:
-        [B, n, heads, head width], and no weights.
-    """
+    """As `attend`, without memories: without a mask, n queries at the end of t keys see all up to themselves."""
     watch(query, key, attention_mask, scaling)
     n, t = query.shape[2], key.shape[2]
     if attention_mask is not None or n in (1, t):
@@ -367,6 +350,58 @@ def mask_if_needed(**kwargs: Any) -> Tensor | None:
     if plain and ends and not kwargs.get("kv_offset", 0) and (padding is None or bool(padding.all())):
         return None
     return sdpa_mask(**kwargs)
+
+
+# --- what each layer attends to ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def watching(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collect what each layer attends to in this thread's passes, in the order of the layers.
+
+    Yields:
+        For each layer and pass one tensor [n, P + t] float32: the share of each query's attention that goes to each
+        position, the mean over heads, of the first row.
+    """
+    shares: list[Tensor] = []
+
+    def take(module: Any, inputs: Any, output: Any) -> None:
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if weights is not None and getattr(_here, "shares", None) is shares:
+            shares.append(weights[0].float().mean(0).detach())
+
+    hooks = [layer.self_attn.register_forward_hook(take) for layer in model.get_decoder().layers]
+    _here.shares = shares
+    try:
+        yield shares
+    finally:
+        _here.shares = None
+        for hook in hooks:
+            hook.remove()
+
+
+def watched() -> bool:
+    """Whether a `watching` lasts in this thread."""
+    return getattr(_here, "shares", None) is not None
+
+
+def watch(query: Tensor, keys: Tensor, mask: Tensor | None, scaling: float | None) -> None:
+    """Collect for `watching`, where the attention itself gives no weights.
+
+    Args:
+        query: [B, heads, n, head width].
+        keys: [B, key heads, P + t, head width].
+        mask: bool or added, [B or 1, 1, n, P + t]; None: each query sees all keys up to itself.
+    """
+    if not watched():
+        return
+    _, _, n, width = query.shape
+    asked = query[0].float() * (width**-0.5 if scaling is None else scaling)
+    scores = asked.unflatten(0, (keys.shape[1], -1)) @ keys[0].float().transpose(1, 2)[:, None]
+    if mask is None:
+        mask = torch.ones(n, keys.shape[2], dtype=torch.bool, device=keys.device).tril(keys.shape[2] - n)[None, None]
+    scores = scores.masked_fill(~mask[0], float("-inf")) if mask.dtype == torch.bool else scores + mask[0].float()
+    _here.shares.append(scores.softmax(-1).mean((0, 1)))
 
 
 # --- which models -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -89,6 +89,68 @@ def memory_cache(
     return MemoryCache(fronts, [MemoryLayer(kv, P, store=store, apart=apart, stacked=bytes_) for kv in layers])
 
 
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Keys and values of one memory in every layer, projected once: [first ; slots], P = s + M positions.
+
+    Args:
+        decoder: what rotates the keys.
+        keys: of each layer, unrotated, [1, heads, P, head width].
+        values: of each layer, [1, heads, P, head width].
+        s: leading positions that are no slots (sink or bos); they are never dropped.
+
+    Source: MemoryLLM section 3.1.1.
+    """
+
+    decoder: Decoder
+    keys: list[Tensor]
+    values: list[Tensor]
+    s: int
+
+    @property
+    def P(self) -> int:
+        return self.keys[0].shape[2]
+
+    @cached_property
+    def rotated(self) -> list[Tensor]:
+        """The keys of each layer at positions 0 .. P-1."""
+        positions = torch.arange(self.P, device=self.keys[0].device)[None]
+        return [self.decoder.rotate(i, k, positions) for i, k in enumerate(self.keys)]
+
+    @cached_property
+    def first(self) -> list[KV]:
+        """Rotated keys, and values, of the leading positions of each layer."""
+        at = torch.arange(self.s, device=self.keys[0].device)[None]
+        pairs = zip(self.keys, self.values, strict=True)
+        return [(self.decoder.rotate(i, k[:, :, : self.s], at), v[:, :, : self.s]) for i, (k, v) in enumerate(pairs)]
+
+    def after(self, kept: Tensor, new: list[KV]) -> Prefix:
+        """The prefix of the next memory: slots `kept` [L, m] stay, `new` keys and values come behind; no projection."""
+
+        def move(old: Tensor, i: int, fresh: Tensor) -> Tensor:
+            if kept.shape[1] == self.P - self.s:
+                return torch.cat([old, fresh], dim=2)
+            stays = old[:, :, self.s :].index_select(2, kept[i].to(old.device))
+            return torch.cat([old[:, :, : self.s], stays, fresh], dim=2)
+
+        keys = [move(old, i, new[i][0]) for i, old in enumerate(self.keys)]
+        return Prefix(self.decoder, keys, [move(old, i, new[i][1]) for i, old in enumerate(self.values)], self.s)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the keys, the rotated keys and the values, once all are made."""
+        return sum(2 * keys.nbytes + values.nbytes for keys, values in zip(self.keys, self.values, strict=True))
+
+    @cached_property
+    def front(self) -> KVPrefix:
+        """This prefix as what stands in front of a row; it holds no reference to the prefix, which would be a cycle."""
+        return KVPrefix.from_pairs(list(zip(self.rotated, self.values, strict=True)))
+
+    def cache(self, *, store: bool = True) -> Cache:
+        """A fresh cache over this prefix, for `forward` or `generate`; see `MemoryLayer`."""
+        return memory_cache([self.front], self.decoder, store=store)
+
+
 def joined(parts: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], fronts: Sequence[KVPrefix], L: int) -> Cache:
     """Some rows of several caches in one, so that they go on together: shorter texts are padded on the left.
 
@@ -171,11 +233,10 @@ class MemoryLayer(DynamicLayer):
         stacked: int = 0,
     ) -> None:
         super().__init__()
-        self.kv, self.length, self.store, self.apart = kv, length, store, apart
+        self.kv, self.length, self.store, self.apart, self._stacked = kv, length, store, apart, stacked
         self.rows = list(range(len(kv)))  # which memory each row reads
         self.unread: list[Memories] = []  # handed over, until the attention has taken them
         self._buffers: KV | None = None
-        self._stacked = stacked
         self._stack: attention.Stack | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> KV:
@@ -254,24 +315,17 @@ class MemoryLayer(DynamicLayer):
         self._buffers = self._stack = None
         super().reset()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._take_rows(beam_idx.tolist())
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if len(self.kv) > 1:
+            self.rows = [self.rows[i] for i in indices.tolist()]
         if self._text:
-            super().reorder_cache(beam_idx)
+            super().batch_select_indices(indices.to(self.keys.device))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._take_rows([i for i in range(len(self.rows)) for _ in range(repeats)])
-        if self._text:
-            super().batch_repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._take_rows(indices.tolist())
-        if self._text:
-            super().batch_select_indices(indices)
-
-    def _take_rows(self, rows: Sequence[int]) -> None:
-        if len(self.kv) > 1:
-            self.rows = [self.rows[i] for i in rows]
+        self.batch_select_indices(torch.arange(len(self.rows)).repeat_interleave(repeats))
 
 
 def attention_mask(cache: Cache | None, ids: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class _Probe:
 
 
 class Decoder:
-    """What the algorithm needs of a transformers decoder: its layers, and the keys and values that each makes.
+    """A transformers decoder, its layers, and the keys and values that each makes.
 
     Args:
         model: a decoder with `get_decoder().layers`, rotary positions and one self-attention per layer.
@@ -76,14 +76,7 @@ class Decoder:
         return self.model.get_input_embeddings().weight.dtype
 
     def keys_values(self, i: int, hidden: Tensor) -> KV:
-        """Keys without rotation, and values, of hidden states at the input of layer i.
-
-        Args:
-            hidden: [B, m, d].
-
-        Returns:
-            Two tensors [B, heads, m, head width].
-        """
+        """Keys without rotation, and values, [B, heads, m, head width] each, of what layer i gets, [B, m, d]."""
         return self._project(i, hidden) if self._usual_layout[i] else self._unrotated(i, hidden)
 
     @property
@@ -149,15 +142,19 @@ class Decoder:
             self._attend(i, hidden, cos_sin, probe)
         return probe.kv
 
+    def normed(self, i: int, hidden: Tensor) -> Tensor:
+        """What the attention of layer i sees of hidden states."""
+        layer: Any = self.layers[i]
+        return layer.input_layernorm(hidden) if hasattr(layer, "input_layernorm") else hidden
+
     def _attend(self, i: int, hidden: Tensor, cos_sin: KV, probe: _Probe) -> None:
         layer: Any = self.layers[i]
-        x = layer.input_layernorm(hidden) if hasattr(layer, "input_layernorm") else hidden
+        x = self.normed(i, hidden)
         at = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)  # some scale their queries by it
         layer.self_attn(x, position_embeddings=cos_sin, position_ids=at, attention_mask=None, past_key_values=probe)
 
     def _cos_sin(self, i: int, like: Tensor, positions: Tensor) -> KV:
-        rest = (self._layer_type(i),) if self._by_layer_type else ()
-        return self.body.rotary_emb(like, positions, *rest)
+        return self.body.rotary_emb(like, positions, *((self._layer_type(i),) if self._by_layer_type else ()))
 
     def _layer_type(self, i: int) -> str | None:
         kinds = getattr(self.body.config, "layer_types", None)

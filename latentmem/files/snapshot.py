@@ -24,8 +24,7 @@ from latentmem.errors import DamagedError
 from latentmem.files import container
 from latentmem.files.container import Buffer
 from latentmem.longterm.blocks import NO_SLOT, Block, BlockRange, StoredSlots, packed
-from latentmem.longterm.frequency import FrequencyLongTerm
-from latentmem.longterm.longterm import LongTerm
+from latentmem.longterm.longterm import FrequencyLongTerm, LongTerm
 
 FORMAT = "latentmem memory 2"
 EARLIER = {"latentmem memory 1": "4f1b448"}  # format -> the last commit that reads it

@@ -37,7 +37,7 @@ def load(
     """
     own = _trained(name) if adapters == "auto" else None if adapters is None else _path(adapters)
     if quantize is not None:
-        from latentmem.decoder.quantize import quantize as in_place
+        from latentmem.decoder.linear import quantize as in_place
 
         llm = load(name, dtype=dtype or "float32", device=device or "cpu", adapters=adapters)
         in_place(llm.base, quantize)

@@ -30,7 +30,7 @@ from latentmem.core.memory import Memory
 from latentmem.core.settings import LongTermSettings, MemorySettings
 from latentmem.decoder.adapters import Adapters, insert
 from latentmem.longterm.blocks import StoredSlots, extended
-from latentmem.longterm.frequency import FREQUENCY, FrequencyLongTerm
+from latentmem.longterm.longterm import FREQUENCY, FrequencyLongTerm
 from latentmem.longterm.search import Projectors
 from latentmem.model.backbone import Trained, fingerprint
 from latentmem.model.model import MemoryModel

@@ -6,8 +6,7 @@ import torch
 
 from latentmem.core.memory import Memory
 from latentmem.core.settings import LongTermSettings
-from latentmem.longterm.frequency import FrequencyLongTerm
-from latentmem.longterm.longterm import LongTerm
+from latentmem.longterm.longterm import FrequencyLongTerm, LongTerm
 
 
 def kind(settings: LongTermSettings) -> type[LongTerm]:

@@ -17,7 +17,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +25,9 @@ from torch.nn.functional import linear, normalize, silu
 from latentmem import longterm
 from latentmem.core.memory import Memory
 from latentmem.decoder.attention import KV
-from latentmem.decoder.cache import KVPrefix, attention_mask, memory_cache
+from latentmem.decoder.cache import KVPrefix, Prefix, attention_mask, memory_cache
 from latentmem.decoder.decoder import Decoder
 from latentmem.decoder.hooks import layers_seen
-from latentmem.decoder.prefix import Prefix
 from latentmem.longterm.blocks import Block, BlockRange
 from latentmem.longterm.longterm import LongTerm
 from latentmem.longterm.ranking import NEVER, best_slots, marks, numbered, slots_of_best
@@ -105,13 +103,6 @@ class Retriever:
         """Forget what was computed with weights that have changed since."""
         self._seen.clear()
 
-    # --- how well slots fit -------------------------------------------------------------------------------------------
-
-    def normed(self, i: int, hidden: Tensor) -> Tensor:
-        """What layer i sees of hidden states."""
-        layer: Any = self.decoder.layers[i]
-        return layer.input_layernorm(hidden) if hasattr(layer, "input_layernorm") else hidden
-
     @torch.no_grad()
     def new_keys(self, memory: Memory, dropped: Tensor) -> Tensor | None:
         """Keys of a trained retriever for slots [L, count] that a memory drops, [L, count, width]; None: not needed."""
@@ -120,20 +111,20 @@ class Retriever:
         keys = []
         for i, pair in enumerate(self.projectors.key):
             slots = memory.slots[i].to(self.decoder.device)[dropped[i].to(self.decoder.device)]
-            keys.append(self.projectors.project(pair, self.normed(i, slots)).cpu())
+            keys.append(self.projectors.project(pair, self.decoder.normed(i, slots)).cpu())
         return torch.stack(keys)
 
     def _fits(self, i: int, archive: LongTerm, hidden: Tensor) -> Tensor:
         """How well stored slots of layer i fit each of n tokens [n, d] by themselves, [n, S] float32."""
         if self.projectors is None:
             return self._likeness(i, archive, hidden)
-        asked = self.projectors.project(self.projectors.query[i], self.normed(i, hidden))
+        asked = self.projectors.project(self.projectors.query[i], self.decoder.normed(i, hidden))
         keys = [one.stored.keys[i] for one in archive.ranges if one.stored.keys is not None]
         return torch.cat([(asked @ key.to(asked).T).sigmoid().float() for key in keys], dim=1).cpu()
 
     def _likeness(self, i: int, archive: LongTerm, hidden: Tensor) -> Tensor:
         """The cosine of what layer i sees of all stored slots and of each of n tokens [n, d], [n, S] float32."""
-        asked = normalize(self.normed(i, hidden), dim=-1)
+        asked = normalize(self.decoder.normed(i, hidden), dim=-1)
         none = asked.new_empty(len(asked), 0, dtype=torch.float32)
         cosines = [none, *((asked @ self._directions(archive, one, i).T).float() for one in archive.ranges)]
         return (torch.cat(cosines, dim=1).cpu() * NEAR).round() / NEAR  # equal slots fit equally, whatever their block
@@ -149,11 +140,9 @@ class Retriever:
                 )
         if done < one.end:
             fresh = archive.slots(one, i, slice(done, one.end), directions)
-            directions[done : one.end] = normalize(self.normed(i, fresh), dim=-1)
+            directions[done : one.end] = normalize(self.decoder.normed(i, fresh), dim=-1)
             self._seen[block][i] = (one.end, directions)
         return directions[one.start : one.end]
-
-    # --- what a question takes ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def retrieve(self, memory: Memory, prefix: Prefix, ids: Tensor, asking: Tensor) -> Retrieval:
@@ -215,8 +204,8 @@ class Retriever:
         """The mark of each update, by the slots that were dropped and those that the memory still holds, [U]."""
         total, layers = torch.zeros(U), torch.zeros(U)
         for i, hidden in zip(self.layers_searched, asked, strict=True):
-            own = normalize(self.normed(i, memory.slots[i].to(hidden.device)), dim=-1)
-            near = (normalize(self.normed(i, hidden), dim=-1) @ own.T).float().cpu()
+            own = normalize(self.decoder.normed(i, memory.slots[i].to(hidden.device)), dim=-1)
+            near = (normalize(self.decoder.normed(i, hidden), dim=-1) @ own.T).float().cpu()
             mark = marks(torch.cat([self._likeness(i, archive, hidden), near], dim=1), numbers[i], U)
             held = mark > NEVER
             total += mark.where(held, 0)
@@ -245,8 +234,6 @@ class Retriever:
                 self.decoder.body(input_ids=ids[None], attention_mask=mask, past_key_values=cache, use_cache=False)
             except _LastSearched:
                 return
-
-    # --- what stands in front of a question ---------------------------------------------------------------------------
 
     def slots(self, archive: LongTerm, i: int, places: Tensor) -> Tensor:
         """Stored slots of layer i, [R, d], on the model's device."""
@@ -302,9 +289,13 @@ class RetrievedPrefix(KVPrefix):
         assert archive is not None
         computed: dict[int, KV] = {}
         now = Retrieval(list(retrieval.places), list(retrieval.order))
-        layers = [
-            partial(_once, computed, i, partial(retriever.layer, prefix, archive, now, i)) for i in range(memory.L)
-        ]
+
+        def layer(i: int) -> KV:
+            if i not in computed:
+                computed[i] = retriever.layer(prefix, archive, now, i)
+            return computed[i]
+
+        layers = [partial(layer, i) for i in range(memory.L)]
         return RetrievedPrefix(prefix.P + retrieval.R, layers, memory, prefix, now, retrieval, asked, computed)
 
     @property
@@ -324,9 +315,3 @@ class RetrievedPrefix(KVPrefix):
         self.retrieval.places[:], self.retrieval.order[:] = retrieval.places, retrieval.order
         self.computed.clear()
         return True
-
-
-def _once(computed: dict[int, KV], i: int, compute: Callable[[], KV]) -> KV:
-    if i not in computed:
-        computed[i] = compute()
-    return computed[i]

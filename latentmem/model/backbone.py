@@ -22,9 +22,8 @@ from latentmem.core.write import first_states
 from latentmem.decoder import attention, linear
 from latentmem.decoder.adapters import READ, Adapters, bits, changes
 from latentmem.decoder.attention import KV
-from latentmem.decoder.cache import functional_cache
+from latentmem.decoder.cache import Prefix, functional_cache
 from latentmem.decoder.decoder import Decoder
-from latentmem.decoder.prefix import Prefix
 from latentmem.errors import OtherModelError, TooLongError
 from latentmem.longterm.search import Projectors, Retrieval, Retriever
 from latentmem.model.prompts import Prompts, Style

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from latentmem import longterm
 from latentmem.core.memory import Memory
-from latentmem.decoder.watching import watching
+from latentmem.decoder.attention import watching
 from latentmem.longterm.search import Retrieval
 from latentmem.model.backbone import Backbone, Ids
 from latentmem.model.context import retrieve

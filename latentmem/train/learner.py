@@ -304,7 +304,7 @@ class Learner(nn.Module):
 
     def _see(self, seen: Seen, i: int, hidden: Tensor) -> Tensor:
         """Note what layer i sees, within its own forward, where its weights are whole; without gradient."""
-        normed, searches = self.llm.retriever.normed, seen.searches
+        normed, searches = self.llm.decoder.normed, seen.searches
         with torch.no_grad():
             seen.asked.append(normed(i, torch.cat([hidden[search.row, : search.tokens] for search in searches])))
             seen.keys.append(normed(i, torch.cat([slots[i] for slots in seen.slots])))

@@ -8,7 +8,7 @@ from test_adapters import adapted
 from torch import nn
 
 import latentmem
-from latentmem.decoder.quantize import quantize
+from latentmem.decoder.linear import quantize
 from latentmem.testing import tiny_model
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "memoryllm"

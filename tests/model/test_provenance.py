@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latentmem.decoder.watching import watching
+from latentmem.decoder.attention import watching
 from latentmem.model.model import MemoryModel
 from latentmem.testing import byte_tokenizer, tiny_model
 
