@@ -31,7 +31,7 @@ EARLIER = {"latentmem memory 1": "4f1b448"}  # format -> the last commit that re
 BLOCK_FORMAT = "latentmem block 1"
 TENSORS = ("slots", "births", "origins")
 FIELDS = tuple(f.name for f in fields(Memory) if f.name not in (*TENSORS, "version"))
-TYPES = {"int": int, "str": str, "bool": bool}  # of fields that are no tensors, sources or settings
+TYPES = {"int": int, "str": str, "bool": bool, "float": float, "dict": dict, "None": type(None)}  # by their names
 ARCHIVED = tuple(f"longterm.{name}" for name in ("slots", "births", "origins", "orders"))
 COUNTS = ("clock", "since")  # of the rule "frequency"
 
@@ -227,10 +227,18 @@ def _settings(values: dict[str, Any]) -> MemorySettings:
 
 def _typed(kind: type, values: dict[str, Any]) -> dict[str, Any]:
     """Values of fields of a dataclass; a ValueError if one is of another type."""
-    types = {field.name: TYPES[str(field.type)] for field in fields(kind) if str(field.type) in TYPES}
-    if any(type(value) is not types.get(name, type(value)) for name, value in values.items()):
+    if not has_types(kind, values):
         raise ValueError(f"a {kind.__name__.lower()} is {values}")
     return values
+
+
+def has_types(kind: Any, values: dict[str, Any]) -> bool:
+    """Whether values of fields of a dataclass are of the fields' types, as far as these are in `TYPES`."""
+    for field in fields(kind):
+        types = [TYPES.get(name.partition("[")[0]) for name in str(field.type).split(" | ")]
+        if field.name in values and None not in types and type(values[field.name]) not in types:
+            return False
+    return True
 
 
 def _archive(

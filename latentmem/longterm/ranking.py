@@ -9,16 +9,7 @@ NEVER = float("-inf")  # fit of a slot, or mark of an update, that is not there
 
 
 def best_slots(fits: Tensor, occupied: Tensor, orders: Tensor, R: int) -> Tensor:
-    """The R slots of a layer that fit best, the oldest first.
-
-    Args:
-        fits: [S].
-        occupied: which places hold a slot, [S] bool.
-        orders: the lower, the older, [S].
-
-    Returns:
-        [R] indices.
-    """
+    """The R slots of a layer that fit best, of places [S] that are occupied: [R] indices, the lowest order first."""
     places = fits.masked_fill(~occupied, NEVER).topk(R).indices.sort().values
     # equally old ones, as there are in released checkpoints alone, stand as the released code puts them: last first
     return places.flip(0)[orders[places].flip(0).argsort(stable=True)]
@@ -73,7 +64,7 @@ def numbered(births: Tensor, updates: int) -> tuple[Tensor, int]:
 
 
 def slots_of_best(rank: Tensor, updates: Tensor, orders: Tensor, R: int) -> Tensor:
-    """R slots of a layer: all of the best update, then of the next, of the last one the oldest; oldest first.
+    """R slots of a layer: all of the best update, then of the next, of the last one the oldest.
 
     Args:
         rank: of each update, 0 for the best.
@@ -81,7 +72,7 @@ def slots_of_best(rank: Tensor, updates: Tensor, orders: Tensor, R: int) -> Tens
         orders: the lower, the older, [S].
 
     Returns:
-        [R] indices.
+        [R] indices, the oldest first.
     """
     ranks = rank[updates.clamp(min=0)].masked_fill(updates < 0, len(rank))
     oldest_first = orders.argsort(stable=True)

@@ -11,29 +11,15 @@ from typing import Any
 
 from latentmem.files import snapshot
 from latentmem.files.container import Buffer, replacing
-from latentmem.store.journal import EVENTS, KINDS, STATES, Journal, Row
+from latentmem.store.journal import BEGINNINGS, EVENTS, KINDS, STATES, Journal, Row
 from latentmem.store.objects import HASH, Objects
 from latentmem.store.states import States
+from latentmem.store.writing import CONTENTS
 
 FORMAT = "latentmem export 2"
 OLDER = {"latentmem export 1": "4f1b448"}  # format -> the last commit that reads it
 LATEST = 1e11  # seconds since 1970: the year 5138
-TYPES: dict[str, tuple[type, ...]] = {
-    "seq": (int,),
-    "base": (int, type(None)),
-    "event": (str,),
-    "payload": (dict,),
-    "key": (str, type(None)),
-    "state": (str,),
-    "error": (str, type(None)),
-    "attempts": (int,),
-    "kind": (str,),
-    "object": (str, type(None)),
-    "bytes": (int,),
-    "facts": (dict,),
-    "time": (float,),
-}
-assert set(TYPES) == {field.name for field in fields(Row)} - {"id", "memory"}
+FIELDS = {field.name for field in fields(Row)} - {"id", "memory"}  # of a line of the journal
 PAYLOAD: dict[str, tuple[type, ...]] = {
     "source": (str,),
     "role": (str, type(None)),
@@ -45,8 +31,6 @@ PAYLOAD: dict[str, tuple[type, ...]] = {
     "tokens": (int,),
 }
 NEEDED = {"write": {"source", "role", "sha256"}} | {key: {"source"} for key in ("pin", "unpin", "forget", "expire")}
-CONTENTS = {"text", "turns", "ids"}  # a write has one of them
-BEGINNINGS = ("create", "import")
 
 
 def export(journal: Journal, objects: Objects, states: States, memory: int, path: Path) -> None:
@@ -67,7 +51,7 @@ def export(journal: Journal, objects: Objects, states: States, memory: int, path
     numbers, lines = {row.id: row.seq for row in rows}, []
     sizes: dict[str, int] = {}
     for row in rows:
-        line = {name: getattr(row, name) for name in TYPES}
+        line = {name: getattr(row, name) for name in FIELDS}
         line["base"] = None if row.base is None else numbers[row.base]
         lines.append(json.dumps(line, sort_keys=True))
         sizes |= ({row.object: row.bytes} if row.object else {}) | _blocks(row)
@@ -211,7 +195,7 @@ class Reader:
 
 def _row(i: int, line: dict[str, Any]) -> Row:
     """Line i of a journal, checked by itself; a ValueError if it is no version of a memory."""
-    if set(line) != set(TYPES) or any(type(line[name]) not in kinds for name, kinds in TYPES.items()):
+    if set(line) != FIELDS or not snapshot.has_types(Row, line):
         raise ValueError(f"line {i} of its journal has other fields")
     json.dumps(line, ensure_ascii=False).encode()  # a ValueError where it is no valid Unicode
     row = Row(memory=0, **line)
@@ -233,7 +217,7 @@ def _row(i: int, line: dict[str, Any]) -> Row:
 
 def _is_payload(event: str, payload: dict[str, Any]) -> bool:
     needed, write = NEEDED.get(event, set()), event == "write"
-    if not needed <= set(payload) <= set(PAYLOAD) or len(CONTENTS & set(payload)) != int(write):
+    if not needed <= set(payload) <= set(PAYLOAD) or len(set(CONTENTS) & set(payload)) != int(write):
         return False
     return (
         all(type(value) in PAYLOAD[name] for name, value in payload.items())

@@ -9,6 +9,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ CREATE TABLE building (object TEXT NOT NULL, memory INTEGER NOT NULL);
 CREATE TABLE turns (memory INTEGER PRIMARY KEY REFERENCES memories, kept TEXT NOT NULL);
 """
 EVENTS = ("create", "import", "write", "rollback", "fork", "pin", "unpin", "forget", "expire")
+BEGINNINGS = ("create", "import")  # events that have no base
 STATES = ("pending", "applied", "failed")
 KINDS = ("snapshot", "delta", "none")
 BUSY, LATER = "another process uses the store", "try again later."
@@ -130,22 +132,18 @@ class Journal:
         with self._lock:
             self._connection.close()
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self) -> AbstractContextManager[None]:
         """All or nothing, durable when it ends, alone among processes and threads.
 
         Raises:
             OSError: the disk is full or not writable; nothing has changed.
             ValueError: another process keeps the database busy, or it is damaged.
         """
-        with self._within("BEGIN IMMEDIATE"):
-            yield
+        return self._within("BEGIN IMMEDIATE")
 
-    @contextlib.contextmanager
-    def one_look(self) -> Iterator[None]:
+    def one_look(self) -> AbstractContextManager[None]:
         """What is read inside belongs together, whatever others change meanwhile; nothing is to be written in it."""
-        with self._within("BEGIN"):
-            yield
+        return self._within("BEGIN")
 
     @contextlib.contextmanager
     def _within(self, begin: str) -> Iterator[None]:
@@ -305,6 +303,13 @@ class Journal:
 
     def exists(self, id: int) -> bool:
         return bool(self._rows("WHERE id = ?", id))
+
+    def lineage(self, row: Row) -> Iterator[Row]:
+        """A version, the one that it was made from, and so on to the first."""
+        yield row
+        while row.base is not None:
+            row = self.row(row.base)
+            yield row
 
     def version(self, name: str, seq: int | None = None) -> Row:
         """A version of a memory, by default the newest.

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -49,17 +50,13 @@ class Locks:
                 raise NotFoundError(f"the memory {name!r} was deleted meanwhile.")
             yield memory
 
-    @contextlib.contextmanager
-    def turns(self, name: str) -> Iterator[None]:
+    def turns(self, name: str) -> AbstractContextManager[None]:
         """Hold the turns of a conversation with a memory alone."""
-        with self._held(f"{self._journal.id(name)}-turns", f"a conversation with {name!r}"):
-            yield
+        return self._held(f"{self._journal.id(name)}-turns", f"a conversation with {name!r}")
 
-    @contextlib.contextmanager
-    def objects(self) -> Iterator[None]:
+    def objects(self) -> AbstractContextManager[None]:
         """Hold the objects alone, from the writing of one to the row that names it."""
-        with self._held("objects", "the store"):
-            yield
+        return self._held("objects", "the store")
 
     @contextlib.contextmanager
     def family(self, name: str) -> Iterator[list[int]]:
@@ -73,8 +70,7 @@ class Locks:
                 stack.close()
                 names = {memory: name for name, memory in self._journal.names().items()}
                 for memory in family:  # conversations first: who talks takes the memory's lock too
-                    talk = self._held(f"{memory}-turns", f"a conversation with {names.get(memory)!r}")
-                    stack.enter_context(talk)
+                    stack.enter_context(self._held(f"{memory}-turns", f"a conversation with {names.get(memory)!r}"))
                 for memory in family:
                     stack.enter_context(self._held(memory, f"the memory {names.get(memory)!r}"))
                 held = family

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from latentmem.model.writing import Progress
-from latentmem.store.journal import Journal, Row
+from latentmem.store.journal import BEGINNINGS, Journal, Row
 from latentmem.store.locks import Locks
 from latentmem.store.states import State, States, after_event, facts, plain
 from latentmem.store.writing import Tokens, Writer, WritingModel, content_of, in_all, payload, tokenised
@@ -43,7 +43,7 @@ class Replay:
     def _removed(self, rows: list[Row], source: str) -> set[int]:
         """The versions of a source; a ValueError if they can not be replayed without it."""
         for row in rows:
-            if row.event in ("create", "import") and source in (s.name for s in self._states.memory(row).sources):
+            if row.event in BEGINNINGS and source in (s.name for s in self._states.memory(row).sources):
                 raise ValueError(
                     f"the source {source!r} was in the memory before its journal began, so it can not be replayed "
                     f"without it; `forget` drops its slots."
@@ -151,17 +151,14 @@ class Replay:
             ValueError: a version waits, the memory held something before its journal began, or a version was written
                 as token ids of another tokenizer than the model's.
         """
-        row = self._states.ready(self._journal.head(self._journal.id(name)))
-        path = [row]
-        while row.base is not None:
-            row = self._journal.row(row.base)
-            path.append(row)
-        if row.event != "create" or any(row.event in ("create", "import") for row in path[:-1]):
+        path = list(self._journal.lineage(self._states.ready(self._journal.head(self._journal.id(name)))))
+        first = path[-1]
+        if first.event != "create" or any(row.event in BEGINNINGS for row in path[:-1]):
             raise ValueError(
                 f"{name!r} began with a memory that held something already; its journal can not rebuild it."
             )
         ids = [row.seq for row in path if "ids" in row.payload]
-        if ids and self._states.memory(row).tokenizer != llm.tokenizer_identity:
+        if ids and self._states.memory(first).tokenizer != llm.tokenizer_identity:
             raise ValueError(f"version {ids[-1]} was written as token ids of another tokenizer.")
         return path[::-1]
 

@@ -56,25 +56,24 @@ class States:
             ValueError: an object is missing or damaged, or the version is gone.
         """
         path: list[Row] = []  # from the version back to what is known
-        memory, mapped, last = None, False, row
-        while memory is None:
-            memory = self.cache.get(row.id) if cached else None
+        memory, mapped = None, False
+        for here in self._journal.lineage(row):
+            memory = self.cache.get(here.id) if cached else None
             if memory is not None:
                 break
-            path.append(row)
-            if row.kind == "snapshot":
-                memory, mapped = self._snapshot(row), True
-            elif row.base is None:
-                raise ValueError(f"version {row.seq} has no snapshot and nothing that it was made from.")
-            else:
-                row = self._journal.row(row.base)
+            path.append(here)
+            if here.kind == "snapshot":
+                memory, mapped = self._snapshot(here), True
+                break
+        if memory is None:
+            raise ValueError(f"version {path[-1].seq} has no snapshot and nothing that it was made from.")
         if path:
             chain = Chain(memory, mapped)
             for following in reversed(path):
                 self._follow(following, chain)
             memory = plain(chain.memory())
             if cached:
-                self.cache.put(last.id, memory)
+                self.cache.put(row.id, memory)
         return memory
 
     def _snapshot(self, row: Row) -> Memory:
@@ -129,26 +128,22 @@ class States:
 
     def state(self, row: Row) -> State:
         """The memory at a version with its deltas; no more are counted than matter."""
-        here: Row | None = row
         count = 0
-        while here is not None and here.kind != "snapshot" and count < self.snapshot_every:
+        for here in self._journal.lineage(row):
+            if here.kind == "snapshot" or count == self.snapshot_every:
+                break
             count += here.kind == "delta"
-            here = None if here.base is None else self._journal.row(here.base)
         return State(self.memory(row), count)
 
     # --- what waits -------------------------------------------------------------------------------------------------
 
     def waits(self, row: Row) -> bool:
         """Whether a version is pending, or made from one that is."""
-        if row.state == "pending":
-            return True
-        if not self._journal.pending(row.memory):
+        if row.state != "pending" and not self._journal.pending(row.memory):
             return False
-        here: Row | None = row
-        while here is not None and here.kind != "snapshot":
-            if here.state == "pending":
-                return True
-            here = None if here.base is None else self._journal.row(here.base)
+        for here in self._journal.lineage(row):
+            if here.state == "pending" or here.kind == "snapshot":
+                return here.state == "pending"
         return False
 
     def ready(self, row: Row) -> Row:

@@ -151,23 +151,16 @@ class Store:
         return sorted(map(self._journal.name, self._journal.family(self._journal.id(name))))
 
     def rollback(self, name: str, version: int) -> int:
-        """Go to any version, older or newer. This is a version too, so it can be undone.
-
-        Returns:
-            The new version.
-        """
+        """Go to any version, older or newer; gives the new version, which can be undone too."""
         with self._locks.memory(name) as memory, self._journal.transaction():
             base = self._states.ready(self._journal.version(name, version))
             return self._journal.append(Row(memory, "rollback", base.id, {})).seq
 
     def undo(self, name: str) -> int:
-        """Go back to the base of the newest version, and one step further each time.
+        """Go back to the base of the newest version, one step further each time; gives the new version, a rollback.
 
         A rollback stands for the version that it went back to, so an undo after it goes on from there; to take a
         rollback or an undo back, roll back to the version before it.
-
-        Returns:
-            The new version, a rollback.
 
         Raises:
             ValueError: the memory began like this.
@@ -264,12 +257,9 @@ class Store:
         return self._writer.append(name, body, key, None if llm is None else tokenised(llm, body)).seq
 
     def apply(self, llm: WritingModel, name: str, progress: Progress | None = None) -> int:
-        """Apply the writes that are acknowledged and not applied yet, and forget the sources that have expired.
+        """Apply the writes that wait, forget the sources that have expired, and give the newest version.
 
         A write that the model refuses, or that was broken off three times, is marked as failed and passed over.
-
-        Returns:
-            The newest version.
         """
         with self._locks.memory(name) as memory:
             self._writer.advance(llm, memory, progress)
@@ -281,15 +271,15 @@ class Store:
 
     def has_pending(self, name: str) -> bool:
         """Whether `apply` would change something: a write waits, or the time of a source is over."""
-        memory = self._journal.id(name)
+        return self._needs_apply(self._journal.id(name))
+
+    def _needs_apply(self, memory: int) -> bool:
         return bool(self._journal.pending(memory) or self._writer.expired(memory))
 
     def applied_version(self, name: str) -> int:
         """The newest version that can be opened without a model: neither it nor one that it is made from waits."""
-        row = self._journal.version(name)
-        while row.base is not None and self._states.waits(row):
-            row = self._journal.row(row.base)
-        return row.seq
+        lineage = self._journal.lineage(self._journal.version(name))
+        return next(row.seq for row in lineage if row.base is None or not self._states.waits(row))
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -322,10 +312,7 @@ class Store:
             ValueError: no such memory or version, a missing or damaged object, or writes that wait for a model.
         """
         row = self._journal.version(name, version)  # before the look at pending rows: a write may be acknowledged now
-        memory = row.memory
-        if version is None and (
-            row.state == "pending" or self._journal.pending(memory) or self._writer.expired(memory)
-        ):
+        if version is None and (row.state == "pending" or self._needs_apply(row.memory)):
             with self._locks.memory(name) as memory:
                 self._writer.advance(llm, memory)
                 return self._states.memory(self._states.ready(self._journal.head(memory)))
@@ -358,10 +345,7 @@ class Store:
     # --- sources ----------------------------------------------------------------------------------------------------
 
     def pin(self, name: str, source: str, pinned: bool = True) -> int:
-        """Never drop a source's slots, within the memory's quota; or take the pin off.
-
-        Returns:
-            The new version.
+        """Never drop a source's slots, within the memory's quota, or take the pin off; gives the new version.
 
         Raises:
             ValueError: no such source, or more than the quota.
@@ -370,10 +354,7 @@ class Store:
             return self._writer.event(memory, "pin" if pinned else "unpin", source).seq
 
     def forget(self, name: str, source: str) -> int:
-        """Drop all slots of a source from the newest version. Older versions, and the journal, keep it.
-
-        Returns:
-            The new version.
+        """Drop all slots of a source from the newest version and give the new one; older ones and the journal keep it.
 
         Raises:
             ValueError: no such source.
@@ -408,10 +389,8 @@ class Store:
         Every version that holds the source is computed anew without it, by the journal; rows and objects of the old
         ones are deleted from the disk, so no rollback brings it back. Versions are numbered anew. All or nothing: a
         crash before the end changes nothing, one behind it leaves nothing to be done but a sweep, which the next
-        `Store` on this folder does. Turns of a conversation under this source that wait to be written go too.
-
-        Returns:
-            The memories that were rewritten.
+        `Store` on this folder does. Turns of a conversation under this source that wait to be written go too. Gives the
+        names of the memories that were rewritten.
 
         Raises:
             ValueError: the source was in a memory before its journal began, or `llm` is not the model that wrote it.
@@ -462,11 +441,7 @@ class Store:
             raise
 
     def sweep(self) -> int:
-        """Delete objects that no version refers to, and deleted rows from the database's log.
-
-        Returns:
-            How many objects.
-        """
+        """Delete objects that no version refers to, and deleted rows from the log; gives the number of objects."""
         for memory in self._journal.building():
             with self._locks.if_free(memory) as free:
                 if free:

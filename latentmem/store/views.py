@@ -124,31 +124,18 @@ def version(journal: Journal, row: Row) -> Version:
     if row.base is not None:
         base_row = journal.row(row.base)
         base = (journal.name(base_row.memory), base_row.seq)
-    return Version(
-        row.seq,
-        row.event,
-        row.payload.get("source"),
-        row.payload.get("tokens", 0),
-        content_of(row),
-        base,
-        row.state,
-        row.error,
-        row.key,
-        row.bytes,
-        row.facts,
-        _time(row.time),
-    )
+    same: dict[str, Any] = {name: getattr(row, name) for name in ("event", "state", "error", "key", "bytes", "facts")}
+    source, tokens = row.payload.get("source"), row.payload.get("tokens", 0)
+    return Version(row.seq, source=source, tokens=tokens, text=content_of(row), base=base, time=_time(row.time), **same)
 
 
 def overview(journal: Journal, names: Collection[str] | None) -> list[Overview]:
     """The journal's numbers of memories, by default of all, by name."""
     lines = []
     for name, memory, versions, pending, changed, size in journal.overview(names):
-        row = journal.head(memory)
-        while "M" not in row.facts and row.base is not None:
-            row = journal.row(row.base)
-        M, N, model = (row.facts.get(what, other) for what, other in (("M", 0), ("N", 0), ("model", "")))
-        lines.append(Overview(name, versions, pending, _time(changed), size, M, N, model))
+        facts = next((row.facts for row in journal.lineage(journal.head(memory)) if "M" in row.facts), {})
+        full = facts.get("M", 0), facts.get("N", 0), facts.get("model", "")
+        lines.append(Overview(name, versions, pending, _time(changed), size, *full))
     return lines
 
 
@@ -169,18 +156,9 @@ def stats(memory: Memory, expiries: Mapping[str, float], ahead: Sequence[int]) -
     stored = torch.zeros(count, 1) if longterm is None else longterm.slots_left(count)
     lines = []
     for source, own, dropped in zip(memory.sources, memory.slots_left(), stored, strict=True):
-        share = own.double().mean().item() / source.slots
-        at = expiries.get(source.name)
-        lines.append(
-            SourceStats(
-                source.name,
-                source.tokens,
-                source.slots,
-                share,
-                dropped.double().mean().item() / source.slots,
-                source.pinned,
-                None if at is None else _time(at),
-                {t: share if source.pinned else share * survival for t, survival in survives.items()},
-            )
-        )
+        share, archived = (slots.double().mean().item() / source.slots for slots in (own, dropped))
+        at = None if source.name not in expiries else _time(expiries[source.name])
+        later = {t: share if source.pinned else share * survival for t, survival in survives.items()}
+        about = source.name, source.tokens, source.slots
+        lines.append(SourceStats(*about, share, archived, source.pinned, at, later))
     return lines
