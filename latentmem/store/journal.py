@@ -58,24 +58,19 @@ BUSY, LATER = "another process uses the store", "try again later."
 
 @dataclass(frozen=True)
 class Row:
-    """One version of one memory: state = event applied to the state of its base.
+    """One version of one memory: state = event applied to the state of its base; `views.Version` shows it.
 
     Args:
-        id: unique in the store and never used again; 0 = not stored yet. A base has a smaller one.
         memory: id of the memory.
-        seq: number of the version within the memory, from 0.
         base: id of the version that it was made from, in this memory or, for a fork, in another; None for the first.
-        event: one of `EVENTS`.
         payload: what the event says: source, text or ids, role, sha256 and tokens of a write; the source of others.
-        key: idempotency key of a write.
-        state: "pending" (acknowledged, not applied), "applied", or "failed" (then it changes nothing).
-        error: why it failed.
         attempts: how often applying it was begun.
         kind: what `object` is: a "snapshot", a "delta" to the base, or "none" where the event says all.
         object: hash of that object.
-        bytes: its size.
-        facts: with what it was computed (dtype, device, threads, library versions), and how full it is.
+        facts: as in `Version`; "blocks": hash -> size of the long-term memory's objects that a snapshot refers to.
         time: seconds since 1970.
+        seq: number of the version within the memory, from 0.
+        id: unique in the store and never used again; 0 = not stored yet. A base has a smaller one.
     """
 
     memory: int

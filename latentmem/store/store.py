@@ -284,11 +284,7 @@ class Store:
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def latest(self, name: str) -> tuple[int, Memory]:
-        """`applied_version` and its memory, also while `forget_by_replay` numbers the versions anew.
-
-        Raises:
-            ValueError: as `open`.
-        """
+        """`applied_version` and its memory, also while `forget_by_replay` numbers versions anew; errors as `open`."""
         for _ in range(8):
             with self._journal.one_look():
                 version = self.applied_version(name)
