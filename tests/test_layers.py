@@ -38,7 +38,7 @@ ROOMS = {  # room -> the rooms below that it may import, next to its own; the or
         "loading",
         "store",
     },
-    "serve": {"version", "errors", "core", "longterm", "files", "model", "loading", "store"},
+    "serve": {"version", "errors", "fields", "core", "longterm", "files", "model", "loading", "store"},
     "__init__": {"version", "core", "files", "model", "loading", "store"},
     "cli": {
         "__init__",

@@ -13,19 +13,25 @@ import typer
 
 from latentmem.cli import base, options, printing
 from latentmem.cli.base import Adapters, Device, ServedQuantize, app
+from latentmem.serve.settings import Limits
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from latentmem.serve.engine.service import Service
     from latentmem.serve.http.keys import Keys
-    from latentmem.serve.http.state import Limits
 
 PANEL = "Serving"
 keys = typer.Typer(help="Keys for `latentmem serve`: who may read and write which memories.", no_args_is_help=True)
 app.add_typer(keys, name="keys", rich_help_panel=PANEL)
 
 Model = Annotated[str, typer.Argument(help=f"{base.MODELS}.")]
+FLAGS = {name: (f"--max-{name}",) for name in ("body", "upload", "text", "n")}
+
+
+def limited(command: options.Command) -> options.Command:
+    """A command with the limits of a request as options in the place of its parameter `limits`."""
+    return options.replaced(command, "limits", options.of_settings(Limits, ("messages", "requests"), FLAGS))
 
 
 @dataclass(frozen=True)
@@ -69,34 +75,16 @@ class Sizes:
     ] = None
 
 
-@dataclass(frozen=True)
-class RequestLimits:
-    """Options of what one request may ask for; as in `latentmem.serve.http.state.Limits`."""
-
-    max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request.")] = 4 << 20
-    max_upload: Annotated[int, typer.Option(min=1024, help="Bytes of a memory that is imported.")] = 1 << 30
-    max_text: Annotated[int, typer.Option(min=1, help="Characters of text in a request.")] = 1_000_000
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for, in tokens.")] = 4096
-    max_n: Annotated[int, typer.Option("--max-n", min=1, help="Answers to one request.")] = 8
-    seconds: Annotated[float, typer.Option(min=1, help="Seconds after which a request is given up.")] = 300
-
-    def limits(self) -> Limits:
-        from latentmem.serve.http.state import Limits
-
-        return Limits(
-            **{name.removeprefix("max_") if name != "max_tokens" else name: v for name, v in vars(self).items()}
-        )
-
-
 @app.command(rich_help_panel=PANEL)
 @options.expanded
+@limited
 def serve(
     model: Model = base.PACKAGED,
     host: Annotated[str, typer.Option(help="Address; one that others can reach needs keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any that is free.")] = 8000,
     *,
     sizes: Sizes,
-    limits: RequestLimits,
+    limits: options.Values,
     grace: Annotated[int, typer.Option(min=0, help="Seconds that running requests get when the server ends.")] = 30,
     loading: Loading,
 ) -> None:
@@ -117,7 +105,7 @@ def serve(
 
     def make() -> tuple[FastAPI, Service]:
         service = loading.service(model, **vars(sizes))
-        return create_app(service, known, limits.limits()), service
+        return create_app(service, known, Limits(**limits)), service
 
     run(make, at, grace=grace, on_ready=lambda app: _print_address(app.state.latentmem.model, url, known.required))
 

@@ -17,7 +17,7 @@ import pytest
 from serving import HANG, running, wait
 
 from latentmem.serve.http.keys import Keys
-from latentmem.serve.http.state import Limits
+from latentmem.serve.settings import Limits
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]

@@ -23,7 +23,7 @@ from latentmem.serve.http import run
 from latentmem.serve.http.errors import Refused
 from latentmem.serve.http.gate import Gate
 from latentmem.serve.http.keys import Keys
-from latentmem.serve.http.state import Limits
+from latentmem.serve.settings import Limits
 from latentmem.testing import byte_tokenizer, tiny_model
 
 SAID = "".join(WORDS)

@@ -25,7 +25,7 @@ from latentmem.serve.http.app import create_app
 from latentmem.serve.http.gate import Log
 from latentmem.serve.http.keys import Keys
 from latentmem.serve.http.run import _Door, bound, is_loopback, serve
-from latentmem.serve.http.state import Limits
+from latentmem.serve.settings import Limits
 from latentmem.testing import byte_tokenizer, tiny_model
 
 

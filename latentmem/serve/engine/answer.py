@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
@@ -13,26 +13,14 @@ from latentmem.model.generating import MAX_NEW_TOKENS
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is made.
+    """How an answer is made; a ValueError names a value that makes no sense."""
 
-    Args:
-        max_tokens: new tokens at most.
-        temperature: 0 takes the most likely token; above, tokens are drawn.
-        top_p: drawn from the most likely tokens that have this probability together.
-        seed: equal seeds give equal draws; None: every request another.
-        stop: strings that end the answer; they are not part of it.
-        n: answers.
-
-    Raises:
-        ValueError: a value that makes no sense, named.
-    """
-
-    max_tokens: int = MAX_NEW_TOKENS
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    n: int = 1
+    max_tokens: int = MAX_NEW_TOKENS  # new tokens at most
+    temperature: float = 0.0  # 0 takes the most likely token; above, tokens are drawn
+    top_p: float = 1.0  # drawn from the most likely tokens that have this probability together
+    seed: int | None = None  # equal seeds give equal draws; None: every request another
+    stop: tuple[str, ...] = ()  # strings that end the answer; they are not part of it
+    n: int = 1  # answers
 
     def __post_init__(self) -> None:
         rules = [
@@ -49,17 +37,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an answer.
+    """A part of an answer."""
 
-    Args:
-        choice: which answer, from 0.
-        text: what comes next of it; may be empty in the last piece.
-        finish: "stop" (it ended, or a stop string came) or "length" in the last piece of an answer, else None.
-    """
-
-    choice: int
-    text: str
-    finish: str | None = None
+    choice: int  # which answer, from 0
+    text: str  # what comes next of it; may be empty in the last piece
+    finish: str | None = None  # in the last piece "stop" (it ended, or a stop string came) or "length"
 
 
 class Answer:
@@ -106,7 +88,7 @@ class Answer:
         finally:
             self.cancel()
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    async def __aiter__(self) -> AsyncGenerator[Piece, None]:
         loop, more = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:

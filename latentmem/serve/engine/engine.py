@@ -32,13 +32,7 @@ Result = TypeVar("Result")
 
 @dataclass(eq=False)
 class _Choice:
-    """One choice of an answer, from when it waits to when it ends.
-
-    Args:
-        limit: of its tokens.
-        count: its tokens so far.
-        row: its place in a batch, once it has one.
-    """
+    """One choice of an answer, from when it waits to when it ends."""
 
     answer: Answer
     number: int
@@ -46,9 +40,9 @@ class _Choice:
     ids: Sequence[int]
     sampling: Sampling
     words: Detokenizer
-    limit: int
-    count: int = 0
-    row: Row | None = None
+    limit: int  # of its tokens
+    count: int = 0  # its tokens so far
+    row: Row | None = None  # its place in a batch, once it has one
 
 
 class Engine:

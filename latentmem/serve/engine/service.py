@@ -35,11 +35,7 @@ Prompt = Callable[[Prompts, bool], list[int]]  # (how text is put, whether a mem
 
 
 class BusyError(Exception):
-    """More waits than is allowed to.
-
-    Args:
-        retry_after: seconds after which it is worth to try again.
-    """
+    """More waits than is allowed to; it is worth to try again after `retry_after` seconds."""
 
     def __init__(self, retry_after: int) -> None:
         super().__init__(f"the server is busy; try again in {retry_after} seconds.")
@@ -64,18 +60,12 @@ class Writing:
 
 @dataclass(frozen=True)
 class Underway:
-    """A memory into which something is being written at this moment.
-
-    Args:
-        name: of the memory.
-        memory: with what was written so far; no version of the store holds it.
-        done, total: tokens of all that waits for this memory.
-    """
+    """A memory into which something is being written at this moment."""
 
     name: str
-    memory: Memory
-    done: int
-    total: int
+    memory: Memory  # with what was written so far; no version of the store holds it
+    done: int  # tokens
+    total: int  # tokens of all that waits for this memory
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from latentmem.serve.http import memories, openai, schema, versions
 from latentmem.serve.http.errors import MEANINGS, add_handlers, not_ready
 from latentmem.serve.http.gate import Gate, Log, Metrics
 from latentmem.serve.http.keys import Keys
-from latentmem.serve.http.state import AppState, Limits, app_state
+from latentmem.serve.http.state import AppState, app_state
+from latentmem.serve.settings import Limits
 from latentmem.version import __version__
 
 DESCRIPTION = "A memory for language models. OpenAI's interface with memories behind it, and the memories."
@@ -94,6 +95,3 @@ def _document(app: FastAPI) -> dict[str, Any]:
     schemas["Write"] = write
     app.openapi_schema = document
     return document
-
-
-__all__ = ["Limits", "create_app"]

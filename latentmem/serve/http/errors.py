@@ -17,21 +17,13 @@ from latentmem.serve.engine.service import BusyError
 
 
 class Row(NamedTuple):
-    """One kind of error.
-
-    Args:
-        error: its class.
-        status: of HTTP.
-        code: for programs.
-        message: for the client; None: the error's own, `public` where it has one.
-        errno: of an OSError; None: any.
-    """
+    """One kind of error, and its answer."""
 
     error: type[Exception]
-    status: int
-    code: str
-    message: str | None = None
-    errno: int | None = None
+    status: int  # of HTTP
+    code: str  # for programs
+    message: str | None = None  # for the client; None: the error's own, `public` where it has one
+    errno: int | None = None  # of an OSError; None: any
 
 
 OTHER_MODEL = "this memory was written by another model, or in another precision, than this server runs."
@@ -66,15 +58,7 @@ TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 
 
 class Refused(HTTPException):
-    """A request that is not done.
-
-    Args:
-        status: of HTTP.
-        message: what was expected, what came and what to do; for the client.
-        code: for programs.
-        param: the field that is wrong.
-        headers: of the response.
-    """
+    """A request that is not done: the status, what the client is told, a code for programs and the wrong field."""
 
     def __init__(
         self,

@@ -65,7 +65,8 @@ class Gate:
             return await self.app(scope, receive, send)
         if await static.respond(scope, receive, send):
             return None
-        own_id, start, status = Headers(scope=scope).get("x-request-id", ""), time.monotonic(), 0
+        headers, start, status = Headers(scope=scope), time.monotonic(), 0
+        own_id = headers.get("x-request-id", "")
         request = scope["latentmem.log"] = RequestLog(own_id if ID.fullmatch(own_id) else uuid.uuid4().hex)
 
         async def send_marked(message: Message) -> None:
@@ -77,7 +78,8 @@ class Gate:
 
         self._running += 1
         try:
-            await self._pass(scope, receive, send_marked, request, start)
+            self._admit(scope, headers, request)
+            await self.app(scope, self._bounded(scope, headers, receive, start), send_marked)
         except Exception as error:  # noqa: BLE001 - nothing of it is told to the client
             if not isinstance(error, Refused):
                 self.log.error(request, error)
@@ -89,12 +91,6 @@ class Gate:
             route = getattr(scope.get("route"), "path", "unknown") if "endpoint" in scope else "unknown"
             for book in (self.log, self.metrics):
                 book.request(request, scope["method"], route, status or 499, time.monotonic() - start)
-
-    async def _pass(self, scope: Scope, receive: Receive, send: Send, request: RequestLog, start: float) -> None:
-        """Let a request in, if it may come in."""
-        headers = Headers(scope=scope)
-        self._admit(scope, headers, request)
-        await self.app(scope, self._bounded(scope, headers, receive, start), send)
 
     def _admit(self, scope: Scope, headers: Headers, request: RequestLog) -> None:
         """Refuse who may not come in."""

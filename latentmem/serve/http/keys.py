@@ -29,19 +29,12 @@ RIGHTS = ("read", "write")
 
 @dataclass(frozen=True)
 class Key:
-    """What one key may do.
+    """What one key may do."""
 
-    Args:
-        name: of the key, for lists and logs.
-        sha256: of the key, as hex digits.
-        memories: patterns of the names of memories that it may touch, such as "alice" or "team-*".
-        rights: "read", or "read" and "write".
-    """
-
-    name: str
-    sha256: str
-    memories: tuple[str, ...]
-    rights: tuple[str, ...] = RIGHTS
+    name: str  # for lists and logs
+    sha256: str  # of the key, as hex digits
+    memories: tuple[str, ...]  # patterns of the names of memories that it may touch, such as "alice" or "team-*"
+    rights: tuple[str, ...] = RIGHTS  # "read", or "read" and "write"
 
     def may_touch(self, memory: str) -> bool:
         """Whether a memory of this name is this key's business."""

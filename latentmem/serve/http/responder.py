@@ -31,7 +31,7 @@ async def collected(answer: Answer, log: RequestLog, n: int = 1) -> list[tuple[s
     texts: dict[int, list[str]] = {}
     ends: dict[int, str] = {}
     try:
-        async with contextlib.aclosing(_pieces(answer)) as pieces:
+        async with contextlib.aclosing(aiter(answer)) as pieces:
             async for piece in pieces:
                 texts.setdefault(piece.choice, []).append(piece.text)
                 if piece.finish:
@@ -57,40 +57,16 @@ def _require_ends(ends: dict[int, str], n: int) -> None:
         raise Refused(503, "the answer was cut off, because the server is closing.", "cut_off")
 
 
-async def _pieces(answer: Answer) -> AsyncGenerator[Piece, None]:
-    try:
-        async for piece in answer:
-            yield piece
-    finally:
-        answer.cancel()
-
-
-async def _first(pieces: AsyncIterator[Piece], answer: Answer) -> Piece | None:
-    """The first piece; None if there is none."""
-    try:
-        return await anext(pieces, None)
-    except BaseException:
-        answer.cancel()
-        raise
-
-
 @dataclass
 class ChatResponder:
-    """Answers one request of OpenAI's interface.
-
-    Args:
-        choice: the memory.
-        prefix: of the id of the response.
-        kind: its `object`.
-        turn: the message that is written with its answer, if any.
-    """
+    """Answers one request of OpenAI's interface."""
 
     request: Request
     body: OpenAIRequest
-    choice: MemoryChoice | None
-    prefix: str
-    kind: str
-    turn: Message | None = None
+    choice: MemoryChoice | None  # the memory
+    prefix: str  # of the id of the response
+    kind: str  # its `object`
+    turn: Message | None = None  # the message that is written with its answer, if any
     started: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
@@ -105,8 +81,8 @@ class ChatResponder:
         answer = app_state(self.request).service.read(name, prompt, sampling, version)
         if not self.body.stream:
             return Json(await with_timeout(self.request, self._whole(answer)))
-        pieces = _pieces(answer)
-        first = await with_timeout(self.request, _first(pieces, answer))  # what is refused has a status of its own
+        pieces = aiter(answer)
+        first = await with_timeout(self.request, anext(pieces, None))  # what is refused has a status of its own
         return Events(self._events(answer, first, pieces))
 
     async def _whole(self, answer: Answer) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from latentmem.errors import NotFoundError
 from latentmem.serve.engine.service import BusyError, Service
 from latentmem.serve.http.errors import Refused
 from latentmem.serve.http.keys import EVERYONE, Key
+from latentmem.serve.settings import Limits
 from latentmem.store import Store, check_name
 from latentmem.store.writing import WritingModel
 
@@ -23,49 +24,16 @@ Result = TypeVar("Result")
 TRIES = 8  # of a change, while writes are accepted that it has to wait for
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one request may ask for.
-
-    Args:
-        body: bytes of a request.
-        upload: bytes of an exported memory that is imported.
-        text: characters of all texts of a request together.
-        messages: turns of a conversation.
-        n: answers.
-        max_tokens: new tokens of an answer.
-        seconds: until the request is given up.
-        requests: requests that run or wait at once.
-    """
-
-    body: int = 4 << 20
-    upload: int = 1 << 30
-    text: int = 1_000_000
-    messages: int = 256
-    n: int = 8
-    max_tokens: int = 4096
-    seconds: float = 300
-    requests: int = 1024
-
-
 @dataclass
 class AppState:
-    """What all requests share.
-
-    Args:
-        service: answers and writes.
-        limits: of a request.
-        model: the name under which the model is served.
-        closing: whether the server is about to end.
-    """
+    """What all requests share."""
 
     service: Service
     limits: Limits
-    model: str = field(init=False)
-    closing: bool = False
+    closing: bool = False  # whether the server is about to end
 
     def __post_init__(self) -> None:
-        self.model = Path(self.service.llm.name).name.replace("@", "-") or "latentmem"
+        self.model = Path(self.service.llm.name).name.replace("@", "-") or "latentmem"  # the name that clients know
 
     @property
     def ready(self) -> bool:
@@ -78,20 +46,13 @@ class AppState:
 
 @dataclass
 class RequestLog:
-    """What the log gets of one request: names and numbers, never a text, a question or a key.
-
-    Args:
-        id: of the request.
-        key: name of the key.
-        memory: the one that was chosen.
-        prompt_tokens, completion_tokens, written_tokens: tokens that were read, made and written.
-    """
+    """What the log gets of one request: names and numbers, never a text, a question or a key."""
 
     id: str
-    key: str = ""
+    key: str = ""  # its name
     memory: str = ""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int = 0  # that were read
+    completion_tokens: int = 0  # that were made
     written_tokens: int = 0
 
 

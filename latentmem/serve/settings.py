@@ -1,0 +1,21 @@
+"""What one request may ask for, with help and bounds; the command line makes its options from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from latentmem.fields import setting
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for."""
+
+    body: int = setting("bytes of a request", 4 << 20, least=1024)
+    upload: int = setting("bytes of a memory that is imported", 1 << 30, least=1024)
+    text: int = setting("characters of text in a request", 1_000_000, least=1)
+    max_tokens: int = setting("longest answer that may be asked for, in tokens", 4096, least=1)
+    n: int = setting("answers to one request", 8, least=1)
+    seconds: float = setting("seconds after which a request is given up", 300, least=1)
+    messages: int = setting("turns of a conversation", 256, least=1)
+    requests: int = setting("requests that run or wait at once", 1024, least=1)
