@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache, partial
@@ -177,38 +177,31 @@ class Engine:
 
     def _join(self) -> None:
         """Read a chunk of the prompts of choices that wait, and let them in when they are read."""
-        if self._joining is None:
-            self._joining = self._admitted()
-        if self._joining is None:
+        joining, self._joining = self._joining or self._admitted(), None
+        if joining is None:
             return
-        kind, batch = self._joining
+        kind, batch = joining
         if all(self._running[row].answer.cancelled for row in batch.rows):
-            self._joining = None
             for row in batch.rows:
                 self._end(self._running[row], None)
             return
-        try:
-            read = batch.advance()
-        except Exception as error:  # noqa: BLE001 - told to who asked
-            self._joining = None
-            return self._fail(batch.rows, error)
-        if read:
-            self._joining = None
-            self._merge(kind, batch)
+        with self._told_to(batch.rows):
+            if batch.advance():
+                self._merge(kind, batch)
+            else:
+                self._joining = joining
 
     def _merge(self, kind: object, batch: Batch) -> None:
         """Go on with a batch whose prompts are read, together with the one of its kind that runs."""
         live = self._give_tokens(batch.rows)
         if not live:
             return
-        running = self._batches.get(kind)
-        try:
+        running = self._batches.pop(kind, None)
+        with self._told_to(batch.rows + (running.rows if running else [])):
             others = [row for row in running.rows if row in self._running] if running else []
             if running or len(live) < len(batch.rows):
                 batch.keep([*live, *others], running)
             self._batches[kind] = batch
-        except Exception as error:  # noqa: BLE001 - told to who asked
-            self._fail(batch.rows + (self._batches.pop(kind).rows if running else []), error)
 
     def _admitted(self) -> tuple[object, Batch] | None:
         """The next choices that wait and can go through the model together, with their memories."""
@@ -222,11 +215,9 @@ class Engine:
                 continue
             self._running[choice.row] = choice
             rows.append(choice.row)
-        try:
+        with self._told_to(rows):
             return (self._kind(choices[0]), Batch(self.llm, rows, chunk=CHUNK)) if rows else None
-        except Exception as error:  # noqa: BLE001 - told to who asked
-            self._fail(rows, error)
-            return None
+        return None
 
     def _next_choices(self) -> list[_Choice]:
         """Take choices off the queue, as many as have room; those that nobody reads end."""
@@ -272,17 +263,14 @@ class Engine:
 
     def _advance(self, kind: object) -> None:
         """One more token for each choice of a batch."""
-        batch = self._batches[kind]
-        try:
+        batch = self._batches.pop(kind)
+        with self._told_to(batch.rows):
             batch.advance()
             live = self._give_tokens(batch.rows)
-            if not live:
-                del self._batches[kind]
-            elif batch.sparse(live):
+            if live and batch.sparse(live):
                 batch.keep(live)
-        except Exception as error:  # noqa: BLE001 - told to who asked
-            del self._batches[kind]
-            self._fail(batch.rows, error)
+            if live:
+                self._batches[kind] = batch
 
     def _give_tokens(self, rows: Sequence[Row]) -> list[Row]:
         """Give the new token of each row to who asked for it; the rows that go on."""
@@ -317,6 +305,14 @@ class Engine:
         choice.answer.open -= 1
         if not choice.answer.open:
             choice.answer.give(None)
+
+    @contextlib.contextmanager
+    def _told_to(self, rows: Sequence[Row]) -> Iterator[None]:
+        """Tell an error to who asked for these rows; all others go on."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - raised by the answers
+            self._fail(rows, error)
 
     def _fail(self, rows: Sequence[Row], error: Exception) -> None:
         for choice in [self._running[row] for row in rows if row in self._running]:
