@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -524,3 +525,8 @@ def test_help_and_unknown_commands(run):
     code, out, _ = run("--help")
     assert code == 0 and all(f" {verb} " in out for verb in VERBS)
     assert run("frobnicate")[0] == 2
+
+
+def test_help_is_printed_without_torch():
+    code = "import sys; import latentmem.cli; assert not {'torch', 'fastapi', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
