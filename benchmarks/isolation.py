@@ -23,6 +23,7 @@ from latentmem import Store
 from latentmem.model.batch import Batch, Row
 from latentmem.serve.engine.answer import Sampling
 from latentmem.serve.engine.service import Service
+from latentmem.serve.settings import Sizes
 
 
 def main() -> None:
@@ -50,7 +51,7 @@ def main() -> None:
     Batch._read = watched  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
-        service = Service(llm, store, batch=options.batch, waiting=options.memories, changes=2 * options.memories)
+        service = Service(llm, store, Sizes(options.batch, options.memories, 2 * options.memories))
         service.start()
         start = time.perf_counter()
         for i, code in enumerate(codes):

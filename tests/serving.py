@@ -14,6 +14,7 @@ from latentmem.serve.engine.answer import Piece
 from latentmem.serve.engine.service import Service
 from latentmem.serve.http.app import create_app
 from latentmem.serve.http.gate import Log
+from latentmem.serve.settings import Sizes
 
 WORDS = ["the ", "door ", "is ", "blue"]
 HANG = 300  # seconds after which nothing comes any more
@@ -117,7 +118,7 @@ def running(llm, path, keys=None, limits=None, *, scripted=True, memories=(), **
         store.create(name, llm.empty(N=64, K=16))
         store.write(llm, name, "the door is blue", source="notes")
     engine = Scripted() if scripted else None
-    service = Service(llm, store, engine=engine, **options)
+    service = Service(llm, store, Sizes(**options), engine=engine)
     service.start()
     server = Running(service, keys, limits, engine)
     try:

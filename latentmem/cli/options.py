@@ -153,7 +153,7 @@ def _option(
     text = title + one.help
     if one.choices and not all(choice in text for choice in one.choices):
         text += f": {', '.join(one.choices)}"
-    bounds: dict[str, Any] = {"min": one.least, "max": one.most} if kind in (int, float) and default is not None else {}
+    bounds: dict[str, Any] = {"min": one.least, "max": one.most} if kind in (int, float) and shown is None else {}
     show: Any = True if shown is None else str(shown)
     if text.partition(":")[0] not in one.choices:
         text = f"{text[0].upper()}{text[1:]}"

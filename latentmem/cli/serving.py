@@ -7,13 +7,13 @@ import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from latentmem.cli import base, options, printing
 from latentmem.cli.base import Adapters, Device, ServedQuantize, app
-from latentmem.serve.settings import Limits
+from latentmem.serve.settings import Limits, Sizes
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -29,9 +29,12 @@ Model = Annotated[str, typer.Argument(help=f"{base.MODELS}.")]
 FLAGS = {name: (f"--max-{name}",) for name in ("body", "upload", "text", "n")}
 
 
-def limited(command: options.Command) -> options.Command:
-    """A command with the limits of a request as options in the place of its parameter `limits`."""
-    return options.replaced(command, "limits", options.of_settings(Limits, ("messages", "requests"), FLAGS))
+def sized(command: options.Command) -> options.Command:
+    """A command with the settings of a server as options in the place of its parameters `sizes` and `limits`."""
+    sizes = options.of_settings(Sizes).options
+    limits = options.of_settings(Limits, ("messages", "requests"), FLAGS).options
+    command = options.replaced(command, "sizes", options.Group(sizes, Sizes))
+    return options.replaced(command, "limits", options.Group(limits, Limits))
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Loading:
     adapters: Adapters = "auto"
     device: Device = None
 
-    def service(self, model: str, **sizes: Any) -> Service:
+    def service(self, model: str, sizes: Sizes | None = None) -> Service:
         """A service over the store, not started."""
         import torch
 
@@ -58,33 +61,19 @@ class Loading:
         store = latentmem.Store(self.store or home() / "store", cache_bytes=cache_bytes, timeout=TIMEOUT)
         adapters = base.pair(self.adapters)
         llm = latentmem.load(model, device=self.device, quantize=self.quantize, adapters=adapters)
-        return Service(llm, store, **sizes)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Options of a service; as in `latentmem.serve.engine.service.Service`."""
-
-    batch: Annotated[int, typer.Option(min=1, help="Answers that are made together.")] = 32
-    waiting: Annotated[int, typer.Option(min=1, help="Questions that may wait or run; more get status 429.")] = 256
-    changes: Annotated[
-        int, typer.Option(min=1, help="Writes and other changes that may wait; more get status 429.")
-    ] = 256
-    prefix_bytes: Annotated[
-        int | None, typer.Option(min=0, help="Bytes of keys and values that the device keeps; by default a quarter.")
-    ] = None
+        return Service(llm, store, sizes)
 
 
 @app.command(rich_help_panel=PANEL)
 @options.expanded
-@limited
+@sized
 def serve(
     model: Model = base.PACKAGED,
     host: Annotated[str, typer.Option(help="Address; one that others can reach needs keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any that is free.")] = 8000,
     *,
     sizes: Sizes,
-    limits: options.Values,
+    limits: Limits,
     grace: Annotated[int, typer.Option(min=0, help="Seconds that running requests get when the server ends.")] = 30,
     loading: Loading,
 ) -> None:
@@ -104,8 +93,8 @@ def serve(
     url = f"http://{f'[{host}]' if ':' in host else host}:{at.getsockname()[1]}"
 
     def make() -> tuple[FastAPI, Service]:
-        service = loading.service(model, **vars(sizes))
-        return create_app(service, known, Limits(**limits)), service
+        service = loading.service(model, sizes)
+        return create_app(service, known, limits), service
 
     run(make, at, grace=grace, on_ready=lambda app: _print_address(app.state.latentmem.model, url, known.required))
 

@@ -25,12 +25,7 @@ INSTRUCTIONS = (
 
 
 def create_server(service: Service, sampling: Sampling | None = None) -> MCPServer:
-    """The tools; `run()` serves them.
-
-    Args:
-        service: what does the work; whoever makes it starts and closes it.
-        sampling: how answers are made.
-    """
+    """The tools; `run()` serves them. Whoever makes the service starts and closes it."""
     server = MCPServer("latentmem", instructions=INSTRUCTIONS, version=__version__, log_level="WARNING")
     tools = _Tools(service, sampling or Sampling())
     for tool in (tools.memory_write, tools.memory_ask, tools.memory_stats, tools.memory_forget):

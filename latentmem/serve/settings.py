@@ -1,10 +1,22 @@
-"""What one request may ask for, with help and bounds; the command line makes its options from it."""
+"""How much the server does at once and for one request; the command line makes its options from these settings."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from latentmem.fields import setting
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much a service does and keeps at once."""
+
+    batch: int = setting("answers that are made together", 32, least=1)
+    waiting: int = setting("questions that may wait or run; more get status 429", 256, least=1)
+    changes: int = setting("writes and other changes that may wait; more get status 429", 256, least=1)
+    prefix_bytes: int | None = setting(  # of the memories that were used last
+        "bytes of keys and values that the device keeps; by default a quarter", None, least=0
+    )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from latentmem.core.settings import LongTermSettings, MemorySettings
 from latentmem.errors import NameTakenError, NotFoundError, TooLongError
 from latentmem.serve.engine.answer import Sampling
 from latentmem.serve.engine.service import BusyError, Service
+from latentmem.serve.settings import Sizes
 from latentmem.testing import byte_tokenizer, tiny_model
 
 
@@ -32,7 +33,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def service(llm, store):
-    service = Service(llm, store, batch=4)
+    service = Service(llm, store, Sizes(batch=4))
     service.start()
     yield service
     service.close()
@@ -147,7 +148,7 @@ def test_each_memory_answers_for_itself(service, llm):
 
 
 def test_more_than_fits_is_refused_and_then_taken_again(llm, store):
-    service = Service(llm, store, batch=2, waiting=3, changes=2)
+    service = Service(llm, store, Sizes(batch=2, waiting=3, changes=2))
     with pytest.raises(BusyError):
         service.read(None, question("?"), Sampling())  # it has not begun
     service.start()

@@ -50,11 +50,7 @@ class Engine:
 
     Between two tokens the engine takes in choices that wait, and makes `call`s, such as the write of a piece of text:
     one, or as many as take no longer than the last round of all choices. So everything comes to its turn, and no two
-    threads compute at the same time.
-
-    Args:
-        llm: the model.
-        batch: choices that are made together at most.
+    threads compute at the same time. At most `batch` choices are made together.
     """
 
     def __init__(self, llm: MemoryModel, batch: int = 32) -> None:

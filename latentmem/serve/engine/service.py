@@ -26,6 +26,7 @@ from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Message, Prompts
 from latentmem.serve.engine.answer import Answer, Sampling
 from latentmem.serve.engine.engine import Engine, EngineModel, release_threads
+from latentmem.serve.settings import Sizes
 from latentmem.store import Store, Version
 from latentmem.store.writing import Content, WritingModel
 
@@ -46,14 +47,11 @@ class BusyError(Exception):
 class Writing:
     """A write that is accepted: no crash loses it from here on.
 
-    Args:
-        version: the one that will hold it.
-        tokens: that it takes.
-        done: its version, once it is in the memory. A ValueError says why it can not be; any other error, such as a
-            full disk, leaves it accepted, and it is applied by who reads or writes the memory next.
+    `done` is its version, once it is in the memory. A ValueError says why it can not be; any other error, such as a
+    full disk, leaves it accepted, and it is applied by who reads or writes the memory next.
     """
 
-    version: int
+    version: int  # the one that will hold it
     tokens: int
     done: Future[Version]
 
@@ -82,32 +80,17 @@ class _Request:
 class Service:
     """One model and one store, for many clients at once; every method can be called from any thread.
 
-    Args:
-        llm: the model.
-        store: the memories.
-        batch: answers that are made together.
-        waiting: questions that may wait or run; more are refused.
-        changes: writes and other changes that may wait; more are refused.
-        prefix_bytes: keys and values of memories are kept on the model's device up to this size, the last used ones;
-            by default a quarter of the device. The store keeps memories themselves up to its `cache_bytes`, and all
-            others lie on the disk.
-        engine: what computes, by default one of its own.
+    The store keeps opened memories up to its `cache_bytes`, the device keys and values up to `sizes.prefix_bytes`; all
+    other memories lie on the disk. An `engine` that is given computes in the place of its own.
     """
 
     def __init__(
-        self,
-        llm: MemoryModel,
-        store: Store,
-        *,
-        batch: int = 32,
-        waiting: int = 256,
-        changes: int = 256,
-        prefix_bytes: int | None = None,
-        engine: Engine | None = None,
+        self, llm: MemoryModel, store: Store, sizes: Sizes | None = None, *, engine: Engine | None = None
     ) -> None:
-        llm.prefixes.limit = quarter(llm.decoder.device) if prefix_bytes is None else prefix_bytes
-        self.llm, self.store, self.waiting, self.changes = llm, store, waiting, changes
-        self._engine = engine or Engine(llm, batch)
+        self.llm, self.store, self.sizes = llm, store, sizes or Sizes()
+        kept = self.sizes.prefix_bytes
+        llm.prefixes.limit = quarter(llm.decoder.device) if kept is None else kept
+        self._engine = engine or Engine(llm, self.sizes.batch)
         self._model = EngineModel(llm, self._engine)
         self._openers, self._writer = ThreadPoolExecutor(2, "open"), ThreadPoolExecutor(1, "write")
         self._count = threading.Condition()
@@ -146,10 +129,9 @@ class Service:
     # --- reads ------------------------------------------------------------------------------------------------------
 
     def read(self, name: str | None, prompt: Prompt, sampling: Sampling, version: int | None = None) -> Answer:
-        """Answer a prompt behind a memory, or behind none.
+        """Answer a prompt behind a memory; without a `name` the plain model answers.
 
         Args:
-            name: of the memory; None: the plain model answers.
             prompt: makes the token ids.
             version: of the memory, by default the newest, with all that was accepted before.
 
@@ -170,7 +152,7 @@ class Service:
 
         answer = Answer(ended)
         with self._count:
-            self._admit(len(self._answers), self.waiting)
+            self._admit(len(self._answers), self.sizes.waiting)
             self._answers.add(answer)
         self._openers.submit(self._open, _Request(answer, name, prompt, sampling, version))
         return answer
@@ -180,11 +162,7 @@ class Service:
         return self.read(name, lambda prompts, bare: prompts.question(question, bare=bare), sampling, version)
 
     def _open(self, request: _Request, settled: bool = False) -> None:
-        """Open the memory of a request and hand both to the engine; where writes wait, behind them.
-
-        Args:
-            settled: the writes that this request came behind are applied.
-        """
+        """Open the memory of a request and hand both to the engine, behind the writes that wait unless `settled`."""
         try:
             if request.answer.cancelled:
                 return request.answer.give(None)
@@ -262,10 +240,7 @@ class Service:
         return Writing(version, count, done)
 
     def create(self, name: str, settings: MemorySettings | None = None) -> Future[Version]:
-        """Begin a memory.
-
-        Args:
-            settings: by default as the adapters were trained, or by the model.
+        """Begin a memory, by default with the settings with which the adapters were trained, or of the model.
 
         Raises:
             BusyError: too many wait. The result may be a `NameTakenError`.
@@ -342,7 +317,7 @@ class Service:
     def _accept(self) -> None:
         """Count one more change, or refuse it."""
         with self._count:
-            self._admit(self._changes, self.changes)
+            self._admit(self._changes, self.sizes.changes)
             self._changes += 1
 
     def _changed(self, _: object = None) -> None:

@@ -46,8 +46,8 @@ def create_app(
     """
     state, log = AppState(service, limits or Limits()), log or Log()
     metrics = Metrics(state.numbers)
-    facts: dict[str, Any] = {"title": "latentmem", "description": DESCRIPTION, "version": __version__}
-    app = FastAPI(**facts, docs_url=None, redoc_url=None)  # those pages would load scripts of others
+    # no pages of documentation: they would load scripts of others
+    app = FastAPI(title="latentmem", description=DESCRIPTION, version=__version__, docs_url=None, redoc_url=None)
     app.state.latentmem, app.state.log = state, log
     add_handlers(app)
     for routes in (openai, memories, versions):

@@ -45,13 +45,9 @@ KINDS = {
 
 
 class Gate:
-    """The outermost layer of the app.
+    """The outermost layer of the app: every request passes it, and comes into the log and the metrics.
 
-    Args:
-        app: what is behind the gate.
-        state: of the server.
-        keys: None: everybody may do everything; then only this machine's own programs are let in, no web pages.
-        log, metrics: get every request.
+    Without keys everybody may do everything; then only this machine's own programs are let in, no web pages.
     """
 
     def __init__(self, app: ASGIApp, state: AppState, keys: Keys | None, log: Log, metrics: Metrics) -> None:
@@ -184,11 +180,7 @@ def _require_local(scope: Scope, headers: Headers) -> None:
 
 
 class Log:
-    """Lines of JSON.
-
-    Args:
-        to: where they go; by default standard error, as it is when a line is written.
-    """
+    """Lines of JSON, by default to standard error as it is when a line is written."""
 
     def __init__(self, to: TextIO | None = None) -> None:
         self._to, self._lock = to, threading.Lock()
@@ -213,11 +205,7 @@ class Log:
 
 
 class Metrics:
-    """Numbers for Prometheus.
-
-    Args:
-        now: gives what the server does now, name -> number.
-    """
+    """Numbers for Prometheus; `now` gives what the server does now, name -> number."""
 
     def __init__(self, now: Callable[[], dict[str, float]]) -> None:
         self.registry = CollectorRegistry()

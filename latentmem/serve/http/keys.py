@@ -49,12 +49,10 @@ EVERYONE = Key("none", "", ("*",))  # where the server asks for no key
 
 
 class Keys:
-    """The keys in a file, read anew when the file changes.
+    """The keys in a file, which need not exist; read anew when the file changes.
 
-    Args:
-        path: the file; it need not exist.
-        required: whether requests without a key are refused even while there is none. Once there was one, they always
-            are.
+    Where a key is `required`, requests without a key are refused even while there is none. Once there was one, they
+    always are.
 
     Raises:
         ValueError: the file is damaged, or others than its owner can change it.

@@ -44,9 +44,8 @@ def serve(
 
     Args:
         make: loads the model, and makes the app and the service that it answers with.
-        at: the socket; `/health` and the page answer from the beginning, all else when the service has started.
+        at: `/health` and the page answer from the beginning, all else when the service has started.
         grace: seconds for requests that run at the end.
-        on_ready: called when the service is ready.
     """
     door = _Door()
     server, services, errors = _Server(door, grace), [], []
