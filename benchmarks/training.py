@@ -40,6 +40,7 @@ def peak(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
 def needed(run: Run, episode: Episode) -> float:
     """Floating point operations of one episode behind the run's pool."""
     learner, pool, model = run.learner, run.pool, run.llm.base.config
+    settings = learner.settings
     episode = learner._replied(episode) if episode.replies else episode
     sizes = {n: p.numel() for n, p in learner.named_parameters() if ".layers." in n and p.ndim == 2}
     frozen = {n: size for n, size in sizes.items() if ".lora_" not in n}
@@ -76,15 +77,15 @@ def needed(run: Run, episode: Episode) -> float:
     own = [0] * len(episode.texts)  # slots of each text
     for i, n in enumerate(map(len, episode.texts)):
         new = sum(own) if learns and episode.in_sequence else 0
-        if learner.preset == "paper":
-            m = min(learner.K, M + new)
-            carried = min(max(learner.K - n, 0), m)
+        if settings.preset == "paper":
+            m = min(settings.K, M + new)
+            carried = min(max(settings.K - n, 0), m)
             total += through([n + carried], first + m - carried, learns) + slots(first + m - carried, learns, m)
-            own[i] = min(learner.K, n + m)
+            own[i] = min(settings.K, n + m)
         else:
             total += through([n], first + M + new, learns, still=M) + slots(first + new, learns, new)
             total += slots(M, False) if episode.from_pool or not i else 0.0
-            total += head(n - 1, False) if learner.choice == "surprise" and c > 1 else 0.0
+            total += head(n - 1, False) if settings.choice == "surprise" and c > 1 else 0.0
             own[i] = -(-n // c)
         M = M if learns else min(pool.N, M + own[i])
     ages = zip(own, episode.ages, strict=True)

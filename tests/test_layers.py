@@ -24,7 +24,7 @@ ROOMS = {  # room -> the rooms below that it may import, next to its own; the or
     "model": {"errors", "decoder", "core", "longterm", "files"},
     "loading": {"errors", "decoder", "core", "longterm", "files", "model"},
     "store": {"version", "errors", "core", "longterm", "files", "model"},
-    "train": {"version", "errors", "data", "decoder", "core", "longterm", "files", "model", "loading"},
+    "train": {"version", "errors", "fields", "data", "decoder", "core", "longterm", "files", "model", "loading"},
     "evaluate": {
         "version",
         "errors",

@@ -25,7 +25,6 @@ from torch.nn.utils.rnn import pad_sequence
 from latentmem.core import memory as memories
 from latentmem.core.memory import Memory, Update
 from latentmem.core.presets import PRESETS
-from latentmem.core.settings import MemorySettings
 from latentmem.core.write import write_exact, write_paper
 from latentmem.decoder.adapters import READ, WRITE
 from latentmem.decoder.attention import KV
@@ -33,6 +32,7 @@ from latentmem.decoder.cache import KVPrefix, attention_mask, memory_cache
 from latentmem.decoder.hooks import layers_seen
 from latentmem.model.backbone import Trained
 from latentmem.model.model import MemoryModel
+from latentmem.train.config import PoolSettings
 from latentmem.train.episodes import Episode, Row
 from latentmem.train.retriever import Retriever, Search, Seen
 
@@ -68,7 +68,7 @@ class Learner(nn.Module):
 
     Args:
         llm: with fresh or trained adapters.
-        preset, compression, choice, K: of the memory that is trained.
+        settings: of the memory that is trained.
         bos, mark: of the preset "paper"; they become parameters.
         retriever: trained beside the adapters, if any.
         weight: factor of its loss.
@@ -79,11 +79,8 @@ class Learner(nn.Module):
     def __init__(
         self,
         llm: MemoryModel,
+        settings: PoolSettings,
         *,
-        preset: str,
-        K: int,
-        compression: int = 1,
-        choice: str = "last",
         bos: Tensor | None = None,
         mark: Tensor | None = None,
         retriever: Retriever | None = None,
@@ -92,8 +89,7 @@ class Learner(nn.Module):
         super().__init__()
         assert llm.adapters is not None
         self.base = llm.base
-        self.preset, self.K, self.compression, self.choice = preset, K, compression, choice
-        self.rules = PRESETS[preset]
+        self.settings, self.rules = settings, PRESETS[settings.preset]
         self.bos = nn.Parameter(bos.float()) if bos is not None else None
         self.mark = nn.Parameter(mark.float()) if mark is not None else None
         self.retriever, self.weight = retriever, weight
@@ -104,11 +100,11 @@ class Learner(nn.Module):
     def llm(self) -> MemoryModel:
         return self._llm[0]
 
-    def reader(self, N: int) -> MemoryModel:
+    def reader(self) -> MemoryModel:
         """The model as it is used, with the weights of now; in "paper" with an empty pool."""
         if self.bos is not None and self.mark is not None:
             llm, d = self.llm, self.llm.decoder
-            pool = memories.empty(d.L, d.d, dtype=d.dtype, device=d.device, settings=MemorySettings(N, self.K, "paper"))
+            pool = memories.empty(d.L, d.d, self.settings.settings(), dtype=d.dtype, device=d.device)
             assert llm.adapters is not None
             of: Any = {"model": llm.identity, "adapters": llm.adapters.identity, "tokenizer": llm.tokenizer_identity}
             mark = self.mark.detach().to(d.dtype)
@@ -171,10 +167,10 @@ class Learner(nn.Module):
     def _part(self, pool: Memory, episode: Episode) -> Memory:
         """What stands of the pool in front of an episode's texts: as much as it says, of the newest."""
         c = self._tokens_per_slot(episode)
-        slots = sum(self.rules.slots_of(len(text), self.K, c) for text in episode.texts)
+        slots = sum(self.rules.slots_of(len(text), self.settings.K, c) for text in episode.texts)
         M = min(int(episode.fill * pool.M), max(0, pool.N - slots))
         if not self.rules.sees_all:
-            M = max(M, min(pool.M, self.K))
+            M = max(M, min(pool.M, self.settings.K))
         start = pool.M - M
         return replace(
             pool, slots=pool.slots[:, start:], births=pool.births[:, start:], origins=pool.origins[:, start:]
@@ -190,7 +186,7 @@ class Learner(nn.Module):
         return new, pool
 
     def _tokens_per_slot(self, episode: Episode) -> int:
-        return self.compression if episode.compression is None else episode.compression
+        return self.settings.compression if episode.compression is None else episode.compression
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -206,19 +202,19 @@ class Learner(nn.Module):
             for text in texts:
                 cache = self._cache(before, new, None)
                 with self._using(WRITE):
-                    new.append(write_exact(self.llm.decoder, cache, [text], [(c, self.choice)])[0])
+                    new.append(write_exact(self.llm.decoder, cache, [text], [(c, self.settings.choice)])[0])
             return new
         with self._using(WRITE):
             cache = self._cache(before, [], None)
-            return write_exact(self.llm.decoder, cache, texts, [(c, self.choice)] * len(texts))
+            return write_exact(self.llm.decoder, cache, texts, [(c, self.settings.choice)] * len(texts))
 
     def _write_paper(self, before: _Pool, texts: Sequence[Tensor], in_sequence: bool) -> list[Tensor]:
         new: list[Tensor] = []
         mark = self.mark.to(self.sink.dtype) if self.mark is not None else self.sink.new_zeros(self.sink.shape[-1])
         for text in texts:
-            newest = torch.cat([before.slots, *(new if in_sequence else [])], dim=1)[:, -self.K :]
+            newest = torch.cat([before.slots, *(new if in_sequence else [])], dim=1)[:, -self.settings.K :]
             with self._using(WRITE):
-                new.append(write_paper(self.llm.decoder, self.first, mark, newest, text, self.K))
+                new.append(write_paper(self.llm.decoder, self.first, mark, newest, text, self.settings.K))
         return new
 
     # --- reading ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from latentmem.files import container
+
 
 class Log:
     """`log.jsonl` and tensorboard's files, from a step on: what a killed run had logged beyond it is dropped."""
@@ -14,9 +16,7 @@ class Log:
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         path = folder / "log.jsonl"
         kept = [line for line in lines(path) if line["step"] <= step and (step or "curve" not in line)]
-        temporary = path.with_suffix(".new")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
+        container.replace_bytes(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:

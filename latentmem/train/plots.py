@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from latentmem.files import container
 from latentmem.train.log import lines
 
 SMOOTH = 0.9  # of the running mean that is drawn over the single steps
@@ -48,7 +49,8 @@ def draw(runs: Mapping[str, Path], path: Path) -> None:
     axes[0].set_ylim(bottom=0)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=6, frameon=False)
-    figure.savefig(path, dpi=110)
+    with container.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     pyplot.close(figure)
 
 

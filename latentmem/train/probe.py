@@ -42,7 +42,7 @@ class Probe:
     @torch.no_grad()
     def run(self) -> list[dict[str, Any]]:
         """Token accuracy of gold answers at each age: [{age, accuracy, n}]."""
-        llm = self.learner.reader(self.config.memory.N)
+        llm = self.learner.reader()
         learns = llm.base.training
         llm.base.eval()
         try:
@@ -52,10 +52,8 @@ class Probe:
 
     def _curve(self, llm: MemoryModel) -> list[dict[str, Any]]:
         prompts, m, ages = llm.prompts_or_raise(), self.config.memory, self.config.watch.ages
-        if llm.born_full:
-            memory = born(llm, llm.empty(), BIRTH)
-        else:
-            memory = llm.empty(m.N, m.K, m.preset, m.compression, choice=m.choice)
+        memory = llm.empty(settings=m.settings())
+        memory = born(llm, memory, BIRTH) if llm.born_full else memory
         others = itertools.cycle(self.others)
         while memory.M < memory.N or (llm.born_full and memory.updates * memory.K < memory.N):
             memory = llm.write_ids(memory, prompts.written(next(others).text))

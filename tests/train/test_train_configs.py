@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from latentmem.core.presets import PAPER_PIECE
-from latentmem.train.config import CONFIGS, OBJECTIVES, Config, load
+from latentmem.train.config import CONFIGS, OBJECTIVES, OF_USE, Config, load
 
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
 ATTENTION_AND_MLP = ("q_proj", "v_proj", "k_proj", "up_proj", "down_proj", "gate_proj")
@@ -100,7 +100,8 @@ def test_no_value_is_left_to_a_default(name):
     found = yaml.safe_load(written(name))
     assert set(found) == {field.name for field in dataclasses.fields(Config)}
     for key in ("memory", "lora", "retriever", "texts", "steps", "watch"):
-        assert set(found[key]) == {field.name for field in dataclasses.fields(getattr(load(name), key))}, key
+        fields = {field.name for field in dataclasses.fields(getattr(load(name), key))}
+        assert set(found[key]) == fields - set(OF_USE), key
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -147,7 +148,7 @@ def test_whole_numbers_are_taken_for_numbers_and_written_powers_too(small):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ("memory.M=4", r"memory has no key M; its keys are preset, N, K"),
+        ("memory.M=4", r"memory has no key M; its keys are N, K, preset"),
         ("memry.N=4", r"the config has no key memry"),
         ("data.0.weigth=2", r"data\.0 has no key weigth"),
         ("data.7.weight=2", r"there are 2 items, and '7' is none of their numbers"),
@@ -168,8 +169,10 @@ def test_whole_numbers_are_taken_for_numbers_and_written_powers_too(small):
         ("objectives={questions: 1, forgetting: -0.5}", r"objectives\.forgetting must not be negative"),
         ("objectives={}", r"objectives: give at least one"),
         ("objectives={forgetting: 0}", r"objectives: the weights are all 0"),
-        ("memory.K=65", r"memory\.K must lie between 1 and memory\.N=64, got 65"),
+        ("memory.K=65", r"memory\.K, .*, must lie between 1 and the capacity N: got K=65, N=64"),
         ("memory.preset=other", r"memory\.preset must be one of exact, paper"),
+        ("memory.seed=1", r"memory\.seed is for a memory in use; leave it out"),
+        ("memory.longterm={R: 4}", r"memory\.longterm is for a memory in use; leave it out"),
         ("memory.birth=half", r"memory\.birth must be empty or full"),
         ("texts.near=1.5", r"texts\.near is a share between 0 and 1, got 1\.5"),
         ("memory.restarts=[1, -1]", r"memory\.restarts must not be negative, got \[1, -1\]"),
@@ -201,7 +204,7 @@ def test_what_makes_no_sense_is_refused_with_its_key(small, change, named):
 
 @pytest.mark.parametrize("change", ["memory.compression=2", "memory.compressions=[1, 2]"])
 def test_the_preset_paper_does_not_compress(small, change):
-    with pytest.raises(ValueError, match=r"memory\.compressions? is for the preset exact"):
+    with pytest.raises(ValueError, match=r"memory\.compressions? is for the preset '?exact"):
         load(small, ["memory.preset=paper", change])
     assert load(small, ["memory.preset=paper", "memory.compressions=[1]"]).memory.drawn == (1,)
 

@@ -12,7 +12,7 @@ import pytest
 from latentmem.model.prompts import Prompts, Style
 from latentmem.testing import byte_tokenizer
 from latentmem.train import config, facts
-from latentmem.train.config import Config, MemoryShape, Source, Steps, Texts
+from latentmem.train.config import Config, PoolSettings, Source, Steps, Texts
 from latentmem.train.data import Apart, Documents
 from latentmem.train.episodes import Episodes
 from latentmem.train.facts import UNKNOWN, scene
@@ -192,7 +192,7 @@ def episodes(tmp_path_factory):
 
     def of(objective, chat=1.0, **texts):
         made = Config(
-            memory=MemoryShape(N=4096, K=1024, compressions=(2, 4)),
+            memory=PoolSettings(N=4096, K=1024, compressions=(2, 4)),
             objectives={objective: 1.0, "chat": 0.0},
             data=(Source(str(file)),),
             texts=Texts(shortest=8, longest=1000, rows=12, **texts),

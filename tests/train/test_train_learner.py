@@ -26,12 +26,12 @@ from latentmem.model.backbone import Trained
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Prompts, Style
 from latentmem.testing import byte_tokenizer, tiny_model, updated
-from latentmem.train import loop
-from latentmem.train.config import OBJECTIVES, Config, MemoryShape, Source, Steps, Texts
+from latentmem.train import build
+from latentmem.train.build import recompute
+from latentmem.train.config import OBJECTIVES, Config, PoolSettings, Source, Steps, Texts
 from latentmem.train.data import Apart, Documents, cloze, sentences
 from latentmem.train.episodes import NODS, OPENINGS, PASSAGE, REPLY, UNKNOWN, Episode, Episodes, Row
 from latentmem.train.learner import Learner, remember
-from latentmem.train.loop import recompute
 from latentmem.train.scenes import SCENES
 
 N, K, R, ALPHA = 96, 12, 3, 6.0
@@ -59,7 +59,7 @@ def learner_of(preset="exact", c=1, *, attention="sdpa", dtype=torch.float32, si
         weight.requires_grad_(True)
     L, d = llm.decoder.L, llm.decoder.d
     trained = {"bos": random(L, 1, d, seed=4), "mark": random(d, seed=5)} if preset == "paper" else {}
-    return Learner(llm, preset=preset, K=K, compression=c, **trained)
+    return Learner(llm, PoolSettings(N=N, K=K, preset=preset, compression=c), **trained)
 
 
 def episode_of(texts=TEXTS, ages=None, *, in_sequence=True, fill=1.0, rows=ROWS, taught=False, seed=0):
@@ -70,7 +70,9 @@ def episode_of(texts=TEXTS, ages=None, *, in_sequence=True, fill=1.0, rows=ROWS,
 def pool_of(learner, updates=0, *, seed=0):
     """A memory that holds what is left of so many updates of five random slots, each slot with its birth."""
     D = learner.llm.decoder
-    pool = memories.empty(D.L, D.d, MemorySettings(N, K, learner.preset, learner.compression), dtype=D.dtype)
+    pool = memories.empty(
+        D.L, D.d, MemorySettings(N, K, learner.settings.preset, learner.settings.compression), dtype=D.dtype
+    )
     for i in range(updates):
         pool = updated(pool, random(D.L, 5, D.d, seed=1000 * seed + i + 7).to(D.dtype))
     return pool
@@ -89,7 +91,7 @@ def gradients(loss, learner):
 def same_gradients(ours, theirs, learner, precision):
     """Each within a part of its own largest entry. None is missing but those of the last layer's write in "exact"."""
     for name, g in theirs.items():
-        if learner.preset == "exact" and ".2." in name and WRITE in name:  # its output is no slot
+        if learner.settings.preset == "exact" and ".2." in name and WRITE in name:  # its output is no slot
             assert ours[name] is None and g is None, name
         else:
             assert g.abs().max() > 0 and (ours[name] - g).abs().max() <= precision * g.abs().max(), name
@@ -106,10 +108,10 @@ def at_answers(logits, rows=ROWS):
 
 def model_of(learner):
     """The model as its user has it, and an empty memory."""
-    llm, of = learner.llm, (N, K, learner.preset, learner.compression)
-    if learner.preset == "paper":
+    llm, of = learner.llm, (N, K, learner.settings.preset, learner.settings.compression)
+    if learner.settings.preset == "paper":
         llm = llm.with_trained(Trained(learner.bos, learner.mark, llm.empty(*of)))
-    return llm, llm.empty(*of, choice=learner.choice)
+    return llm, llm.empty(*of, choice=learner.settings.choice)
 
 
 def through_the_model(learner, episode):
@@ -135,11 +137,11 @@ def grown(learner, adapter):
 
 def through_the_reference(learner, episode):
     """The loss by the literal twin: whole layers over everything that stands in front."""
-    write, read, c = grown(learner, WRITE), grown(learner, READ), learner.compression
+    write, read, c = grown(learner, WRITE), grown(learner, READ), learner.settings.compression
     slots = learner.first[:, :0]
     for text in episode.texts:
         seen = slots if episode.in_sequence else slots[:, :0]
-        if learner.preset == "paper":
+        if learner.settings.preset == "paper":
             new = reference.write_paper(write, learner.bos, learner.mark, seen, text, K)
         else:
             every = write_reference(write, read, learner.first, seen, list(text))
@@ -164,7 +166,7 @@ def test_loss_and_all_gradients_are_those_of(way, precision, in_sequence, preset
 def test_least_expected_tokens_are_learned_from_as_the_model_writes_them(in_sequence):
     learner, episode = learner_of("exact", 3), episode_of(in_sequence=in_sequence)
     last = learner(episode, pool_of(learner)).loss
-    learner.choice = "surprise"
+    learner.settings = replace(learner.settings, choice="surprise")
     ours, theirs = learner(episode, pool_of(learner)).loss, through_the_model(learner, episode)
     assert abs(ours - theirs) < 1e-5 and abs(ours - last) > 1e-3
     same_gradients(gradients(ours, learner), gradients(theirs, learner), learner, 5e-5)
@@ -457,7 +459,7 @@ def test_pefts_own_switch_loses_the_gradients_of_the_write_and_ours_does_not():
 @pytest.mark.parametrize("in_sequence", [True, False], ids=["in_sequence", "beside"])
 @pytest.mark.parametrize(("preset", "c"), FORMS)
 def test_recomputing_activations_changes_no_gradient(preset, c, in_sequence, taught):
-    if preset == "paper" and not loop.HOOKS_STAY:
+    if preset == "paper" and not build.HOOKS_STAY:
         with pytest.raises(ValueError, match="needs a newer transformers than"):
             recompute(learner_of(preset, c))
         return
@@ -673,7 +675,7 @@ def episodes_of(data, objective, kinds=("text", "questions"), *, seed=0, steps=2
     some = tuple(source for source in data if source.kind in kinds)
     config = Config(
         seed=seed,
-        memory=MemoryShape(N=1024, K=256),
+        memory=PoolSettings(N=1024, K=256),
         objectives={objective: 1.0},
         data=some,
         texts=Texts(**{"at_once": 3, "shortest": 20, "longest": 250, "rows": 5, **texts}),
@@ -1045,7 +1047,7 @@ def test_more_tokens_per_slot_let_a_text_grow_older(data):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_teaches_its_adapters(data, objective):
     learner, (episodes, _) = learner_of(), episodes_of(data, objective, longest=90, at_once=2)
-    learner.K = 128
+    learner.settings = replace(learner.settings, N=1024, K=128)
     pool = pool_of(learner).with_settings(N=1024, K=128)
     found = gradients(learner(episodes[0], pool).loss, learner)
     for name, grad in found.items():
