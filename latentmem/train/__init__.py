@@ -1,9 +1,12 @@
 """Training: teach a model to write and read its memory (letters: `latentmem.core`).
 
-config.py      what is trained, on what, how: YAML -> dataclasses
-data.py        documents and questions from folders, JSON lines and hub sets, in an order that a seed decides
-episodes.py    documents -> what is written, what is asked afterwards: one function per objective
-learner.py     an episode -> a loss: writes with gradient, a memory of the right age, reads
-loop.py        steps, checkpoints, logs: one process or many
-probe.py       the live retention curve
+config.py                      what is trained, on what, how: YAML -> dataclasses
+data.py, passages.py           documents in an order that a seed decides -> pieces, questions, turns
+words.py, facts.py, scenes.py  invented facts of a person, told and asked
+episode.py, episodes.py        what is written, what is asked afterwards: one function per objective
+learner.py, retriever.py       an episode -> a loss: writes with gradient, a memory of the right age, reads
+build.py                       a config -> model, learner, pool, optimizer; and the file of the result
+loop.py                        steps, on one process or many
+checkpoint.py, log.py          what a run leaves on disk: state, one line per step, a picture
+probe.py                       the live retention curve
 """

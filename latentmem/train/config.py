@@ -165,34 +165,22 @@ class Watch:
 class Config:
     """One training run.
 
-    Args:
-        model: as for `latentmem.load`.
-        adapters: trained ones to go on from, as for `latentmem.load`: a file, or "auto" for those that belong to the
-            model; null: fresh ones.
-        dtype: of the frozen weights; adapters are float32.
-        seed: of adapters, data order and every drop.
-        checkpointing: recompute activations in the backward pass: less memory, more time.
-        sharding: "none", or "fsdp2": weights sharded over all processes.
-        objectives: name -> weight; one is drawn for each episode.
-        data: sources.
-        apart: evaluation sets: a text that shares 13 words in a row with one of them is not trained on.
-
     Raises:
         ValueError: values that make no sense, each named.
     """
 
-    model: str = "smollm2-135m"
-    adapters: str | None = None
-    dtype: str = "bfloat16"
-    seed: int = 0
-    checkpointing: bool = False
-    sharding: str = "none"
+    model: str = setting("as for `latentmem.load`", "smollm2-135m")
+    adapters: str | None = setting("to go on from: a file, or auto for those of the model; null: fresh ones", None)
+    dtype: str = setting("of the frozen weights; adapters are float32", "bfloat16")
+    seed: int = setting("of adapters, data order and every drop", 0)
+    checkpointing: bool = setting("recompute activations in the backward pass: less memory, more time", False)
+    sharding: str = setting("none, or fsdp2: weights sharded over all processes", "none")
     memory: PoolSettings = field(default_factory=PoolSettings)
     lora: Lora = field(default_factory=Lora)
     retriever: RetrieverShape = field(default_factory=RetrieverShape)
-    objectives: dict[str, float] = field(default_factory=lambda: {"questions": 1.0})
+    objectives: dict[str, float] = field(default_factory=lambda: {"questions": 1.0})  # weights; an episode draws one
     data: tuple[Source, ...] = ()
-    apart: tuple[Source, ...] = ()
+    apart: tuple[Source, ...] = setting("for evaluation; no text that shares 13 words in a row is trained on", ())
     texts: Texts = field(default_factory=Texts)
     steps: Steps = field(default_factory=Steps)
     watch: Watch = field(default_factory=Watch)

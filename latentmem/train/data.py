@@ -23,29 +23,9 @@ GRAM = 13  # words in a row that two texts share only if one is taken from the o
 _WORD = re.compile(r"\w+")
 _SENTENCE = re.compile(r"(?<=[.!?])[\"”')]*\s+(?=[\"“(A-Z0-9])|\n+")
 _CLOSING = ".!?)'" + '"”'
-_NO_SUBJECT = [
-    "He",
-    "She",
-    "It",
-    "They",
-    "This",
-    "That",
-    "These",
-    "Those",
-    "There",
-    "Here",
-    "In",
-    "On",
-    "At",
-    "As",
-    "However",
-    "But",
-    "And",
-    "His",
-    "Her",
-    "Its",
-    "Their",
-]
+_NO_SUBJECT = frozenset(
+    "He She It They This That These Those There Here In On At As However But And His Her Its Their".split()  # noqa: SIM905
+)
 
 
 @dataclass(frozen=True)
@@ -75,9 +55,9 @@ class Documents:
     def __init__(self, source: Source, seed: int, leave_out: Iterable[str] = ()) -> None:
         left_out = {*source.leave_out, *leave_out}
         self.source, self.seed = source, seed
-        found = [document for document in _read(source) if document.text.strip()]
-        self.all = [document for document in found if document.title not in left_out]
-        self.left_out = [document for document in found if document.title in left_out]
+        documents = [document for document in _read(source) if document.text.strip()]
+        self.all = [document for document in documents if document.title not in left_out]
+        self.left_out = [document for document in documents if document.title in left_out]
         if not self.all:
             raise ValueError(f"{source.path}: there is no text in it that may be trained on.")
         self._order = lru_cache(maxsize=2)(self._permutation)
@@ -155,11 +135,11 @@ def _documents(rows: Iterable[dict[str, Any]], name: str, kind: str) -> Iterator
             raise ValueError(
                 f"row {i + 1} of {name} lacks context, question or answers.text; its keys are {', '.join(row)}."
             ) from None
-        found = contexts.setdefault(context, (str(row.get("title", "")), []))[1]
+        questions = contexts.setdefault(context, (str(row.get("title", "")), []))[1]
         if answers:
-            found.append((question.strip(), answers[0].strip()))
-    for i, (context, (title, questions)) in enumerate(contexts.items()):
-        yield Document(f"{name}#{i}", title, context, tuple(questions))
+            questions.append((question.strip(), answers[0].strip()))
+    for i, (context, (title, asked)) in enumerate(contexts.items()):
+        yield Document(f"{name}#{i}", title, context, tuple(asked))
 
 
 class Apart:
@@ -170,11 +150,8 @@ class Apart:
     """
 
     def __init__(self, sources: Iterable[Source]) -> None:
-        found: set[int] = set()
-        for source in sources:
-            for text in _strings(source):
-                found.update(_grams(text))
-        self._grams = np.array(sorted(found), dtype=np.uint64)
+        grams = {gram for source in sources for text in _strings(source) for gram in _grams(text)}
+        self._grams = np.array(sorted(grams), dtype=np.uint64)
 
     def clashes(self, text: str) -> bool:
         """Whether a text shares 13 words in a row with one of them."""
@@ -222,7 +199,7 @@ def cloze(text: str) -> list[tuple[str, str]]:
     Returns:
         (question, answer) each; the answer is the last two to six words.
     """
-    found = []
+    asked = []
     for sentence in sentences(text):
         words = sentence.rstrip(_CLOSING).split()
         if not 9 <= len(words) <= 40 or words[0] in _NO_SUBJECT or not sentence[0].isupper():
@@ -230,5 +207,5 @@ def cloze(text: str) -> list[tuple[str, str]]:
         cut = max(6, len(words) - (2 + len(sentence) % 5))
         if not any(word[:1].isupper() for word in words[1:cut]) and not words[0].istitle():
             continue
-        found.append((f"Complete the sentence: {' '.join(words[:cut])}", " ".join(words[cut:])))
-    return found
+        asked.append((f"Complete the sentence: {' '.join(words[:cut])}", " ".join(words[cut:])))
+    return asked

@@ -22,111 +22,34 @@ without talking about it.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from zlib import crc32
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from latentmem.core.presets import PRESETS
-from latentmem.model.prompts import Message, Prompts
+from latentmem.model.prompts import Prompts
 from latentmem.train.config import Config
-from latentmem.train.data import Apart, Document, Documents, cloze, sentences
+from latentmem.train.data import Apart, Document, Documents
+from latentmem.train.episode import Episode, Ids, Row, question_row
 from latentmem.train.facts import UNKNOWN
+from latentmem.train.passages import TRIES, Passages
 from latentmem.train.scenes import SCENES, Scenes
 
-START = 10  # tokens of a passage that are given where the rest of it is to be repeated
-TRIES = 50  # documents that are looked at until one is long enough
+START = 10  # tokens of a passage that are shown where the rest of it is to be repeated
 REPLY = 24  # tokens of a reply in "chat" at most
-PASSAGE = 96  # tokens of a user's turn in "chat" at most, where it is taken from a document
-SHORT = 40  # tokens of two sentences that are one turn at most
-# The "I" of "World War I" is no person.
-FIRST_PERSON = re.compile(r"(?:^|\b[a-z]+ |[,;:\"“] ?)I(?:['’]\w+)? [a-z]|\b(?:[Mm]y|[Ww]e|[Oo]ur)\b")
-OPENINGS = (
-    "Hello!",
-    "Good morning! How are you?",
-    "Thanks, that helps.",
-    "Tell me a joke.",
-    "What can you do for me?",
-    "Let's talk about something else.",
-    "I don't feel well today.",
-    "My name is Nora, and I live in Leeds.",
-    "I have two cats and a rabbit.",
-    "Help me write a letter to my landlord.",
-    "Write two sentences about {title}.",
-    "Write a short poem about {title}.",
-    "Give me three ideas for a story about {title}.",
-    "I would like to talk about {title}.",
-    "My sister gave me a book about {title}.",
-    "We are going to see a film about {title} tonight.",
-)
-NODS = ("Thank you, I have read it.", "All right.", "Got it. What would you like to know?", "Interesting!")
-Ids = tuple[int, ...]
+PROSE = ("new_knowledge", "continuous", "forgetting", "repetition", "unrelated", "chat")  # objectives that need it
+RECALLS = ("recall", "unknown")
 
 
-@dataclass(frozen=True)
-class Row:
-    """What is read behind a memory.
+class Recallable(NamedTuple):
+    """A document that an episode of `RECALLS` writes: its ids, and rows about it that later episodes may ask."""
 
-    Args:
-        prompt: ids that are given, without bos.
-        answer: ids whose likelihood is the loss.
-        about: number of the text in the episode; -1, -2, ...: of the last one that was written before it, and so on;
-            None: it is about no text.
-    """
-
-    prompt: Ids
-    answer: Ids
-    about: int | None
-
-
-@dataclass(frozen=True)
-class Episode:
-    """What one pass of training does.
-
-    Args:
-        objective: its name.
-        names: of the texts' documents.
-        texts: ids of each, oldest first.
-        ages: for each text, how many updates are between it and the rows, falling.
-        in_sequence: each text is written behind the ones before it, else beside them.
-        fill: share of the pool that stands before the texts, from 0 to 1.
-        last: text that the rows read last, nearest to them, as a search puts it; None: in the order of writing.
-        rows: what is read.
-        taught: the teacher's distribution is learned instead of the answer.
-        seed: of what is dropped.
-        from_pool: texts are written into the pool itself, without gradient, and the rows read all of it; where `fill`
-            is less than 1, into a copy of its newest part, of which nothing stays.
-        compression: tokens per slot of its texts; None: as the learner has it.
-        replies: the rows' answers are empty, and the plain model itself gives each, so many tokens at most; 0: they
-            are there.
-    """
-
-    objective: str
-    names: tuple[str, ...]
-    texts: tuple[Ids, ...]
-    ages: tuple[int, ...]
-    in_sequence: bool
-    fill: float
+    document: Document
+    text: Ids
     rows: tuple[Row, ...]
-    taught: bool
-    seed: int
-    from_pool: bool = False
-    compression: int | None = None
-    replies: int = 0
-    last: int | None = None
-
-    @property
-    def written(self) -> int:
-        """Tokens that are written."""
-        return sum(map(len, self.texts))
-
-    @property
-    def read(self) -> int:
-        """Tokens that are read; of replies as many as there may be."""
-        return sum(len(row.prompt) + len(row.answer) + self.replies for row in self.rows)
 
 
 class Episodes:
@@ -151,22 +74,14 @@ class Episodes:
         world: int = 1,
     ) -> None:
         self.config, self.prompts, self.sources, self.world = config, prompts, sources, world
-        self._apart = apart or Apart(())
-        self._count = lru_cache(maxsize=4096)(lambda text: len(prompts.text(text)))
-        self._told = lru_cache(maxsize=512)(self._tell)
-        self._writes = lru_cache(maxsize=512)(self._count_texts)
-        self._around = len(prompts.written("x")) - self._count("x")  # ids that wrap a text
-        prose = [i for i, source in enumerate(sources) if source.source.kind == "text"]
-        needing = [
-            name
-            for name in ("new_knowledge", "continuous", "forgetting", "repetition", "unrelated", "chat")
-            if config.objectives.get(name)
-        ]
-        if needing and not prose:
-            raise ValueError(f"objectives.{needing[0]} needs a source of kind text; give one, or take it out.")
-        self._prose = prose
+        self._passages = Passages(config, prompts, sources, apart or Apart(()))
         self._scenes = Scenes(prompts, config.seed, config.texts.rows, config.texts.longest)
-        self._held = lru_cache(maxsize=512)(self._documents)
+        needing = [name for name in PROSE if config.objectives.get(name)]
+        if needing and not self._passages.prose:
+            raise ValueError(f"objectives.{needing[0]} needs a source of kind text; give one, or take it out.")
+        self._recallables = lru_cache(maxsize=512)(self._recallables_of)
+        self._count = lru_cache(maxsize=512)(self._count_texts)
+        self._documents = lru_cache(maxsize=512)(self._documents_of)
         self._named = {document.id: document for source in sources for document in source.all}
         self._titled: dict[str, list[Document]] = {}
         for document in self._named.values():
@@ -187,8 +102,8 @@ class Episodes:
             "chat": self._unrelated,
             **dict.fromkeys(SCENES, self._of_scene),
         }
-        made = make.get(objective, self._asked)(objective, number, random)
-        return replace(made, compression=1 if objective in SCENES else self._tokens_per_slot(number))
+        episode = make.get(objective, self._questioned)(objective, number, random)
+        return replace(episode, compression=1 if objective in SCENES else self._tokens_per_slot(number))
 
     def _drawn(self, number: int) -> tuple[str, np.random.Generator]:
         """An episode's objective, and what all else in it is drawn from."""
@@ -199,38 +114,26 @@ class Episodes:
 
     def _tokens_per_slot(self, number: int) -> int:
         """Of the texts of an episode."""
-        some = self.config.memory.drawn
-        return int(some[np.random.default_rng([self.config.seed, number, 1]).integers(len(some))])
-
-    def _before(self, number: int) -> int:
-        """The episode that the same process does before this one; negative if there is none."""
-        each = self.config.steps.episodes
-        return number - 1 if number % each else number - 1 - (self.world - 1) * each
-
-    def _done(self, number: int) -> float:
-        """The share of the run that lies before an episode."""
-        return number / (self.config.steps.total * self.config.steps.episodes * self.world)
+        drawn = self.config.memory.drawn
+        return int(drawn[np.random.default_rng([self.config.seed, number, 1]).integers(len(drawn))])
 
     # --- objectives -------------------------------------------------------------------------------------------------
 
     def _continued(self, objective: str, number: int, random: np.random.Generator) -> Episode:
         names, texts, rows = [], [], []
         for i in range(self.config.texts.at_once):
-            document, (first, then) = self._pieces(number, i, 2, random)
+            document, (first, then) = self._passages.pieces(number, i, 2, random)
             names.append(document.id)
             texts.append(self._written(first))
             rows.append(self._continuation(then, i))
-        aged = objective == "forgetting"
-        return self._episode(objective, number, random, names, texts, rows, ages=None if aged else (0,) * len(texts))
+        ages = None if objective == "forgetting" else (0,) * len(texts)
+        return self._episode(objective, number, random, names, texts, rows, ages)
 
     def _continuous(self, objective: str, number: int, random: np.random.Generator) -> Episode:
-        n = self._length(number, random)
-        document, pieces = self._pieces(number, 0, n, random)
-        rows = [self._continuation(pieces[-1], len(pieces) - 2)]
-        texts = [self._written(piece) for piece in pieces[:-1]]
-        return self._episode(
-            objective, number, random, [document.id] * len(texts), texts, rows, ages=(0,) * len(texts), in_sequence=True
-        )
+        document, pieces = self._passages.pieces(number, 0, self._length(number, random), random)
+        texts, rows = [self._written(piece) for piece in pieces[:-1]], [self._continuation(pieces[-1], len(pieces) - 2)]
+        names, ages = [document.id] * len(texts), (0,) * len(texts)
+        return self._episode(objective, number, random, names, texts, rows, ages, in_sequence=True)
 
     def _length(self, number: int, random: np.random.Generator) -> int:
         """Pieces of the document in an episode of "continuous"."""
@@ -241,158 +144,128 @@ class Episodes:
         t = self.config.texts
         names, texts, rows = [], [], []
         for i in range(t.at_once):
-            document, (text,) = self._pieces(number, i, 1, random)
+            document, (text,) = self._passages.pieces(number, i, 1, random)
             ids = tuple(self.prompts.text(text))
             names.append(document.id)
             texts.append(self._written(text))
             for _ in range(max(1, t.rows // (2 * t.at_once))):
-                given, new = START, t.continuation // 2
-                at = int(random.integers(max(1, len(ids) - given - new + 1)))
-                rows.append(Row(ids[at : at + given], ids[at + given : at + given + new], i))
+                new = t.continuation // 2
+                at = int(random.integers(max(1, len(ids) - START - new + 1)))
+                rows.append(Row(ids[at : at + START], ids[at + START : at + START + new], i))
         return self._episode(objective, number, random, names, texts, [row for row in rows if row.answer])
 
-    def _asked(self, objective: str, number: int, random: np.random.Generator) -> Episode:
+    def _questioned(self, objective: str, number: int, random: np.random.Generator) -> Episode:
         t = self.config.texts
         names, texts, asked = [], [], []
         for i in range(t.at_once):
-            document, text, questions = self._with_questions(number, i, random)
+            document, text, questions = self._passages.with_questions(number, i, random)
             names.append(document.id)
             texts.append(self._written(text))
             asked += [(question, answer, i) for question, answer in questions]
-        chosen = [asked[i] for i in random.permutation(len(asked))[: t.rows]]
-        rows = [self._question(question, answer, about) for question, answer, about in chosen]
+        rows = [self._question(*asked[i]) for i in random.permutation(len(asked))[: t.rows]]
         return self._episode(objective, number, random, names, texts, rows, taught=objective == "distillation")
 
     def _recalled(self, objective: str, number: int, random: np.random.Generator) -> Episode:
-        own, t = self._told(number), self.config.texts
-        documents = [document for document, _, _ in own]
-        rows: dict[Row, int] = {}
+        own, t = self._recallables(number), self.config.texts
+        chosen: dict[Row, int] = {}
         for _ in range(TRIES):
-            some, since = self._at_age(number, self._age(number, random, len(own[-1][1])))
-            row = some[random.integers(len(some))]
-            if len(rows) < t.rows:
-                rows.setdefault(row, len(own) - 1 - since)
-        names, asked = [document.id for document in documents], [replace(row, about=text) for row, text in rows.items()]
+            rows, since = self._at_age(number, self._age(number, random, len(own[-1].text)))
+            row = rows[random.integers(len(rows))]
+            if len(chosen) < t.rows:
+                chosen.setdefault(row, len(own) - 1 - since)
+        names = [one.document.id for one in own]
+        asked = [replace(row, about=text) for row, text in chosen.items()]
         for i in range(len(asked) // 2 if objective == "unknown" else 0):
-            near = self._near(number, random, documents) if t.near and random.random() < t.near else None
-            question = near or self._with_questions(number, i, random, names)[2][0][0]
+            misses = t.near > 0 and random.random() < t.near
+            near = self._near(number, random, [one.document for one in own]) if misses else None
+            question = near or self._passages.with_questions(number, i, random, names)[2][0][0]
             asked[i] = self._question(question, UNKNOWN, None)
-        made = self._episode(objective, number, random, names, [text for _, text, _ in own], asked)
-        return replace(made, ages=(0,) * len(own), in_sequence=True, fill=1.0, from_pool=True)
+        return _in_pool(self._episode(objective, number, random, names, [one.text for one in own], asked))
 
     def _unrelated(self, objective: str, number: int, random: np.random.Generator) -> Episode:
-        t, names, texts = self.config.texts, [], []
+        t, names, texts, chat = self.config.texts, [], [], objective == "chat"
         for i in range(t.at_once):
-            document, (text,) = self._pieces(number, i, 1, random)
+            document, (text,) = self._passages.pieces(number, i, 1, random)
             names.append(document.id)
             texts.append(self._written(text))
-        rows, chat = [], objective == "chat"
+        rows = []
         for i in range(-(-t.rows // 3)):
             if chat:
-                rows.append(self._turns(number, i, random, names))
-                continue
-            _, (text,) = self._pieces(number, i, 1, random, names)
-            rows.append(self._continuation(text, None))
-        made = self._episode(objective, number, random, names, texts, rows, taught=True)
-        replies = min(REPLY, t.continuation) if chat else 0
-        return replace(made, ages=(0,) * len(texts), in_sequence=True, fill=1.0, from_pool=True, replies=replies)
+                rows.append(Row(self._passages.turns(number, i, random, names), (), None))
+            else:
+                _, (text,) = self._passages.pieces(number, i, 1, random, names)
+                rows.append(self._continuation(text, None))
+        episode = self._episode(objective, number, random, names, texts, rows, taught=True)
+        return _in_pool(episode, replies=min(REPLY, t.continuation) if chat else 0)
 
     def _of_scene(self, objective: str, number: int, random: np.random.Generator) -> Episode:
         lesson = self._scenes(objective, number)
-        rows, taught = [Row(*row) for row in lesson.rows], lesson.replies > 0
-        made = self._episode(objective, number, random, [], lesson.texts, rows, (0,) * len(lesson.texts), True, taught)
-        return replace(made, fill=lesson.fill, from_pool=True, replies=lesson.replies, last=lesson.last)
+        ages, taught = (0,) * len(lesson.texts), lesson.replies > 0
+        episode = self._episode(objective, number, random, [], lesson.texts, lesson.rows, ages, True, taught)
+        return _in_pool(episode, fill=lesson.fill, replies=lesson.replies, last=lesson.last)
 
-    def _turns(self, number: int, i: int, random: np.random.Generator, without: Sequence[str]) -> Row:
-        """A conversation about no document of `without`: a statement, an opening, or a passage with a question."""
-        kind = (number + i) % 3
-        said: tuple[str, ...]
-        if kind == 2:
-            _, passage, questions = self._with_questions(number, i, random, without, (PASSAGE // 4, PASSAGE))
-            said = (passage, NODS[random.integers(len(NODS))], questions[0][0])
-        else:
-            said = ((self._opening if kind else self._statement)(number, i, random, without),)
-        turns: list[Message] = [
-            {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), said, strict=False)
-        ]
-        return Row(tuple(self.prompts.chat(turns, bare=True)), (), None)
-
-    def _statement(self, number: int, i: int, random: np.random.Generator, without: Sequence[str]) -> str:
-        """A sentence of a document, or two short ones; in the first person, if it has any such."""
-        for document in self._candidates(number, i, self._prose, random, without):
-            some = sentences(document.text)
-            whole = [j for j, text in enumerate(some) if len(text.split()) > 3]  # no headings
-            fit = [j for j in whole if self._count(some[j]) <= PASSAGE]
-            fit = [j for j in fit if FIRST_PERSON.search(some[j])] or fit
-            if not fit:
-                continue
-            at, n = fit[random.integers(len(fit))], int(random.integers(1, 3))
-            said = self._run(some[: at + n], at, SHORT)[0] or some[at]
-            if not self._apart.clashes(said):
-                return said
-        raise ValueError(
-            f"{self.sources[self._prose[0]].source.path}: {TRIES} documents were looked at, and none has a sentence of "
-            f"at most {PASSAGE} tokens. Give other data, or take out objectives.chat."
-        )
-
-    def _opening(self, number: int, i: int, random: np.random.Generator, without: Sequence[str]) -> str:
-        """How a conversation may begin; where documents have titles, it may be about one."""
-        everything = range(len(self.sources))
-        document = next(self._candidates(number, i, everything, random, without), None)
-        title = document.title.replace("_", " ") if document else ""
-        some = [text for text in OPENINGS if title or "{title}" not in text]
-        return some[random.integers(len(some))].format(title=title)
+    # --- what was written before ------------------------------------------------------------------------------------
 
     def _near(self, number: int, random: np.random.Generator, documents: Sequence[Document]) -> str | None:
-        """A question about one of these documents' article that nothing written lately answers, if there is one."""
-        held, since, before = list(documents), 0, self._before(number)
-        while before >= 0 and since < self.config.texts.oldest:
-            held += self._held(before)
-            since, before = since + self._writes(before), self._before(before)
+        """A question about the article of one of these documents that nothing in memory answers, if there is one.
+
+        article    paragraph 1        paragraph 2        paragraph 3
+                   one of documents   written lately     never written: "Who built the mill?"
+                   |------------- held -------------|
+                   A question is taken if nothing held asks it, or has its answer in the text.
+        """
+        held = [*documents, *self._written_lately(number)]
         ids, asked = {document.id for document in held}, {question for d in held for question, _ in d.questions}
-        titles = sorted({document.title for document in documents if document.title})
-        some = [other for title in titles for other in self._titled.get(title, ()) if other.id not in ids]
         text = " ".join(document.text for document in held).lower()
-        for i in random.permutation(len(some))[:TRIES]:
-            found = [q for q, answer in some[i].questions if q not in asked and answer.lower() not in text]
-            if found and not self._apart.clashes(some[i].text):
-                return found[random.integers(len(found))]
+        titles = sorted({document.title for document in documents if document.title})
+        others = [other for title in titles for other in self._titled.get(title, ()) if other.id not in ids]
+        for i in random.permutation(len(others))[:TRIES]:
+            unanswered = [q for q, answer in others[i].questions if q not in asked and answer.lower() not in text]
+            if unanswered and not self._passages.apart.clashes(others[i].text):
+                return unanswered[random.integers(len(unanswered))]
         return None
 
-    def _documents(self, number: int) -> tuple[Document, ...]:
-        """Of the texts that an episode writes."""
-        told = self._told(number)
-        return tuple(document for document, _, _ in told) or tuple(self._named[name] for name in self[number].names)
+    def _written_lately(self, number: int) -> Iterator[Document]:
+        """The documents of episodes before this one, back to `texts.oldest` updates."""
+        since, before = 0, self._before(number)
+        while before >= 0 and since < self.config.texts.oldest:
+            yield from self._documents(before)
+            since, before = since + self._count(before), self._before(before)
 
-    def _tell(self, number: int) -> tuple[tuple[Document, Ids, tuple[Row, ...]], ...]:
-        """What an episode of "recall" or "unknown" writes: ids and questions of each document; others: nothing."""
+    def _documents_of(self, number: int) -> tuple[Document, ...]:
+        """Of the texts that an episode writes."""
+        own = tuple(one.document for one in self._recallables(number))
+        return own or tuple(self._named[name] for name in self[number].names)
+
+    def _recallables_of(self, number: int) -> tuple[Recallable, ...]:
+        """What an episode of `RECALLS` writes; others: nothing."""
         objective, random = self._drawn(number)
-        told = []
-        for i in range(self.config.texts.at_once if objective in ("recall", "unknown") else 0):
-            document, text, questions = self._with_questions(number, i, random)
+        own = []
+        for i in range(self.config.texts.at_once if objective in RECALLS else 0):
+            document, text, questions = self._passages.with_questions(number, i, random)
             rows = tuple(self._question(question, answer, None) for question, answer in questions)
-            told.append((document, self._written(text), rows))
-        return tuple(told)
+            own.append(Recallable(document, self._written(text), rows))
+        return tuple(own)
 
     def _at_age(self, number: int, age: int) -> tuple[tuple[Row, ...], int]:
         """Questions about a text that about so many updates stand behind, and how many they are exactly.
 
         Of the oldest one where none is as old.
         """
-        found: tuple[tuple[Row, ...], int] = ((), 0)
+        oldest: tuple[tuple[Row, ...], int] = ((), 0)
         since, each = 0, self.config.steps.episodes * self.world
         first = self.config.began(number // each) * each
         while number >= first:
-            told = self._told(number)
-            for i, (_, _, rows) in enumerate(reversed(told)):
-                found = rows, since + i
+            own = self._recallables(number)
+            for i, one in enumerate(reversed(own)):
+                oldest = one.rows, since + i
                 if age <= 0:
-                    return found
+                    return oldest
                 age -= 1
-            age -= 0 if told else self.config.texts.at_once
-            since += self._writes(number)
+            age -= 0 if own else self.config.texts.at_once
+            since += self._count(number)
             number = self._before(number)
-        return found
+        return oldest
 
     def _count_texts(self, number: int) -> int:
         """How many texts an episode writes."""
@@ -401,6 +274,15 @@ class Episodes:
             return 0
         return self._length(number, random) - 1 if objective == "continuous" else self.config.texts.at_once
 
+    def _before(self, number: int) -> int:
+        """The episode that the same process does before this one; negative if there is none."""
+        each = self.config.steps.episodes
+        return number - 1 if number % each else number - 1 - (self.world - 1) * each
+
+    def _done(self, number: int) -> float:
+        """The share of the run that lies before an episode."""
+        return number / (self.config.steps.total * self.config.steps.episodes * self.world)
+
     # --- parts ------------------------------------------------------------------------------------------------------
 
     def _episode(
@@ -408,7 +290,7 @@ class Episodes:
         objective: str,
         number: int,
         random: np.random.Generator,
-        names: list[str],
+        names: Sequence[str],
         texts: Sequence[Ids],
         rows: Sequence[Row],
         ages: Sequence[int] | None = None,
@@ -443,12 +325,7 @@ class Episodes:
         return round(float(np.exp(random.uniform(0, np.log(oldest)))))
 
     def _question(self, question: str, answer: str, about: int | None) -> Row:
-        end = self.prompts.tokenizer.eos_token_id
-        ids = [*self.prompts.answer(question, answer), *([] if end is None else [end])]
-        as_chat = self.config.objectives.get("chat") and crc32(question.encode()) % 3 == 0  # as in a conversation
-        turns: list[Message] = [{"role": "user", "content": question}]
-        prompt = self.prompts.chat(turns, bare=True) if as_chat else self.prompts.question(question, bare=True)
-        return Row(tuple(prompt), tuple(ids), about)
+        return question_row(self.prompts, question, answer, about, chats=bool(self.config.objectives.get("chat")))
 
     def _written(self, text: str) -> Ids:
         return tuple(self.prompts.written(text))
@@ -457,86 +334,8 @@ class Episodes:
         ids = tuple(self.prompts.text(text))[: self.config.texts.continuation]
         return Row(ids[:1], ids[1:], about)
 
-    def _pick(
-        self, number: int, i: int, among: Sequence[int], random: np.random.Generator, away: int, opposite: bool = False
-    ) -> Document:
-        weights = np.array([self.sources[j].source.weight for j in among])
-        source = self.sources[among[random.choice(len(among), p=weights / weights.sum())]]
-        n = number * self.config.texts.at_once + i + away
-        return source.opposite(n) if opposite else source[n]
 
-    def _candidates(
-        self, number: int, i: int, among: Sequence[int], random: np.random.Generator, without: Sequence[str]
-    ) -> Iterator[Document]:
-        """Documents of the sources `among` to look at; none `without`, and if there are such all far from them."""
-        for away in range(TRIES):
-            document = self._pick(number, i, among, random, away * 7919, bool(without))
-            if document.id not in without:
-                yield document
-
-    def _pieces(
-        self, number: int, i: int, n: int, random: np.random.Generator, without: Sequence[str] = ()
-    ) -> tuple[Document, list[str]]:
-        """n pieces of one text, each following the one before.
-
-        Args:
-            without: names of documents; the text is far from them in the order, and none of them.
-        """
-        t = self.config.texts
-        for document in self._candidates(number, i, self._prose, random, without):
-            some = sentences(document.text)
-            start = int(random.integers(len(some)))
-            pieces: list[str] = []
-            for _ in range(n):
-                most = int(random.integers(t.shortest, t.longest + 1)) - self._around
-                piece, start = self._run(some, start, max(1, most))
-                pieces.append(piece)
-            if self._apart.clashes(" ".join(pieces)):
-                continue
-            if all(pieces) and self._count(pieces[-1]) > 1:
-                return document, pieces
-        raise ValueError(
-            f"{self.sources[self._prose[0]].source.path}: {TRIES} documents were looked at, and none has {n} pieces of "
-            f"{t.shortest} to {t.longest} tokens. Make texts.longest smaller, or give longer documents."
-        )
-
-    def _run(self, some: Sequence[str], start: int, most: int) -> tuple[str, int]:
-        """Sentences from `start` on with at most so many tokens, as one text, and where they end."""
-        taken: list[str] = []
-        while start < len(some) and self._count(" ".join([*taken, some[start]])) <= most:
-            taken.append(some[start])
-            start += 1
-        return " ".join(taken), start
-
-    def _with_questions(
-        self,
-        number: int,
-        i: int,
-        random: np.random.Generator,
-        without: Sequence[str] = (),
-        tokens: tuple[int, int] | None = None,
-    ) -> tuple[Document, str, list[tuple[str, str]]]:
-        """A text of any source that answers at least one question, and these questions in a drawn order.
-
-        Args:
-            without: names of documents; the text is far from them in the order, and none of them.
-            tokens: the shortest and the longest; None: as the config says.
-        """
-        shortest, longest = tokens or (self.config.texts.shortest, self.config.texts.longest)
-        for document in self._candidates(number, i, range(len(self.sources)), random, without):
-            text, questions = document.text, list(document.questions)
-            if self._count(text) + self._around > longest:
-                some = sentences(text)
-                start = 0 if questions else int(random.integers(len(some)))
-                text, _ = self._run(some, start, int(random.integers(shortest, longest + 1)) - self._around)
-                questions = [(question, answer) for question, answer in questions if answer in text]
-            if self._apart.clashes(text):
-                continue
-            questions = questions or (cloze(text) if not document.questions else [])
-            if questions and self._count(text) + self._around >= shortest:
-                return document, text, [questions[j] for j in random.permutation(len(questions))]
-        change = "take out objectives.chat" if tokens else "change texts.shortest and texts.longest"
-        raise ValueError(
-            f"{TRIES} documents were looked at, and none of {shortest} to {longest} tokens answers a question. "
-            f"Give other data, or {change}."
-        )
+def _in_pool(episode: Episode, **changes: Any) -> Episode:
+    """The episode with texts that are written into the pool itself, one behind the other, and read at once."""
+    ages = (0,) * len(episode.texts)
+    return replace(episode, **{"ages": ages, "in_sequence": True, "fill": 1.0, "from_pool": True, **changes})

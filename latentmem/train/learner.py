@@ -33,7 +33,7 @@ from latentmem.decoder.hooks import layers_seen
 from latentmem.model.backbone import Trained
 from latentmem.model.model import MemoryModel
 from latentmem.train.config import PoolSettings
-from latentmem.train.episodes import Episode, Row
+from latentmem.train.episode import Episode, Row
 from latentmem.train.retriever import Retriever, Search, Seen
 
 # What a pool of the preset "paper" holds before anything is written into it.
@@ -53,14 +53,14 @@ class Outcome:
         accuracy: share of the answers' tokens that were the most likely ones.
         new_slots: of each text, [L, k, d], without gradient, for the pool.
         search: the retriever's loss, which is in `loss` by its weight; None: no row searched for a text.
-        found: of the slots that fit best, the share that is of the right text.
+        precision: of the slots that fit best, the share that is of the right text.
     """
 
     loss: Tensor
     accuracy: float
     new_slots: list[Tensor]
     search: float | None = None
-    found: float = 0.0
+    precision: float = 0.0
 
 
 class Learner(nn.Module):
@@ -267,7 +267,7 @@ class Learner(nn.Module):
     @torch.no_grad()
     def _teach(self, episode: Episode) -> Tensor:
         """Log-probabilities of the plain model with the row's text in its context, [tokens, vocab]."""
-        found = []
+        logits = []
         first = self.llm.prompts_or_raise().opening if episode.replies else [self.llm.first_token]
         for row in episode.rows:
             text = episode.texts[row.about] if row.about is not None else ()
@@ -275,8 +275,8 @@ class Learner(nn.Module):
             tokens = torch.tensor([[*first, *text, *row.prompt, *row.answer]], device=self.sink.device)
             with self._using(None):
                 hidden = self.llm.decoder.body(input_ids=tokens, use_cache=False).last_hidden_state
-            found.append(self._at_answers(hidden, tokens, [row], lead)[0])
-        return torch.cat(found).float().log_softmax(-1)
+            logits.append(self._at_answers(hidden, tokens, [row], lead)[0])
+        return torch.cat(logits).float().log_softmax(-1)
 
     # --- the retriever ----------------------------------------------------------------------------------------------
 
@@ -288,15 +288,15 @@ class Learner(nn.Module):
 
     def _searches(self, pool: Memory, episode: Episode) -> list[Search]:
         """The rows that are about a text; by their prompts, or where text just goes on by a random part of it."""
-        generator, found = torch.Generator().manual_seed(episode.seed % (1 << 63)), []
+        generator, searches = torch.Generator().manual_seed(episode.seed % (1 << 63)), []
         for i, row in enumerate(episode.rows):
             if row.about is None:
                 continue
             n = len(row.prompt)
             if n == 1:  # Source: the released `random_retriever_length`
                 n += int(torch.randint(len(row.answer), (), generator=generator))
-            found.append(Search(i, n, self._number(pool, episode, row.about)))
-        return found
+            searches.append(Search(i, n, self._number(pool, episode, row.about)))
+        return searches
 
     def _see(self, seen: Seen, i: int, hidden: Tensor) -> Tensor:
         """Note what layer i sees, within its own forward, where its weights are whole; without gradient."""
@@ -310,11 +310,11 @@ class Learner(nn.Module):
         """The outcome with the retriever's loss; every weight of it has a gradient, on all processes alike."""
         assert self.retriever is not None
         loss = outcome.loss + 0.0 * torch.stack([part.sum() for part in self.retriever.parameters()]).sum()
-        found = self.retriever(seen) if seen.searches else None
-        if found is None:
+        learned = self.retriever(seen) if seen.searches else None
+        if learned is None:
             return replace(outcome, loss=loss)
-        search, share = found
-        return replace(outcome, loss=loss + self.weight * search, search=float(search.detach()), found=share)
+        search, precision = learned
+        return replace(outcome, loss=loss + self.weight * search, search=float(search.detach()), precision=precision)
 
     # --- inside -----------------------------------------------------------------------------------------------------
 

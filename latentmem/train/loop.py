@@ -27,12 +27,13 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from latentmem.decoder import adapters as pairs
-from latentmem.train import build, checkpoint, plots
+from latentmem.train import build, checkpoint
 from latentmem.train.config import OBJECTIVES, UNASKED, Config
 from latentmem.train.data import Apart, Documents
-from latentmem.train.episodes import Episode, Episodes
+from latentmem.train.episode import Episode
+from latentmem.train.episodes import Episodes
 from latentmem.train.learner import Outcome, remember
-from latentmem.train.log import Log
+from latentmem.train.log import Log, draw
 from latentmem.train.probe import Probe
 
 Progress = Callable[[int, int, dict[str, Any]], None]  # (steps done, steps in all, the step's numbers)
@@ -101,17 +102,12 @@ class Run:
             ValueError: a loss that is not finite or far too high, with the texts of its batch; a full disk.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.out / ".lock") if self.rank == 0 else None
+        last = self.config.steps.total if stop is None else min(stop, self.config.steps.total)
         try:
-            if lock:
-                lock.acquire(timeout=0)
+            with FileLock(self.out / ".lock", timeout=0) if self.rank == 0 else nullcontext():
+                self._train(progress, last)
         except Timeout:
             raise ValueError(f"another process trains in {self.out}; wait for it, or choose another folder.") from None
-        try:
-            self._train(progress, self.config.steps.total if stop is None else min(stop, self.config.steps.total))
-        finally:
-            if lock:
-                lock.release()
 
     def _train(self, progress: Progress | None, last: int) -> None:
         total = self.config.steps.total
@@ -185,7 +181,7 @@ class Run:
             own = [x for episode, x in zip(episodes, losses, strict=True) if episode.objective == name]
             mine += [sum(own), len(own)]
         searched = [outcome for outcome in outcomes if outcome.search is not None]
-        mine += [sum(o.search or 0.0 for o in searched), sum(o.found for o in searched), len(searched)]
+        mine += [sum(o.search or 0.0 for o in searched), sum(o.precision for o in searched), len(searched)]
         loss, accuracy, norm, tokens, *parts, search, right, searches = self._everywhere(*mine)
         row = {"loss": loss, "accuracy": accuracy}
         row |= {"retriever": search / searches, "found": right / searches} if searches else {}
@@ -272,10 +268,10 @@ class Run:
             with checkpoint.writing("the result", self.out):
                 more = {"from": self.origin, "steps": self.step, "tokens": self.tokens}
                 build.save_result(self.out / RESULT, self.config, self.llm, {**self.fixed, **state}, more)
-            plots.draw({self.out.name: self.out}, self.out / "curves.png")
+            draw(self.out)
 
 
-def rehearse(config: Config, episodes: int = 3) -> dict[str, Any]:
+def rehearse(config: Config) -> dict[str, Any]:
     """What a run would be, by counting and by doing a few episodes behind a full pool; nothing is learned or written.
 
     Returns:
@@ -290,7 +286,7 @@ def rehearse(config: Config, episodes: int = 3) -> dict[str, Any]:
     pool, took = run.pool, []
     while pool.M < pool.N:
         pool = remember(pool, torch.randn(pool.L, min(pool.K, pool.N), pool.d, device=pool.slots.device))
-    for episode in first[:episodes]:
+    for episode in first[:3]:
         start = time.perf_counter()
         run.learner(replace(episode, fill=1.0), pool).loss.backward()
         took.append(time.perf_counter() - start)

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from latentmem.core.memory import Memory
 from latentmem.loading.trained import born
 from latentmem.model.model import MemoryModel
 from latentmem.train.config import Config
-from latentmem.train.data import Documents
+from latentmem.train.data import Document, Documents
 from latentmem.train.learner import BIRTH, Learner
 
 
@@ -28,16 +29,16 @@ class Probe:
     def __init__(self, config: Config, llm: MemoryModel, learner: Learner, sources: Sequence[Documents]) -> None:
         self.config, self.llm, self.learner = config, llm, learner
         prompts = llm.prompts_or_raise()
-        longest = config.texts.longest
-        out = [d for source in sources for d in source.left_out if d.questions]
-        fits = [d for d in out if len(prompts.written(d.text)) <= longest]
-        self.asked = fits[: config.watch.texts]
+        self._ids = lambda document: prompts.written(document.text)
+        self.asked = [d for s in sources for d in s.left_out if d.questions and self._fits(d)][: config.watch.texts]
         if not self.asked:
             raise ValueError("watch.titles: no source has questions under these titles; name some, or set probe to 0.")
-        others = [d for source in sources for d in source.all if source.source.kind == "questions"]
-        self.others = [d for d in others if len(prompts.written(d.text)) <= longest]
+        self.others = [d for s in sources if s.source.kind == "questions" for d in s.all if self._fits(d)]
         if not self.others:
             raise ValueError("watch.probe: no source has questions under other titles, to stand between; set it to 0.")
+
+    def _fits(self, document: Document) -> bool:
+        return len(self._ids(document)) <= self.config.texts.longest
 
     @torch.no_grad()
     def run(self) -> list[dict[str, Any]]:
@@ -51,21 +52,24 @@ class Probe:
             llm.base.train(learns)
 
     def _curve(self, llm: MemoryModel) -> list[dict[str, Any]]:
-        prompts, m, ages = llm.prompts_or_raise(), self.config.memory, self.config.watch.ages
-        memory = llm.empty(settings=m.settings())
+        ages, others = self.config.watch.ages, itertools.cycle(self.others)
+        memory = llm.empty(settings=self.config.memory.settings())
         memory = born(llm, memory, BIRTH) if llm.born_full else memory
-        others = itertools.cycle(self.others)
         while memory.M < memory.N or (llm.born_full and memory.updates * memory.K < memory.N):
-            memory = llm.write_ids(memory, prompts.written(next(others).text))
-        found: dict[int, list[float]] = {age: [] for age in ages}
+            memory = llm.write_ids(memory, self._ids(next(others)))
+        accuracies: dict[int, list[float]] = {age: [] for age in ages}
         for step in range(len(self.asked) + max(ages)):
             new = self.asked[step] if step < len(self.asked) else next(others)
-            memory = llm.write_ids(memory, prompts.written(new.text))
-            due = [(age, self.asked[step - age]) for age in ages if 0 <= step - age < len(self.asked)]
-            for age, document in due:
-                some = document.questions[:3]
-                ids = [prompts.question(question, bare=True) for question, _ in some]
-                answers = [prompts.answer(question, answer) for question, answer in some]
-                scores = llm.score_rows(llm.context(memory), ids, answers)
-                found[age] += [float(score.hits.double().mean()) for score in scores]
-        return [{"age": age, "accuracy": sum(x) / len(x), "n": len(x)} for age, x in found.items()]
+            memory = llm.write_ids(memory, self._ids(new))
+            for age in ages:
+                if 0 <= step - age < len(self.asked):
+                    accuracies[age] += _accuracies(llm, memory, self.asked[step - age])
+        return [{"age": age, "accuracy": sum(x) / len(x), "n": len(x)} for age, x in accuracies.items()]
+
+
+def _accuracies(llm: MemoryModel, memory: Memory, document: Document) -> list[float]:
+    """Shares of the answers' tokens that are the most likely ones, of up to three questions."""
+    prompts, asked = llm.prompts_or_raise(), document.questions[:3]
+    ids = [prompts.question(question, bare=True) for question, _ in asked]
+    scores = llm.score_rows(llm.context(memory), ids, [prompts.answer(*pair) for pair in asked])
+    return [float(score.hits.double().mean()) for score in scores]

@@ -66,8 +66,8 @@ class Retriever(nn.Module):
     def __init__(self, query: Sequence[Pair], key: Sequence[Pair]) -> None:
         super().__init__()
         self.query, self.key = (
-            nn.ModuleList([nn.ParameterList([part.detach().float().clone() for part in pair]) for pair in some])
-            for some in (query, key)
+            nn.ModuleList([nn.ParameterList([part.detach().float().clone() for part in pair]) for pair in pairs])
+            for pairs in (query, key)
         )
 
     @staticmethod
@@ -86,7 +86,7 @@ class Retriever(nn.Module):
     @property
     def projectors(self) -> Projectors:
         """As it is used; a writer has no queries of its own."""
-        query, key = ([(pair[0], pair[1]) for pair in some] for some in (self.query, self.key))  # type: ignore[index]
+        query, key = ([(pair[0], pair[1]) for pair in pairs] for pairs in (self.query, self.key))  # type: ignore[index]
         return Projectors(query, key)
 
     def forward(self, seen: Seen) -> tuple[Tensor, float] | None:
@@ -99,10 +99,10 @@ class Retriever(nn.Module):
             The loss with gradient, and of as many slots that fit best as there are right ones the share of right ones;
             None where there is nothing to tell apart.
         """
-        made, tokens = self.projectors, [search.tokens for search in seen.searches]
+        used, tokens = self.projectors, [search.tokens for search in seen.searches]
         losses, shares = [], []
         for i, (asked, slots) in enumerate(zip(seen.asked, seen.keys, strict=True)):
-            query, key = made.project(made.query[i], asked.float()), made.project(made.key[i], slots.float())
+            query, key = used.project(used.query[i], asked.float()), used.project(used.key[i], slots.float())
             texts = seen.texts[i].to(key.device)
             for row, search in zip((query @ key.T).split(tokens), seen.searches, strict=True):
                 right = texts == search.text

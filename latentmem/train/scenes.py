@@ -12,17 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from zlib import crc32
 
 from latentmem.model.prompts import Message, Prompts
 from latentmem.train import facts
+from latentmem.train.episode import Ids, Row, answer_ids, conversation, message, question_row
 from latentmem.train.facts import UNKNOWN, Ask, Scene
 from latentmem.train.words import grammar
 
 SCENES = ("facts", "talk", "everyday")
 FULL = 0.999  # of the pool stands in front, as much as leaves room for the notes
 REPLY = 16  # tokens of a reply in "everyday" at most
-Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -31,14 +30,14 @@ class Lesson:
 
     Args:
         texts: ids of each text, oldest first.
-        rows: prompt, answer and number of the text that a row is about, or None.
+        rows: questions about them, or what has nothing to do with them.
         fill: share of the pool that stands in front of the texts.
         last: number of the text that is read last, nearest to the rows, as a search would put it; None: the newest.
         replies: the plain model's own replies are the answers, with so many tokens at most.
     """
 
     texts: tuple[Ids, ...]
-    rows: tuple[tuple[Ids, Ids, int | None], ...]
+    rows: tuple[Row, ...]
     fill: float
     last: int | None = None
     replies: int = 0
@@ -75,22 +74,23 @@ class Scenes:
         last = None
         if len(texts) > 1 and random.random() < 0.5:
             last = random.choice([ask.about for ask in scene.asks if ask.kind != "near"])
-        return Lesson(texts, self._rows(_some(scene, self.rows, last), places), fill, last)
+        return Lesson(texts, self._rows(_chosen(scene, self.rows, last), places), fill, last)
 
     def _talk(self, number: int, random: Random) -> Lesson:
         scene = facts.scene(self.seed, number, notes=random.choice([2, 3, 4]))
         count = min(len(scene.notes), random.choice([1, 1, 2, 3]))  # of the notes that are said in the conversation
-        notes, said = scene.notes[:-count], scene.notes[-count:]
+        notes, spoken = scene.notes[:-count], scene.notes[-count:]
         texts, places = self._texts(notes or facts.small_talk(self.seed, number), random)
-        turns = [turn for note in said for turn in self._told(note, random)]
-        asks = _some(scene, self.rows // 2 + 1)
+        turns = [turn for note in spoken for turn in self._said(note, random)]
+        asks = _chosen(scene, self.rows // 2 + 1)
         if random.random() < 0.5 and len(asks) > 1:  # an answer that was given before is not to be said again
             before, *asks = asks
-            turns += [_message("user", before.question), _message("assistant", before.answer)]
+            turns += [message("user", before.question), message("assistant", before.answer)]
         about = [*places, *[None] * count] if notes else [None] * len(scene.notes)
-        rows = [
-            (self._chat([*turns, _message("user", ask.question)]), self._answer(ask), about[ask.about]) for ask in asks
-        ]
+        rows = []
+        for ask in asks:
+            prompt = conversation(self.prompts, *turns, message("user", ask.question))
+            rows.append(Row(prompt, answer_ids(self.prompts, ask.question, ask.answer), about[ask.about]))
         return Lesson(texts, tuple(rows), random.choice([0.0, 0.0, random.uniform(0, 0.5)]))
 
     def _everyday(self, number: int, random: Random) -> Lesson:
@@ -99,15 +99,17 @@ class Scenes:
         rows: list[Ids] = []
         for i in range(-(-self.rows // 3)):
             question, _ = facts.everyday(self.seed, number * self.rows + i)
-            turns = [_message("user", question)]
+            turns = [message("user", question)]
             if i == 0 and random.random() < 0.5:  # a remark asks for nothing
-                turns = [_message("user", " ".join(facts.small_talk(self.seed, number)))]
+                turns = [message("user", " ".join(facts.small_talk(self.seed, number)))]
             elif random.random() < 0.3:
-                turns = [*self._told(scene.notes[-1], random), *turns]
+                turns = [*self._said(scene.notes[-1], random), *turns]
             asked = len(turns) == 1 and i > 0 and random.random() < 0.6
-            rows.append(tuple(self.prompts.question(question, bare=True)) if asked else self._chat(turns))
+            rows.append(
+                tuple(self.prompts.question(question, bare=True)) if asked else conversation(self.prompts, *turns)
+            )
         fill = random.choice([0.0, 0.0, random.uniform(0, 0.5)])
-        return Lesson(texts, tuple((row, (), None) for row in rows), fill, replies=REPLY)
+        return Lesson(texts, tuple(Row(row, (), None) for row in rows), fill, replies=REPLY)
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
@@ -119,36 +121,21 @@ class Scenes:
             if len(whole) <= self.longest:
                 return (whole,), [0] * len(notes)
         if form > 0.85 and self.prompts.chats:  # as turns that left the context of a conversation
-            turns = [[i for turn in self._told(note, random) for i in self.prompts.turn(turn)] for note in notes]
+            turns = [[i for turn in self._said(note, random) for i in self.prompts.turn(turn)] for note in notes]
             return tuple(map(tuple, turns)), list(range(len(notes)))
         return tuple(tuple(written(note)) for note in notes), list(range(len(notes)))
 
-    def _rows(self, asks: Sequence[Ask], places: Sequence[int | None]) -> tuple[tuple[Ids, Ids, int | None], ...]:
-        rows = []
-        for ask in asks:
-            chats = crc32(ask.question.encode()) % 3 == 0  # as in a conversation
-            turns = [_message("user", ask.question)]
-            prompt = self._chat(turns) if chats else tuple(self.prompts.question(ask.question, bare=True))
-            rows.append((prompt, self._answer(ask), None if ask.kind == "near" else places[ask.about]))
-        return tuple(rows)
+    def _rows(self, asks: Sequence[Ask], places: Sequence[int | None]) -> tuple[Row, ...]:
+        about = [None if ask.kind == "near" else places[ask.about] for ask in asks]
+        each = zip(asks, about, strict=True)
+        return tuple(question_row(self.prompts, ask.question, ask.answer, text, chats=True) for ask, text in each)
 
-    def _answer(self, ask: Ask) -> Ids:
-        end = self.prompts.tokenizer.eos_token_id
-        return (*self.prompts.answer(ask.question, ask.answer), *([] if end is None else [end]))
-
-    def _chat(self, turns: list[Message]) -> Ids:
-        return tuple(self.prompts.chat(turns, bare=True))
-
-    def _told(self, note: str, random: Random) -> list[Message]:
+    def _said(self, note: str, random: Random) -> list[Message]:
         nods: list[str] = grammar()["nods"]
-        return [_message("user", note), _message("assistant", random.choice(nods))]
+        return [message("user", note), message("assistant", random.choice(nods))]
 
 
-def _message(role: str, text: str) -> Message:
-    return {"role": role, "content": text}
-
-
-def _some(scene: Scene, most: int, last: int | None = None) -> list[Ask]:
+def _chosen(scene: Scene, most: int, last: int | None = None) -> list[Ask]:
     """Questions of a scene, of which at most two in seven are near misses; with `last`, only of this note."""
     answered = [ask for ask in scene.asks if ask.kind != "near" and last in (None, ask.about)]
     answered = answered[: most - round(most * 2 / 7)]

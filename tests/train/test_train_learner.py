@@ -30,8 +30,11 @@ from latentmem.train import build
 from latentmem.train.build import recompute
 from latentmem.train.config import OBJECTIVES, Config, PoolSettings, Source, Steps, Texts
 from latentmem.train.data import Apart, Documents, cloze, sentences
-from latentmem.train.episodes import NODS, OPENINGS, PASSAGE, REPLY, UNKNOWN, Episode, Episodes, Row
+from latentmem.train.episode import Episode, Row
+from latentmem.train.episodes import REPLY, Episodes
+from latentmem.train.facts import UNKNOWN
 from latentmem.train.learner import Learner, remember
+from latentmem.train.passages import NODS, OPENINGS, PASSAGE
 from latentmem.train.scenes import SCENES
 
 N, K, R, ALPHA = 96, 12, 3, 6.0

@@ -89,7 +89,7 @@ def settings(folder, data):
 @pytest.fixture(scope="module", autouse=True)
 def no_plots():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.plots, "draw", lambda *_: None)
+        patch.setattr(loop, "draw", lambda *_: None)
         yield
 
 
@@ -240,7 +240,7 @@ def killed_while_it_writes_the_log(kill):
 
 
 def run_until(moment, config, out):
-    loop.plots.draw = lambda *_: None
+    loop.draw = lambda *_: None
     moment(lambda: os.kill(os.getpid(), signal.SIGKILL))
     Run(config, out).train()
 
@@ -388,7 +388,7 @@ def apart(rank, world, port, *job):
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    loop.plots.draw = lambda *_: None
+    loop.draw = lambda *_: None
     job[0](*job[1:])
     torch.distributed.destroy_process_group()
 

@@ -22,7 +22,8 @@ from latentmem.train import build, checkpoint, loop
 from latentmem.train.build import recompute
 from latentmem.train.config import Config, PoolSettings, RetrieverShape, Source, Steps
 from latentmem.train.data import Documents
-from latentmem.train.episodes import Episodes, Row
+from latentmem.train.episode import Row
+from latentmem.train.episodes import Episodes
 from latentmem.train.log import lines
 from latentmem.train.loop import RESULT, Run
 from latentmem.train.retriever import Retriever
@@ -120,8 +121,8 @@ def test_the_loss_and_its_gradients_are_those_of_the_slow_twin(preset, c, way, a
     ours = learner(asked, pool)
     assert ours.search == pytest.approx(theirs.item(), abs=1e-5)
     right = [[own for _, own in some] for some in fits]
-    assert ours.found == pytest.approx(sum(sum(some[: sum(some)]) / sum(some) for some in right) / len(right))
-    assert ours.found < 1 and all(some[0][0] - some[-1][0] > 0.05 for some in fits)
+    assert ours.precision == pytest.approx(sum(sum(some[: sum(some)]) / sum(some) for some in right) / len(right))
+    assert ours.precision < 1 and all(some[0][0] - some[-1][0] > 0.05 for some in fits)
     weights = list(learner.retriever.parameters())
     by_hand = torch.autograd.grad(0.7 * theirs, weights)
     ours.loss.backward()
@@ -181,7 +182,7 @@ def test_rows_whose_text_is_gone_are_left_out():
     one, both, none = (
         learner(episode(rows=rows, from_pool=True), pool) for rows in (ASKED[1:2], (ASKED[1], gone), (gone,))
     )
-    assert both.search == pytest.approx(one.search, abs=1e-5) and both.found == one.found
+    assert both.search == pytest.approx(one.search, abs=1e-5) and both.precision == one.precision
     assert none.search is None and none.loss.requires_grad
     whole = replace(episode(rows=(ASKED[0],), texts=TEXTS[:1]), names=("a",), fill=0.0)
     assert learner(whole, pool).search is None  # nothing to tell it from
@@ -248,7 +249,7 @@ def config(tiny_folder, data):
 @pytest.fixture(scope="module", autouse=True)
 def no_plots():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.plots, "draw", lambda *_: None)
+        patch.setattr(loop, "draw", lambda *_: None)
         yield
 
 
