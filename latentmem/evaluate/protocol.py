@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 
@@ -13,7 +14,7 @@ from latentmem.core.settings import LongTermSettings, MemorySettings
 from latentmem.evaluate import runner
 from latentmem.evaluate.asking import written
 from latentmem.evaluate.settings import Settings
-from latentmem.evaluate.stats import Estimate
+from latentmem.evaluate.stats import Estimate, perplexity
 from latentmem.evaluate.tables import results
 from latentmem.model.model import MemoryModel
 
@@ -48,8 +49,28 @@ class Line:
     estimate: Estimate
 
 
+Numbers = Iterator[tuple[str, Estimate | None]]  # with their names
 AnyLine = TypeVar("AnyLine", bound=Line)
 Result = TypeVar("Result")
+
+
+def as_lines(numbers: Callable[[Sequence[Record]], Numbers]) -> Callable[[Sequence[Record]], list[Line]]:
+    """The lines of a table, of a function that gives numbers by name; what has no interval has no line."""
+
+    @wraps(numbers)
+    def lines(records: Sequence[Record]) -> list[Line]:
+        return [Line(name, estimate) for name, estimate in numbers(records) if estimate is not None]
+
+    return lines
+
+
+def perplexities(read: Mapping[str, Mapping[str, Record]]) -> Numbers:
+    """The perplexity in each state, and over that of the state "plain": records {nll, tokens} by text."""
+    for state, cell in read.items():
+        yield f"perplexity, {state}", perplexity(cell)
+    for state, cell in read.items():
+        if state != "plain":
+            yield f"perplexity, {state} / plain", perplexity(cell, read["plain"])
 
 
 def empty(llm: MemoryModel, memory: MemorySettings) -> Memory:

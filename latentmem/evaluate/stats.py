@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -147,3 +147,40 @@ def exp(estimate: Estimate | None) -> Estimate | None:
         return None
     mean, low, high = (math.exp(x) for x in (estimate.mean, estimate.low, estimate.high))
     return replace(estimate, mean=mean, low=low, high=high)
+
+
+# --- of records: dictionaries with numbers by metric, and the text that the number belongs to -------------------------
+
+Record = dict[str, Any]
+Cell = Mapping[Any, Record]  # by question
+
+
+def mean_of(records: Iterable[Record], metric: str, group: str = "text") -> Estimate | None:
+    """The mean of a metric over records, with the interval over what stands in their field `group`."""
+    chosen = list(records)
+    return mean([r[metric] for r in chosen], [r[group] for r in chosen])
+
+
+def less(cell: Cell, other: Cell, metric: str) -> tuple[list[float], list[str]]:
+    """A metric in one cell less that in the other, question by question where both have it, and the texts."""
+    both = [key for key in cell if key in other]
+    return [cell[key][metric] - other[key][metric] for key in both], [cell[key]["text"] for key in both]
+
+
+def difference(cell: Cell, other: Cell, metric: str) -> Estimate | None:
+    """The mean difference of two cells, paired by question."""
+    return mean(*less(cell, other, metric))
+
+
+def quotient(cell: Cell, other: Cell, metric: str) -> Estimate | None:
+    """The mean of a metric in one cell over that in the other, for the questions that both have."""
+    both = [key for key in cell if key in other]
+    groups = [cell[key]["text"] for key in both]
+    return ratio([cell[key][metric] for key in both], [other[key][metric] for key in both], groups)
+
+
+def perplexity(cell: Cell, plain: Cell | None = None) -> Estimate | None:
+    """The perplexity of texts, from records {nll, tokens} by text; with `plain` over that of the plain model."""
+    texts = [text for text in cell if plain is None or text in plain]
+    nll = [cell[text]["nll"] - (0.0 if plain is None else plain[text]["nll"]) for text in texts]
+    return exp(ratio(nll, [cell[text]["tokens"] for text in texts], texts))

@@ -11,6 +11,7 @@ a full memory. The plain model and the empty memory must agree to the bit. Nothi
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,14 +23,19 @@ from latentmem.evaluate.asking import named, read
 from latentmem.evaluate.data import choices
 from latentmem.evaluate.data.choices import Choices
 from latentmem.evaluate.data.questions import heldout
-from latentmem.evaluate.protocol import Line
+from latentmem.evaluate.protocol import Line, Numbers, as_lines, perplexities
 from latentmem.evaluate.settings import Ability as Settings
-from latentmem.evaluate.stats import Estimate, exp, mean, ratio
+from latentmem.evaluate.stats import difference, mean_of
 from latentmem.model.model import MemoryModel
 
 PROTOCOL = "ability/1"
 STATES = ("plain", "empty", "half", "full")
-TITLES = {"blimp": "BLiMP", "piqa": "PIQA", "mmlu": "MMLU"}
+METRICS = (  # set, metric, and how it is called
+    ("blimp", "right", "BLiMP"),
+    ("piqa", "right", "PIQA"),
+    ("piqa", "normed", "PIQA, normed"),
+    ("mmlu", "right", "MMLU"),
+)
 BATCH = 8  # items of one unit of work
 Unit = tuple[Any, ...]  # ("perplexity", index of the article), or (set, number of the batch)
 Record = dict[str, Any]
@@ -87,35 +93,18 @@ class Ability:
         return memories | {"full": protocol.full(self.llm, s.memory, self.unrelated)}
 
 
-def lines(records: Sequence[Record]) -> list[Line]:
+@as_lines
+def lines(records: Sequence[Record]) -> Numbers:
     """Each task in each state, and paired with the plain model."""
-    estimates: list[tuple[str, Estimate | None]] = []
-    by: dict[tuple[str, str], dict[str, Record]] = {}
+    by: dict[tuple[str, str], dict[str, Record]] = defaultdict(dict)
     for r in records:
-        by.setdefault((r["task"], r["state"]), {})[r["text"]] = r
-    for state in STATES:
-        chosen = by.get(("perplexity", state), {})
-        each = ratio([r["nll"] for r in chosen.values()], [r["tokens"] for r in chosen.values()], list(chosen))
-        estimates.append((f"perplexity, {state}", exp(each)))
-    plain = by.get(("perplexity", "plain"), {})
-    for state in STATES[1:]:
-        chosen = {text: r for text, r in by.get(("perplexity", state), {}).items() if text in plain}
-        more = [r["nll"] - plain[text]["nll"] for text, r in chosen.items()]
-        estimates.append(
-            (f"perplexity, {state} / plain", exp(ratio(more, [r["tokens"] for r in chosen.values()], list(chosen))))
-        )
-    for name, title in TITLES.items():
-        for metric in ("right", "normed") if name == "piqa" else ("right",):
-            called = f"{title}{', normed' * (metric == 'normed')}"
-            for state in STATES:
-                chosen = by.get((name, state), {})
-                estimates.append((f"{called}, {state}", mean([r[metric] for r in chosen.values()], list(chosen))))
-            plain = by.get((name, "plain"), {})
-            for state in STATES[1:]:
-                chosen = {text: r for text, r in by.get((name, state), {}).items() if text in plain}
-                more = [r[metric] - plain[text][metric] for text, r in chosen.items()]
-                estimates.append((f"{called}, {state} - plain", mean(more, list(chosen))))
-    return [Line(name, estimate) for name, estimate in estimates if estimate is not None]
+        by[r["task"], r["state"]][r["text"]] = r
+    yield from perplexities({state: by["perplexity", state] for state in STATES})
+    for name, metric, title in METRICS:
+        for state in STATES:
+            yield f"{title}, {state}", mean_of(by[name, state].values(), metric)
+        for state in STATES[1:]:
+            yield f"{title}, {state} - plain", difference(by[name, state], by[name, "plain"], metric)
 
 
 def measure(

@@ -32,9 +32,9 @@ from latentmem.core.settings import LongTermSettings
 from latentmem.evaluate import protocol, scoring
 from latentmem.evaluate.asking import AT_ONCE, in_context, written
 from latentmem.evaluate.baselines.passages import ranked
-from latentmem.evaluate.protocol import Line
+from latentmem.evaluate.protocol import Line, Numbers, as_lines
 from latentmem.evaluate.settings import Conversations as Settings
-from latentmem.evaluate.stats import Estimate, mean
+from latentmem.evaluate.stats import difference, mean_of
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
 
@@ -261,36 +261,26 @@ class Conversations:
         return said
 
 
-def lines(records: Sequence[Record]) -> list[Line]:
+@as_lines
+def lines(records: Sequence[Record]) -> Numbers:
     """F1 and exact match of each row by category, abstaining, and paired differences to the memory's row."""
-    estimates: list[tuple[str, Estimate | None]] = []
     rows = [row for row in ROWS if any(r["row"] == row for r in records)]
     answered = [c for c in CATEGORIES if c != ADVERSARIAL]
     for metric, title in (("f1", "F1"), ("em", "exact match")):
         for row in rows:
             for name, categories in [("all but adversarial", answered), *((CATEGORIES[c], [c]) for c in answered)]:
-                estimates.append((f"{title}, {name}, {row}", _mean(_of(records, row, categories).values(), metric)))
+                yield f"{title}, {name}, {row}", mean_of(_of(records, row, categories).values(), metric)
     for name, categories in (("adversarial (right)", [ADVERSARIAL]), ("all others (wrong)", answered)):
-        estimates += [
-            (f"abstains, {name}, {row}", _mean(_of(records, row, categories).values(), "abstains")) for row in rows
-        ]
+        for row in rows:
+            yield f"abstains, {name}, {row}", mean_of(_of(records, row, categories).values(), "abstains")
     for row in ("memory", "longterm"):
-        ours = _of(records, row, answered)
         for other in rows[: rows.index(row)] if row in rows else ():
-            theirs = _of(records, other, answered)
-            both = [q for q in ours if q in theirs]
-            more = [ours[q]["f1"] - theirs[q]["f1"] for q in both]
-            estimates.append((f"F1, {row} - {other}", mean(more, [ours[q]["text"] for q in both])))
-    return [Line(name, estimate) for name, estimate in estimates if estimate is not None]
+            cells = (_of(records, one, answered) for one in (row, other))
+            yield f"F1, {row} - {other}", difference(*cells, "f1")
 
 
 def _of(records: Sequence[Record], row: str, categories: Sequence[int]) -> dict[str, Record]:
     return {r["question"]: r for r in records if r["row"] == row and r["category"] in categories}
-
-
-def _mean(records: Iterable[Record], metric: str) -> Estimate | None:
-    records = list(records)
-    return mean([r[metric] for r in records], [r["text"] for r in records])
 
 
 def measure(

@@ -21,10 +21,10 @@ from latentmem.evaluate import protocol
 from latentmem.evaluate.asking import ask, in_context, named, read, written
 from latentmem.evaluate.data.questions import heldout, unanswerable
 from latentmem.evaluate.data.sets import QuestionSet
-from latentmem.evaluate.protocol import Line
+from latentmem.evaluate.protocol import Line, Numbers, as_lines, perplexities
 from latentmem.evaluate.scoring import ABSTAINS
 from latentmem.evaluate.settings import Effects as Settings
-from latentmem.evaluate.stats import Estimate, exp, mean, ratio
+from latentmem.evaluate.stats import mean_of
 from latentmem.model.model import MemoryModel
 
 PROTOCOL = "effects/1"
@@ -83,28 +83,16 @@ class Effects:
         return protocol.full(self.llm, self.settings.memory, self.data.unrelated)
 
 
-def lines(records: Sequence[Record]) -> list[Line]:
+@as_lines
+def lines(records: Sequence[Record]) -> Numbers:
     """Perplexities and their ratio, and how often each kind of question is answered by "I don't know"."""
-    estimates: list[tuple[str, Estimate | None]] = []
-    by = {state: {r["text"]: r for r in records if r["kind"] == state} for state in STATES}
-    for state, chosen in by.items():
-        texts = list(chosen)
-        each = ratio([chosen[t]["nll"] for t in texts], [chosen[t]["tokens"] for t in texts], texts)
-        estimates.append((f"perplexity, {state}", exp(each)))
-    for state in STATES[1:]:
-        texts = [t for t in by[state] if t in by["plain"]]
-        more = [by[state][t]["nll"] - by["plain"][t]["nll"] for t in texts]
-        estimates.append(
-            (f"perplexity, {state} / plain", exp(ratio(more, [by[state][t]["tokens"] for t in texts], texts)))
-        )
+    yield from perplexities({state: {r["text"]: r for r in records if r["kind"] == state} for state in STATES})
     for way in ("memory", "floor"):
         for kind in KINDS:
             asked = [r for r in records if r["kind"] == kind and r["way"] == way]
-            groups = [r["text"] for r in asked]
-            estimates.append((f"abstains, {kind}, {way}", mean([r["abstains"] for r in asked], groups)))
+            yield f"abstains, {kind}, {way}", mean_of(asked, "abstains")
             if kind == "answered":
-                estimates.append((f"hits, {kind}, {way}", mean([r["hit"] for r in asked], groups)))
-    return [Line(name, estimate) for name, estimate in estimates if estimate is not None]
+                yield f"hits, {kind}, {way}", mean_of(asked, "hit")
 
 
 def measure(

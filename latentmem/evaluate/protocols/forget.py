@@ -26,9 +26,9 @@ from latentmem.core.memory import Memory
 from latentmem.evaluate import protocol
 from latentmem.evaluate.asking import ask, in_context, written
 from latentmem.evaluate.data.sets import QuestionSet, Text
-from latentmem.evaluate.protocol import Line
+from latentmem.evaluate.protocol import Line, Numbers, as_lines
 from latentmem.evaluate.settings import Forget as Settings
-from latentmem.evaluate.stats import Estimate, mean, ratio
+from latentmem.evaluate.stats import difference, less, mean, mean_of, ratio
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
 from latentmem.store import Store
@@ -128,9 +128,9 @@ class Forget:
         return protocol.full(self.llm, self.settings.memory, self.data.unrelated)
 
 
-def lines(records: Sequence[Record]) -> list[Line]:
+@as_lines
+def lines(records: Sequence[Record]) -> Numbers:
     """What is known in each state, the residue of both ways, what the others lose, and what the ways cost."""
-    estimates: list[tuple[str, Estimate | None]] = []
     by = {
         (about, state): {(r["sample"], r["question"]): r for r in records if _is(r, about, state)}
         for about in ("target", "other")
@@ -138,46 +138,28 @@ def lines(records: Sequence[Record]) -> list[Line]:
     }
     for metric, title in METRICS.items():
         for state in STATES:
-            chosen = list(by["target", state].values())
-            estimates.append(
-                (f"the text, {state}: {title}", mean([r[metric] for r in chosen], [r["text"] for r in chosen]))
-            )
+            yield f"the text, {state}: {title}", mean_of(by["target", state].values(), metric)
         control = by["target", "control"]
-        known = _difference(by["target", "before"], control, metric)
-        estimates.append((f"known before forgetting (before - control): {title}", mean(*known)))
+        known = less(by["target", "before"], control, metric)
+        yield f"known before forgetting (before - control): {title}", mean(*known)
         for way in WAYS:
-            residue = _difference(by["target", way], control, metric)
-            estimates.append((f"residue, {way} - control: {title}", mean(*residue)))
+            residue = less(by["target", way], control, metric)
+            yield f"residue, {way} - control: {title}", mean(*residue)
             if residue[1] == known[1]:
-                estimates.append((f"share of what was known that is left, {way}: {title}", ratio(residue[0], *known)))
+                yield f"share of what was known that is left, {way}: {title}", ratio(residue[0], *known)
     for metric, title in METRICS.items():
-        chosen = list(by["other", "before"].values())
-        estimates.append(
-            (f"the others, before: {title}", mean([r[metric] for r in chosen], [r["text"] for r in chosen]))
-        )
+        before = by["other", "before"]
+        yield f"the others, before: {title}", mean_of(before.values(), metric)
         for state in (*WAYS, "control"):
-            change = _difference(by["other", state], by["other", "before"], metric)
-            estimates.append((f"the others, {state} - before: {title}", mean(*change)))
+            yield f"the others, {state} - before: {title}", difference(by["other", state], before, metric)
     for way in WAYS:
-        chosen = [r for r in records if r["kind"] == "memory" and r["state"] == way]
-        groups = [r["text"] for r in chosen]
-        estimates.append(
-            (f"memories equal to the control to the bit, {way}", mean([r["same"] for r in chosen], groups))
-        )
-        estimates.append((f"seconds, {way}", mean([r["seconds"] for r in chosen], groups)))
-    return [Line(name, estimate) for name, estimate in estimates if estimate is not None]
+        memories = [r for r in records if r["kind"] == "memory" and r["state"] == way]
+        yield f"memories equal to the control to the bit, {way}", mean_of(memories, "same")
+        yield f"seconds, {way}", mean_of(memories, "seconds")
 
 
 def _is(r: Record, about: str, state: str) -> bool:
     return bool(r["kind"] == "asked" and r["about"] == about and r["state"] == state)
-
-
-def _difference(
-    one: dict[tuple[str, str], Record], other: dict[tuple[str, str], Record], metric: str
-) -> tuple[list[float], list[str]]:
-    """Question by question, with the text that each is about: several samples ask about the same others."""
-    both = [key for key in one if key in other]
-    return [one[key][metric] - other[key][metric] for key in both], [one[key]["text"] for key in both]
 
 
 def measure(

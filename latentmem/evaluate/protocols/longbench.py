@@ -29,9 +29,9 @@ from latentmem.core.presets import PAPER_PIECE
 from latentmem.evaluate import protocol, scoring
 from latentmem.evaluate.asking import in_context, named, written
 from latentmem.evaluate.baselines.passages import ranked
-from latentmem.evaluate.protocol import Line
+from latentmem.evaluate.protocol import Line, Numbers, as_lines
 from latentmem.evaluate.settings import LongBench as Settings
-from latentmem.evaluate.stats import Estimate, mean
+from latentmem.evaluate.stats import difference, mean_of
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
 
@@ -259,25 +259,18 @@ def cut(ids: Sequence[int], piece: int) -> Iterator[Sequence[int]]:
         yield ids[start : start + piece]
 
 
-def lines(records: Sequence[Record]) -> list[Line]:
+@as_lines
+def lines(records: Sequence[Record]) -> Numbers:
     """F1, exact match and hits of every set in each row, their mean over sets, and paired differences."""
-    estimates: list[tuple[str, Estimate | None]] = []
     names = [name for name in NAMES if any(r["set"] == name for r in records)]
     by = {(row, name): _of(records, row, name) for row in ROWS for name in names}
     for metric, title in (("f1", "F1"), ("em", "exact match"), ("hit", "hits")):
         for name in names:
             for row in ROWS:
-                chosen = by[row, name].values()
-                estimates.append(
-                    (f"{title}, {name}, {row}", mean([r[metric] for r in chosen], [r["text"] for r in chosen]))
-                )
+                yield f"{title}, {name}, {row}", mean_of(by[row, name].values(), metric)
     for name in names:
-        ours = by["memory", name]
         for row in ROWS[:-1]:
-            both = [q for q in ours if q in by[row, name]]
-            more = [ours[q]["f1"] - by[row, name][q]["f1"] for q in both]
-            estimates.append((f"F1, {name}, memory - {row}", mean(more, [ours[q]["text"] for q in both])))
-    return [Line(name, estimate) for name, estimate in estimates if estimate is not None]
+            yield f"F1, {name}, memory - {row}", difference(by["memory", name], by[row, name], "f1")
 
 
 def _of(records: Sequence[Record], row: str, name: str) -> dict[str, Record]:

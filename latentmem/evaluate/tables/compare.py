@@ -14,7 +14,7 @@ from typing import Any
 
 from latentmem.core.settings import MemorySettings
 from latentmem.evaluate.runner import Folder, Record
-from latentmem.evaluate.stats import Estimate, mean, ratio
+from latentmem.evaluate.stats import Estimate, difference, mean_of, quotient
 from latentmem.evaluate.tables.summary import METRICS, NAMES, cell_text
 from latentmem.files.container import replace_bytes
 
@@ -87,11 +87,11 @@ def compare(runs: Mapping[str, Path], N: int, *, stream: bool = False) -> list[L
     for metric in METRICS:
         out += _lines(metric, memories, rows, both)
     for name, cells in memories.items():
-        shares = {t: _mean(cells[t], both[t], "left") for t in steps}
+        shares = {t: mean_of(_of(cells[t], both[t]).values(), "left") for t in steps}
         out.append(Line("left", "left", name, _there(shares)))
         taken = {t: {q for q in questions if "found" in cells[t][q]} for t, questions in both.items()}
         if any(taken.values()):
-            share = {t: _mean(cells[t], questions, "found") for t, questions in taken.items()}
+            share = {t: mean_of(_of(cells[t], questions).values(), "found") for t, questions in taken.items()}
             out.append(Line("left", "left", f"{name}: of its long-term slots retrieved", _there(share)))
     return out
 
@@ -118,17 +118,17 @@ def _lines(
                 metric,
                 "row",
                 name,
-                _there({t: _mean(cells.get(t, {}), questions, metric) for t, questions in at.items()}),
+                _there({t: mean_of(_of(cells.get(t, {}), questions).values(), metric) for t, questions in at.items()}),
             )
         )
     for name, cells in memories.items():
         if metric != "loglik" and 0 in both:
-            kept = {t: _ratio(cells[t], cells[0], questions & both[0], metric) for t, questions in both.items()}
+            kept = {t: quotient(_of(cells[t], q & both[0]), cells[0], metric) for t, q in both.items()}
             out.append(Line(metric, "kept", f"{name} / its step 0", _there(kept)))
         beside = [(NAMES[row], rows.get(NAMES[row], {})) for row in ("window", "bm25")]
         for other, theirs in ((base, memories[base]), *beside):
             if name != other and theirs:
-                gain = {t: _gain(cells[t], theirs.get(t, {}), questions, metric) for t, questions in both.items()}
+                gain = {t: difference(_of(cells[t], q), theirs.get(t, {}), metric) for t, q in both.items()}
                 out.append(Line(metric, "gain", f"{name} - {other}", _there(gain)))
     return [line for line in out if line.cells]
 
@@ -142,20 +142,8 @@ def _cells(records: Iterable[Record], row: str, N: int, fill: str | None, stream
     return cells
 
 
-def _mean(cell: dict[str, Record], questions: Iterable[str], metric: str) -> Estimate | None:
-    chosen = [cell[q] for q in sorted(questions) if q in cell]
-    return mean([r[metric] for r in chosen], [r["text"] for r in chosen])
-
-
-def _ratio(cell: dict[str, Record], start: dict[str, Record], questions: Iterable[str], metric: str) -> Estimate | None:
-    chosen = [q for q in sorted(questions) if q in cell and q in start]
-    groups = [cell[q]["text"] for q in chosen]
-    return ratio([cell[q][metric] for q in chosen], [start[q][metric] for q in chosen], groups)
-
-
-def _gain(cell: dict[str, Record], other: dict[str, Record], questions: Iterable[str], metric: str) -> Estimate | None:
-    chosen = [q for q in sorted(questions) if q in cell and q in other]
-    return mean([cell[q][metric] - other[q][metric] for q in chosen], [cell[q]["text"] for q in chosen])
+def _of(cell: dict[str, Record], questions: Iterable[str]) -> dict[str, Record]:
+    return {q: cell[q] for q in sorted(questions) if q in cell}
 
 
 def _there(cells: Mapping[int, Estimate | None]) -> dict[int, Estimate]:

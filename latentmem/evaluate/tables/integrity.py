@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from latentmem.evaluate.protocol import Line
+from latentmem.evaluate.protocol import Numbers, as_lines
 from latentmem.evaluate.settings import Integrity
-from latentmem.evaluate.stats import Estimate, exp, mean, ratio, slope
+from latentmem.evaluate.stats import Estimate, difference, mean, mean_of, perplexity, ratio, slope
 from latentmem.evaluate.tables import plots
 
 ROWS = Integrity.ROWS
@@ -27,41 +28,43 @@ SCALE = 10_000  # updates, of which a slope says the change
 Record = dict[str, Any]
 
 
-def lines(records: Sequence[Record]) -> list[Line]:
+@as_lines
+def lines(records: Sequence[Record]) -> Numbers:
     """Answers by age and window, perplexity and pairs at checkpoints, slot norms, drift, speed."""
-    estimates: list[tuple[str, Estimate | None]] = []
     for row in ROWS:
         asked = [r for r in records if r["kind"] == "asked" and r["row"] == row]
         for age in sorted({r["age"] for r in asked}):
-            of_age = [r for r in asked if r["age"] == age]
-            name = f"{row}, asked {'at once' if age == 0 else f'{age} facts later'}"
-            estimates += [(f"{name}: {title}", _mean(of_age, metric)) for metric, title in METRICS.items()]
-            weights = [DECAY ** (of_age[-1]["at"] - r["at"]) for r in of_age]
-            for metric, title in SHARES.items():
-                values = [w * r[metric] for w, r in zip(weights, of_age, strict=True)]
-                estimates.append((f"{name}: {title}, exponential mean", ratio(values, weights, _ids(of_age))))
-                for start, end, part in _windows(of_age):
-                    estimates.append((f"{name}: {title}, updates {start} to {end}", _mean(part, metric)))
-            if row == "memory":
-                estimates.append((f"{name}: share of its slots that is left", _mean(of_age, "left")))
+            yield from _answers(row, age, [r for r in asked if r["age"] == age])
         more = _less_alone(asked, records)
-        estimates.append((f"{row}, {LESS_ALONE}: token accuracy", mean([y for _, y in more], [at for at, _ in more])))
-        estimates += _checkpoints(records, row)
-        estimates += [
-            (f"{row}: {name}", estimate) for name, estimate in [*_slot_norms(records, row), *drift(records, row)]
-        ]
+        yield f"{row}, {LESS_ALONE}: token accuracy", mean([y for _, y in more], [at for at, _ in more])
+        yield from _checkpoints(records, row)
+        for name, estimate in [*_slot_norms(records, row), *drift(records, row)]:
+            yield f"{row}: {name}", estimate
         speeds = [r for r in records if r["kind"] == "speed" and r["row"] == row]
         pace = ratio([r["updates"] for r in speeds], [r["seconds"] for r in speeds], [r["at"] for r in speeds])
-        estimates.append((f"{row}: updates per second", pace))
-    return [Line(name, estimate) for name, estimate in estimates if estimate is not None]
+        yield f"{row}: updates per second", pace
 
 
-def _mean(records: Sequence[Record], metric: str) -> Estimate | None:
-    return mean([r[metric] for r in records], _ids(records))
+def _answers(row: str, age: int, asked: Sequence[Record]) -> Numbers:
+    """What was asked at one age: over the whole stream, with more weight on its end, and in each window."""
+    name = f"{row}, asked {_called(age)}"
+    for metric, title in METRICS.items():
+        yield f"{name}: {title}", _mean(asked, metric)
+    weights = [DECAY ** (asked[-1]["at"] - r["at"]) for r in asked]
+    for metric, title in SHARES.items():
+        values = [w * r[metric] for w, r in zip(weights, asked, strict=True)]
+        yield f"{name}: {title}, exponential mean", ratio(values, weights, [r["question"] for r in asked])
+        for start, end, part in _windows(asked):
+            yield f"{name}: {title}, updates {start} to {end}", _mean(part, metric)
+    if row == "memory":
+        yield f"{name}: share of its slots that is left", _mean(asked, "left")
 
 
-def _ids(records: Sequence[Record]) -> list[str]:
-    return [r["question"] for r in records]
+def _called(age: int) -> str:
+    return "at once" if age == 0 else f"{age} facts later"
+
+
+_mean = partial(mean_of, group="question")
 
 
 def _windows(records: Sequence[Record]) -> Iterator[tuple[int, int, list[Record]]]:
@@ -72,24 +75,17 @@ def _windows(records: Sequence[Record]) -> Iterator[tuple[int, int, list[Record]
         yield start + 1, end, [r for r in records if start < r["at"] <= end]
 
 
-def _checkpoints(records: Sequence[Record], row: str) -> list[tuple[str, Estimate | None]]:
+def _checkpoints(records: Sequence[Record], row: str) -> Numbers:
     """Perplexity and pairs of the plain model, and of a row at up to `WINDOWS` checkpoints, the last one among them."""
-    estimates: list[tuple[str, Estimate | None]] = []
-    there = {kind: _at(records, kind, row) for kind in ("read", "pair")}
+    read, pairs = _at(records, "read", row), _at(records, "pair", row)
     plain = {kind: _at(records, kind, "plain").get(0, {}) for kind in ("read", "pair")}
-    points = sorted(there["read"])
+    points = sorted(read)
     shown = min(WINDOWS, len(points))
     points = [points[-1 - i * len(points) // shown] for i in reversed(range(shown))]
     for at in points:
-        texts = [text for text in there["read"][at] if text in plain["read"]]
-        more = [there["read"][at][text]["nll"] - plain["read"][text]["nll"] for text in texts]
-        tokens = [plain["read"][text]["tokens"] for text in texts]
-        estimates.append((f"{row}: perplexity / plain after {at}", exp(ratio(more, tokens, texts))))
+        yield f"{row}: perplexity / plain after {at}", perplexity(read[at], plain["read"])
     for at in points:
-        items = [item for item in there["pair"].get(at, {}) if item in plain["pair"]]
-        more = [there["pair"][at][item]["right"] - plain["pair"][item]["right"] for item in items]
-        estimates.append((f"{row}: BLiMP - plain after {at}", mean(more, items)))
-    return estimates
+        yield f"{row}: BLiMP - plain after {at}", difference(pairs.get(at, {}), plain["pair"], "right")
 
 
 def _at(records: Sequence[Record], kind: str, row: str) -> dict[int, dict[str, Record]]:
@@ -131,7 +127,7 @@ def drift(records: Sequence[Record], row: str) -> list[tuple[str, Estimate | Non
     asked = [r for r in records if r["kind"] == "asked" and r["row"] == row and r["at"] > start]
     out = []
     for age in sorted({r["age"] for r in asked}):
-        name = f"token accuracy asked {'at once' if age == 0 else f'{age} facts later'}"
+        name = f"token accuracy asked {_called(age)}"
         points = [(r["at"], float(r["accuracy"])) for r in asked if r["age"] == age]
         out.append((f"drift of the {name}, per {SCALE} updates", trend(points)))
     more = _less_alone(asked, records)
@@ -189,7 +185,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
         for age in sorted({r["age"] for r in records if r["kind"] == "asked" and r["row"] == row}):
             answers = [r for r in records if r["kind"] == "asked" and r["row"] == row and r["age"] == age]
             points: plots.Points = [((a + b) / 2, _mean(part, "accuracy")) for a, b, part in _windows(answers)]
-            accuracy[f"{row}, {'at once' if age == 0 else f'{age} facts later'}"] = points
+            accuracy[f"{row}, {_called(age)}"] = points
     panels: dict[str, plots.Curves] = {"token accuracy": accuracy, "perplexity / plain": {}, "BLiMP - plain": {}}
     for row in ROWS:
         for name, estimate in _checkpoints(records, row):

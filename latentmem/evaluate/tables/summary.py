@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from latentmem.evaluate.stats import Estimate, mean, ratio
+from latentmem.evaluate.stats import Estimate, difference, mean, mean_of, quotient
 
 Record = dict[str, Any]
 METRICS = {"hit": "hits", "accuracy": "token accuracy", "loglik": "log-likelihood of the gold answer, per token"}
@@ -115,18 +115,18 @@ class _Table:
 
         for name, (row, fill) in rows.items():
             at = steps[:1] or [0] if row in CONSTANT else steps
-            line("row", name, ((t, _mean(values(row, fill, t), metric)) for t in at))
+            line("row", name, ((t, mean_of(values(row, fill, t).values(), metric)) for t in at))
         for name, (row, fill) in rows.items():
             if row != OURS:
                 continue
             if metric != "loglik":
                 oracle = values("oracle", "", 0)
-                line("relative", name, ((t, _ratio(values(row, fill, t), oracle, metric)) for t in steps))
+                line("relative", name, ((t, quotient(values(row, fill, t), oracle, metric)) for t in steps))
             line("bound", name, ((t, self._bound(N, stream, fill, t, metric, values)) for t in steps))
             for other, (other_row, other_fill) in rows.items():
                 if other_row in CONSTANT or (other_row != OURS and other_fill == fill):  # of one history
                     pairs = ((t, values(row, fill, t), values(other_row, other_fill, t)) for t in steps)
-                    line("paired", f"{name} - {other}", ((t, _difference(a, b, metric)) for t, a, b in pairs))
+                    line("paired", f"{name} - {other}", ((t, difference(a, b, metric)) for t, a, b in pairs))
         return lines
 
     def _bound(self, N: int, stream: bool, fill: str, t: int, metric: str, values: Any) -> Estimate | None:
@@ -147,30 +147,16 @@ class _Table:
             if row == OURS:
                 kinds |= {"M/N": f"{name}: M/N", "found": f"{name}: long-term slots that are retrieved"}
             for kind, title in kinds.items():
-                estimates = {t: _filled(cell, N) if kind == "M/N" else _mean(cell, kind) for t, cell in cells.items()}
+                estimates = {t: _share(cell.values(), kind, N) for t, cell in cells.items()}
                 there = {t: estimate for t, estimate in estimates.items() if estimate}
                 lines.append(Line(N, stream, "left", False, kind, row, fill, title, there))
         return lines
 
 
-def _mean(cell: dict[str, Record], metric: str) -> Estimate | None:
-    records = [r for r in cell.values() if metric in r]
-    return mean([r[metric] for r in records], [r["text"] for r in records])
-
-
-def _filled(cell: dict[str, Record], N: int) -> Estimate | None:
-    return mean([r["M"] / N for r in cell.values()], [r["text"] for r in cell.values()])
-
-
-def _ratio(ours: dict[str, Record], oracle: dict[str, Record], metric: str) -> Estimate | None:
-    both = [q for q in ours if q in oracle]
-    groups = [ours[q]["text"] for q in both]
-    return ratio([ours[q][metric] for q in both], [oracle[q][metric] for q in both], groups)
-
-
-def _difference(ours: dict[str, Record], other: dict[str, Record], metric: str) -> Estimate | None:
-    both = [q for q in ours if q in other]
-    return mean([ours[q][metric] - other[q][metric] for q in both], [ours[q]["text"] for q in both])
+def _share(records: Iterable[Record], kind: str, N: int) -> Estimate | None:
+    if kind == "M/N":
+        records = [{**r, kind: r["M"] / N} for r in records]
+    return mean_of([r for r in records if kind in r], kind)
 
 
 def as_json(lines: Iterable[Line]) -> list[Record]:
