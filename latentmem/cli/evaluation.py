@@ -348,7 +348,7 @@ def everything(
     adapters: Adapters = "auto",
 ) -> None:
     """Every protocol with its own defaults, one after the other, and one page of all tables: hours on two cores."""
-    from latentmem.evaluate.tables.results import one_page
+    from latentmem.evaluate.protocol import one_page
 
     shared: dict[str, Any] = {"workers": workers, "model": model, "device": device, "adapters": adapters}
     commands = _commands()

@@ -30,6 +30,11 @@ class Answer:
     loglik: float
     said: str
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What a record holds of an answer, without its words."""
+        return {"hit": int(self.hit), "accuracy": round(self.accuracy, 6), "loglik": round(self.loglik, 6)}
+
 
 def ask(
     llm: MemoryModel, context: Context, questions: Sequence[Question], *, new_tokens: int = NEW_TOKENS
@@ -42,8 +47,7 @@ def ask(
     ids = [prompts.question(q.question, bare=context.length > 0) for q in questions]
     context = llm.retrieved(context, ids)
     scores = llm.score_rows(context, ids, [prompts.answer(q.question, q.answers[0]) for q in questions])
-    outputs = llm.generate_rows(context, ids, new_tokens)
-    said = [llm.tokenizer.decode(output, skip_special_tokens=True).strip() for output in outputs]
+    said = say(llm, context, ids, new_tokens)
     return [
         Answer(
             hit=any(a.lower() in words.lower() for a in q.answers),
@@ -53,6 +57,15 @@ def ask(
         )
         for q, score, words in zip(questions, scores, said, strict=True)
     ]
+
+
+def say(llm: MemoryModel, context: Context, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[str]:
+    """Greedy answers to prompts behind one context, a few at once."""
+    said: list[str] = []
+    for start in range(0, len(prompts), AT_ONCE):
+        outputs = llm.generate_rows(context, prompts[start : start + AT_ONCE], new_tokens)
+        said += [llm.tokenizer.decode(output, skip_special_tokens=True).strip() for output in outputs]
+    return said
 
 
 def in_context(llm: MemoryModel, ids: Sequence[int]) -> Context:
@@ -81,3 +94,8 @@ def read(llm: MemoryModel, context: Context, text: str, tokens: int) -> tuple[fl
 def named(text: str) -> str:
     """The id of a text that has none: the beginning of its hash."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def seed_of(name: str) -> int:
+    """The seed of the drops of one sample."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any, ClassVar, Protocol, TypedDict, TypeVar, Unpack
 
 from latentmem.core.memory import Memory
 from latentmem.core.settings import LongTermSettings, MemorySettings
@@ -15,14 +16,15 @@ from latentmem.evaluate import runner
 from latentmem.evaluate.asking import written
 from latentmem.evaluate.settings import Settings
 from latentmem.evaluate.stats import Estimate, perplexity
-from latentmem.evaluate.tables import results
+from latentmem.files.container import replace_bytes
 from latentmem.model.model import MemoryModel
 
 Record = runner.Record
+Unit = runner.Unit
 
 
 class EnoughError(Exception):
-    """What was asked for, such as the time of a run, is used up: what is finished is the result."""
+    """The time of a run, for example, is used up: its result is all that is finished."""
 
 
 class RunOptions(TypedDict, total=False):
@@ -48,10 +50,18 @@ class Line:
     name: str
     estimate: Estimate
 
+    def as_json(self) -> Any:
+        return [self.name, self.estimate.as_json()]
+
+
+class AsJson(Protocol):
+    """A line of any table."""
+
+    def as_json(self) -> Any: ...
+
 
 Numbers = Iterator[tuple[str, Estimate | None]]  # with their names
-AnyLine = TypeVar("AnyLine", bound=Line)
-Result = TypeVar("Result")
+AnyLine = TypeVar("AnyLine", bound=AsJson)
 
 
 def as_lines(numbers: Callable[[Sequence[Record]], Numbers]) -> Callable[[Sequence[Record]], list[Line]]:
@@ -114,130 +124,133 @@ def full(llm: MemoryModel, memory: MemorySettings, unrelated: Iterable[str], sha
     return now
 
 
-def asked(llm: MemoryModel, settings: Settings, chosen: Sequence[str]) -> dict[str, Any]:
-    """Settings as JSON: what a folder is about.
+class Worker:
+    """A protocol at work on one model; each process makes its own.
 
-    Args:
-        chosen: settings that choose units and change none: a later run may add to them in the same folder.
+    A protocol gives `units` and `records`, and `chains` where a unit needs the one before it.
     """
-    values = {name: value for name, value in asdict(settings).items() if name not in chosen}
-    return {**values, "memory": asdict(empty(llm, settings.memory).settings)}
+
+    PROTOCOL: ClassVar[str]  # name/version; another version where records of before and after can not be in one table
+    TITLE: ClassVar[str]
+    CHOSEN: ClassVar[tuple[str, ...]] = ()  # settings that choose units and change none: a later run may add to them
+    OVER: ClassVar[str] = "texts"  # drawn anew for the intervals
+    llm: MemoryModel
+    settings: Settings
+
+    def units(self) -> list[Unit]:
+        """Units that stand by themselves, in the order of work."""
+        return []
+
+    def chains(self) -> list[list[Unit]]:
+        """Units of which each needs the one before it in its chain."""
+        return []
+
+    def records(self, *unit: Any) -> Iterator[Record]:
+        """Do one unit of work: records of ids and numbers."""
+        raise NotImplementedError
+
+    def run(self, unit: Unit) -> list[Record]:
+        """Do one unit of work and return its records."""
+        return list(self.records(*unit))
+
+    @property
+    def title(self) -> str:
+        """The heading of the table."""
+        return self.TITLE
+
+    def about_model(self) -> dict[str, Any]:
+        """Which model is measured, as JSON."""
+        llm = self.llm
+        adapters = llm.adapters.identity if llm.adapters else ""
+        return {"name": llm.name, "sha256": llm.identity, "adapters": adapters, "dtype": str(llm.decoder.dtype)[6:]}
+
+    def about_settings(self) -> dict[str, Any]:
+        """The settings as JSON, without those to which a later run may add."""
+        values = {name: value for name, value in asdict(self.settings).items() if name not in self.CHOSEN}
+        return {**values, "memory": asdict(empty(self.llm, self.settings.memory).settings)}
+
+    def finish(self, folder: runner.Folder, title: str, records: Sequence[Record], lines: Sequence[Any]) -> Record:
+        """Write more files than table.md and summary.json; more of summary.json: its notes stand over the table."""
+        return {"notes": []}
+
+    def clear(self, finished: Collection[Unit]) -> None:
+        """Remove files that only an unfinished run needs."""
 
 
-def carry_out(
-    protocol: str,
-    llm: MemoryModel,
-    worker: runner.Worker,
-    about: dict[str, Any],
-    finish: Callable[[runner.Folder, bool], Result],
+def measure(
+    worker: Worker,
+    lines: Callable[[Sequence[Record]], list[AnyLine]],
     out: Path,
     *,
-    args: Sequence[Any] = (),
-    command: str = "",
-    workers: int = 1,
-    loading: dict[str, Any] | None = None,
-    progress: runner.Progress = lambda done, total: None,
-) -> Result:
-    """Run a protocol, or go on with it, and write its results.
+    data: dict[str, Any],
+    args: Sequence[Any],
+    table: Callable[[Any], str] | None = None,
+    **how: Unpack[RunOptions],
+) -> list[AnyLine]:
+    """Run a protocol, or go on with it, and write table.md and summary.json.
 
     Args:
-        protocol: its name and version, such as "effects/1".
         worker: does the work in this process.
-        about: settings and data, as JSON: what a folder is about; "model" is added where it is not there.
-        finish: given the folder and whether the run is complete, writes the results and returns them.
-        out: gets config.json and records.jsonl.
+        lines: of all records, those of the table.
+        out: the run's folder; also gets config.json and records.jsonl.
+        data: what is asked about, as JSON.
         args: what another process makes its own worker of, behind the model.
-        command, workers, loading, progress: as in `RunOptions`.
+        table: the lines as Markdown; by default `markdown`.
 
     Raises:
         KeyboardInterrupt: stopped; the results then show what was finished, and the next run goes on from there.
         ValueError: the folder holds another run or is in use.
     """
+    workers, loading = how.get("workers", 1), how.get("loading")
     if workers > 1 and loading is None:
         raise ValueError("more than one worker needs `loading`, the arguments with which they load the model.")
-    folder = runner.Folder(out, {"protocol": protocol, "model": model(llm), **about})
-    with folder.working(results.this_run(command)):
+    about = {"model": worker.about_model(), "data": data, "settings": worker.about_settings()}
+    folder = runner.Folder(out, {"protocol": worker.PROTOCOL, **about})
+    finish = partial(_finish, folder, worker, lines, table or markdown)
+    with folder.working(runner.this_run(how.get("command", ""))):
         try:
             with suppress(EnoughError):
-                runner.run(folder, worker, _made, (type(worker), loading, args), workers, progress)
+                progress = how.get("progress") or (lambda done, total: None)
+                runner.run(folder, worker, _worker, (type(worker), loading, args), workers, progress)
         except KeyboardInterrupt:
-            finish(folder, False)
+            finish(complete=False)
             raise
-        return finish(folder, True)
+        worker.clear(folder.done())
+        return finish(complete=True)
 
 
-def measure(
-    protocol: str,
-    llm: MemoryModel,
-    worker: runner.Worker,
-    data: dict[str, Any],
-    settings: Settings,
-    lines: Callable[[Sequence[Record]], list[AnyLine]],
-    out: Path,
-    *,
-    title: str,
-    chosen: Sequence[str] = (),
-    args: Sequence[Any] = (),
-    after: Callable[[Sequence[Record], Path], list[str]] | None = None,
-    table: Callable[[Sequence[AnyLine]], str] | None = None,
-    over: str = "texts",
-    **how: Unpack[RunOptions],
-) -> list[AnyLine]:
-    """`carry_out` a protocol whose results are table.md and summary.json.
-
-    Args:
-        data: what is asked about, as JSON.
-        chosen: as of `asked`.
-        lines: of all records, those of the table.
-        after: given all records and the folder, writes more files and returns sentences to stand over the table.
-        table: the lines as Markdown; by default `markdown`.
-        over: what is drawn anew for the intervals, in words.
-    """
-
-    def finish(folder: runner.Folder, complete: bool) -> list[AnyLine]:
-        heading = title if complete else f"{title}, stopped before its end"
-        return _write(folder, lines, heading, after, table or markdown, over)
-
-    about = {"data": data, "settings": asked(llm, settings, chosen)}
-    return carry_out(protocol, llm, worker, about, finish, out, args=args, **how)
-
-
-def model(llm: MemoryModel) -> dict[str, Any]:
-    """What says which model was measured."""
-    return {
-        "name": llm.name,
-        "sha256": llm.identity,
-        "adapters": llm.adapters.identity if llm.adapters else "",
-        "dtype": str(llm.decoder.dtype)[6:],
-    }
-
-
-def _made(kind: Callable[..., runner.Worker], loading: dict[str, Any], args: Sequence[Any]) -> runner.Worker:
+def _worker(kind: Callable[..., Worker], loading: dict[str, Any], args: Sequence[Any]) -> Worker:
     """The worker of another process."""
     from latentmem.loading.load import load
 
     return kind(load(**loading), *args)
 
 
-def _write(
+def _finish(
     folder: runner.Folder,
+    worker: Worker,
     lines: Callable[[Sequence[Record]], list[AnyLine]],
-    title: str,
-    after: Callable[[Sequence[Record], Path], list[str]] | None,
-    table: Callable[[Sequence[AnyLine]], str],
-    over: str,
+    table: Callable[[Any], str],
+    complete: bool,
 ) -> list[AnyLine]:
-    records = [record for unit in folder.done().values() for record in unit]
-    table_lines, notes = lines(records), after(records, folder.path) if after else []
-    config = folder.config
+    """Write the results; a run that was stopped before it has a line leaves none."""
+    title = worker.title if complete else f"{worker.title}, stopped before its end"
+    records = folder.all_records()
+    table_lines = lines(records)
+    more = worker.finish(folder, title, records, table_lines)
+    if not complete and not table_lines:
+        return []
+    config, notes = folder.config, more["notes"]
     values = {**config["settings"]["memory"], **config["settings"]}
     shown = ", ".join(f"{key} = {value}" for key, value in values.items() if key != "memory" and value is not None)
     about = f"{folder.runs[-1]['started'][:10]}. {config['model']['name']}, adapters "
     about += f"{config['model']['adapters'] or 'none'}, {config['model']['dtype']}; {shown}. "
-    about += f"Intervals: 95%, bootstrap over {over}."
+    about += f"Intervals: 95%, bootstrap over {worker.OVER}."
     about += "\n\n" * bool(notes) + "\n".join(f"- {note}" for note in notes)
-    more = {"notes": notes, "lines": [[line.name, line.estimate.as_json()] for line in table_lines]}
-    results.save(folder, title, about, table(table_lines), more)
+    summary = {"title": title, **config, "runs": folder.runs, **more, "lines": [line.as_json() for line in table_lines]}
+    replace_bytes(folder.path / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    commands = "\n".join(dict.fromkeys(run["command"] for run in folder.runs))
+    replace_bytes(folder.path / "table.md", f"# {title}\n\n```\n{commands}\n```\n\n{about}\n\n{table(table_lines)}")
     return table_lines
 
 
@@ -248,3 +261,13 @@ def markdown(lines: Sequence[Line]) -> str:
         e = line.estimate
         rows.append(f"| {line.name} | {e.n} ({e.texts}) | {e.mean:.3f} [{e.low:.3f}, {e.high:.3f}] |")
     return "\n".join(rows) + "\n"
+
+
+def one_page(folder: Path, names: Sequence[str]) -> Path | None:
+    """Put the tables of several runs, which lie in folders of these names, on one page; None if there are no tables."""
+    tables = {name: folder / name / "table.md" for name in names}
+    parts = [f"<!-- {name} -->\n\n{path.read_text(encoding='utf-8')}" for name, path in tables.items() if path.exists()]
+    if not parts:
+        return None
+    replace_bytes(folder / "results.md", "\n".join(parts))
+    return folder / "results.md"

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from latentmem.files.container import replace_bytes
+from latentmem.files.container import DISK, replace_bytes
 
 Record = dict[str, Any]
 Unit = tuple[Any, ...]
@@ -33,6 +37,9 @@ class Worker(Protocol):
     def units(self) -> list[Unit]: ...
     def chains(self) -> list[list[Unit]]: ...
     def run(self, unit: Unit) -> list[Record]: ...
+
+
+PACKAGES = ("latentmem", "torch", "transformers", "tokenizers", "peft", "bm25s", "numpy")
 
 
 class Folder:
@@ -119,12 +126,44 @@ class Folder:
                 ) from None
         return records
 
+    def all_records(self) -> list[Record]:
+        """Records of all finished units."""
+        return [record for records in self.done().values() for record in records]
+
     def add(self, unit: Unit, records: list[Record]) -> None:
         """Append one finished unit, on disk before this returns."""
         with self.records.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"unit": unit, "records": records}, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        DISK.sync(self.records)
+
+
+def this_run(command: str) -> Record:
+    """When, with which versions and at which commit something is run."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    machine = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    return {"started": started, "command": command, "commit": _commit(), "versions": versions, **machine}
+
+
+def _commit() -> str:
+    """The commit of this source tree, marked where files differ from it; "" for an installed package."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+        tracked = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", Path(__file__).name], cwd=here, capture_output=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return described.stdout.strip() if tracked.returncode == 0 else ""
 
 
 def _is_own(name: str) -> bool:

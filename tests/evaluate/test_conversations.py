@@ -136,7 +136,9 @@ def test_every_row_sees_what_it_should(llm, monkeypatch):
         llm, [dialogue(talk())], Settings(MemorySettings(128), longterm=32, new_tokens=4, passages=1)
     )
     monkeypatch.setattr(
-        worker, "_say", lambda context, prompts: seen.update(context=context, prompts=prompts) or ["red boat"] * 10
+        conversations,
+        "say",
+        lambda _, context, prompts, new_tokens: seen.update(context=context, prompts=prompts) or ["red boat"] * 10,
     )
     contexts = []
     monkeypatch.setattr(

@@ -191,7 +191,7 @@ def test_the_table_is_by_set_and_the_mean_over_longbench_is_said():
     found = {line.name: line.estimate for line in lines(some)}
     assert found["F1, qasper, memory"].mean == 0.5 and found["F1, babi, memory"].mean == 1.0
     assert found["F1, qasper, memory - floor"].mean == pytest.approx(0.4)
-    assert longbench.notes(some, None)[-1] == "memory: mean F1 over 2 of LongBench's sets 30.0%."
+    assert longbench.notes(some)[-1] == "memory: mean F1 over 2 of LongBench's sets 30.0%."
 
 
 def test_a_run_goes_on_and_rows_are_added(llm, tmp_path):

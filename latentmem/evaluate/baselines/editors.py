@@ -10,7 +10,6 @@ away in a model that runs in bfloat16.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from latentmem.core.memory import Memory
-from latentmem.evaluate.asking import in_context, written
+from latentmem.evaluate.asking import in_context, seed_of, written
 from latentmem.evaluate.baselines.passages import indexed, nearest, searcher
 from latentmem.evaluate.data.edits import Edit, EditSet, Probe
 from latentmem.files.container import replace_bytes
@@ -245,7 +244,7 @@ class Written:
         self.llm, self.begin, self.seed = llm, begin, seed
 
     def start(self, name: str) -> Memory:
-        return self.begin().with_settings(seed=drawn(self.seed, name))
+        return self.begin().with_settings(seed=seed_of(f"{self.seed}/{name}"))
 
     def edit(self, state: Memory, edit: Edit) -> Memory:
         return self.llm.write_ids(state, written(self.llm, edit.sentence), edit.id)
@@ -265,8 +264,3 @@ class Unwritten(Written):
 
     def edit(self, state: Memory, edit: Edit) -> Memory:
         return state
-
-
-def drawn(seed: int, name: str) -> int:
-    """A seed for one state, from the seed of the run."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")

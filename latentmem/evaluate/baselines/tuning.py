@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from latentmem.evaluate.baselines.editors import ENOUGH, answer_ids, drawn, prompt_ids
+from latentmem.evaluate.asking import seed_of
+from latentmem.evaluate.baselines.editors import ENOUGH, answer_ids, prompt_ids
 from latentmem.evaluate.data.edits import Edit
 from latentmem.files import container
 from latentmem.model.context import Context
@@ -248,7 +249,7 @@ class LowRank(Trained):
         self.rank, self.scale = rank, alpha / rank
 
     def start(self, name: str) -> Change:
-        generator = torch.Generator().manual_seed(drawn(0, name))
+        generator = torch.Generator().manual_seed(seed_of(f"0/{name}"))
         change: Change = {}
         for i in range(self.llm.decoder.L):
             for layer, m in linears(self.llm, f"{i}.self_attn").items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ def load(name: str, count: int, seed: int) -> Choices:
     items = {"blimp": blimp, "piqa": piqa, "mmlu": mmlu}[name](rows)
     if len(items) < count:
         raise ValueError(f"{name} has {len(items)} items, and {count} were asked for. Ask for fewer.")
-    return Choices(name, source, tuple(_spread(items, lambda item: item.id.rpartition("-")[0], count, seed)))
+    return Choices(name, source, tuple(spread(items, lambda item: item.id.rpartition("-")[0], count, seed)))
 
 
 def _from_hub(name: str) -> list[Row]:
@@ -121,8 +121,11 @@ def mmlu(rows: Iterable[Row]) -> list[Item]:
     return items
 
 
-def _spread(items: Sequence[Item], part: Callable[[Item], Hashable], count: int, seed: int) -> list[Item]:
-    """`count` items drawn by seed, one of each part in turn."""
+Drawn = TypeVar("Drawn")
+
+
+def spread(items: Sequence[Drawn], part: Callable[[Drawn], Hashable], count: int, seed: int) -> list[Drawn]:
+    """At most `count` items drawn by seed, one of each part in turn."""
     seen: dict[Hashable, int] = {}
     ranked: list[tuple[int, int]] = []
     for place in np.random.default_rng(seed).permutation(len(items)).tolist():

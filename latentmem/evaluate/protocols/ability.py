@@ -23,12 +23,11 @@ from latentmem.evaluate.asking import named, read
 from latentmem.evaluate.data import choices
 from latentmem.evaluate.data.choices import Choices
 from latentmem.evaluate.data.questions import heldout
-from latentmem.evaluate.protocol import Line, Numbers, as_lines, perplexities
+from latentmem.evaluate.protocol import Line, Numbers, Record, RunOptions, Unit, Worker, as_lines, perplexities
 from latentmem.evaluate.settings import Ability as Settings
 from latentmem.evaluate.stats import difference, mean_of
 from latentmem.model.model import MemoryModel
 
-PROTOCOL = "ability/1"
 STATES = ("plain", "empty", "half", "full")
 METRICS = (  # set, metric, and how it is called
     ("blimp", "right", "BLiMP"),
@@ -37,17 +36,20 @@ METRICS = (  # set, metric, and how it is called
     ("mmlu", "right", "MMLU"),
 )
 BATCH = 8  # items of one unit of work
-Unit = tuple[Any, ...]  # ("perplexity", index of the article), or (set, number of the batch)
-Record = dict[str, Any]
 
 
-class Ability:
-    """One worker: a model, the sets, and memories of unrelated texts.
+class Ability(Worker):
+    """A model, the sets, and memories of unrelated texts.
+
+    A unit is ("perplexity", index of the article), or (set, number of the batch).
 
     Args:
         sets: what is chosen from, as `choices.load` gives it.
         unrelated: texts that fill the memories.
     """
+
+    PROTOCOL, TITLE = "ability/1", "What a memory costs what the model could do before"
+    settings: Settings
 
     def __init__(self, llm: MemoryModel, sets: Sequence[Choices], unrelated: Sequence[str], settings: Settings) -> None:
         self.llm, self.settings, self.unrelated = llm, settings, unrelated
@@ -55,18 +57,11 @@ class Ability:
         self.articles = heldout(settings.texts, settings.seed) if settings.texts else []
 
     def units(self) -> list[Unit]:
-        """One unit for each article, and for each batch of items."""
         units: list[Unit] = [("perplexity", i) for i in range(len(self.articles))]
         return units + [(name, k) for name, items in self.sets.items() for k in range(-(-len(items) // BATCH))]
 
-    def chains(self) -> list[list[Unit]]:
-        """None: each item stands by itself."""
-        return []
-
-    def run(self, unit: Unit) -> list[Record]:
-        """Do one unit of work and return its records."""
-        name, k = unit
-        return list(self._perplexity(k) if name == "perplexity" else self._choices(name, k))
+    def records(self, name: str, k: int) -> Iterator[Record]:
+        return self._perplexity(k) if name == "perplexity" else self._choices(name, k)
 
     def _perplexity(self, i: int) -> Iterator[Record]:
         text = self.articles[i]
@@ -113,21 +108,10 @@ def measure(
     unrelated: Sequence[str],
     settings: Settings,
     out: Path,
-    **how: Unpack[protocol.RunOptions],
+    **how: Unpack[RunOptions],
 ) -> list[Line]:
     """Run the protocol, or go on with it; arguments as in `Ability` and `protocol.measure`."""
     worker = Ability(llm, sets, unrelated, settings)
-    data = {one.name: {"source": one.source, "sha256": one.identity} for one in sets}
-    named_texts = {"articles": named(repr(worker.articles)), "unrelated": named(repr(list(unrelated)))}
-    return protocol.measure(
-        PROTOCOL,
-        llm,
-        worker,
-        {**data, **named_texts},
-        settings,
-        lines,
-        out,
-        title="What a memory costs what the model could do before",
-        args=(sets, unrelated, settings),
-        **how,
-    )
+    about: dict[str, Any] = {one.name: {"source": one.source, "sha256": one.identity} for one in sets}
+    about |= {"articles": named(repr(worker.articles)), "unrelated": named(repr(list(unrelated)))}
+    return protocol.measure(worker, lines, out, data=about, args=(sets, unrelated, settings), **how)

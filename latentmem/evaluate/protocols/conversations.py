@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 
@@ -30,23 +30,18 @@ from latentmem import data
 from latentmem.core.memory import Memory
 from latentmem.core.settings import LongTermSettings
 from latentmem.evaluate import protocol, scoring
-from latentmem.evaluate.asking import AT_ONCE, in_context, written
+from latentmem.evaluate.asking import in_context, named, say, written
 from latentmem.evaluate.baselines.passages import ranked
-from latentmem.evaluate.protocol import Line, Numbers, as_lines
+from latentmem.evaluate.protocol import Line, Numbers, Record, RunOptions, Unit, Worker, as_lines
 from latentmem.evaluate.settings import Conversations as Settings
 from latentmem.evaluate.stats import difference, mean_of
-from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
 
-PROTOCOL = "conversations/2"
 FILE = "conversations/locomo8.jsonl.gz"
 ROWS = Settings.ROWS
 CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", 5: "adversarial"}
 OPEN_DOMAIN, ADVERSARIAL = 3, 5
 NOT_ANSWERED = "not mentioned"  # stands where a question has no right answer
-CHOSEN = ("rows",)  # settings that choose units and change none: a later run may add to them
-Unit = tuple[Any, ...]  # (row, index of the dialogue)
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -113,7 +108,7 @@ def dialogue(row: Record) -> Dialogue:
             turns.append(f"{turn['speaker']}: {turn.get('text', '')}{photo}")
         if turns:
             sessions.append(Session(talk[f"{name}_date_time"], tuple(turns)))
-    name = str(row.get("sample_id", hashlib.sha256(repr(sessions).encode()).hexdigest()[:12]))
+    name = str(row.get("sample_id", named(repr(sessions))))
     asked = []
     for i, qa in enumerate(row["qa"]):
         category = int(qa["category"])
@@ -168,8 +163,11 @@ def _piece(session: Session, turns: Iterable[str]) -> str:
     return f"Conversation at {session.date}\n" + "\n".join(turns)
 
 
-class Conversations:
-    """One worker: a model and the dialogues."""
+class Conversations(Worker):
+    """A model and the dialogues; a unit is (row, index of the dialogue)."""
+
+    PROTOCOL, TITLE, CHOSEN = "conversations/2", "Long conversations", ("rows",)
+    settings: Settings
 
     def __init__(self, llm: MemoryModel, data: Sequence[Dialogue], settings: Settings) -> None:
         self.llm, self.data, self.settings = llm, data, settings
@@ -180,43 +178,31 @@ class Conversations:
                 self._empty(row)  # a size that does not fit the model is an error now
 
     def units(self) -> list[Unit]:
-        """One unit for each row of each dialogue."""
         return [(row, i) for i in range(len(self.data)) for row in ROWS if row in self.settings.rows]
 
-    def chains(self) -> list[list[Unit]]:
-        """None: each dialogue stands by itself."""
-        return []
-
-    def run(self, unit: Unit) -> list[Record]:
-        """Do one unit of work and return its records."""
-        row, i = unit
-        said = self._bm25(self.data[i]) if row == "bm25" else self._behind(row, self.data[i])
-        return [
-            {
-                "row": row,
-                "text": self.data[i].id,
-                "question": asked.id,
-                "category": asked.category,
-                "abstains": scoring.abstains(words),
-                "f1": round(scoring.f1(words, [asked.answer or NOT_ANSWERED]), 6),
-                "em": scoring.exact(words, [asked.answer or NOT_ANSWERED]),
-            }
-            for asked, words in zip(self.data[i].questions, said, strict=True)
-        ]
+    def records(self, row: str, i: int) -> Iterator[Record]:
+        one = self.data[i]
+        said = self._bm25(one) if row == "bm25" else self._behind(row, one)
+        for asked, words in zip(one.questions, said, strict=True):
+            gold = [asked.answer or NOT_ANSWERED]
+            facts = {"row": row, "text": one.id, "question": asked.id, "category": asked.category}
+            numbers = {"f1": round(scoring.f1(words, gold), 6), "em": scoring.exact(words, gold)}
+            yield {**facts, "abstains": scoring.abstains(words), **numbers}
 
     def _behind(self, row: str, one: Dialogue) -> list[str]:
         """What is said behind one context for all questions."""
         if row == "floor":
             context = in_context(self.llm, ())
         elif row == "window":
-            prompts = [self._question(asked, bare=True) for asked in one.questions]
+            longest = max(len(self._question(asked, bare=True)) for asked in one.questions)
             room = self.llm.text_context([]).room - len(self.llm.prompts_or_raise().opening)
-            room -= max(map(len, prompts)) + self.settings.new_tokens
+            room -= longest + self.settings.new_tokens
             ids = [i for _, text in self._texts(one) for i in written(self.llm, text)]
             context = in_context(self.llm, ids[-min(room, self.settings.memory.N or self._empty("memory").N) :])
         else:
             context = self.llm.context(self._written(row, one))
-        return self._say(context, [self._question(asked, bare=context.length > 0) for asked in one.questions])
+        prompts = [self._question(asked, bare=context.length > 0) for asked in one.questions]
+        return say(self.llm, context, prompts, self.settings.new_tokens)
 
     def _bm25(self, one: Dialogue) -> list[str]:
         """What is said when the turns that were found stand before each question."""
@@ -227,7 +213,7 @@ class Conversations:
             text = "\n".join(_piece(library[i][0], [library[i][1]]) for i in sorted(places))
             ids = [*self.llm.prompts_or_raise().opening, *written(self.llm, text)] if text else []
             prompts.append([*ids, *self._question(asked, bare=bool(ids))])
-        return self._say(self.llm.text_context([]), prompts)
+        return say(self.llm, self.llm.text_context([]), prompts, self.settings.new_tokens)
 
     def _written(self, row: str, one: Dialogue) -> Memory:
         """The memory of a whole dialogue."""
@@ -252,14 +238,6 @@ class Conversations:
     def _question(self, asked: Asked, *, bare: bool) -> list[int]:
         return self.llm.prompts_or_raise().question(asked.question, bare=bare)
 
-    def _say(self, context: Context, prompts: Sequence[list[int]]) -> list[str]:
-        """Greedy answers, a few at once."""
-        said: list[str] = []
-        for start in range(0, len(prompts), AT_ONCE):
-            outputs = self.llm.generate_rows(context, prompts[start : start + AT_ONCE], self.settings.new_tokens)
-            said += [self.llm.tokenizer.decode(output, skip_special_tokens=True).strip() for output in outputs]
-        return said
-
 
 @as_lines
 def lines(records: Sequence[Record]) -> Numbers:
@@ -275,8 +253,8 @@ def lines(records: Sequence[Record]) -> Numbers:
             yield f"abstains, {name}, {row}", mean_of(_of(records, row, categories).values(), "abstains")
     for row in ("memory", "longterm"):
         for other in rows[: rows.index(row)] if row in rows else ():
-            cells = (_of(records, one, answered) for one in (row, other))
-            yield f"F1, {row} - {other}", difference(*cells, "f1")
+            ours, theirs = _of(records, row, answered), _of(records, other, answered)
+            yield f"F1, {row} - {other}", difference(ours, theirs, "f1")
 
 
 def _of(records: Sequence[Record], row: str, categories: Sequence[int]) -> dict[str, Record]:
@@ -284,23 +262,11 @@ def _of(records: Sequence[Record], row: str, categories: Sequence[int]) -> dict[
 
 
 def measure(
-    llm: MemoryModel, data: Sequence[Dialogue], settings: Settings, out: Path, **how: Unpack[protocol.RunOptions]
+    llm: MemoryModel, data: Sequence[Dialogue], settings: Settings, out: Path, **how: Unpack[RunOptions]
 ) -> list[Line]:
     """Run the protocol, or go on with it; further arguments as in `protocol.measure`.
 
     A later run may add rows in the same folder.
     """
     about = {"source": "LoCoMo", "sha256": identity(data), "dialogues": [one.id for one in data]}
-    return protocol.measure(
-        PROTOCOL,
-        llm,
-        Conversations(llm, data, settings),
-        about,
-        settings,
-        lines,
-        out,
-        title="Long conversations",
-        chosen=CHOSEN,
-        args=(data, settings),
-        **how,
-    )
+    return protocol.measure(Conversations(llm, data, settings), lines, out, data=about, args=(data, settings), **how)

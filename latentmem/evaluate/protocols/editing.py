@@ -7,7 +7,7 @@ or 100 that are spread evenly over them, are measured.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -33,6 +33,8 @@ from latentmem.evaluate.baselines.editors import (
 from latentmem.evaluate.baselines.rome import RankOne
 from latentmem.evaluate.baselines.tuning import FineTuned, LowRank
 from latentmem.evaluate.data.edits import Edit, EditSet, Probe
+from latentmem.evaluate.protocol import Line, Record, RunOptions, Unit, Worker
+from latentmem.evaluate.runner import Folder
 from latentmem.evaluate.settings import Editing as Settings
 from latentmem.evaluate.stats import Means, harmonic, mean, of_means
 from latentmem.evaluate.tables import plots
@@ -40,7 +42,6 @@ from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
 from latentmem.model.scoring import Score
 
-PROTOCOL = "editing/2"
 ROWS = Settings.ROWS
 SEQUENTIAL = ("none", "bm25", "memory-own", "memory-full", "longterm", "ft", "ft-l", "lora", "rome")  # take many edits
 SHOWN = ("memory-full", "bm25", "longterm", "rome", "ft", "none", "memory-own", "lora", "ft-l")  # in a picture
@@ -52,13 +53,10 @@ BEGIN = {"memory-unedited": "full", "memory-full": "full", "memory-own": "own", 
 SHARE, LIMIT = 4, 4_000_000_000  # of "longterm": one slot in so many is taken from what was dropped; its bytes
 SCORED = 100  # edits that are measured for each T, as far as there are so many
 SEGMENT = 50  # edits of a sequence between two points from which a run goes on
-CHOSEN = ("edits", "rows", "sequence")  # settings by which a folder may grow
-Unit = tuple[Any, ...]  # ("single", row, edit) or ("sequence", row, T, number of the sequence, segment)
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Cell(protocol.Line):
+class Cell(Line):
     """One number of the tables.
 
     Args:
@@ -72,12 +70,17 @@ class Cell(protocol.Line):
     metric: str
 
 
-class Editing:
-    """One worker: a model, the edits, and the ways to make them.
+class Editing(Worker):
+    """A model, the edits, and the ways to make them.
+
+    A unit is ("single", row, edit) or ("sequence", row, T, number of the sequence, segment).
 
     Args:
         folder: where a long sequence keeps its state between segments.
     """
+
+    PROTOCOL, CHOSEN, OVER = "editing/2", ("edits", "rows", "sequence"), "edits"
+    settings: Settings
 
     def __init__(self, llm: MemoryModel, data: EditSet, settings: Settings, folder: Path) -> None:
         if settings.edits > len(data.edits):
@@ -120,17 +123,16 @@ class Editing:
                 for row in (row for row in self.rows if row in SEQUENTIAL):
                     yield [("sequence", row, T, s, k) for k in range(-(-T // SEGMENT))]
 
-    def run(self, unit: Unit) -> list[Record]:
-        """Do one unit of work and return its records."""
-        if unit[0] == "sequence":
-            return list(self._sequence(*unit[1:]))
-        _, row, i = unit
+    def records(self, kind: str, *unit: Any) -> Iterator[Record]:
+        yield from self._single(*unit) if kind == "single" else self._sequence(*unit)
+
+    def _single(self, row: str, i: int) -> Iterator[Record]:
         way, edit = self.ways[row], self.data.edits[i]
         start, begun = way.start(edit.id), time.perf_counter()
         state = way.edit(start, edit)
         seconds = time.perf_counter() - begun
         facts = {"row": row, "T": 1, "sequence": i, "age": 0, "seconds": round(seconds, 3)}
-        return [{**facts, **self._measured(row, state, edit)}]
+        yield {**facts, **self._measured(row, state, edit)}
 
     def _sequence(self, row: str, T: int, s: int, segment: int) -> Iterator[Record]:
         """One segment of edits; behind the last one, the records of the whole sequence."""
@@ -155,7 +157,16 @@ class Editing:
     def _kept(self, row: str, T: int, s: int, segment: int) -> Path:
         return self.folder / f"sequence-{row}-{T}-{s}-{segment}.safetensors"
 
-    def clear(self) -> None:
+    @property
+    def title(self) -> str:
+        return f"Model editing, {self.data.source}"
+
+    def finish(self, folder: Folder, title: str, records: Sequence[Record], lines: Sequence[Any]) -> Record:
+        if any(record["T"] > 1 for record in records):
+            draw(lines, self.data.source, folder.path / "plot.png")
+        return {"notes": []}
+
+    def clear(self, finished: Collection[Unit]) -> None:
         """Remove the states that were kept between segments."""
         for file in self.folder.glob("sequence-*.safetensors"):
             file.unlink()
@@ -368,9 +379,7 @@ def _shown(estimate: Any) -> str:
     return "" if estimate is None else f"{estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
-def measure(
-    llm: MemoryModel, data: EditSet, settings: Settings, out: Path, **how: Unpack[protocol.RunOptions]
-) -> list[Cell]:
+def measure(llm: MemoryModel, data: EditSet, settings: Settings, out: Path, **how: Unpack[RunOptions]) -> list[Cell]:
     """Run the protocol, or go on with it; arguments as in `protocol.measure`.
 
     A folder is about one set and one model; more edits, rows and sequences are added to it. With sequences it also gets
@@ -380,28 +389,6 @@ def measure(
         ValueError: more edits than there are, a row that this model can not have, or as in `protocol.measure`.
     """
     plots.require()
-    worker = Editing(llm, data, settings, out)
-
-    def after(records: Sequence[Record], folder: Path) -> list[str]:
-        if any(record["T"] > 1 for record in records):
-            draw(lines(records), data.source, folder / "plot.png")
-        return []
-
-    cells: list[Cell] = protocol.measure(
-        PROTOCOL,
-        llm,
-        worker,
-        {"source": data.source, "sha256": data.identity, "ids": [edit.id for edit in data.edits]},
-        settings,
-        lines,
-        out,
-        title=f"Model editing, {data.source}",
-        chosen=CHOSEN,
-        args=(data, settings, out),
-        **how,
-        after=after,
-        table=markdown,
-        over="edits",
-    )
-    worker.clear()
-    return cells
+    about = {"source": data.source, "sha256": data.identity, "ids": [edit.id for edit in data.edits]}
+    worker, args = Editing(llm, data, settings, out), (data, settings, out)
+    return protocol.measure(worker, lines, out, data=about, args=args, table=markdown, **how)

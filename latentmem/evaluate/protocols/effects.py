@@ -10,32 +10,31 @@ that training taught; the untrained model does not know them and is measured all
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 from latentmem.core.memory import Memory
 from latentmem.evaluate import protocol
-from latentmem.evaluate.asking import ask, in_context, named, read, written
+from latentmem.evaluate.asking import ask, in_context, named, read, seed_of, written
 from latentmem.evaluate.data.questions import heldout, unanswerable
 from latentmem.evaluate.data.sets import QuestionSet
-from latentmem.evaluate.protocol import Line, Numbers, as_lines, perplexities
+from latentmem.evaluate.protocol import Line, Numbers, Record, RunOptions, Unit, Worker, as_lines, perplexities
 from latentmem.evaluate.scoring import ABSTAINS
 from latentmem.evaluate.settings import Effects as Settings
 from latentmem.evaluate.stats import mean_of
 from latentmem.model.model import MemoryModel
 
-PROTOCOL = "effects/1"
 KINDS = ("answered", "not answered", "never written")
 STATES = ("plain", "empty", "full")
-Unit = tuple[Any, ...]  # ("perplexity" or "abstention", index)
-Record = dict[str, Any]
 
 
-class Effects:
-    """One worker: a model, the texts, and a memory that is full of others."""
+class Effects(Worker):
+    """A model, the texts, and a memory that is full of others; a unit is ("perplexity" or "abstention", index)."""
+
+    PROTOCOL, TITLE = "effects/1", "What a memory changes beside remembering"
+    settings: Settings
 
     def __init__(self, llm: MemoryModel, data: QuestionSet, settings: Settings) -> None:
         self.llm, self.data, self.settings = llm, data, settings
@@ -43,19 +42,13 @@ class Effects:
         self.wrong = unanswerable({text.text for text in data.texts})
 
     def units(self) -> list[Unit]:
-        """One unit for each text."""
         return [
             *(("perplexity", i) for i in range(len(self.articles))),
             *(("abstention", i) for i in range(len(self.data.texts))),
         ]
 
-    def chains(self) -> list[list[Unit]]:
-        """None: each text stands by itself."""
-        return []
-
-    def run(self, unit: Unit) -> list[Record]:
-        """Do one unit of work and return its records."""
-        return list(self._perplexity(unit[1]) if unit[0] == "perplexity" else self._abstention(unit[1]))
+    def records(self, kind: str, i: int) -> Iterator[Record]:
+        return self._perplexity(i) if kind == "perplexity" else self._abstention(i)
 
     def _perplexity(self, i: int) -> Iterator[Record]:
         llm, text = self.llm, self.articles[i]
@@ -66,7 +59,7 @@ class Effects:
 
     def _abstention(self, i: int) -> Iterator[Record]:
         text, other = self.data.texts[i], self.data.texts[(i + 1) % len(self.data.texts)]
-        memory = self._full.with_settings(seed=int.from_bytes(hashlib.sha256(text.id.encode()).digest()[:7], "big"))
+        memory = self._full.with_settings(seed=seed_of(text.id))
         memory = self.llm.write_ids(memory, written(self.llm, text.text), "target")
         kinds = dict(zip(KINDS, (text.questions, self.wrong.get(text.text, ()), other.questions), strict=True))
         for way, context in (("memory", self.llm.context(memory)), ("floor", in_context(self.llm, ()))):
@@ -96,18 +89,8 @@ def lines(records: Sequence[Record]) -> Numbers:
 
 
 def measure(
-    llm: MemoryModel, data: QuestionSet, settings: Settings, out: Path, **how: Unpack[protocol.RunOptions]
+    llm: MemoryModel, data: QuestionSet, settings: Settings, out: Path, **how: Unpack[RunOptions]
 ) -> list[Line]:
     """Run the protocol, or go on with it; arguments as in `protocol.measure`."""
-    return protocol.measure(
-        PROTOCOL,
-        llm,
-        Effects(llm, data, settings),
-        {"source": data.source, "sha256": data.identity},
-        settings,
-        lines,
-        out,
-        title="What a memory changes beside remembering",
-        args=(data, settings),
-        **how,
-    )
+    about = {"source": data.source, "sha256": data.identity}
+    return protocol.measure(Effects(llm, data, settings), lines, out, data=about, args=(data, settings), **how)

@@ -12,42 +12,42 @@ it, minus what the control "knows" of it, paired question by question.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 
 from latentmem.core.memory import Memory
 from latentmem.evaluate import protocol
-from latentmem.evaluate.asking import ask, in_context, written
+from latentmem.evaluate.asking import ask, in_context, seed_of, written
 from latentmem.evaluate.data.sets import QuestionSet, Text
-from latentmem.evaluate.protocol import Line, Numbers, as_lines
+from latentmem.evaluate.protocol import Line, Numbers, Record, RunOptions, Unit, Worker, as_lines
 from latentmem.evaluate.settings import Forget as Settings
 from latentmem.evaluate.stats import difference, less, mean, mean_of, ratio
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
 from latentmem.store import Store
 
-PROTOCOL = "forget/2"
 STATES = ("before", "dropped", "replayed", "control", "floor")
 WAYS = ("dropped", "replayed")
 METRICS = {"hit": "hits", "accuracy": "token accuracy", "loglik": "log-likelihood per token"}
 TARGET = "target"  # the name under which the text to be forgotten is written
-Unit = tuple[Any, ...]  # ("forget", index of the text)
-Record = dict[str, Any]
 
 
-class Forget:
-    """One worker: a model, the texts, and a memory that is full of others.
+class Forget(Worker):
+    """A model, the texts, and a memory that is full of others; a unit is ("forget", index of the text).
 
     Raises:
         ValueError: fewer texts than one sample takes.
     """
+
+    PROTOCOL, TITLE = "forget/2", "Forgetting a text on request"
+    settings: Settings
 
     def __init__(self, llm: MemoryModel, data: QuestionSet, settings: Settings) -> None:
         self.llm, self.data, self.settings = llm, data, settings
@@ -55,43 +55,18 @@ class Forget:
             raise ValueError(f"a sample takes {settings.behind + 2} texts, and there are {len(data.texts)}. Take more.")
 
     def units(self) -> list[Unit]:
-        """One unit for each text."""
         return [("forget", i) for i in range(len(self.data.texts))]
 
-    def chains(self) -> list[list[Unit]]:
-        """None: each text stands by itself."""
-        return []
-
-    def run(self, unit: Unit) -> list[Record]:
-        """Do one unit of work and return its records."""
-        return list(self._forget(unit[1]))
-
-    def _forget(self, i: int) -> Iterator[Record]:
+    def records(self, _: str, i: int) -> Iterator[Record]:
         texts = self.data.texts
         target, *others = (texts[(i + j) % len(texts)] for j in range(self.settings.behind + 2))
         writes = [(others[0], others[0].id), (target, TARGET), *((text, text.id) for text in others[1:])]
-        start = self._full.with_settings(seed=int.from_bytes(hashlib.sha256(target.id.encode()).digest()[:7], "big"))
+        start = self._full.with_settings(seed=seed_of(target.id))
         control = start
         for text, source in writes:
             if source != TARGET:
                 control = self.llm.write_ids(control, written(self.llm, text.text), source)
-        memories: dict[str, Memory] = {}
-        seconds: dict[str, float] = {}
-        with tempfile.TemporaryDirectory() as folder:
-            store = Store(Path(folder) / "store")
-            try:
-                store.create("memory", start)
-                for text, source in writes:
-                    store.write(self.llm, "memory", written(self.llm, text.text), source)
-                memories["before"] = store.open("memory")
-                began = time.perf_counter()
-                store.forget("memory", TARGET)
-                memories["dropped"], seconds["dropped"] = store.open("memory"), time.perf_counter() - began
-                began = time.perf_counter()
-                store.forget_by_replay(self.llm, "memory", TARGET)
-                memories["replayed"], seconds["replayed"] = store.open("memory"), time.perf_counter() - began
-            finally:
-                store.close()
+        memories, seconds = self._forgotten(start, writes)
         memories["control"] = control
         for way in WAYS:
             after = memories[way]
@@ -101,6 +76,24 @@ class Forget:
         for state, memory in memories.items():
             yield from self._asked(state, self.llm.context(memory), target, others)
         yield from self._asked("floor", in_context(self.llm, ()), target, ())
+
+    def _forgotten(
+        self, start: Memory, writes: Sequence[tuple[Text, str]]
+    ) -> tuple[dict[str, Memory], dict[str, float]]:
+        """The memory before forgetting and behind both ways, and the seconds that each way takes."""
+        memories, seconds = dict[str, Memory](), dict[str, float]()
+        with tempfile.TemporaryDirectory() as folder, contextlib.closing(Store(Path(folder) / "store")) as store:
+            store.create("memory", start)
+            for text, source in writes:
+                store.write(self.llm, "memory", written(self.llm, text.text), source)
+            memories["before"] = store.open("memory")
+            replay = partial(store.forget_by_replay, self.llm)
+            forget: dict[str, Callable[[str, str], object]] = {"dropped": store.forget, "replayed": replay}
+            for way in WAYS:
+                began = time.perf_counter()
+                forget[way]("memory", TARGET)
+                memories[way], seconds[way] = store.open("memory"), time.perf_counter() - began
+        return memories, seconds
 
     def _asked(self, state: str, context: Context, target: Text, others: Sequence[Text]) -> Iterator[Record]:
         """Ask about the text and the others; the sample is named by the text that is forgotten."""
@@ -117,9 +110,7 @@ class Forget:
                 "sample": target.id,
                 "text": text.id,
                 "question": question.id,
-                "hit": int(answer.hit),
-                "accuracy": round(answer.accuracy, 6),
-                "loglik": round(answer.loglik, 6),
+                **answer.numbers,
             }
 
     @cached_property
@@ -163,18 +154,8 @@ def _is(r: Record, about: str, state: str) -> bool:
 
 
 def measure(
-    llm: MemoryModel, data: QuestionSet, settings: Settings, out: Path, **how: Unpack[protocol.RunOptions]
+    llm: MemoryModel, data: QuestionSet, settings: Settings, out: Path, **how: Unpack[RunOptions]
 ) -> list[Line]:
     """Run the protocol, or go on with it; arguments as in `protocol.measure`."""
-    return protocol.measure(
-        PROTOCOL,
-        llm,
-        Forget(llm, data, settings),
-        {"source": data.source, "sha256": data.identity},
-        settings,
-        lines,
-        out,
-        title="Forgetting a text on request",
-        args=(data, settings),
-        **how,
-    )
+    about = {"source": data.source, "sha256": data.identity}
+    return protocol.measure(Forget(llm, data, settings), lines, out, data=about, args=(data, settings), **how)

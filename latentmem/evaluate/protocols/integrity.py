@@ -14,8 +14,7 @@ Source: MemoryLLM figure 6.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -23,33 +22,33 @@ import torch
 
 from latentmem.core.memory import Memory
 from latentmem.evaluate import protocol
-from latentmem.evaluate.asking import Answer, ask, named, read
+from latentmem.evaluate.asking import ask, named, read
 from latentmem.evaluate.baselines.tuned import Tuned
 from latentmem.evaluate.data import choices
 from latentmem.evaluate.data.questions import heldout
 from latentmem.evaluate.data.sets import Text
 from latentmem.evaluate.data.synthetic import fact
-from latentmem.evaluate.protocol import Line
-from latentmem.evaluate.runner import Progress
+from latentmem.evaluate.protocol import Line, Record, RunOptions, Unit, Worker
+from latentmem.evaluate.runner import Folder, Progress
 from latentmem.evaluate.settings import Integrity as Settings
 from latentmem.evaluate.tables import plots
 from latentmem.evaluate.tables.integrity import ROWS, TURNS, draw, drift, lines, settled
 from latentmem.model.model import MemoryModel
 
-PROTOCOL = "integrity/2"
 FACT = 32  # tokens of a fact at most
 NEW_TOKENS = 20  # of an answer, as for all invented texts
-CHOSEN = ("rows", "updates", "ft_updates")  # settings that choose units and change none: a later run may add to them
-Unit = tuple[Any, ...]  # ("plain", 0), ("ft", stretch) or ("memory", stretch)
-Record = dict[str, Any]
 
 
-class Integrity:
-    """One worker: a model, the checkpoints' texts, and what is kept between stretches.
+class Integrity(Worker):
+    """A model, and the texts of the checkpoints; a unit is ("plain", 0), ("ft", stretch) or ("memory", stretch).
 
     Args:
-        folder: where memory and weights are kept.
+        folder: where memory and weights are kept between stretches.
     """
+
+    PROTOCOL, TITLE = "integrity/2", "Integrity: an endless stream of facts"
+    CHOSEN = ("rows", "updates", "ft_updates")
+    settings: Settings
 
     def __init__(self, llm: MemoryModel, settings: Settings, folder: Path) -> None:
         self.llm, self.settings, self.folder = llm, settings, folder
@@ -65,10 +64,6 @@ class Integrity:
         facts = f"invented, seed {self.settings.seed}"
         return {"facts": facts, "articles": articles, "pairs": named(repr(self.pairs))}
 
-    def units(self) -> list[Unit]:
-        """None: all is in chains."""
-        return []
-
     def chains(self) -> list[list[Unit]]:
         """The plain model's own numbers, and stretch after stretch of each row."""
         s = self.settings
@@ -76,15 +71,15 @@ class Integrity:
         chains: list[list[Unit]] = [[("plain", 0)]]
         return chains + [[(row, k) for k in range(n // s.stretch)] for row, n in counts.items() if row in s.rows]
 
-    def run(self, unit: Unit) -> list[Record]:
-        """Do one unit of work and return its records."""
-        row, k = unit
-        ways: dict[str, Callable[[], Iterator[Record]]] = {
-            "plain": partial(self._checkpoint, "plain", 0, None),
-            "memory": partial(self._memory, k),
-            "ft": partial(self._ft, k),
-        }
-        return list(ways[row]())
+    def records(self, row: str, k: int) -> Iterator[Record]:
+        if row == "plain":
+            return self._checkpoint("plain", 0, None)
+        return self._memory(k) if row == "memory" else self._ft(k)
+
+    def finish(self, folder: Folder, title: str, records: Sequence[Record], lines: Sequence[Line]) -> Record:
+        if records:
+            draw(records, folder.path / "plot.png")
+        return {"notes": notes(records, self.settings)}
 
     # --- rows -------------------------------------------------------------------------------------------------------
 
@@ -164,7 +159,7 @@ class Integrity:
                 facts: Record = {"kind": "asked", "row": row, "at": at, "age": age, "question": question.id}
                 if memory is not None:
                     facts["left"] = self._left(memory, i - age, memory.updates - age)
-                yield {**facts, **_answered(answer)}
+                yield {**facts, **answer.numbers, "said": answer.said}
             if memory is not None:
                 yield self._alone(i)
         if at % s.checkpoint == 0:
@@ -175,7 +170,8 @@ class Integrity:
         memory = self.llm.write_ids(protocol.empty(self.llm, self.settings.memory), self._ids(i), "facts")
         question = self._fact(i).questions[0]
         (answer,) = ask(self.llm, self.llm.context(memory), [question], new_tokens=NEW_TOKENS)
-        return {"kind": "alone", "row": "memory", "at": i + 1, "question": question.id, **_answered(answer)}
+        facts = {"kind": "alone", "row": "memory", "at": i + 1, "question": question.id}
+        return {**facts, **answer.numbers, "said": answer.said}
 
     def _checkpoint(self, row: str, at: int, memory: Memory | None) -> Iterator[Record]:
         """Held-out text and BLiMP pairs, read behind the memory, or by the model as its weights are."""
@@ -213,15 +209,6 @@ class Integrity:
             for file in self.folder.glob(f"{row}-*.safetensors"):
                 if int(file.stem.rpartition("-")[2]) < newest:
                     file.unlink()
-
-
-def _answered(answer: Answer) -> Record:
-    return {
-        "hit": int(answer.hit),
-        "accuracy": round(answer.accuracy, 6),
-        "loglik": round(answer.loglik, 6),
-        "said": answer.said,
-    }
 
 
 def _end(k: int, s: Settings) -> int:
@@ -292,7 +279,7 @@ def _until(end: float, progress: Progress | None) -> Progress:
 
 
 def measure(
-    llm: MemoryModel, settings: Settings, out: Path, *, minutes: float | None = None, **how: Unpack[protocol.RunOptions]
+    llm: MemoryModel, settings: Settings, out: Path, *, minutes: float | None = None, **how: Unpack[RunOptions]
 ) -> list[Line]:
     """Run the protocol, or go on with it; further arguments as in `protocol.measure`.
 
@@ -304,29 +291,6 @@ def measure(
     """
     plots.require()
     worker = Integrity(llm, settings, out)
-    finished: list[Unit] = []
     if minutes is not None:
         how["progress"] = _until(time.monotonic() + 60 * minutes, how.get("progress"))
-
-    def after(records: Sequence[Record], folder: Path) -> list[str]:
-        finished.extend((r["row"], r["at"] // settings.stretch - 1) for r in records if r["kind"] == "speed")
-        if records:
-            draw(records, folder / "plot.png")
-        return notes(records, settings)
-
-    table_lines = protocol.measure(
-        PROTOCOL,
-        llm,
-        worker,
-        worker.about,
-        settings,
-        lines,
-        out,
-        title="Integrity: an endless stream of facts",
-        chosen=CHOSEN,
-        args=(settings, out),
-        after=after,
-        **how,
-    )
-    worker.clear(finished)
-    return table_lines
+    return protocol.measure(worker, lines, out, data=worker.about, args=(settings, out), **how)

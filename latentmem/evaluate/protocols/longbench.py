@@ -20,22 +20,21 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
-
-import numpy as np
+from typing import Unpack
 
 from latentmem import data
 from latentmem.core.presets import PAPER_PIECE
 from latentmem.evaluate import protocol, scoring
-from latentmem.evaluate.asking import in_context, named, written
+from latentmem.evaluate.asking import in_context, named, say, written
 from latentmem.evaluate.baselines.passages import ranked
-from latentmem.evaluate.protocol import Line, Numbers, as_lines
+from latentmem.evaluate.data.choices import spread
+from latentmem.evaluate.protocol import Line, Numbers, Record, RunOptions, Unit, Worker, as_lines
+from latentmem.evaluate.runner import Folder
 from latentmem.evaluate.settings import LongBench as Settings
 from latentmem.evaluate.stats import difference, mean_of
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
 
-PROTOCOL = "longbench/2"
 HUB = "Xnhyacinth/LongBench"  # the sets as files, for versions of `datasets` that run no scripts
 LOCAL = {"altqa": "long/altqa_4k.jsonl.gz", "babi": "long/babi_en_test.jsonl.gz"}
 ANSWER = {  # tokens of an answer at most; LongBench's own
@@ -45,9 +44,6 @@ ANSWER = {  # tokens of an answer at most; LongBench's own
 NAMES = tuple(ANSWER)
 ROWS = Settings.ROWS
 PASSAGE = 100  # words of a passage that BM25 ranks
-CHOSEN = ("rows",)  # settings that choose units and change none: a later run may add to them
-Unit = tuple[Any, ...]  # (row, set, index of the example)
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -97,15 +93,9 @@ def load(name: str, count: int, seed: int) -> Examples:
         with data.reading(HUB) as hub:
             examples = longbench(name, list(hub(name, split="test")))
         source = f"{HUB}, {name}"
-    drawn = [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))]
-    if name == "babi":
-        seen: dict[str, int] = {}
-        rank = {}
-        for example in drawn:
-            task = example.group.rpartition("-")[0]
-            rank[example.id] = seen[task] = seen.get(task, -1) + 1
-        drawn.sort(key=lambda example: rank[example.id])
-    return Examples(name, source, tuple(drawn[:count]))
+    part = (lambda example: example.group.rpartition("-")[0]) if name == "babi" else (lambda example: example.id)
+    examples = spread(examples, part, count, seed)
+    return Examples(name, source, tuple(examples))
 
 
 def longbench(name: str, rows: Iterable[Record]) -> list[Example]:
@@ -163,12 +153,15 @@ def babi(rows: Iterable[Record]) -> list[Example]:
     return examples
 
 
-class LongBench:
-    """One worker: a model and the examples.
+class LongBench(Worker):
+    """A model and the examples; a unit is (row, set, index of the example).
 
     Args:
         sets: as `load` gives them.
     """
+
+    PROTOCOL, TITLE, CHOSEN = "longbench/2", "Questions about one long text", ("rows",)
+    settings: Settings
 
     def __init__(self, llm: MemoryModel, sets: Sequence[Examples], settings: Settings) -> None:
         self.llm, self.settings = llm, settings
@@ -178,32 +171,25 @@ class LongBench:
         self._empty = protocol.empty(llm, settings.memory)
 
     def units(self) -> list[Unit]:
-        """One unit for each row of each example."""
         rows = [row for row in ROWS if row in self.settings.rows]
         return [(row, name, i) for name, examples in self.sets.items() for i in range(len(examples)) for row in rows]
 
-    def chains(self) -> list[list[Unit]]:
-        """None: each example stands by itself."""
-        return []
-
-    def run(self, unit: Unit) -> list[Record]:
-        """Do one unit of work and return its records."""
-        row, name, i = unit
+    def records(self, row: str, name: str, i: int) -> Iterator[Record]:
         example = self.sets[name][i]
         context, prompt = self._memory(name, example) if row == "memory" else self._plain(row, name, example)
-        (output,) = self.llm.generate_rows(context, [prompt], ANSWER[name])
-        said = self.llm.tokenizer.decode(output, skip_special_tokens=True).strip()
-        return [
-            {
-                "row": row,
-                "set": name,
-                "text": example.group,
-                "question": example.id,
-                "f1": round(scoring.f1(said, example.answers), 6),
-                "em": scoring.exact(said, example.answers),
-                "hit": scoring.within(said, example.answers),
-            }
-        ]
+        (said,) = say(self.llm, context, [prompt], ANSWER[name])
+        yield {
+            "row": row,
+            "set": name,
+            "text": example.group,
+            "question": example.id,
+            "f1": round(scoring.f1(said, example.answers), 6),
+            "em": scoring.exact(said, example.answers),
+            "hit": scoring.within(said, example.answers),
+        }
+
+    def finish(self, folder: Folder, title: str, records: Sequence[Record], lines: Sequence[Line]) -> Record:
+        return {"notes": notes(records)}
 
     def _memory(self, name: str, example: Example) -> tuple[Context, list[int]]:
         """A memory into which the text was written, and the prompt behind it, which may hold the text's end."""
@@ -277,7 +263,7 @@ def _of(records: Sequence[Record], row: str, name: str) -> dict[str, Record]:
     return {r["question"]: r for r in records if r["row"] == row and r["set"] == name}
 
 
-def notes(records: Sequence[Record], folder: Path) -> list[str]:
+def notes(records: Sequence[Record]) -> list[str]:
     """The mean F1 over LongBench's sets, which has no interval of its own, in sentences."""
     said = []
     for row in ROWS:
@@ -291,7 +277,7 @@ def notes(records: Sequence[Record], folder: Path) -> list[str]:
 
 
 def measure(
-    llm: MemoryModel, sets: Sequence[Examples], settings: Settings, out: Path, **how: Unpack[protocol.RunOptions]
+    llm: MemoryModel, sets: Sequence[Examples], settings: Settings, out: Path, **how: Unpack[RunOptions]
 ) -> list[Line]:
     """Run the protocol, or go on with it; further arguments as in `protocol.measure`.
 
@@ -300,18 +286,5 @@ def measure(
     Args:
         sets: as `load` gives them.
     """
-    data = {one.name: {"source": one.source, "sha256": one.identity, "n": len(one.examples)} for one in sets}
-    return protocol.measure(
-        PROTOCOL,
-        llm,
-        LongBench(llm, sets, settings),
-        data,
-        settings,
-        lines,
-        out,
-        title="Questions about one long text",
-        chosen=CHOSEN,
-        args=(sets, settings),
-        **how,
-        after=notes,
-    )
+    about = {one.name: {"source": one.source, "sha256": one.identity, "n": len(one.examples)} for one in sets}
+    return protocol.measure(LongBench(llm, sets, settings), lines, out, data=about, args=(sets, settings), **how)

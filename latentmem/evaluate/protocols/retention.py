@@ -18,7 +18,7 @@ The rows, all with the same questions:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,33 +28,37 @@ import torch
 
 from latentmem import longterm
 from latentmem.core.memory import Memory
-from latentmem.evaluate import protocol, runner
+from latentmem.evaluate import protocol
 from latentmem.evaluate.asking import Answer, ask, in_context, written
 from latentmem.evaluate.baselines.passages import ranked
 from latentmem.evaluate.data.sets import Question, QuestionSet, Text
-from latentmem.evaluate.protocol import RunOptions
+from latentmem.evaluate.protocol import Record, RunOptions, Unit, Worker
+from latentmem.evaluate.runner import Folder
 from latentmem.evaluate.settings import Retention as Settings
-from latentmem.evaluate.tables import plots, results
+from latentmem.evaluate.tables import plots, report, summary
 from latentmem.evaluate.tables.summary import Line
 from latentmem.longterm.search import RetrievedPrefix
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
 
-PROTOCOL = "retention/1"  # another number where records of before and after can not stand in one table
 ROWS = Settings.ROWS
 LONGEST_ANSWER = 64  # tokens that are kept free for a gold answer
 SEGMENT = 20  # steps of a stream that are one unit of work
-CHOSEN = ("rows", "fills", "capacities")  # settings that choose units and change none: a later run may add to them
-Unit = tuple[Any, ...]  # (row, N, fill, index of the text), or ("stream", row, N, segment)
-Record = dict[str, Any]
+SETS = {"squad": "SQuAD", "nq": "Natural Questions", "synthetic": "synthetic facts"}
+Asked = tuple[int, Text, Question]  # texts written since; the text; a question about it
 
 
-class Retention:
-    """One worker: a model, the questions, and what it keeps between units.
+class Retention(Worker):
+    """A model, the questions, and what is kept between units.
+
+    A unit is (row, N, fill, index of the text), or ("stream", row, N, segment).
 
     Args:
         folder: where a stream keeps the memory between its segments.
     """
+
+    PROTOCOL, CHOSEN = "retention/1", ("rows", "fills", "capacities")
+    settings: Settings
 
     def __init__(self, llm: MemoryModel, data: QuestionSet, settings: Settings, folder: Path) -> None:
         self.llm, self.data, self.settings, self.folder = llm, data, settings, folder
@@ -107,14 +111,12 @@ class Retention:
             return []
         return [("stream", row, N, k) for k in range(-(-(len(self.data.texts) + max(ages)) // SEGMENT))]
 
-    def run(self, unit: Unit) -> list[Record]:
-        """Do one unit of work and return its records."""
-        if unit[0] == "stream":
-            return list(self._stream(*unit[1:]))
-        row, N, fill, i = unit
-        text = self.data.texts[i]
-        ways = {"ours": self._ours, "window": self._window, "bm25": self._bm25}
-        return list(ways.get(row, self._constant)(row, N, fill, text))
+    def records(self, first: Any, *unit: Any) -> Iterator[Record]:
+        if first == "stream":
+            return self._stream(*unit)
+        N, fill, i = unit
+        records = self._constant if first in summary.CONSTANT else self._own
+        return records(first, N, fill, self.data.texts[i])
 
     @property
     def capacities(self) -> tuple[int, ...]:
@@ -130,76 +132,38 @@ class Retention:
         else:
             context = self.llm.context(self._dead(N)) if row == "dead" else in_context(self.llm, ())
             answers = self._ask(context, text.questions)
-        yield from _records(text.questions, answers, row=row, N=N, fill=fill, text=text.id)
+        for question, answer in zip(text.questions, answers, strict=True):
+            yield _record(question, answer, row=row, N=N, fill=fill, text=text.id)
 
-    def _ours(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
-        memory = self._full(N) if fill == "full" else self._empty(N)
-        memory = self._write(memory.with_settings(seed=_seed(self.settings.seed, text.id)), text.text, "target")
+    def _own(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
+        """A run about one text: write the text, then others, and ask at the steps in question."""
+        memory, library = None, [*self._filler(N), text.text]
+        if row == "ours":
+            memory = self._full(N) if fill == "full" else self._empty(N)
+            memory = self._write(memory.with_settings(seed=_seed(self.settings.seed, text.id)), text.text, "target")
         for t in range(max(self.settings.own) + 1):
             if t:
-                memory = self._write(memory, self._other(t - 1), "unrelated")
+                library.append(self._other(t - 1))
+                memory = None if memory is None else self._write(memory, library[-1], "unrelated")
             if t in self.settings.own:
-                facts = {"row": row, "N": N, "fill": fill, "step": t, "text": text.id, "M": memory.M}
-                answers = self._ask(self.llm.context(memory), text.questions)
-                for question, answer in zip(text.questions, answers, strict=True):
-                    retrieved = self._found(memory, question, "target")
-                    yield from _records([question], [answer], left=_left(memory, "target"), **retrieved, **facts)
-
-    def _window(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
-        N_seen = min(N, self._room)
-        before = [i for filler in self._filler(N) for i in self._ids(filler)]
-        for t in self.settings.own:
-            after = [i for j in range(t) for i in self._ids(self._other(j))]
-            target = self._ids(text.text)
-            ids = tuple([*before, *target, *after][-N_seen:])
-            share = _in_window(N_seen, len(after), len(target))
-            context = in_context(self.llm, ids) if share else self._shared(ids)  # without the text, all see the same
-            answers = self._ask(context, text.questions)
-            yield from _records(text.questions, answers, row=row, N=N, fill=fill, step=t, text=text.id, left=share)
-
-    def _bm25(self, row: str, N: int, fill: str, text: Text) -> Iterator[Record]:
-        for t in self.settings.own:
-            library = [*self._filler(N), text.text, *(self._other(j) for j in range(t))]
-            passages = _find(library, [q.question for q in text.questions])
-            answers = self._ask_found(passages, text.questions)
-            for question, answer, passage in zip(text.questions, answers, passages, strict=True):
-                share = float(passage == text.text)
-                yield from _records([question], [answer], row=row, N=N, fill=fill, step=t, text=text.id, left=share)
+                asked = [(t, text, question) for question in text.questions]
+                for record in self._ask_all(row, N, memory, library, asked, ["target"] * len(asked)):
+                    yield {"fill": fill, **record}
 
     # --- the stream -------------------------------------------------------------------------------------------------
 
     def _stream(self, row: str, N: int, segment: int) -> Iterator[Record]:
         """Steps segment * SEGMENT and on: write one text, then ask every text whose age is one of the steps."""
         texts, ages = self.data.texts, self.settings.streamed
-        steps = range(segment * SEGMENT, min((segment + 1) * SEGMENT, len(texts) + max(ages)))
         memory = self._before(N, segment) if row == "ours" else None
-        for step in steps:
+        for step in range(segment * SEGMENT, min((segment + 1) * SEGMENT, len(texts) + max(ages))):
             if memory is not None:
                 memory = self._write(memory, *self._streamed(step))
             due = [(age, texts[step - age]) for age in ages if 0 <= step - age < len(texts)]
             asked = [(age, text, question) for age, text in due for question in text.questions]
-            if not asked:
-                continue
-            questions = [question for _, _, question in asked]
-            library = [*self._filler(N), *(self._streamed(j)[0] for j in range(step + 1))]
-            if memory is not None:
-                answers = self._ask(self.llm.context(memory), questions)
-                shares = [_left(memory, text.id) for _, text, _ in asked]
-            elif row == "window":
-                N_seen = min(N, self._room)
-                ids = [i for passage in library for i in self._ids(passage)][-N_seen:]
-                answers = self._ask(in_context(self.llm, ids), questions)
-                tokens = [len(self._ids(passage)) for passage in library]
-                newer = {age: sum(tokens[len(tokens) - age :]) for age in ages}
-                shares = [_in_window(N_seen, newer[age], len(self._ids(text.text))) for age, text, _ in asked]
-            else:
-                passages = _find(library, [question.question for question in questions])
-                answers = self._ask_found(passages, questions)
-                shares = [float(passage == text.text) for passage, (_, text, _) in zip(passages, asked, strict=True)]
-            for (age, text, question), answer, share in zip(asked, answers, shares, strict=True):
-                facts = {"row": row, "N": N, "fill": "full", "step": age, "stream": True, "text": text.id}
-                facts |= {"M": memory.M, **self._found(memory, question, text.id)} if memory is not None else {}
-                yield from _records([question], [answer], left=share, **facts)
+            library = [*self._filler(N), *(self._streamed(j)[0] for j in range(step + 1))] if asked else []
+            for record in self._ask_all(row, N, memory, library, asked, [text.id for _, text, _ in asked]):
+                yield {"fill": "full", "stream": True, **record}
         if memory is not None:
             memory.save(self._kept(N, segment))
             self._kept(N, segment - 2).unlink(missing_ok=True)  # the one before is needed if this is done again
@@ -223,14 +187,34 @@ class Retention:
     def _kept(self, N: int, segment: int) -> Path:
         return self.folder / f"stream-{N}-{segment}.safetensors"
 
-    def asked(self) -> dict[str, Any]:
+    # --- the run ----------------------------------------------------------------------------------------------------
+
+    @property
+    def title(self) -> str:
+        return f"Knowledge retention: {self.llm.name}, {SETS.get(self.data.name, self.data.name)}"
+
+    def about_model(self) -> dict[str, Any]:
+        style = asdict(self.llm.prompts_or_raise().style)
+        return {**super().about_model(), "tokenizer": self.llm.tokenizer_identity, "style": style}
+
+    def about_settings(self) -> dict[str, Any]:
         """The settings as JSON, without those to which a later run may add, such as capacities."""
-        values = {name: value for name, value in asdict(self.settings).items() if name not in CHOSEN}
+        values = {name: value for name, value in asdict(self.settings).items() if name not in self.CHOSEN}
         for N in self.capacities[:1]:
             values["memory"] = asdict(self._empty(N).settings) | {"N": None, "K": self.settings.memory.K}
         return values
 
-    def clear(self) -> None:
+    def finish(self, folder: Folder, title: str, records: Sequence[Record], lines: Sequence[Line]) -> Record:
+        """Draw the curves and write the page, once two texts are finished."""
+        if not lines:
+            return {"notes": []}
+        count, texts = sum(len(text.questions) for text in self.data.texts), self.data.texts
+        questions = f"{count} questions about {len(texts)} texts; {self.data.source}"
+        plots.draw(lines, title, folder.path / "plot.png")
+        report.write(folder, title, questions, lines, records, self.data)
+        return {"notes": [questions], "samples": [[text.id, [q.id for q in text.questions]] for text in texts]}
+
+    def clear(self, finished: Collection[Unit]) -> None:
         """Remove the memories that were kept between segments."""
         for N in self.capacities:
             for file in self.folder.glob(f"stream-{N}-*.safetensors"):
@@ -304,6 +288,47 @@ class Retention:
         memory = self._full(N)
         return replace(memory, slots=torch.zeros_like(memory.slots))
 
+    def _ask_all(
+        self,
+        row: str,
+        N: int,
+        memory: Memory | None,
+        library: Sequence[str],
+        asked: Sequence[Asked],
+        sources: Sequence[str],
+    ) -> Iterator[Record]:
+        """Ask about texts that were written, each so many texts ago.
+
+        Args:
+            memory: of the row "ours".
+            library: all texts that were written, for the other rows.
+            sources: the name under which each text was written.
+        """
+        questions = [question for *_, question in asked]
+        if not asked:
+            return
+        if memory is not None:
+            answers = self._ask(self.llm.context(memory), questions)
+            shares = [_left(memory, source) for source in sources]
+        elif row == "window":
+            answers, shares = self._ask_window(min(N, self._room), library, asked)
+        else:
+            passages = _find(library, [question.question for question in questions])
+            answers = self._ask_found(passages, questions)
+            shares = [float(passage == text.text) for passage, (_, text, _) in zip(passages, asked, strict=True)]
+        for (age, text, question), answer, share, source in zip(asked, answers, shares, sources, strict=True):
+            facts = {"row": row, "N": N, "step": age, "text": text.id, "left": share}
+            facts |= {"M": memory.M, **self._found(memory, question, source)} if memory is not None else {}
+            yield _record(question, answer, **facts)
+
+    def _ask_window(self, N: int, library: Sequence[str], asked: Sequence[Asked]) -> tuple[list[Answer], list[float]]:
+        """Answers behind the last N tokens of all that was written, and the share of each text that is among them."""
+        tokens = [len(self._ids(passage)) for passage in library]
+        shares = [_in_window(N, sum(tokens[len(tokens) - age :]), len(self._ids(text.text))) for age, text, _ in asked]
+        ids = tuple([i for passage in library for i in self._ids(passage)][-N:])
+        context = in_context(self.llm, ids) if any(shares) else self._shared(ids)  # without the text, all see the same
+        return self._ask(context, [question for *_, question in asked]), shares
+
     def _ask_found(self, passages: list[str], questions: Sequence[Question]) -> list[Answer]:
         """Ask each question behind the passage that was found for it, if any; what was asked before is kept."""
         seen = self._seen
@@ -340,20 +365,9 @@ def measure(
     if len(data.texts) < 2:
         raise ValueError("one text has no interval, and without an interval there is no result: take more questions.")
     plots.require()
-    worker = Retention(llm, data, settings, out)
-    asked = {
-        "data": {"name": data.name, "source": data.source, "sha256": data.identity, **(drawn or {})},
-        "settings": worker.asked(),
-        "model": protocol.model(llm)
-        | {"tokenizer": llm.tokenizer_identity, "style": asdict(llm.prompts_or_raise().style)},
-    }
-
-    def finish(folder: runner.Folder, complete: bool) -> list[Line]:
-        if complete:
-            worker.clear()
-        return results.write(folder, data, unfinished=not complete)
-
-    return protocol.carry_out(PROTOCOL, llm, worker, asked, finish, out, args=(data, settings, out), **how)
+    worker, args = Retention(llm, data, settings, out), (data, settings, out)
+    about = {"name": data.name, "source": data.source, "sha256": data.identity, **(drawn or {})}
+    return protocol.measure(worker, summary.lines, out, data=about, args=args, table=summary.markdown, **how)
 
 
 def _find(library: Sequence[str], questions: Sequence[str]) -> list[str]:
@@ -361,16 +375,8 @@ def _find(library: Sequence[str], questions: Sequence[str]) -> list[str]:
     return [library[places[0]] if places else "" for places in ranked(library, questions, 1)]
 
 
-def _records(questions: Sequence[Question], answers: Sequence[Answer], **facts: Any) -> Iterator[Record]:
-    for question, answer in zip(questions, answers, strict=True):
-        yield {
-            **facts,
-            "question": question.id,
-            "hit": int(answer.hit),
-            "accuracy": round(answer.accuracy, 6),
-            "loglik": round(answer.loglik, 6),
-            "said": answer.said,
-        }
+def _record(question: Question, answer: Answer, **facts: Any) -> Record:
+    return {**facts, "question": question.id, **answer.numbers, "said": answer.said}
 
 
 def _left(memory: Memory, source: str) -> float:

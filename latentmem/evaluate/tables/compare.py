@@ -8,28 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from latentmem.core.settings import MemorySettings
 from latentmem.evaluate.runner import Folder, Record
 from latentmem.evaluate.stats import Estimate, difference, mean_of, quotient
-from latentmem.evaluate.tables.summary import METRICS, NAMES, cell_text
+from latentmem.evaluate.tables import plots
+from latentmem.evaluate.tables.summary import METRICS, NAMES, as_json, table
+from latentmem.evaluate.tables.summary import StepLine as Line
 from latentmem.files.container import replace_bytes
 
 Cells = dict[int, dict[str, Record]]  # step -> question -> record
 SHARED = ("floor", "oracle", "window", "bm25")
-
-
-@dataclass(frozen=True)
-class Line:
-    """One row of one table: an estimate for each step; step -1 where none changes it."""
-
-    metric: str
-    kind: str  # "row", "kept" (share of step 0), "gain" (minus the first run), "over window", "left"
-    name: str
-    cells: dict[int, Estimate]
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Record]]:
@@ -56,6 +47,8 @@ def _taken(memory: Mapping[str, Any]) -> int:
 
 def compare(runs: Mapping[str, Path], N: int, *, stream: bool = False) -> list[Line]:
     """The lines of all tables: every run's full memory of N slots, beside floor, oracle, window and BM25.
+
+    A line's kind is "row", "kept" (share of step 0), "gain" (minus the first run, window or BM25) or "left".
 
     Args:
         runs: name -> folder; differences are taken against the first. Rows beside the memories come from the first run
@@ -161,61 +154,16 @@ def markdown(lines: Sequence[Line]) -> str:
         for heading, kinds in ((title, ("row", "kept", "left")), (f"{title}, paired differences", ("gain",))):
             chosen = [line for line in lines if line.metric == metric and line.kind in kinds]
             if chosen:
-                out.append(f"## {heading}\n\n{_table(chosen)}")
+                out.append(f"## {heading}\n\n{table(chosen)}")
     return "\n\n".join(out) + "\n"
-
-
-def _table(lines: Sequence[Line]) -> str:
-    steps = sorted({t for line in lines for t in line.cells if t >= 0})
-    rows = ["| | n (texts) | " + " | ".join(f"t = {t}" for t in steps) + " |", "| --- |" + " --- |" * (len(steps) + 1)]
-    for line in lines:
-        sizes = ", ".join(sorted({f"{cell.n} ({cell.texts})" for cell in line.cells.values()}))
-        cells = {steps[0]: line.cells[-1]} if -1 in line.cells else line.cells
-        rows.append(
-            f"| {line.name} | {sizes} | {' | '.join(cell_text(cells[t]) if t in cells else '' for t in steps)} |"
-        )
-    return "\n".join(rows)
 
 
 def draw(lines: Sequence[Line], title: str, path: Path) -> None:
     """The token accuracy of all rows over steps, with intervals, as a PNG."""
-    from latentmem.evaluate.tables.plots import require
-
-    pyplot = require()
-    figure, axis = pyplot.subplots(figsize=(8, 5.4), layout="constrained")
-    lines = [line for line in lines if (line.metric, line.kind) == ("accuracy", "row")]
-    shared = set(NAMES.values())
-    colours = iter(("#999999", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000"))
-    for line in lines:
-        if -1 in line.cells:
-            axis.axhline(line.cells[-1].mean, color="black", linestyle=":", linewidth=1)
-            axis.annotate(
-                line.name,
-                (0.99, line.cells[-1].mean),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="bottom",
-                fontsize=8,
-            )
-            continue
-        colour = "#d55e00" if line.name in shared else next(colours)
-        steps = sorted(line.cells)
-        style = {NAMES["window"]: "--", NAMES["bm25"]: "-."}.get(line.name, "-")
-        places = range(len(steps))
-        axis.plot(
-            places, [line.cells[t].mean for t in steps], style, color=colour, label=line.name, marker="o", markersize=4
-        )
-        low, high = ([getattr(line.cells[t], end) for t in steps] for end in ("low", "high"))
-        axis.fill_between(places, low, high, color=colour, alpha=0.12)
-        axis.set_xticks(list(places), [str(t) for t in steps])
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("texts written since")
-    axis.set_ylabel("token accuracy")
-    axis.set_title(title)
-    axis.grid(alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    chosen = [line for line in lines if (line.metric, line.kind) == ("accuracy", "row")]
+    steps = sorted({t for line in chosen for t in line.cells if t >= 0})
+    curves: plots.Curves = {x.name: [(t, x.cells.get(t, x.cells.get(-1))) for t in steps] for x in chosen}
+    plots.panels({"token accuracy": curves}, "texts written since", title, path, ticks=steps)
 
 
 def write(runs: Mapping[str, Path], N: int, out: Path, command: str = "", *, stream: bool = False) -> list[Line]:
@@ -223,7 +171,7 @@ def write(runs: Mapping[str, Path], N: int, out: Path, command: str = "", *, str
     lines = compare(runs, N, stream=stream)
     out.mkdir(parents=True, exist_ok=True)
     title = f"Retention side by side, N = {N}"
-    replace_bytes(out / "compare.json", json.dumps([asdict(line) for line in lines], indent=1) + "\n")
+    replace_bytes(out / "compare.json", json.dumps(as_json(lines), indent=1) + "\n")
     replace_bytes(out / "compare.md", f"# {title}\n\n```\n{command}\n```\n\n{markdown(lines)}")
     draw(lines, title, out / "compare.png")
     return lines

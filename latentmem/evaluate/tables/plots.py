@@ -99,7 +99,7 @@ def panels(
     Args:
         by_panel: what each panel shows -> its curves; estimates are drawn with their intervals.
         x: name of the common axis.
-        ticks: of a logarithmic axis, where it is marked; None: it is linear.
+        ticks: all x there are, which then stand at even distances.
     """
     pyplot = require()
     figure, axes = pyplot.subplots(
@@ -107,13 +107,12 @@ def panels(
     )
     alike = len({tuple(curves) for curves in by_panel.values()}) == 1 < len(by_panel)
     for axis, (name, curves) in zip(axes[:, 0], by_panel.items(), strict=True):
+        if ticks is not None:
+            curves = {name: [(ticks.index(at), y) for at, y in points] for name, points in curves.items()}
+            axis.set_xticks(range(len(ticks)), [f"{tick:g}" for tick in ticks])
         _panel(axis, curves, alike)
         axis.set_ylabel(name)
         axis.grid(alpha=0.25)
-        if ticks is not None:
-            axis.set_xscale("log")
-            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axis.minorticks_off()
         if not alike:
             axis.legend(frameon=False)
     if alike:

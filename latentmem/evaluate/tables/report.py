@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from html import escape
-from pathlib import Path
-from typing import Any
 
 from latentmem.evaluate.data.sets import QuestionSet
-from latentmem.evaluate.tables.summary import OURS, Line, cell_text, label, part_name, sections
+from latentmem.evaluate.runner import Folder, Record
+from latentmem.evaluate.stats import Estimate
+from latentmem.evaluate.tables.summary import OURS, Line, cell_text, grid, label, part_name, sections
 from latentmem.files.container import replace_bytes
 
 EXAMPLES = 12
@@ -25,45 +26,46 @@ div { overflow-x: auto }
 
 
 def write(
-    path: Path, title: str, facts: dict[str, Any], lines: Sequence[Line], records: Sequence[dict[str, Any]],
-    data: QuestionSet, plot: Path,
-) -> None:  # fmt: skip
-    """Write the page; it is one file and loads nothing."""
-    picture = base64.b64encode(plot.read_bytes()).decode()
+    folder: Folder, title: str, questions: str, lines: Sequence[Line], records: Sequence[Record], data: QuestionSet
+) -> None:
+    """Write report.html, which loads nothing: plot.png is in it.
+
+    Args:
+        questions: how many questions are asked about what, in words.
+    """
+    picture = base64.b64encode((folder.path / "plot.png").read_bytes()).decode()
     body = [f"<h1>{escape(title)}</h1>", f'<img alt="curves" src="data:image/png;base64,{picture}">']
     for N, stream in dict.fromkeys((line.N, line.stream) for line in lines):
         body.append(f"<h2>{part_name(N, stream)}</h2>")
         for heading, chosen in sections([line for line in lines if (line.N, line.stream) == (N, stream)]):
             body.append(f"<h3>{escape(heading)}</h3>{_table(chosen)}")
-    body += ["<h2>What was said</h2>", _examples(records, data), "<h2>How this was made</h2>", _facts(facts)]
+    body += ["<h2>What was said</h2>", _examples(records, data)]
+    body += ["<h2>How this was made</h2>", _facts(folder, questions)]
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>{STYLE}</style><body>{''.join(body)}</body></html>\n"
     )
-    replace_bytes(path, page)
+    replace_bytes(folder.path / "report.html", page)
 
 
 def _table(lines: Sequence[Line]) -> str:
-    steps = sorted({t for line in lines for t in line.cells})
+    steps, lines_and_cells = grid(lines)
     head = "".join(f"<th>{t}</th>" for t in steps)
-    rows = [f"<tr><th>texts written since</th><th>n</th>{head}</tr>"]
-    for line in lines:
-        cells = "".join(_cell(line, t) for t in steps)
+    rows = [f"<tr><th>texts written since</th><th>n (texts)</th>{head}</tr>"]
+    for line, sizes, cells in lines_and_cells:
         kind = "ours" if line.kind == "row" and line.row == OURS else ""
         kind = kind or ("thin" if line.kind in ("bound", "M/N", "found") else "")
-        size = ", ".join(sorted({f"{c.n} ({c.texts} texts)" for c in line.cells.values()}))
-        rows.append(f'<tr class="{kind}"><td>{escape(label(line))}</td><td>{size}</td>{cells}</tr>')
+        shown = "".join(map(_cell, cells))
+        rows.append(f'<tr class="{kind}"><td>{escape(label(line))}</td><td>{sizes}</td>{shown}</tr>')
     return f"<div><table>{''.join(rows)}</table></div>"
 
 
-def _cell(line: Line, t: int) -> str:
-    if t not in line.cells:
-        return "<td></td>"
-    mean, interval = cell_text(line.cells[t]).split(" ", 1)
-    return f"<td>{mean}<small>{escape(interval)}</small></td>"
+def _cell(cell: Estimate | None) -> str:
+    mean, _, interval = cell_text(cell).partition(" ")
+    return f"<td>{mean}<small>{interval}</small></td>"
 
 
-def _examples(records: Sequence[dict[str, Any]], data: QuestionSet) -> str:
+def _examples(records: Sequence[Record], data: QuestionSet) -> str:
     """The first questions with what each row said of them, at the first and the last step of the largest memory."""
     N = max((r["N"] for r in records), default=0)
     steps = sorted({r["step"] for r in records if "step" in r})
@@ -84,6 +86,18 @@ def _examples(records: Sequence[dict[str, Any]], data: QuestionSet) -> str:
     return f'<div><table class="words">{"".join(rows)}</table></div>'
 
 
-def _facts(facts: dict[str, Any]) -> str:
+def _facts(folder: Folder, questions: str) -> str:
+    model, last = folder.config["model"], folder.runs[-1]
+    facts = {
+        "commands": "; ".join(dict.fromkeys(run["command"] for run in folder.runs)),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "questions": questions,
+        "adapters": model["adapters"] or "none, untrained",
+        "dtype": model["dtype"],
+        "intervals": "95%, bootstrap over texts",
+        "commits": ", ".join(dict.fromkeys(run["commit"] for run in folder.runs if run["commit"])) or "not known",
+        **{key: last[key] for key in ("python", "machine")},
+        **last["versions"],
+    }
     rows = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
     return f'<table class="facts">{rows}</table>'

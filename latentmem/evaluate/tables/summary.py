@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.table import Table
 
@@ -29,26 +29,35 @@ CONSTANT = ("floor", "dead", "oracle")  # no step changes them
 
 
 @dataclass(frozen=True)
-class Line:
-    """One row of a table: an estimate for each step, or one for all.
+class StepLine:
+    """One row of a table: an estimate for each step; step -1 where none changes it."""
+
+    metric: str
+    kind: str
+    name: str
+    cells: dict[int, Estimate]
+
+    def as_json(self) -> Record:
+        return {**asdict(self), "cells": {str(t): cell.as_json() for t, cell in self.cells.items()}}
+
+
+@dataclass(frozen=True)
+class Line(StepLine):
+    """One row of a table of retention.
+
+    Its kind is "row", "relative" (to the oracle), "bound", "paired" (ours minus another row), "left", "M/N" or "found"
+    (of the text's long-term slots what its questions take).
 
     Args:
         filtered: without the questions that are answered closed book.
-        kind: "row", "relative" (to the oracle), "bound", "paired" (ours minus another row), "left", "M/N" or
-            "found" (of the text's long-term slots what its questions take).
         row, fill: as in `retention`.
-        cells: step -> estimate.
     """
 
     N: int
     stream: bool
-    metric: str
     filtered: bool
-    kind: str
     row: str
     fill: str
-    name: str
-    cells: dict[int, Estimate]
 
 
 def lines(records: Sequence[Record]) -> list[Line]:
@@ -107,7 +116,7 @@ class _Table:
 
         def line(kind: str, name: str, cells: Iterable[tuple[int, Estimate | None]]) -> None:
             there = {step: cell for step, cell in cells if cell is not None}
-            lines.append(Line(N, stream, metric, filtered, kind, row, fill, name, there))
+            lines.append(Line(metric, kind, name, there, N, stream, filtered, row, fill))
 
         def values(row: str, fill: str, step: int) -> dict[str, Record]:
             cell = self._cell(row, N, fill, stream, step)
@@ -149,7 +158,7 @@ class _Table:
             for kind, title in kinds.items():
                 estimates = {t: _share(cell.values(), kind, N) for t, cell in cells.items()}
                 there = {t: estimate for t, estimate in estimates.items() if estimate}
-                lines.append(Line(N, stream, "left", False, kind, row, fill, title, there))
+                lines.append(Line("left", kind, title, there, N, stream, False, row, fill))
         return lines
 
 
@@ -159,9 +168,9 @@ def _share(records: Iterable[Record], kind: str, N: int) -> Estimate | None:
     return mean_of([r for r in records if kind in r], kind)
 
 
-def as_json(lines: Iterable[Line]) -> list[Record]:
-    """Lines as plain data for the summary file."""
-    return [{**asdict(line), "cells": {str(t): cell.as_json() for t, cell in line.cells.items()}} for line in lines]
+def as_json(lines: Iterable[StepLine]) -> list[Record]:
+    """Lines as plain data for a file."""
+    return [line.as_json() for line in lines]
 
 
 # --- Markdown -------------------------------------------------------------------------------------------------------
@@ -174,7 +183,7 @@ def markdown(lines: Sequence[Line]) -> str:
         part = [line for line in lines if (line.N, line.stream) == (N, stream)]
         out.append(f"## {part_name(N, stream)}{': one memory, texts of every age in it' * stream}")
         for title, chosen in sections(part):
-            out.append(f"### {title}\n\n{_table(chosen)}")
+            out.append(f"### {title}\n\n{table(chosen)}")
     return "\n\n".join(out) + "\n"
 
 
@@ -198,35 +207,49 @@ def part_name(N: int, stream: bool) -> str:
     return f"N = {N}{', stream' * stream}" if N else "without a memory"
 
 
-def label(line: Line) -> str:
-    """How a line is called in a table."""
-    return {"relative": f"{line.name} / oracle", "bound": f"bound for {line.name}"}.get(line.kind, line.name)
-
-
 def terminal(lines: Sequence[Line]) -> Iterator[tuple[str, Table]]:
     """The token accuracy of each part as a table for the terminal."""
     for N, stream in dict.fromkeys((line.N, line.stream) for line in lines):
         chosen = [x for x in lines if (x.N, x.stream, x.metric, x.kind) == (N, stream, "accuracy", "row")]
-        steps = sorted({t for line in chosen for t in line.cells})
-        table = Table(box=None, pad_edge=False)
+        steps, rows = grid(chosen)
+        shown = Table(box=None, pad_edge=False)
         for column in ("texts written since", *map(str, steps)):
-            table.add_column(column, justify="right" if table.columns else "left")
-        for line in chosen:
-            table.add_row(line.name, *(cell_text(line.cells[t]) if t in line.cells else "" for t in steps))
-        yield f"Token accuracy, {part_name(N, stream)}", table
+            shown.add_column(column, justify="right" if shown.columns else "left")
+        for line, _, cells in rows:
+            shown.add_row(line.name, *map(cell_text, cells))
+        yield f"Token accuracy, {part_name(N, stream)}", shown
 
 
-def cell_text(cell: Estimate) -> str:
+def label(line: StepLine) -> str:
+    """How a line is called in a table."""
+    return {"relative": f"{line.name} / oracle", "bound": f"bound for {line.name}"}.get(line.kind, line.name)
+
+
+AnyLine = TypeVar("AnyLine", bound=StepLine)
+
+
+def grid(lines: Sequence[AnyLine]) -> tuple[list[int], list[tuple[AnyLine, str, list[Estimate | None]]]]:
+    """The steps of a table, and each line with its numbers of questions (and texts), and its cells."""
+    steps = sorted({t for line in lines for t in line.cells if t >= 0})
+    rows = []
+    for line in lines:
+        sizes = sorted({f"{cell.n} ({cell.texts})" for cell in line.cells.values()})
+        cells = {steps[0]: line.cells[-1]} if -1 in line.cells else line.cells
+        rows.append((line, ", ".join(sizes), [cells.get(t) for t in steps]))
+    return steps, rows
+
+
+def cell_text(cell: Estimate | None) -> str:
     """Mean and interval, two decimals."""
+    if cell is None:
+        return ""
     mean, low, high = (f"{round(x, 2) + 0.0:.2f}" for x in (cell.mean, cell.low, cell.high))  # + 0.0: no -0.00
     return f"{mean} [{low}, {high}]"
 
 
-def _table(lines: Sequence[Line]) -> str:
-    steps = sorted({t for line in lines for t in line.cells})
-    rows = ["| | n (texts) | " + " | ".join(f"t = {t}" for t in steps) + " |", "| --- |" + " --- |" * (len(steps) + 1)]
-    for line in lines:
-        sizes = {f"{cell.n} ({cell.texts})" for cell in line.cells.values()}
-        cells = [cell_text(line.cells[t]) if t in line.cells else "" for t in steps]
-        rows.append(f"| {label(line)} | {', '.join(sorted(sizes))} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+def table(lines: Sequence[StepLine]) -> str:
+    """Lines as a Markdown table."""
+    steps, rows = grid(lines)
+    text = ["| | n (texts) | " + " | ".join(f"t = {t}" for t in steps) + " |", "| --- |" + " --- |" * (len(steps) + 1)]
+    text += [f"| {' | '.join([label(line), sizes, *map(cell_text, cells)])} |" for line, sizes, cells in rows]
+    return "\n".join(text)
