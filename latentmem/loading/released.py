@@ -19,6 +19,8 @@ query_proj, key_proj, ...        the trained retriever, `longterm.search.Project
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,13 @@ from torch import Tensor
 from latentmem.core.memory import Memory
 from latentmem.core.settings import LongTermSettings, MemorySettings
 from latentmem.decoder.adapters import Adapters, insert
+from latentmem.loading.hub import quiet, readable
 from latentmem.longterm.blocks import StoredSlots, extended
 from latentmem.longterm.longterm import FREQUENCY, FrequencyLongTerm
 from latentmem.longterm.search import Projectors
 from latentmem.model.backbone import Trained, fingerprint
 from latentmem.model.model import MemoryModel
+from latentmem.model.prompts import Prompts
 
 KEYS = ("num_blocks", "num_tokens", "add_bos_embedding", "lora_config", "add_decoder_lora")
 LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules")
@@ -58,6 +62,7 @@ PLUS: dict[str, Any] = {  # keys of M+, and what is understood of those that hav
 OWN = ("memory", "bos_embedding", "new_memory_positional_emb", "initialized")
 STORE = ("ltm", "ltm_keys", "ltm_ages", "ltm_recall_frequencies")
 PROJECTORS = ("query_proj", "key_proj", "encoder_query_proj")
+NOT_LLAMA = ("architectures", "model_type", "auto_map", "torch_dtype", "dtype", "transformers_version")
 NAMES = {".default.": ".write.", ".decoder_adapter.": ".read."}
 
 
@@ -81,32 +86,56 @@ def load(name: str, config: dict[str, Any], dtype: torch.dtype, device: torch.de
         ValueError: keys or shapes that are unknown or missing, all of them named.
     """
     _check_config(config)
-    theirs = _weights(name, config)
-    own = {key: theirs.pop(key) for key in OWN if key in theirs}
-    lora = {key: theirs.pop(key) for key in list(theirs) if ".lora_" in key}
-    plus = _is_plus(config)
-    store = {key: theirs.pop(key) for key in list(theirs) if plus and key.split(".")[0] in STORE}
-    retriever = {key: theirs.pop(key) for key in list(theirs) if plus and set(key.split(".")) & set(PROJECTORS)}
+    theirs, plus = _weights(name), _is_plus(config)
+    own = _taken(theirs, lambda key: key in OWN)
+    lora = _taken(theirs, lambda key: ".lora_" in key)
+    store = _taken(theirs, lambda key: plus and key.split(".")[0] in STORE)
+    retriever = _taken(theirs, lambda key: plus and not set(PROJECTORS).isdisjoint(key.split(".")))
     base = _base(config, {key.replace(".base_layer.", "."): value for key, value in theirs.items()}, dtype)
-    identity = fingerprint(base)
-    tokenizer = _tokenizer(name)
+    identity, tokenizer = fingerprint(base), _tokenizer(name)
     if not trained:
         return MemoryModel(base.to(device), tokenizer, name=name, identity=identity)
-
     adapters = _adapters(base, config, lora)
-    base.to(device)
-    left_out = [*(["initialized"] * plus), *(["bos_embedding"] * (not config["add_bos_embedding"]))]
-    expected = [key for key in OWN if key not in left_out]
+    _check_own(own, config)
+    pool = replace(
+        _pool(config, own["memory"].to(device, dtype)),
+        model=identity,
+        adapters=adapters.identity,
+        tokenizer=Prompts(tokenizer).identity if tokenizer is not None else "",
+        model_name=name,
+    )
+    if plus:
+        pool = replace(pool, longterm=_store(config, store, pool.N, dtype))
+    bos = own.get("bos_embedding", own["memory"][:, :0]).to(device, dtype)
+    return MemoryModel(
+        base.to(device),
+        tokenizer,
+        name=name,
+        adapters=adapters,
+        trained=Trained(bos, own["new_memory_positional_emb"][0, 0].to(device, dtype), pool),
+        projectors=_projectors(config, retriever, device, dtype) if plus else None,
+        identity=identity,
+    )
+
+
+def _taken(weights: dict[str, Tensor], belongs: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The weights whose names belong, taken out of the others."""
+    return {key: weights.pop(key) for key in list(weights) if belongs(key)}
+
+
+def _check_own(own: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Refuse bos, mark or pool that are missing, unknown, of a wrong shape, or never written."""
+    plus = _is_plus(config)
+    absent = [*(["initialized"] * plus), *(["bos_embedding"] * (not config["add_bos_embedding"]))]
+    expected = [key for key in OWN if key not in absent]
     missing, unknown = [key for key in expected if key not in own], [key for key in own if key not in expected]
     if unknown:
         raise ValueError(f"the checkpoint has {', '.join(unknown)}, which its config.json says it has not.")
     if missing:
         raise ValueError(f"the checkpoint lacks {', '.join(missing)}: it is not a complete MemoryLLM checkpoint.")
-    K = config["num_tokens"]
-    N = (config["num_blocks"] - config.get("num_ltm_blocks", 0)) * K
     L, d = config["num_hidden_layers"], config["hidden_size"]
     shapes = {
-        "memory": [L, N, d],
+        "memory": [L, _capacity(config), d],
         "bos_embedding": [L, 1, d],
         "new_memory_positional_emb": [1, 1, d],
         "initialized": [],
@@ -116,55 +145,37 @@ def load(name: str, config: dict[str, Any], dtype: torch.dtype, device: torch.de
             raise ValueError(f"the checkpoint's {key} has the shape {list(own[key].shape)}, expected {shape}.")
     if not own.get("initialized", plus):
         raise ValueError("the checkpoint's memory was never written (initialized = 0): it has no pool to start from.")
-    from latentmem.model.prompts import Prompts
 
-    old = torch.zeros(L, N, dtype=torch.int32)
-    pool = Memory(
-        slots=own["memory"].to(device, dtype),
-        births=old,
-        origins=old - 1,
-        settings=MemorySettings(N, K, "paper"),
-        model=identity,
-        adapters=adapters.identity,
-        tokenizer=Prompts(tokenizer).identity if tokenizer is not None else "",
-        model_name=name,
-        longterm=_store(config, store, N, dtype) if plus else None,
-    )
-    extra = Trained(
-        bos=own.get("bos_embedding", own["memory"][:, :0]).to(device, dtype),
-        mark=own["new_memory_positional_emb"][0, 0].to(device, dtype),
-        pool=pool,
-    )
-    projectors = _projectors(config, retriever, device, dtype) if plus else None
-    return MemoryModel(
-        base, tokenizer, name=name, adapters=adapters, trained=extra, projectors=projectors, identity=identity
-    )
+
+def _capacity(config: dict[str, Any]) -> int:
+    """N of the checkpoint's pool."""
+    return (config["num_blocks"] - config.get("num_ltm_blocks", 0)) * config["num_tokens"]
+
+
+def _pool(config: dict[str, Any], slots: Tensor) -> Memory:
+    """A full memory that is older than all writes."""
+    old = torch.zeros(slots.shape[:2], dtype=torch.int32)
+    settings = MemorySettings(_capacity(config), config["num_tokens"], "paper")
+    return Memory(slots=slots, births=old, origins=old - 1, settings=settings)
 
 
 def _is_plus(config: dict[str, Any]) -> bool:
     return bool(set(PLUS) & set(config))
 
 
-def _store(config: dict[str, Any], found: dict[str, Tensor], N: int, dtype: torch.dtype) -> FrequencyLongTerm:
+def _store(config: dict[str, Any], theirs: dict[str, Tensor], N: int, dtype: torch.dtype) -> FrequencyLongTerm:
     """The long-term memory of a checkpoint; slots of its pool count as the newest that were ever written."""
     L, d, S, K = config["num_hidden_layers"], config["hidden_size"], config["ltm_initial_size"], config["num_tokens"]
-    shapes = {"ltm": (S, d), "ltm_keys": (S, config["selector_hidden_dim"]), "ltm_ages": (S,)}
-    shapes["ltm_recall_frequencies"] = (S,)
-    meta = {f"{key}.{i}": torch.empty(shape, device="meta") for key, shape in shapes.items() for i in range(L)}
-    _same_keys({key: tensor.shape for key, tensor in meta.items()}, found, "long-term memory")
-    each = {key: torch.stack([found[f"{key}.{i}"] for i in range(L)]) for key in STORE}
+    shapes = {"ltm": (S, d), "ltm_keys": (S, config["selector_hidden_dim"])}
+    each_shape = {key: torch.Size(shapes.get(key, (S,))) for key in STORE}
+    _same_keys({f"{key}.{i}": each_shape[key] for key in STORE for i in range(L)}, theirs, "long-term memory")
+    each = {key: torch.stack([theirs[f"{key}.{i}"] for i in range(L)]) for key in STORE}
     old = torch.zeros(L, S, dtype=torch.int32)
     orders = -each["ltm_ages"].round().long()
     stored = StoredSlots(each["ltm"].to(dtype), old, old - 1, orders, each["ltm_keys"].to(dtype))
+    R, period = config["num_ltm_blocks"] * K, config["update_ltm_frequency"] * K
     return FrequencyLongTerm(
-        LongTermSettings(
-            R=config["num_ltm_blocks"] * K,
-            limit=1 << 62,
-            group="slot",
-            every=0,
-            rule="frequency",
-            period=config["update_ltm_frequency"] * K,
-        ),
+        LongTermSettings(R=R, limit=1 << 62, group="slot", every=0, rule="frequency", period=period),
         torch.full((L, N), K - 1, dtype=torch.int32),
         extended((), stored),
         frequencies=each["ltm_recall_frequencies"].float(),
@@ -172,19 +183,19 @@ def _store(config: dict[str, Any], found: dict[str, Tensor], N: int, dtype: torc
 
 
 def _projectors(
-    config: dict[str, Any], found: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+    config: dict[str, Any], theirs: dict[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> Projectors:
     """The trained retriever, every weight accounted for."""
     L, d, width = config["num_hidden_layers"], config["hidden_size"], config["selector_hidden_dim"]
-    hidden = next((w.shape[0] for key, w in sorted(found.items()) if key.endswith(".0.weight")), d // 2)
+    hidden = next((w.shape[0] for key, w in sorted(theirs.items()) if key.endswith(".0.weight")), d // 2)
     shapes = {0: torch.Size((hidden, d)), 2: torch.Size((width, hidden))}
     names = {(p, i): f"model.layers.{i}.self_attn.{p}" for p in PROJECTORS for i in range(L)}
     expected = {f"{name}.{k}.weight": shape for name in names.values() for k, shape in shapes.items()}
-    _same_keys(expected, found, "retriever")
+    _same_keys(expected, theirs, "retriever")
 
     def pairs(which: str) -> list[tuple[Tensor, Tensor]]:
         at = [names[which, i] for i in range(L)]
-        return [tuple(found[f"{name}.{k}.weight"].to(device, dtype) for k in shapes) for name in at]  # type: ignore[misc]
+        return [tuple(theirs[f"{name}.{k}.weight"].to(device, dtype) for k in shapes) for name in at]  # type: ignore[misc]
 
     return Projectors(pairs("query_proj"), pairs("key_proj"))  # the third chooses what is dropped, if asked to
 
@@ -211,16 +222,16 @@ def _check_config(config: dict[str, Any]) -> None:
         raise ValueError(f"the checkpoint's num_memory_tokens = {tokens} is not num_blocks * num_tokens.")
 
 
-def _weights(name: str, config: dict[str, Any]) -> dict[str, Tensor]:
+def _weights(name: str) -> dict[str, Tensor]:
     """All tensors of the checkpoint's safetensors files, on the CPU."""
     from transformers.utils import cached_file
 
-    from latentmem.loading.hub import readable
-
     with readable(name):
-        single = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False)
-        index = None if single else cached_file(name, "model.safetensors.index.json")
-        files = [single] if single else _shards(name, str(index))
+        files = [cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False)]
+        if files == [None]:
+            index = Path(str(cached_file(name, "model.safetensors.index.json")))
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = [cached_file(name, shard) for shard in shards]
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
@@ -233,30 +244,11 @@ def _weights(name: str, config: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _shards(name: str, index: str) -> list[str]:
-    from transformers.utils import cached_file
-
-    shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-    return [str(cached_file(name, shard)) for shard in shards]
-
-
 def _base(config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
     """The Llama under the adapters, every weight accounted for."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from latentmem.loading.hub import quiet
-
-    not_llama = {
-        *KEYS,
-        *OPTIONAL,
-        *PLUS,
-        "architectures",
-        "model_type",
-        "auto_map",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-    }
+    not_llama = {*KEYS, *OPTIONAL, *PLUS, *NOT_LLAMA}
     llama = LlamaConfig(**{key: value for key, value in config.items() if key not in not_llama})
     weights = {key: value for key, value in weights.items() if not key.endswith("rotary_emb.inv_freq")}
     with torch.device("meta"):
@@ -272,13 +264,8 @@ def _base(config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype
 def _adapters(base: Any, config: dict[str, Any], lora: dict[str, Tensor]) -> Adapters:
     """The LoRA pair, every weight accounted for."""
     settings = config["lora_config"]
-    adapters = insert(
-        base,
-        r=settings["r"],
-        alpha=settings["lora_alpha"],
-        dropout=settings["lora_dropout"],
-        target_modules=settings["target_modules"],
-    )
+    r, alpha, dropout, modules = (settings[key] for key in LORA_KEYS)
+    adapters = insert(base, r=r, alpha=alpha, dropout=dropout, target_modules=modules)
     renamed = {}
     for key, value in lora.items():
         for theirs, ours in NAMES.items():
@@ -294,9 +281,9 @@ def _adapters(base: Any, config: dict[str, Any], lora: dict[str, Tensor]) -> Ada
     return adapters
 
 
-def _same_keys(expected: dict[str, Any], found: dict[str, Tensor], what: str) -> None:
-    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    wrong = [key for key in expected if key in found and found[key].shape != expected[key]]
+def _same_keys(expected: dict[str, Any], theirs: dict[str, Tensor], what: str) -> None:
+    missing, unknown = sorted(set(expected) - set(theirs)), sorted(set(theirs) - set(expected))
+    wrong = [key for key in expected if key in theirs and theirs[key].shape != expected[key]]
     if missing or unknown or wrong:
         problems = [
             f"{label}: {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''} ({len(keys)})"

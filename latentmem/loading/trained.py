@@ -13,10 +13,10 @@ from latentmem.core import memory as memories
 from latentmem.core.memory import Memory
 from latentmem.core.presets import PRESETS
 from latentmem.core.settings import MemorySettings
-from latentmem.decoder import linear
+from latentmem.decoder import adapters, linear
 from latentmem.decoder.decoder import Decoder
 from latentmem.files import adapters as files
-from latentmem.loading.hub import PACKAGED, _path
+from latentmem.loading.hub import PACKAGED, path_of
 from latentmem.longterm.search import Projectors
 from latentmem.model.backbone import Trained
 from latentmem.model.model import MemoryModel
@@ -24,20 +24,18 @@ from latentmem.model.model import MemoryModel
 TRAINED, ADAPTERS = Path(__file__).parent.parent / "trained", "adapters.safetensors"
 
 
-def _trained(name: str) -> Path | None:
+def adapters_of(name: str) -> Path | None:
     """The trained adapters that belong to a model: those of the package, or `adapters.safetensors` in its folder."""
-    path = (TRAINED / name if name == PACKAGED else _path(name)) / ADAPTERS
+    path = (TRAINED / name if name == PACKAGED else path_of(name)) / ADAPTERS
     return path if path.is_file() else None
 
 
-def _with_adapters(llm: MemoryModel, path: Path) -> MemoryModel:
+def with_adapters(llm: MemoryModel, path: Path) -> MemoryModel:
     """The model with adapters that `latentmem train` made.
 
     Raises:
         ValueError: they can not be read, belong to another model, or the model has adapters already.
     """
-    from latentmem.decoder import adapters as pairs
-
     file = path / ADAPTERS if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"adapters must be 'auto', None or a file that `latentmem train` made; there is no {file}.")
@@ -49,7 +47,7 @@ def _with_adapters(llm: MemoryModel, path: Path) -> MemoryModel:
             f"the adapters {file} belong to {facts['model_name']} ({facts['model'][:12]}), and this model is "
             f"{llm.name} ({llm.identity[:12]}). Load that model, or leave the adapters out."
         )
-    llm.adapters = pairs.load_into(llm.base, tensors, facts)
+    llm.adapters = adapters.load_into(llm.base, tensors, facts)
     llm.retriever.projectors = _retriever(tensors, facts, llm.decoder)
     linear.choose(llm.base)
     settings = MemorySettings.of(facts["memory"])
@@ -58,18 +56,14 @@ def _with_adapters(llm: MemoryModel, path: Path) -> MemoryModel:
         return llm
     like: Any = {"device": llm.decoder.device, "dtype": llm.decoder.dtype}
     bos, mark = tensors["bos"].to(**like), tensors["mark"].to(**like)
-    pool = replace(
-        memories.empty(llm.decoder.L, llm.decoder.d, settings, **like),
-        model=llm.identity,
-        adapters=llm.adapters.identity,
-        tokenizer=llm.tokenizer_identity,
-        model_name=llm.name,
+    empty = memories.empty(llm.decoder.L, llm.decoder.d, settings, **like)
+    pool = replace(empty, **llm.identities, model_name=llm.name)
+    return llm.with_trained(
+        Trained(bos, mark, fill_pool(llm.with_trained(Trained(bos, mark, pool)), pool, facts["birth"]))
     )
-    pool = born(llm.with_trained(Trained(bos, mark, pool)), pool, facts["birth"])
-    return llm.with_trained(Trained(bos, mark, pool))
 
 
-def born(llm: MemoryModel, pool: Memory, text: str) -> Memory:
+def fill_pool(llm: MemoryModel, pool: Memory, text: str) -> Memory:
     """A pool of the preset "paper" that is full from birth, as those of the released checkpoints are.
 
     Args:
@@ -91,17 +85,15 @@ def _retriever(tensors: dict[str, Tensor], facts: dict[str, Any], decoder: Decod
     Raises:
         ValueError: weights are missing, unknown or of another shape; all are named.
     """
-    from latentmem.decoder import adapters as pairs
-
-    theirs = {name: tensor for name, tensor in tensors.items() if name.startswith(pairs.RETRIEVER)}
+    theirs = {name: tensor for name, tensor in tensors.items() if name.startswith(adapters.RETRIEVER)}
     sizes, d, each = facts.get("retriever"), decoder.d, range(decoder.L)
     shapes = {0: (sizes["hidden"], d), 1: (sizes["width"], sizes["hidden"])} if sizes else {}
-    own = {f"{pairs.RETRIEVER}{kind}.{i}.{k}": shapes[k] for kind in ("query", "key") for i in each for k in shapes}
-    pairs.check_shapes({name: torch.Size(shape) for name, shape in own.items()}, theirs)
+    own = {f"{adapters.RETRIEVER}{kind}.{i}.{k}": shapes[k] for kind in ("query", "key") for i in each for k in shapes}
+    adapters.check_shapes({name: torch.Size(shape) for name, shape in own.items()}, theirs)
 
     def both(kind: str) -> list[tuple[Tensor, Tensor]]:
         like: Any = {"device": decoder.device, "dtype": decoder.dtype}
-        first, second = ([theirs[f"{pairs.RETRIEVER}{kind}.{i}.{k}"].to(**like) for i in each] for k in (0, 1))
+        first, second = ([theirs[f"{adapters.RETRIEVER}{kind}.{i}.{k}"].to(**like) for i in each] for k in (0, 1))
         return list(zip(first, second, strict=True))
 
     return Projectors(both("query"), both("key")) if sizes else None

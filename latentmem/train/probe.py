@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from latentmem.core.memory import Memory
-from latentmem.loading.trained import born
+from latentmem.loading.trained import fill_pool
 from latentmem.model.model import MemoryModel
 from latentmem.train.config import Config
 from latentmem.train.data import Document, Documents
@@ -54,7 +54,7 @@ class Probe:
     def _curve(self, llm: MemoryModel) -> list[dict[str, Any]]:
         ages, others = self.config.watch.ages, itertools.cycle(self.others)
         memory = llm.empty(settings=self.config.memory.settings())
-        memory = born(llm, memory, BIRTH) if llm.born_full else memory
+        memory = fill_pool(llm, memory, BIRTH) if llm.born_full else memory
         while memory.M < memory.N or (llm.born_full and memory.updates * memory.K < memory.N):
             memory = llm.write_ids(memory, self._ids(next(others)))
         accuracies: dict[int, list[float]] = {age: [] for age in ages}

@@ -16,7 +16,7 @@ from latentmem.core.read import read
 from latentmem.core.settings import MemorySettings
 from latentmem.decoder.adapters import READ, WRITE, Adapters, insert
 from latentmem.decoder.linear import Linear
-from latentmem.loading.trained import born
+from latentmem.loading.trained import fill_pool
 from latentmem.model.backbone import Trained, fingerprint
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Prompts
@@ -209,7 +209,7 @@ def test_a_pool_is_born_of_the_text_alone_however_short_it_is():
     llm.prompts = Prompts(byte_tokenizer())
     empty = replace(llm.empty(), **{name: getattr(llm.empty(), name)[:, :0] for name in ("slots", "births", "origins")})
     text = "ab"
-    pool = born(llm, empty, text)
+    pool = fill_pool(llm, empty, text)
     assert pool.M == N and pool.updates == 0 and (pool.births == 0).all() and (pool.origins == -1).all()
     ids = llm.prompts.written(text) * K  # two tokens: as many as give K slots, and K more
     longer = empty
