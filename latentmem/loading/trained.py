@@ -57,7 +57,7 @@ def with_adapters(llm: MemoryModel, path: Path) -> MemoryModel:
     like: Any = {"device": llm.decoder.device, "dtype": llm.decoder.dtype}
     bos, mark = tensors["bos"].to(**like), tensors["mark"].to(**like)
     empty = memories.empty(llm.decoder.L, llm.decoder.d, settings, **like)
-    pool = replace(empty, **llm.identities, model_name=llm.name)
+    pool = replace(empty, model_name=llm.name, **llm.identities)  # type: ignore[arg-type]
     return llm.with_trained(
         Trained(bos, mark, fill_pool(llm.with_trained(Trained(bos, mark, pool)), pool, facts["birth"]))
     )
