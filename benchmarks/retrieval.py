@@ -27,7 +27,7 @@ from latentmem.decoder.hooks import layers_seen
 from latentmem.evaluate.data import questions as sets
 from latentmem.longterm.ranking import marks
 from latentmem.longterm.search import Retrieval
-from latentmem.model.context import Context, front_with, question_mask, retrieve
+from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
 
 SETS = {"1 to 3": range(1, 4), "0": range(1), "2": range(2, 3), "0 to 5": range(6), "6 to 12": range(6, 13)}
@@ -98,7 +98,7 @@ def finding(llm: MemoryModel, data: Any, asked: list[tuple[str, Any]]) -> None:
     births, ranks = store.births, dict[tuple[str, str, str], list[int]]()
     for name, question in asked:
         ids = torch.tensor(prompts.question(question.question, bare=True))
-        hidden, asking = hidden_states(llm, memory, ids), question_mask(llm, ids)
+        hidden, asking = hidden_states(llm, memory, ids), llm.question_mask(ids)
         totals: dict[tuple[str, str, str], Tensor] = {}
 
         def add(way: str, tokens: str, i: int, mark: Tensor, totals: dict = totals) -> None:
@@ -149,7 +149,7 @@ def in_8_bits(llm: MemoryModel, data: Any, count: int) -> None:
         found, same = [], []
         for i, question in enumerate([q for text in data.texts[:10] for q in text.questions][:count]):
             ids = llm.ids(prompts.question(question.question, bare=True))
-            chosen = retrieve(llm, memory, ids)
+            chosen = llm.retrieve(memory, ids)
             assert chosen is not None
             places = torch.stack(chosen.places)
             first += [] if int8 else [places]
@@ -186,10 +186,10 @@ def placing(llm: MemoryModel, data: Any, asked: list[tuple[str, Any]]) -> None:
     for question in some[: len(asked)]:
         ids = llm.ids(prompts.question(question.question, bare=True))
         answer = prompts.answer(question.question, question.answers[0])
-        chosen = retrieve(llm, memory, ids)
+        chosen = llm.retrieve(memory, ids)
         assert chosen is not None
         for way, order in ways.items():
-            front = front_with(llm, memory, replace(chosen, order=order(chosen)), ids)
+            front = llm.front_with(memory, replace(chosen, order=order(chosen)), ids)
             score = llm.score_rows(Context((front,), (llm.room(memory),), READ), [ids], [answer])[0]
             found[way].append(score.hits.double().mean().item())
     print(f"\n| the same slots, {len(found['where they were written'])} questions | token accuracy |\n| --- | --- |")

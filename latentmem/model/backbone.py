@@ -211,16 +211,16 @@ class Backbone:
         R = memory.longterm.settings.takes if memory.longterm is not None and more else memory.R
         return self.limit - (1 + R + M if R + M else 0)
 
-    def fits(self, memory: Memory, n: int, new: int = 0) -> None:
-        """Refuse a text of n tokens and `new` more that do not fit behind a memory.
+    def check_room(self, room: int, n: int, new: int = 0, front: str = "") -> None:
+        """Refuse a text of n tokens and `new` more where there is too little room.
 
         Raises:
             TooLongError: the room that there is.
         """
-        room = self.room(memory)
-        if n + new > room:
+        if room < n + new:
+            front = front or f"this context of {self.limit - room} positions"
             raise TooLongError(
-                f"the text takes {n} tokens and the answer up to {new}, and behind this memory of {memory.M} slots "
+                f"the text takes {n} tokens and the answer up to {new}, and behind {front} "
                 f"there is room for {room}. Shorten the text, or use a smaller memory."
             )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ from transformers import Cache, DynamicCache
 from latentmem.decoder.adapters import READ
 from latentmem.decoder.cache import KVPrefix, MemoryCache, joined, memory_cache
 from latentmem.longterm.search import RetrievedPrefix
-from latentmem.model.backbone import Backbone, Ids
-from latentmem.model.context import search_again
+from latentmem.model.backbone import Ids
+from latentmem.model.reader import Reader
 
 COLDEST = 1e-4  # temperature, below which the most likely token is drawn anyway
 SPARE = 64  # columns that may be padding in all rows before the texts are moved together
@@ -71,7 +72,7 @@ class Batch:
 
     def __init__(
         self,
-        llm: Backbone,
+        llm: Reader,
         rows: Sequence[Row],
         *,
         adapter: str | None = READ,
@@ -193,7 +194,7 @@ class Batch:
                 continue
             searched.add(id(prefix))
             if prefix.every and len(row.said) % prefix.every == 0:
-                changed |= search_again(self.llm, prefix, row.said[-prefix.every :])
+                changed |= self.llm.search_again(prefix, row.said[-prefix.every :])
         if changed and isinstance(self.cache, MemoryCache):
             self.cache.changed()
 
@@ -218,3 +219,53 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
     shares, tokens = shares.sort(descending=True)
     shares[1:] = shares[1:].where(shares.cumsum(0)[:-1] < top_p, 0)
     return int(tokens[torch.multinomial(shares, 1, generator=generator)])
+
+
+class Detokenizer:
+    """Gives text as soon as it can not change any more, up to a stop string.
+
+    Args:
+        tokenizer: its special tokens are left out.
+        stop: strings that end the text; they are not part of it.
+
+    Attributes:
+        stopped: a stop string came.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._ids: list[int] = []
+        self._start = self._end = 0  # ids[start:end] were given, and are decoded again with what follows
+        self._held = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """The text that is new with this token."""
+        self._ids.append(token)
+        before = self._decoded(self._start, self._end)
+        text = self._decoded(self._start, len(self._ids))
+        if len(text) <= len(before) or text.endswith("\ufffd"):  # the rest of a character comes with the next token
+            return ""
+        self._start, self._end = self._end, len(self._ids)
+        return self._up_to_stop(text[len(before) :])
+
+    def rest(self) -> str:
+        """The text that was held back, at the end."""
+        text = self._decoded(self._start, len(self._ids))[len(self._decoded(self._start, self._end)) :]
+        rest = self._up_to_stop(text) + self._held
+        self._held = ""
+        return rest
+
+    def _decoded(self, start: int, end: int) -> str:
+        return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
+
+    def _up_to_stop(self, text: str) -> str:
+        """As much of the text as is no stop string and can not become one."""
+        text, self._held = self._held + text, ""
+        stops = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if stops:
+            self.stopped = True
+            return text[: min(stops)]
+        held = max((n for stop in self._stop for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]

@@ -21,10 +21,10 @@ from latentmem.core.memory import Memory
 from latentmem.decoder.adapters import READ
 from latentmem.decoder.cache import MemoryCache
 from latentmem.longterm.search import RetrievedPrefix
-from latentmem.model.backbone import Backbone, Ids
-from latentmem.model.batch import Batch, Row
-from latentmem.model.context import Context, fits_behind, of_memories, retrieved, search_again
-from latentmem.model.streaming import Detokenizer
+from latentmem.model.backbone import Ids
+from latentmem.model.batch import Batch, Detokenizer, Row
+from latentmem.model.context import Context
+from latentmem.model.reader import Reader
 
 MAX_NEW_TOKENS = 128  # of an answer, unless the caller says otherwise
 LOOKING_BACK = ("no_repeat_ngram_size", "min_length", "logits_processor", "exponential_decay_length_penalty")
@@ -41,7 +41,7 @@ class Options:
         ValueError: `use_cache=False`.
     """
 
-    def __init__(self, llm: Backbone, kwargs: dict[str, Any]) -> None:
+    def __init__(self, llm: Reader, kwargs: dict[str, Any]) -> None:
         self.kwargs = dict(kwargs)
         self._config = kwargs.get("generation_config") or llm.base.generation_config
         if "generation_config" not in kwargs:
@@ -108,7 +108,7 @@ class Options:
 
 
 def asked(
-    llm: Backbone, memory: Memory | Sequence[Memory], ids: Ids | Sequence[Ids], options: Options, cache: Cache | None
+    llm: Reader, memory: Memory | Sequence[Memory], ids: Ids | Sequence[Ids], options: Options, cache: Cache | None
 ) -> tuple[Context, Sequence[Ids]]:
     """The context and the prompts of what is asked behind one memory, or behind several.
 
@@ -120,7 +120,7 @@ def asked(
     """
     if isinstance(memory, Memory):
         if cache is None:
-            return of_memories(llm, memory), [ids]  # type: ignore[list-item]
+            return llm.context(memory), [ids]  # type: ignore[list-item]
         llm.check(memory)
         front = cache.fronts[0] if isinstance(cache, MemoryCache) else None
         text = cache.get_seq_length() - (front.P if front else 0)
@@ -128,11 +128,11 @@ def asked(
     options.refuse_for_several(cache)
     if len(memory) != len(ids):
         raise ValueError(f"give as many prompts as memories: got {len(ids)} and {len(memory)}.")
-    return of_memories(llm, memory) if len(memory) else Context((), (), None), list(ids)
+    return llm.context(memory) if len(memory) else Context((), (), None), list(ids)
 
 
 def generate(
-    llm: Backbone, context: Context, ids: Sequence[Ids], options: Options, cache: Cache | None = None
+    llm: Reader, context: Context, ids: Sequence[Ids], options: Options, cache: Cache | None = None
 ) -> list[Any]:
     """Each prompt with its answers, [answers, n + new], padded behind shorter ones; or what `generate` returns.
 
@@ -158,7 +158,7 @@ def generate(
 
 
 def stream(
-    llm: Backbone, context: Context, ids: Sequence[Ids], options: Options, cache: Cache | None = None
+    llm: Reader, context: Context, ids: Sequence[Ids], options: Options, cache: Cache | None = None
 ) -> Iterator[tuple[int, str]]:
     """Pieces of the answers to B prompts as they come: (number of the prompt, text); arguments as in `generate`.
 
@@ -184,7 +184,7 @@ Pass = tuple[list[int], Batch, Iterator[list[Row]]]  # numbers of prompts, their
 
 
 def _passes(
-    llm: Backbone, context: Context, prompts: list[Tensor], options: Options, cache: Cache | None
+    llm: Reader, context: Context, prompts: list[Tensor], options: Options, cache: Cache | None
 ) -> Iterator[Pass]:
     """Rows that go together, one batch after another.
 
@@ -195,8 +195,8 @@ def _passes(
     for numbers in context.passes(lengths, slides=llm.decoder.slides, exact=options.looks_back):
         part, n = context.of(numbers), max(lengths[i] for i in numbers)
         for i, room in zip(numbers, part.rooms_of(len(numbers)), strict=True):
-            fits_behind(llm, room, lengths[i], options.new(n))
-        part = retrieved(llm, part, [prompts[i] for i in numbers])
+            llm.check_room(room, lengths[i], options.new(n))
+        part = llm.retrieved(part, [prompts[i] for i in numbers])
         fronts = part.fronts * (len(numbers) // len(part.fronts))
         rows = [
             Row(prompts[i], front) for i, front in zip(numbers, fronts, strict=True) for _ in range(options.answers)
@@ -206,7 +206,7 @@ def _passes(
         yield numbers, batch, _steps(llm, batch, options)
 
 
-def _steps(llm: Backbone, batch: Batch, options: Options) -> Iterator[list[Row]]:
+def _steps(llm: Reader, batch: Batch, options: Options) -> Iterator[list[Row]]:
     """One token more for each row at each step, until all have ended; the rows that took one."""
 
     @torch.no_grad()
@@ -236,11 +236,11 @@ def _steps(llm: Backbone, batch: Batch, options: Options) -> Iterator[list[Row]]
     )
 
 
-def _alone(llm: Backbone, context: Context, prompt: Tensor, options: Options, cache: Cache | None) -> Any:
+def _alone(llm: Reader, context: Context, prompt: Tensor, options: Options, cache: Cache | None) -> Any:
     """Transformers' own loop behind one memory."""
     n = len(prompt)
-    fits_behind(llm, context.room, n, options.new(n))
-    context = retrieved(llm, context, [prompt])
+    llm.check_room(context.room, n, options.new(n))
+    context = llm.retrieved(context, [prompt])
     cache = cache or context.cache(llm.decoder, store=True)
     past = cache.get_seq_length() if cache is not None else 0
     with llm.using(context.reader):
@@ -252,7 +252,7 @@ def _alone(llm: Backbone, context: Context, prompt: Tensor, options: Options, ca
         )
 
 
-def _searching(llm: Backbone, cache: Cache | None, n: int, options: Options) -> dict[str, Any]:
+def _searching(llm: Reader, cache: Cache | None, n: int, options: Options) -> dict[str, Any]:
     """Options by which a long-term memory is searched again while answers behind n tokens grow.
 
     The first answer that goes on is what is searched for.
@@ -270,7 +270,7 @@ def _searching(llm: Backbone, cache: Cache | None, n: int, options: Options) -> 
         if times > searched:
             searched = times
             growing = ids[~torch.isin(ids[:, n:], ends).any(1)]
-            if len(growing) and search_again(llm, front, growing[0, -front.every :]):
+            if len(growing) and llm.search_again(front, growing[0, -front.every :]):
                 cache.changed()
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
@@ -278,7 +278,7 @@ def _searching(llm: Backbone, cache: Cache | None, n: int, options: Options) -> 
     return {**options.kwargs, "stopping_criteria": criteria}
 
 
-def _pad_id(llm: Backbone) -> int | None:
+def _pad_id(llm: Reader) -> int | None:
     """The id that fills rows which ended: the model's own, else its end token."""
     config = llm.base.generation_config
     eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id

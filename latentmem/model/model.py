@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, overload
 
 from torch import Tensor
@@ -11,8 +12,9 @@ from transformers import Cache
 from latentmem.core.memory import Memory
 from latentmem.core.settings import LongTermSettings, MemorySettings
 from latentmem.files import snapshot as _snapshot  # noqa: F401 - gives `Memory` its `save` and `load`
-from latentmem.model import beginning, generating, writing
+from latentmem.model import generating, writing
 from latentmem.model.backbone import Ids
+from latentmem.model.context import Context
 from latentmem.model.generating import Options
 from latentmem.model.prompts import Message
 from latentmem.model.reader import Reader
@@ -80,11 +82,13 @@ class MemoryModel(Reader):
         """
         sizes = {"N": N, "K": K, "preset": preset, "compression": compression, "seed": seed, "choice": choice}
         asked = (settings or MemorySettings()).override(**sizes, longterm=LongTermSettings.of(longterm))
-        return beginning.empty(self, asked)
+        return writing.empty(self, asked)
 
     def blank(self) -> Memory:
         """A memory without a slot, so that the plain model answers, also for a checkpoint with a pool of its own."""
-        return beginning.blank(self.empty())
+        pool = self.empty()
+        slots, births, origins = pool.slots[:, :0], pool.births[:, :0], pool.origins[:, :0]
+        return replace(pool, slots=slots, births=births, origins=origins, longterm=None)
 
     # --- text -------------------------------------------------------------------------------------------------------
 
@@ -253,6 +257,22 @@ class MemoryModel(Reader):
         asked = generating.asked(self, memory, ids, options, cache)
         outputs = generating.generate(self, *asked, options, cache)
         return outputs[0] if isinstance(memory, Memory) else outputs
+
+    def generate_rows(self, context: Context, ids: Sequence[Ids], max_new_tokens: int) -> list[Tensor]:
+        """Greedy continuations of B prompts behind one context, or each behind its own, at once.
+
+        Args:
+            ids: B prompts, [n] each; they are padded on the left.
+
+        Returns:
+            B tensors of new ids, [at most max_new_tokens] each, up to an end token and with it.
+
+        Raises:
+            ValueError: empty rows, or prompt and answer do not fit into the model's context.
+        """
+        options = Options(self, {"do_sample": False, "max_new_tokens": max_new_tokens})
+        outputs = generating.generate(self, context, ids, options)
+        return [output[0, len(row) :] for output, row in zip(outputs, ids, strict=True)]
 
     @overload
     def stream_ids(

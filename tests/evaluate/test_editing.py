@@ -25,7 +25,7 @@ from latentmem.evaluate.protocols.editing import ROWS, Editing, Settings, lines,
 from latentmem.evaluate.tables import plots
 from latentmem.model.backbone import Trained
 from latentmem.model.model import MemoryModel
-from latentmem.model.scoring import Score
+from latentmem.model.reader import Score
 from latentmem.testing import byte_tokenizer, tiny_model
 
 ARTICLES = tuple(f"Article {i} tells of harbour number {i}, of its {i} ships and of all who sail." for i in range(6))

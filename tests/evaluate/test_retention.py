@@ -24,7 +24,7 @@ from latentmem.evaluate.protocols.retention import ROWS, Retention, Settings, me
 from latentmem.evaluate.tables import plots, summary
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Style
-from latentmem.model.scoring import Score
+from latentmem.model.reader import Score
 from latentmem.testing import byte_tokenizer, labelled_memory, tiny_model, updated
 
 LENGTH = 20  # words of every text

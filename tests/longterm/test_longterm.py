@@ -14,8 +14,6 @@ from latentmem.core.settings import LongTermSettings
 from latentmem.longterm import ranking
 from latentmem.longterm.blocks import NO_SLOT
 from latentmem.longterm.search import Retrieval, RetrievedPrefix
-from latentmem.model import batch as batches
-from latentmem.model.context import question_mask
 from latentmem.model.model import MemoryModel
 from latentmem.testing import byte_tokenizer, labelled_memory, tiny_model, updated
 
@@ -174,12 +172,12 @@ def test_marks_are_those_of_a_slow_twin():
 def test_what_a_template_puts_around_a_question_is_not_searched_for(llm):
     prompts = llm.prompts
     ids = torch.tensor(prompts.question("where is it?", bare=True))
-    asking = question_mask(llm, ids)
+    asking = llm.question_mask(ids)
     assert llm.tokenizer.decode(ids[asking]) == "where is it?"
-    assert question_mask(llm, torch.arange(30, 40)).all()
+    assert llm.question_mask(torch.arange(30, 40)).all()
     turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
     ids = torch.tensor(prompts.chat([*turns, {"role": "user", "content": "three"}], bare=True))
-    said = llm.tokenizer.decode(ids[question_mask(llm, ids)])
+    said = llm.tokenizer.decode(ids[llm.question_mask(ids)])
     assert said.startswith("one") and said.endswith("three")
 
 
@@ -352,9 +350,9 @@ def test_beams_of_several_memories_are_those_of_each_alone(llm, beams):
 
 def test_an_answer_that_has_ended_is_not_searched_for(llm, monkeypatch):
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "every": 2}), 9)
-    asked, search = [], batches.search_again
+    asked, search = [], MemoryModel.search_again
     monkeypatch.setattr(
-        batches, "search_again", lambda llm, front, said: asked.append(said.tolist()) or search(llm, front, said)
+        MemoryModel, "search_again", lambda llm, front, said: asked.append(said.tolist()) or search(llm, front, said)
     )
     torch.manual_seed(0)
     prompt = torch.arange(30, 36)

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from latentmem.core import memory as memories
 from latentmem.decoder import cache as caches
 from latentmem.decoder.attention import CUDA, NAME, Stack
-from latentmem.model import passes
+from latentmem.model import context as contexts
 from latentmem.model.model import MemoryModel
 from latentmem.testing import byte_tokenizer, tiny_model
 
@@ -243,7 +243,7 @@ def test_more_rows_than_go_at_once_are_read_in_turns(monkeypatch):
     after = written(llm)
     expected = llm.generate_ids(after, PROMPTS, max_new_tokens=5)
     slots = [m.slots for m in llm.write_ids(after, MORE)]
-    monkeypatch.setattr(passes, "ROWS", 3)
+    monkeypatch.setattr(contexts, "ROWS", 3)
     found = llm.generate_ids(after, PROMPTS, max_new_tokens=5)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     assert all((m.slots - s).abs().max() < 1e-4 for m, s in zip(llm.write_ids(after, MORE), slots, strict=True))
@@ -261,7 +261,7 @@ def test_more_rows_than_go_at_once_are_read_in_turns(monkeypatch):
     ],
 )
 def test_writes_go_in_turns_of_so_many_tokens(lengths, most, expected):
-    assert passes.by_tokens(range(len(lengths)), lengths, most) == expected
+    assert contexts.by_tokens(range(len(lengths)), lengths, most) == expected
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def test_leaving_the_loop_stops_all_rows(talking):
 
 
 def test_nothing_more_is_begun_once_nobody_reads(talking, monkeypatch):
-    monkeypatch.setattr(passes, "ROWS", 1)
+    monkeypatch.setattr(contexts, "ROWS", 1)
     begun, generate = [], talking.base.generate
     monkeypatch.setattr(talking.base, "generate", lambda **more: begun.append(1) or generate(**more))
     after = talking.write([talking.empty(N=128, K=16) for _ in range(3)], NOTES)

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from latentmem import MemoryModel
-from latentmem.model.batch import Batch, draw
-from latentmem.model.streaming import Detokenizer
+from latentmem.model.batch import Batch, Detokenizer, draw
 from latentmem.serve.engine.answer import Answer, Sampling
 from latentmem.serve.engine.engine import Engine
 from latentmem.testing import byte_tokenizer, tiny_model

@@ -28,7 +28,7 @@ from latentmem.files import adapters as files
 from latentmem.files import container
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Prompts
-from latentmem.model.scoring import Score
+from latentmem.model.reader import Score
 from latentmem.testing import byte_tokenizer, tiny_model
 from latentmem.train import build, checkpoint, loop
 from latentmem.train.config import OBJECTIVES, Config, Lora, PoolSettings, Source, Steps, Texts, Watch

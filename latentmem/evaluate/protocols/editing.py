@@ -40,7 +40,7 @@ from latentmem.evaluate.stats import Means, harmonic, mean, of_means
 from latentmem.evaluate.tables import plots
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
-from latentmem.model.scoring import Score
+from latentmem.model.reader import Score
 
 ROWS = Settings.ROWS
 SEQUENTIAL = ("none", "bm25", "memory-own", "memory-full", "longterm", "ft", "ft-l", "lora", "rome")  # take many edits

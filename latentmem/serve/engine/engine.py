@@ -19,10 +19,9 @@ import torch
 
 from latentmem.core.memory import Memory
 from latentmem.errors import TooLongError
-from latentmem.model.batch import Batch, Row
+from latentmem.model.batch import Batch, Detokenizer, Row
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Message, Prompts
-from latentmem.model.streaming import Detokenizer
 from latentmem.model.writing import Progress, Updates
 from latentmem.serve.engine.answer import Answer, Piece, Sampling
 
