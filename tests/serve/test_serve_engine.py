@@ -5,6 +5,7 @@ import gc
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from latentmem import MemoryModel
 from latentmem.model.batch import Batch, Detokenizer, draw
 from latentmem.serve.engine.answer import Answer, Sampling
-from latentmem.serve.engine.engine import Engine
+from latentmem.serve.engine.engine import Engine, _pauses, release_threads
 from latentmem.testing import byte_tokenizer, tiny_model
 
 FAMILIES = {
@@ -312,3 +313,13 @@ def test_an_engine_that_has_ended_says_so(llm):
         ask(engine, llm.blank(), [5])
     with pytest.raises(ValueError, match="empty"):
         ask(engine, llm.blank(), [])
+
+
+def test_helpers_that_were_released_come_back():
+    a, b = torch.randn(300, 300), torch.randn(300, 300)
+    before = a @ b
+    assert all(pause(2) == 0 for pause in _pauses())
+    release_threads()
+    assert torch.equal(a @ b, before)
+    shipped = list((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    assert len(_pauses()) >= (len(shipped) > 0)

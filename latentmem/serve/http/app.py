@@ -2,7 +2,7 @@
 
 gate.py       what every request passes        memories.py   make, list, show, delete, write, ask
 state.py      what a route works with          versions.py   look, change, export, import
-errors.py     which status an error has        openai.py     OpenAI's interface; `responder.py` answers it
+errors.py     which status an error has        openai.py     OpenAI's interface, and answers
 keys.py       who may touch which memories     schema.py     bodies of requests and responses
 run.py        the process                      static.py     the page
 """

@@ -18,7 +18,7 @@ from starlette.datastructures import FormData, UploadFile
 from latentmem.errors import InUseError, NotFoundError
 from latentmem.serve.http import schema
 from latentmem.serve.http.errors import Json, Refused
-from latentmem.serve.http.responder import collected, usage
+from latentmem.serve.http.openai import collected, usage
 from latentmem.serve.http.state import (
     app_state,
     authorize,
