@@ -1,10 +1,8 @@
 """Ways to change a fact that a model holds: a memory, text in the context, fine-tuning, LoRA, a rank-one edit (ROME).
 
-Every way has the same verbs. `start` gives a state in which nothing is edited, `edit` the state after one more edit,
-`reading` the context in which prompts are scored, `save` and `load` keep a state on disk. A state is a value, and the
-model's own weights are never touched: what an edit adds to them is a tensor of its own in float32, which a linear
-layer adds to what it gives while `reading` lasts. So an edit is undone to the bit by leaving it, and it is not rounded
-away in a model that runs in bfloat16.
+A state is a value, and the model's own weights are never touched: what an edit adds to them is a tensor of its own in
+float32, which a linear layer adds to what it gives while `reading` lasts. So an edit is undone to the bit by leaving
+it, and it is not rounded away in a model that runs in bfloat16.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from latentmem.core.memory import Memory
 from latentmem.evaluate.asking import in_context, seed_of, written
@@ -29,23 +27,39 @@ ENOUGH = 0.01  # nats per token: the loss at which fine-tuning stops before its 
 PASS = 512  # tokens of text that go through the model at once
 
 
-class Editor(Protocol):
-    """One way to edit; a state is whatever it needs."""
+class Editor:
+    """One way to edit; a state is whatever the way needs, here a tuple that JSON can hold."""
+
+    def __init__(self, llm: MemoryModel) -> None:
+        self.llm = llm
 
     def start(self, name: str) -> Any:
         """A state without edits; `name` seeds whatever is drawn."""
+        return ()
 
     def edit(self, state: Any, edit: Edit) -> Any:
         """The state after one more edit; the given one stays valid."""
+        raise NotImplementedError
+
+    def parts(self, state: Any, probes: Sequence[Probe]) -> list[tuple[Any, Sequence[Probe]]]:
+        """The states that probes see, each with its probes."""
+        return [(state, probes)]
+
+    def context(self, state: Any) -> Context:
+        """What stands before prompts, for ways that change no weights."""
+        raise NotImplementedError
 
     def reading(self, state: Any) -> AbstractContextManager[Context]:
         """The context in which prompts are scored, for as long as it lasts."""
+        return contextlib.nullcontext(self.context(state))
 
     def save(self, state: Any, path: Path) -> None:
         """Keep a state in a file."""
+        replace_bytes(path, json.dumps(state))
 
     def load(self, path: Path) -> Any:
         """A state from a file."""
+        return tuple(json.loads(path.read_text(encoding="utf-8")))
 
 
 # --- prompts: the same ids for every way -----------------------------------------------------------------------------
@@ -94,52 +108,28 @@ def last_of(llm: MemoryModel, ids: Sequence[int], prompt: str, subject: str) -> 
 # --- the plain model, and text in its context ------------------------------------------------------------------------
 
 
-class Plain:
+class Plain(Editor):
     """The plain model, which no edit changes."""
 
-    def __init__(self, llm: MemoryModel) -> None:
-        self.llm = llm
+    def edit(self, state: tuple[()], edit: Edit) -> tuple[()]:
+        return state
 
-    def start(self, name: str) -> None:
-        return None
-
-    def edit(self, state: None, edit: Edit) -> None:
-        return None
-
-    def reading(self, state: None) -> AbstractContextManager[Context]:
-        return contextlib.nullcontext(self.llm.text_context([]))
-
-    def save(self, state: None, path: Path) -> None:
-        path.touch()
-
-    def load(self, path: Path) -> None:
-        return None
+    def context(self, state: tuple[()]) -> Context:
+        return self.llm.text_context([])
 
 
-class InContext:
+class InContext(Editor):
     """The sentence of an edit in the context of the plain model; a state is the text's token ids."""
-
-    def __init__(self, llm: MemoryModel) -> None:
-        self.llm = llm
 
     def text(self, edit: Edit) -> str:
         """What stands in front of a prompt."""
         return edit.sentence
 
-    def start(self, name: str) -> tuple[int, ...]:
-        return ()
-
     def edit(self, state: tuple[int, ...], edit: Edit) -> tuple[int, ...]:
         return (*state, *written(self.llm, self.text(edit)))
 
-    def reading(self, state: tuple[int, ...]) -> AbstractContextManager[Context]:
-        return contextlib.nullcontext(in_context(self.llm, state))
-
-    def save(self, state: tuple[int, ...], path: Path) -> None:
-        replace_bytes(path, " ".join(map(str, state)))
-
-    def load(self, path: Path) -> tuple[int, ...]:
-        return tuple(map(int, path.read_text(encoding="utf-8").split()))
+    def context(self, state: tuple[int, ...]) -> Context:
+        return in_context(self.llm, state)
 
 
 class Demonstrations(InContext):
@@ -191,7 +181,7 @@ class Demonstrations(InContext):
         return indexed([edit.sentence for edit in self.data.edits])
 
 
-class Retrieved:
+class Retrieved(Editor):
     """The sentences of all edits, of which each prompt sees the one that BM25 finds; a state is the sentences.
 
     The newest of equals is taken, also where a prompt shares no word with any: behind one edit it is `InContext`.
@@ -201,16 +191,14 @@ class Retrieved:
     """
 
     def __init__(self, llm: MemoryModel) -> None:
-        self.llm, self._index = llm, lru_cache(maxsize=1)(indexed)
+        super().__init__(llm)
+        self._index = lru_cache(maxsize=1)(indexed)
         searcher()  # an error now, if it is not installed, and not after hours
-
-    def start(self, name: str) -> tuple[str, ...]:
-        return ()
 
     def edit(self, state: tuple[str, ...], edit: Edit) -> tuple[str, ...]:
         return (*state, edit.sentence)
 
-    def parts(self, state: tuple[str, ...], probes: Sequence[Probe]) -> list[tuple[tuple[str, ...], Sequence[Probe]]]:
+    def parts(self, state: tuple[str, ...], probes: Sequence[Probe]) -> list[tuple[Any, Sequence[Probe]]]:
         """The states with nothing but the sentence that is found for a prompt, each with the probes that see it."""
         if len(state) < 2:
             return [(state, probes)]
@@ -219,20 +207,14 @@ class Retrieved:
             parts.setdefault((state[i],), []).append(probe)
         return list(parts.items())
 
-    def reading(self, state: tuple[str, ...]) -> AbstractContextManager[Context]:
-        return contextlib.nullcontext(in_context(self.llm, [i for text in state for i in written(self.llm, text)]))
-
-    def save(self, state: tuple[str, ...], path: Path) -> None:
-        replace_bytes(path, json.dumps(state))
-
-    def load(self, path: Path) -> tuple[str, ...]:
-        return tuple(json.loads(path.read_text(encoding="utf-8")))
+    def context(self, state: tuple[str, ...]) -> Context:
+        return in_context(self.llm, [i for text in state for i in written(self.llm, text)])
 
 
 # --- a memory --------------------------------------------------------------------------------------------------------
 
 
-class Written:
+class Written(Editor):
     """The sentence of each edit is written into a memory; a state is the memory.
 
     Args:
@@ -241,7 +223,8 @@ class Written:
     """
 
     def __init__(self, llm: MemoryModel, begin: Callable[[], Memory], seed: int = 0) -> None:
-        self.llm, self.begin, self.seed = llm, begin, seed
+        super().__init__(llm)
+        self.begin, self.seed = begin, seed
 
     def start(self, name: str) -> Memory:
         return self.begin().with_settings(seed=seed_of(f"{self.seed}/{name}"))
@@ -249,8 +232,8 @@ class Written:
     def edit(self, state: Memory, edit: Edit) -> Memory:
         return self.llm.write_ids(state, written(self.llm, edit.sentence), edit.id)
 
-    def reading(self, state: Memory) -> AbstractContextManager[Context]:
-        return contextlib.nullcontext(self.llm.context(state))
+    def context(self, state: Memory) -> Context:
+        return self.llm.context(state)
 
     def save(self, state: Memory, path: Path) -> None:
         state.save(path)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from latentmem.evaluate.asking import seed_of
-from latentmem.evaluate.baselines.editors import ENOUGH, answer_ids, prompt_ids
+from latentmem.evaluate.baselines.editors import ENOUGH, Editor, answer_ids, prompt_ids
 from latentmem.evaluate.data.edits import Edit
 from latentmem.files import container
 from latentmem.model.context import Context
@@ -80,7 +80,7 @@ def _add(factors: tuple[Tensor, ...], module: nn.Module, inputs: tuple[Tensor, .
     return (output.float() + x).to(output.dtype)
 
 
-class Weights:
+class Weights(Editor):
     """What the ways that change weights have in common; a state is a `Change`.
 
     Args:
@@ -88,7 +88,8 @@ class Weights:
     """
 
     def __init__(self, llm: MemoryModel, questions: bool) -> None:
-        self.llm, self.questions = llm, questions
+        super().__init__(llm)
+        self.questions = questions
 
     @contextlib.contextmanager
     def reading(self, state: Change) -> Iterator[Context]:

@@ -7,7 +7,6 @@ where it is set and holds them, else from the hub.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,11 +218,7 @@ def _question(text: str) -> str:
 def _hub_zsre() -> list[Edit]:
     with data.reading("wangzn2001/Model_Editing_Hurt") as hub:
         rows = hub(data_files="training-data/zsre_mend_eval.json", split="train", streaming=True)
-        return _first(rows.take(FIRST["zsre"]), mend)
-
-
-def _first(rows: Iterable[Row], edit: Callable[[int, Row], Edit]) -> list[Edit]:
-    return [edit(i, row) for i, row in enumerate(rows)]
+        return [mend(i, row) for i, row in enumerate(rows.take(FIRST["zsre"]))]
 
 
 def _hub_counterfact() -> list[Edit]:

@@ -214,9 +214,8 @@ class Editing(Worker):
         way = self.ways[row]
         # both outside of `reading`, within which the weights work as edited
         plain, before = self._before(edit, "plain"), self._before(edit, BEGIN.get(row, "plain"))
-        parts = way.parts(state, edit.probes) if isinstance(way, Retrieved) else [(state, edit.probes)]
         scores: dict[Probe, tuple[Score, ...]] = {}
-        for part, probes in parts:
+        for part, probes in way.parts(state, edit.probes):
             with way.reading(part) as context:
                 scores |= self._scores(context, probes)
         return {"edit": edit.id, **metrics(edit, scores, before, plain)}

@@ -105,16 +105,12 @@ class Integrity(Worker):
 
     def _before(self, k: int) -> Memory:
         """The memory before a stretch: as it was kept, or written anew."""
-        if not k:
-            return protocol.empty(self.llm, self.settings.memory)
-        if not self._kept("memory", k - 1).exists():
-            for earlier in range(k):
-                memory = self._before(earlier)
-                for i in range(earlier * self.settings.stretch, (earlier + 1) * self.settings.stretch):
-                    memory = self.llm.write_ids(memory, self._ids(i), "facts")
-                memory.save(self._kept("memory", earlier))
-                self._kept("memory", earlier - 1).unlink(missing_ok=True)
-        return Memory.load(self._kept("memory", k - 1))
+        if k and self._kept("memory", k - 1).exists():
+            return Memory.load(self._kept("memory", k - 1))
+        memory = protocol.empty(self.llm, self.settings.memory)
+        for i in range(k * self.settings.stretch):
+            memory = self.llm.write_ids(memory, self._ids(i), "facts")
+        return memory
 
     def _ft(self, k: int) -> Iterator[Record]:
         """One stretch of facts, learnt by the weights."""
@@ -132,17 +128,15 @@ class Integrity(Worker):
 
     def _trained(self, k: int) -> Tuned:
         """The fine-tuned weights before a stretch: as they were kept, or learnt anew."""
-        s = self.settings
-        if self._tuned is None or not k:
+        kept, s = self._kept("ft", k - 1), self.settings
+        if self._tuned is None or not kept.exists():
             self._tuned = Tuned(self.llm, s.lr, s.steps)
-        if k and not self._kept("ft", k - 1).exists():
-            self._tuned = Tuned(self.llm, s.lr, s.steps)
+        if kept.exists():
+            self._tuned.load(kept)
+        elif k:
             with self._tuned:
                 for i in range(k * s.stretch):
                     self._tuned.learn(self._ids(i))
-            self._tuned.save(self._kept("ft", k - 1))
-        if k:
-            self._tuned.load(self._kept("ft", k - 1))
         return self._tuned
 
     # --- what is asked ----------------------------------------------------------------------------------------------
