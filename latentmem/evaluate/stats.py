@@ -51,12 +51,10 @@ def ratio(above: Sequence[float], below: Sequence[float], groups: Sequence[Hasha
     top, bottom = _sums(above, groups), _sums(below, groups)
     if len(top) < 2 or not bottom.sum():
         return None
-    drawn = np.random.default_rng(0).integers(0, len(top), (RESAMPLES, len(top)))
+    drawn = _drawn(len(top))
     with np.errstate(divide="ignore", invalid="ignore"):
         means = top[drawn].sum(1) / bottom[drawn].sum(1)
-    means = means[np.isfinite(means)]
-    low, high = np.percentile(means, LEVEL)
-    return Estimate(float(top.sum() / bottom.sum()), float(low), float(high), len(above), len(top))
+    return _estimate(top.sum() / bottom.sum(), means[np.isfinite(means)], len(above), len(top))
 
 
 Means = np.ndarray[Any, np.dtype[np.float64]]
@@ -85,15 +83,23 @@ def of_means(
     counts = _sums([1.0] * len(groups), groups)
     if len(counts) < 2:
         return None
-    drawn = np.random.default_rng(0).integers(0, len(counts), (RESAMPLES, len(counts)))
+    drawn = _drawn(len(counts))
     values = statistic(tops[drawn].sum(1) / counts[drawn].sum(1)[:, None])
-    best = float(statistic(tops.sum(0) / counts.sum()))
+    return _estimate(statistic(tops.sum(0) / counts.sum()), values[~np.isnan(values)], len(groups), len(counts))
+
+
+def _drawn(groups: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Which groups each resample holds, [RESAMPLES, groups]."""
+    return np.random.default_rng(0).integers(0, groups, (RESAMPLES, groups))
+
+
+def _estimate(best: Any, values: Means, n: int, texts: int) -> Estimate | None:
+    """A number with the interval of its resamples; None where it is not finite."""
     if not np.isfinite(best):
         return None
-    values = values[~np.isnan(values)]
     # nothing lies between a number and infinity
     low, high = np.percentile(values, LEVEL, method="linear" if np.isfinite(values).all() else "closest_observation")
-    return Estimate(best, float(low), float(high), len(groups), len(counts))
+    return Estimate(float(best), float(low), float(high), n, texts)
 
 
 def harmonic(means: Means) -> Means:
@@ -103,7 +109,7 @@ def harmonic(means: Means) -> Means:
     return harmonics
 
 
-def _sums(values: Sequence[float], groups: Sequence[Hashable]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _sums(values: Sequence[float], groups: Sequence[Hashable]) -> Means:
     sums: dict[Hashable, float] = {}
     for value, group in zip(values, groups, strict=True):
         sums[group] = sums.get(group, 0.0) + value
@@ -127,18 +133,14 @@ def slope(x: Sequence[float], y: Sequence[float], groups: Sequence[Hashable]) ->
     if len(sums) < 2:
         return None
 
-    def steep(total: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def steep(total: Means) -> Means:
         n, sum_x, sum_y, sum_xy, sum_xx = np.moveaxis(total, -1, 0)
         with np.errstate(divide="ignore", invalid="ignore"):
-            steepness: np.ndarray[Any, np.dtype[np.float64]] = (n * sum_xy - sum_x * sum_y) / (n * sum_xx - sum_x**2)
+            steepness: Means = (n * sum_xy - sum_x * sum_y) / (n * sum_xx - sum_x**2)
         return steepness
 
-    drawn = np.random.default_rng(0).integers(0, len(sums), (RESAMPLES, len(sums)))
-    slopes, best = steep(sums[drawn].sum(1)), float(steep(sums.sum(0)))
-    if not np.isfinite(best):
-        return None
-    low, high = np.percentile(slopes[np.isfinite(slopes)], LEVEL)
-    return Estimate(best, float(low), float(high), len(x), len(sums))
+    slopes = steep(sums[_drawn(len(sums))].sum(1))
+    return _estimate(steep(sums.sum(0)), slopes[np.isfinite(slopes)], len(x), len(sums))
 
 
 def exp(estimate: Estimate | None) -> Estimate | None:

@@ -7,7 +7,7 @@ all differences are paired; a run that was stopped makes the table smaller, not 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Record]]:
         raise ValueError(f"{path} holds no run of `latentmem eval retention`.") from None
     if not protocol.startswith("retention/"):
         raise ValueError(f"{path} holds a run of {protocol}, and retention was expected.")
-    return config, [record for unit in Folder(path, config).done().values() for record in unit]
+    return config, Folder(path, config).all_records()
 
 
 def _taken(memory: Mapping[str, Any]) -> int:
@@ -63,29 +63,24 @@ def compare(runs: Mapping[str, Path], N: int, *, stream: bool = False) -> list[L
         raise ValueError(f"give at least two runs as name=folder, got {len(runs)}.")
     loaded = {name: read(path) for name, path in runs.items()}
     first = next(iter(loaded.values()))[0]
-    for name, (config, _) in loaded.items():
+    memories: dict[str, Cells] = {}
+    for name, (config, records) in loaded.items():
         if config["data"]["sha256"] != first["data"]["sha256"]:
             raise ValueError(f"{name} asks other questions than {next(iter(runs))}: draw both with the same options.")
-    memories = {
-        name: _cells(records, "ours", N - _taken(config["settings"]["memory"]), "full", stream)
-        for name, (config, records) in loaded.items()
-    }
-    for name, cells in memories.items():
+        cells = _cells(records, "ours", N - _taken(config["settings"]["memory"]), "full", stream)
         if not cells:
             raise ValueError(f"{runs[name]} holds no memory of N = {N} slots that was full at first.")
+        memories[name] = cells
     rows = _beside([records for _, records in loaded.values()], N, stream)
     steps = sorted(set.intersection(*(set(cells) for cells in memories.values())))
     both = {t: set.intersection(*(set(cells[t]) for cells in memories.values())) for t in steps}
-    out: list[Line] = []
-    for metric in METRICS:
-        out += _lines(metric, memories, rows, both)
+    out = [line for metric in METRICS for line in _lines(metric, memories, rows, both) if line.cells]
     for name, cells in memories.items():
-        shares = {t: mean_of(_of(cells[t], both[t]).values(), "left") for t in steps}
-        out.append(Line("left", "left", name, _there(shares)))
+        out.append(_line("left", "left", name, {t: _mean(cells[t], q, "left") for t, q in both.items()}))
         taken = {t: {q for q in questions if "found" in cells[t][q]} for t, questions in both.items()}
         if any(taken.values()):
-            share = {t: mean_of(_of(cells[t], questions).values(), "found") for t, questions in taken.items()}
-            out.append(Line("left", "left", f"{name}: of its long-term slots retrieved", _there(share)))
+            share = {t: _mean(cells[t], questions, "found") for t, questions in taken.items()}
+            out.append(_line("left", "left", f"{name}: of its long-term slots retrieved", share))
     return out
 
 
@@ -102,28 +97,24 @@ def _beside(runs: Iterable[Sequence[Record]], N: int, stream: bool) -> dict[str,
 
 def _lines(
     metric: str, memories: Mapping[str, Cells], rows: Mapping[str, Cells], both: dict[int, set[str]]
-) -> list[Line]:
-    out, base = [], next(iter(memories))
+) -> Iterator[Line]:
+    base = next(iter(memories))
     for name, cells in [*rows.items(), *memories.items()]:
-        at = {t: both[t] for t in both} if set(cells) != {-1} else {-1: set.union(*both.values())}
-        out.append(
-            Line(
-                metric,
-                "row",
-                name,
-                _there({t: mean_of(_of(cells.get(t, {}), questions).values(), metric) for t, questions in at.items()}),
-            )
-        )
+        at = both if set(cells) != {-1} else {-1: set.union(*both.values())}
+        yield _line(metric, "row", name, {t: _mean(cells.get(t, {}), q, metric) for t, q in at.items()})
     for name, cells in memories.items():
         if metric != "loglik" and 0 in both:
             kept = {t: quotient(_of(cells[t], q & both[0]), cells[0], metric) for t, q in both.items()}
-            out.append(Line(metric, "kept", f"{name} / its step 0", _there(kept)))
+            yield _line(metric, "kept", f"{name} / its step 0", kept)
         beside = [(NAMES[row], rows.get(NAMES[row], {})) for row in ("window", "bm25")]
         for other, theirs in ((base, memories[base]), *beside):
             if name != other and theirs:
                 gain = {t: difference(_of(cells[t], q), theirs.get(t, {}), metric) for t, q in both.items()}
-                out.append(Line(metric, "gain", f"{name} - {other}", _there(gain)))
-    return [line for line in out if line.cells]
+                yield _line(metric, "gain", f"{name} - {other}", gain)
+
+
+def _line(metric: str, kind: str, name: str, cells: Mapping[int, Estimate | None]) -> Line:
+    return Line(metric, kind, name, {t: cell for t, cell in cells.items() if cell is not None})
 
 
 def _cells(records: Iterable[Record], row: str, N: int, fill: str | None, stream: bool) -> Cells:
@@ -139,8 +130,8 @@ def _of(cell: dict[str, Record], questions: Iterable[str]) -> dict[str, Record]:
     return {q: cell[q] for q in sorted(questions) if q in cell}
 
 
-def _there(cells: Mapping[int, Estimate | None]) -> dict[int, Estimate]:
-    return {t: cell for t, cell in cells.items() if cell is not None}
+def _mean(cell: dict[str, Record], questions: Iterable[str], metric: str) -> Estimate | None:
+    return mean_of(_of(cell, questions).values(), metric)
 
 
 def markdown(lines: Sequence[Line]) -> str:

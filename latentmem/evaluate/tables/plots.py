@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,7 @@ def draw(lines: Sequence[Line], title: str, path: Path) -> None:
             axis.grid(alpha=0.25)
         axes[0][column].set_title(part_name(N, stream))
         axes[-1][column].set_xlabel("texts written since")
-    handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    _save(figure, axes[:1, 0], title, path)
 
 
 def _curves(axis: Any, lines: Sequence[Line]) -> None:
@@ -115,15 +111,18 @@ def panels(
         axis.grid(alpha=0.25)
         if not alike:
             axis.legend(frameon=False)
-    if alike:
-        shown = {
-            name: line for axis in axes[:, 0] for line, name in zip(*axis.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, frameon=False)
     axes[-1, 0].set_xlabel(x)
+    _save(figure, axes[:, 0] if alike else [], title, path)
+
+
+def _save(figure: Any, named: Iterable[Any], title: str, path: Path) -> None:
+    """Write a figure as PNG; below it stand the names of the curves of some axes."""
+    curves = {name: curve for axis in named for curve, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if curves:
+        figure.legend(curves.values(), curves, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    require().close(figure)
 
 
 def _panel(axis: Any, curves: Curves, alike: bool) -> None:
