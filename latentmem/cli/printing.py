@@ -30,10 +30,7 @@ def progress(unit: str = "tokens", seconds: float = 30) -> Any:
 def tokens(bar: Any, description: str, total: int | None = None, before: int = 0, task: Any = None) -> Progress:
     """A callable that shows (tokens done, tokens in all) in a bar.
 
-    Args:
-        total: tokens of several texts, if this is one of them.
-        before: tokens of the texts that are done.
-        task: what the bar shows already.
+    One of several texts has their `total` of tokens, those of the texts `before`, and the bar's `task`.
     """
     task = bar.add_task(description, total=total) if task is None else task
     return lambda done, all_: bar.update(task, completed=before + done, total=total or all_)

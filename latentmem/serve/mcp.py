@@ -24,10 +24,10 @@ INSTRUCTIONS = (
 )
 
 
-def create_server(service: Service, sampling: Sampling | None = None) -> MCPServer:
+def create_server(service: Service) -> MCPServer:
     """The tools; `run()` serves them. Whoever makes the service starts and closes it."""
     server = MCPServer("latentmem", instructions=INSTRUCTIONS, version=__version__, log_level="WARNING")
-    tools = _Tools(service, sampling or Sampling())
+    tools = _Tools(service)
     for tool in (tools.memory_write, tools.memory_ask, tools.memory_stats, tools.memory_forget):
         server.tool()(_errors_to_client(tool))
     return server
@@ -36,8 +36,8 @@ def create_server(service: Service, sampling: Sampling | None = None) -> MCPServ
 class _Tools:
     """One method for each tool: its name, docstring and arguments are what the client sees."""
 
-    def __init__(self, service: Service, sampling: Sampling) -> None:
-        self._service, self._sampling = service, sampling
+    def __init__(self, service: Service) -> None:
+        self._service = service
 
     def memory_write(self, memory_id: str, text: str, source: str = "text") -> Facts:
         """Write a text into a memory; the memory is made if it is not there.
@@ -55,7 +55,7 @@ class _Tools:
     def memory_ask(self, memory_id: str, question: str) -> Facts:
         """Answer a question with what a memory holds."""
         check_name(memory_id)
-        answer = self._service.ask(memory_id, question, self._sampling)
+        answer = self._service.ask(memory_id, question, Sampling())
         text = "".join(piece.text for piece in answer).strip()
         return {"memory_id": memory_id, "version": answer.version, "answer": text}
 

@@ -109,14 +109,11 @@ def refusal(error: Exception) -> Refused:
     if isinstance(error, HTTPException):
         known = {404: "there is nothing at this address.", 405: "this address does not take this method."}
         return Refused(error.status_code, known.get(error.status_code, error.detail), headers=error.headers)
-    row = next((row for row in STATUSES if _fits(row, error)), INTERNAL)
+    kinds = (row for row in STATUSES if isinstance(error, row.error))
+    row = next((row for row in kinds if row.errno in (None, getattr(error, "errno", None))), INTERNAL)
     headers = {"retry-after": str(error.retry_after)} if isinstance(error, BusyError) else None
     message = getattr(error, "public", str(error)) if row.message is None else row.message
     return Refused(row.status, message, row.code, headers=headers)
-
-
-def _fits(row: Row, error: Exception) -> bool:
-    return isinstance(error, row.error) and row.errno in (None, getattr(error, "errno", None))
 
 
 def _not_valid(error: RequestValidationError) -> Refused:
