@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from latentmem.core.memory import Memory
+from latentmem.errors import DamagedError
 from latentmem.files import container
 from latentmem.train.config import Config
 
@@ -119,7 +120,7 @@ def _intact(file: Path, read: Callable[[Path], Any]) -> Any:
     try:
         return read(file)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise DamagedError(
             f"{file} is damaged, and the run can not go on from it ({error}). Restore it from a copy, or remove "
             f"{file.parent.parent} and begin anew."
         ) from None

@@ -42,9 +42,7 @@ class PoolSettings(MemorySettings):
     compressions: tuple[int, ...] = setting("one of these is drawn for each episode; empty: always `compression`", ())
     birth: str = setting("empty, or full: texts of the data are written into the pool before the first step", "empty")
     restarts: tuple[int, ...] = setting(
-        "steps after which the pool begins anew, one number for each of as many equal parts of the run; 0: not again "
-        "in that part; empty: never",
-        (),
+        "of equal parts of the run: steps after which the pool begins anew; 0: never", ()
     )
 
     def __post_init__(self) -> None:
@@ -71,9 +69,7 @@ class Lora:
     r: int = setting("rank", 16)
     alpha: float = setting("the scale is alpha / r", 32.0)
     dropout: float = setting("on the inputs of the adapters", 0.0)
-    target_modules: tuple[str, ...] = setting(
-        "names of the linear layers that get an adapter", ("q_proj", "k_proj", "v_proj", "o_proj")
-    )
+    target_modules: tuple[str, ...] = setting("linear layers with one", ("q_proj", "k_proj", "v_proj", "o_proj"))
 
 
 @dataclass(frozen=True)
@@ -96,10 +92,7 @@ class RetrieverShape:
 class Source:
     """One set of training data."""
 
-    path: str = setting(
-        "a folder of text files, a .jsonl or .jsonl.gz file, or a hub set; a relative path is looked for in the "
-        "working folder and in `$LATENTMEM_DATA`"
-    )
+    path: str = setting("a folder of texts or a .jsonl(.gz) file, here or in `$LATENTMEM_DATA`; or a hub set")
     kind: str = setting("text (documents), or questions (rows with context, question and answers as in SQuAD)", "text")
     weight: float = setting("how often a text is drawn from it, relative to the other sources", 1.0)
     subset: str | None = setting("of a hub set", None)
@@ -125,9 +118,7 @@ class Texts:
     grow: float = setting("share of all steps over which the part of the pool that is read grows; 0: the whole", 0.0)
     most_pieces: int = setting("pieces of a document in `continuous`, reached at the end of training", 4)
     near: float = setting(
-        "share of the questions of `unknown` without an answer that are about the article of a text that is in "
-        "memory, where a source has more paragraphs of it",
-        0.0,
+        "share of `unknown` questions about another paragraph of the article of a text in memory", 0.0
     )
 
 

@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from latentmem.decoder import adapters as pairs
+from latentmem.errors import InUseError
 from latentmem.train import build, checkpoint
 from latentmem.train.config import OBJECTIVES, UNASKED, Config
 from latentmem.train.data import Apart, Documents
@@ -107,7 +108,7 @@ class Run:
             with FileLock(self.out / ".lock", timeout=0) if self.rank == 0 else nullcontext():
                 self._train(progress, last)
         except Timeout:
-            raise ValueError(f"another process trains in {self.out}; wait for it, or choose another folder.") from None
+            raise InUseError(f"another process trains in {self.out}; wait for it, or choose another folder.") from None
 
     def _train(self, progress: Progress | None, last: int) -> None:
         total = self.config.steps.total
