@@ -1,27 +1,18 @@
-"""Pictures: what is remembered over steps, a column per capacity and a row per metric; and a stream's curves."""
+"""Pictures: curves of numbers with their intervals, in panels over each other, in one column or several."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from latentmem.evaluate.stats import Estimate
-from latentmem.evaluate.tables.summary import CONSTANT, METRICS, OURS, Line, part_name
+from latentmem.evaluate.tables.summary import CONSTANT, METRICS, OURS, Line, label, part_name
 
-COLOURS = {  # of Okabe and Ito, told apart by all eyes
-    "floor": "#999999",
-    "dead": "#cc79a7",
-    "oracle": "#000000",
-    "window": "#d55e00",
-    "bm25": "#e69f00",
-    "ours": "#0072b2",
-}
-
+COLOURS = ("#0072b2", "#e69f00", "#d55e00", "#cc79a7", "#000000", "#999999")  # of Okabe and Ito, told apart by all eyes
 Points = list[tuple[float, Estimate | float | None]]  # (x, value); None where there is none
 Curves = dict[str, Points]  # by name
-ORDER = tuple(COLOURS[row] for row in ("ours", "bm25", "window", "dead", "oracle", "floor"))
 
 
 def require() -> Any:
@@ -41,50 +32,19 @@ def require() -> Any:
 
 
 def draw(lines: Sequence[Line], title: str, path: Path) -> None:
-    """Draw the curves of all parts with their intervals into a PNG."""
-    pyplot = require()
-    parts = list(dict.fromkeys((line.N, line.stream) for line in lines))
-    figure, axes = pyplot.subplots(
-        len(METRICS), len(parts), figsize=(1.5 + 5 * len(parts), 10), squeeze=False, sharey="row", layout="constrained"
-    )
-    for column, (N, stream) in enumerate(parts):
-        for row, (metric, name) in enumerate(METRICS.items()):
-            axis = axes[row][column]
-            chosen = [x for x in lines if (x.N, x.stream, x.metric, x.filtered) == (N, stream, metric, False)]
-            _curves(axis, [line for line in chosen if line.kind in ("row", "bound")])
-            axis.set_ylabel(name if column == 0 else "")
-            axis.grid(alpha=0.25)
-        axes[0][column].set_title(part_name(N, stream))
-        axes[-1][column].set_xlabel("texts written since")
-    _save(figure, axes[:1, 0], title, path)
-
-
-def _curves(axis: Any, lines: Sequence[Line]) -> None:
-    steps = sorted({t for line in lines for t in line.cells})
-    places = {t: i for i, t in enumerate(steps)}  # steps grow geometrically: even places are easier to read than a log
-    for number, line in enumerate(line for line in lines if line.kind == "row"):
-        cells: list[tuple[int, Estimate]] = sorted(line.cells.items())
-        if line.row in CONSTANT:
-            cells = [(t, cells[0][1]) for t in steps]
-        x = [places[t] + 0.035 * (number - 3) for t, _ in cells]  # a little apart, so that the intervals can be told
-        axis.errorbar(
-            x,
-            [cell.mean for _, cell in cells],
-            [[cell.mean - cell.low for _, cell in cells], [cell.high - cell.mean for _, cell in cells]],
-            color=COLOURS[line.row],
-            label=line.name,
-            linestyle="--" if line.fill == "empty" else "-",
-            linewidth=2 if line.row == OURS else 1.2,
-            marker="o" if line.row == OURS else ".",
-            markersize=5,
-            elinewidth=0.8,
-        )
-    for line in lines:
-        if line.kind == "bound" and line.fill == "full":
-            points = sorted(line.cells.items())
-            x, y = [places[t] for t, _ in points], [cell.mean for _, cell in points]
-            axis.plot(x, y, ":", color=COLOURS[OURS], label="if knowing went with the slots")
-    axis.set_xticks(range(len(steps)), [str(t) for t in steps])
+    """Draw what is remembered over steps into a PNG: a column per capacity and a panel per metric."""
+    columns: dict[str, dict[str, Curves]] = {}
+    for N, stream in dict.fromkeys((line.N, line.stream) for line in lines):
+        part = [line for line in lines if (line.N, line.stream, line.filtered) == (N, stream, False)]
+        chosen = [line for line in part if line.kind == "row" or (line.kind, line.fill) == ("bound", "full")]
+        chosen.sort(key=lambda line: line.row != OURS)  # the first curves have the plainest look
+        steps = sorted({t for line in chosen for t in line.cells})
+        panels: dict[str, Curves] = {name: {} for name in METRICS.values()}
+        for line in chosen:
+            everywhere = next(iter(line.cells.values()), None) if line.row in CONSTANT else None
+            panels[METRICS[line.metric]][label(line)] = [(t, line.cells.get(t, everywhere)) for t in steps]
+        columns[part_name(N, stream)] = panels
+    _figure(columns, "texts written since", title, path, even=True)
 
 
 def panels(
@@ -97,47 +57,47 @@ def panels(
         x: name of the common axis.
         ticks: all x there are, which then stand at even distances.
     """
+    _figure({"": by_panel}, x, title, path, even=ticks is not None)
+
+
+def _figure(columns: Mapping[str, Mapping[str, Curves]], x: str, title: str, path: Path, *, even: bool) -> None:
+    """Draw columns of panels; a curve looks the same in all of them, and its name stands below."""
     pyplot = require()
+    rows = max(map(len, columns.values()))
+    size = (3 + 5 * len(columns), 1.5 + 3 * rows)
     figure, axes = pyplot.subplots(
-        len(by_panel), 1, figsize=(8, 1 + 2.6 * len(by_panel)), squeeze=False, sharex=True, layout="constrained"
+        rows, len(columns), figsize=size, squeeze=False, sharex="col", sharey="row", layout="constrained"
     )
-    alike = len({tuple(curves) for curves in by_panel.values()}) == 1 < len(by_panel)
-    for axis, (name, curves) in zip(axes[:, 0], by_panel.items(), strict=True):
-        if ticks is not None:
-            curves = {name: [(ticks.index(at), y) for at, y in points] for name, points in curves.items()}
-            axis.set_xticks(range(len(ticks)), [f"{tick:g}" for tick in ticks])
-        _panel(axis, curves, alike)
-        axis.set_ylabel(name)
-        axis.grid(alpha=0.25)
-        if not alike:
-            axis.legend(frameon=False)
-    axes[-1, 0].set_xlabel(x)
-    _save(figure, axes[:, 0] if alike else [], title, path)
-
-
-def _save(figure: Any, named: Iterable[Any], title: str, path: Path) -> None:
-    """Write a figure as PNG; below it stand the names of the curves of some axes."""
-    curves = {name: curve for axis in named for curve, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    if curves:
-        figure.legend(curves.values(), curves, loc="outside lower center", ncols=4, frameon=False)
+    names = dict.fromkeys(name for part in columns.values() for curves in part.values() for name in curves)
+    looks = dict(zip(names, itertools.cycle(itertools.product(("-", "--", ":"), COLOURS)), strict=False))
+    shown: dict[str, Any] = {}
+    for column, (heading, by_panel) in enumerate(columns.items()):
+        places = {at for curves in by_panel.values() for points in curves.values() for at, _ in points}
+        ticks = {at: i for i, at in enumerate(sorted(places))} if even else None
+        for axis, (panel, curves) in zip(axes[:, column], by_panel.items(), strict=True):
+            for name, points in curves.items():
+                shown[name] = _curve(axis, points, looks[name], ticks) or shown.get(name)
+            axis.set_ylabel(panel if column == 0 else "")
+            axis.grid(alpha=0.25)
+            if ticks is not None:
+                axis.set_xticks(range(len(ticks)), [f"{at:g}" for at in ticks])
+        axes[0, column].set_title(heading)
+        axes[-1, column].set_xlabel(x)
+    drawn = {name: curve for name, curve in shown.items() if curve}
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
-    require().close(figure)
+    pyplot.close(figure)
 
 
-def _panel(axis: Any, curves: Curves, alike: bool) -> None:
-    """The curves of one panel; where all panels show the same ones, a curve without points keeps its look for it."""
-    looks = itertools.product(("-", "--", ":"), ORDER)  # the colours, once more with other lines
-    for (line, colour), (curve, points) in zip(looks, curves.items(), strict=False):
-        there = [(at, value) for at, value in points if value is not None]
-        if alike and not there:
-            continue
-        at = [place for place, _ in there]
-        axis.plot(at, [_middle(value) for _, value in there], line, color=colour, label=curve, marker=".")
-        drawn = [(place, value) for place, value in there if isinstance(value, Estimate)]
-        places, low, high = [p for p, _ in drawn], [e.low for _, e in drawn], [e.high for _, e in drawn]
-        axis.fill_between(places, low, high, color=colour, alpha=0.1 if alike else 0.2, linewidth=0)
-
-
-def _middle(value: Estimate | float) -> float:
-    return value.mean if isinstance(value, Estimate) else value
+def _curve(axis: Any, points: Points, look: tuple[str, str], ticks: Mapping[float, int] | None) -> Any:
+    """The curve of those points that have a value, and the intervals around them; None if there are none."""
+    there = [(ticks[at] if ticks else at, value) for at, value in points if value is not None]
+    if not there:
+        return None
+    means = [value.mean if isinstance(value, Estimate) else value for _, value in there]
+    (curve,) = axis.plot([at for at, _ in there], means, look[0], color=look[1], marker=".")
+    around = [(at, value.low, value.high) for at, value in there if isinstance(value, Estimate)]
+    if around:
+        axis.fill_between(*zip(*around, strict=True), color=look[1], alpha=0.12, linewidth=0)
+    return curve
