@@ -181,7 +181,7 @@ def is_right(item: Item, logliks: Sequence[float], *, normed: bool = False) -> i
     """1 where the right option is the likeliest, else 0; of equal ones the first counts against the right one.
 
     Args:
-        found: log-likelihoods of its options.
+        logliks: of the item's options.
         normed: per character of the option, as lm-evaluation-harness does for PIQA.
     """
     values = [v / len(o.strip()) for v, o in zip(logliks, item.options, strict=True)] if normed else list(logliks)
