@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from latentmem import longterm as longterms
 from latentmem.core.memory import Memory
@@ -99,7 +99,7 @@ class Backbone:
     def __init__(
         self,
         base: PreTrainedModel,
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         name: str = "",
         style: Style | None = None,
@@ -110,7 +110,8 @@ class Backbone:
         first_token: int | None = None,
         identity: str | None = None,
     ) -> None:
-        self.base, self.tokenizer, self.name = base.eval(), tokenizer, name
+        self.base, self.name = base.eval(), name
+        self.tokenizer: Any = tokenizer
         self.identity = identity or fingerprint(base)
         base.requires_grad_(False)
         attention.choose(base)
@@ -124,6 +125,11 @@ class Backbone:
         self._first_token = first_token
         self._first: Tensor | None = None
         self._stamp = self._state()
+
+    def __repr__(self) -> str:
+        kind, adapters = self.base.config.model_type, ", with adapters" if self.adapters else ""
+        sizes = f"L={self.decoder.L}, d={self.decoder.d}, {str(self.decoder.dtype)[6:]} on {self.decoder.device}"
+        return f"{type(self).__name__}({self.name or 'unnamed'}: {kind}, {sizes}{adapters})"
 
     def with_trained(self, trained: Trained | None) -> Self:
         """The same model, weights and adapters with another bos, mark and pool; nothing is copied."""

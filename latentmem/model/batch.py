@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 
 from latentmem.decoder.adapters import READ
 from latentmem.decoder.cache import KVPrefix, MemoryCache, joined, memory_cache
 from latentmem.longterm.search import RetrievedPrefix
 from latentmem.model.backbone import Ids
+from latentmem.model.context import placed
 from latentmem.model.reader import Reader
 
 COLDEST = 1e-4  # temperature, below which the most likely token is drawn anyway
@@ -161,24 +161,18 @@ class Batch:
 
     def _read(self, tokens: Tensor) -> Tensor:
         """Logits of the next token behind tokens [B, n], [B, vocab] float32."""
-        n, device = tokens.shape[1], tokens.device
+        n = tokens.shape[1]
         text = self._text[:, : self._text.shape[1] - self._unread.shape[1]]
         lengths = [row.front.P if row.front else 0 for row in self.rows]
-        P, mask = max(lengths), None
-        positions = torch.arange(P + text.shape[1] - n, P + text.shape[1], device=device).expand(len(tokens), -1)
+        where: dict[str, Tensor | None] = {"attention_mask": None}
         if self._padded:
-            starts = torch.tensor(lengths, device=device)[:, None]
-            in_front = (torch.arange(P, device=device)[None] >= P - starts).long()
-            mask = torch.cat([in_front, text], dim=1)
-            positions = (starts + text.cumsum(1) - 1).clamp(min=0)[:, -n:]
+            where |= placed(lengths, text, n)
+        else:
+            end = max(lengths) + text.shape[1]
+            where["position_ids"] = torch.arange(end - n, end, device=tokens.device).expand(len(tokens), -1)
         with self.llm.using(self._adapter):
             output = self.llm.base(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
+                input_ids=tokens, **where, past_key_values=self.cache, use_cache=True, logits_to_keep=1
             )
         return output.logits[:, -1].float()
 
@@ -232,7 +226,7 @@ class Detokenizer:
         stopped: a stop string came.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._ids: list[int] = []
         self._start = self._end = 0  # ids[start:end] were given, and are decoded again with what follows

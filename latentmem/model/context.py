@@ -70,29 +70,8 @@ class Context:
         fronts = [front for front in self.fronts if front]
         return memory_cache(fronts, decoder, store=store) if fronts else None
 
-    def mask(self, text: Tensor) -> Tensor:
-        """The mask over memories and text, [B, P + n]: shorter memories are padded on the left.
-
-        Args:
-            text: 1 where a row has a token, [B, n].
-        """
-        P = self.length
-        lengths = torch.tensor(self.lengths, device=text.device)[:, None]
-        there = torch.arange(P, device=text.device)[None] >= P - lengths
-        return torch.cat([there.long().expand(len(text), -1), text], dim=1)
-
-    def placed(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Mask and, where memories differ in length, positions of tokens [B, n] without padding on the left."""
-        mask = self.mask(torch.ones_like(tokens))
-        if len(set(self.lengths)) == 1:
-            return {"attention_mask": mask}
-        start = torch.tensor(self.lengths, device=tokens.device)[:, None]
-        return {"attention_mask": mask, "position_ids": start + torch.arange(tokens.shape[1], device=tokens.device)}
-
-    def passes(
-        self, lengths: Sequence[int], most: int | None = None, *, slides: bool, exact: bool = False
-    ) -> list[list[int]]:
-        """Rows in passes of at most `most` (`ROWS`) rows; those behind nothing go apart, for the plain model.
+    def passes(self, lengths: Sequence[int], *, slides: bool, exact: bool = False) -> list[list[int]]:
+        """Rows in passes of at most `ROWS` rows; those behind nothing go apart, for the plain model.
 
         Transformers counts a sliding window in columns, so padding between memory and text would hide a part of the
         memory: then only texts of one length go together.
@@ -112,8 +91,24 @@ class Context:
         for i, (P, length) in enumerate(zip(prefixes, lengths, strict=True)):
             kind = (P if exact else min(P, 1), length if exact or (slides and P) else 0)
             groups.setdefault(kind, []).append(i)
-        most = most or ROWS
-        return [rows[i : i + most] for rows in groups.values() for i in range(0, len(rows), most)]
+        return [rows[i : i + ROWS] for rows in groups.values() for i in range(0, len(rows), ROWS)]
+
+
+def placed(fronts: Sequence[int], text: Tensor, n: int = 0) -> dict[str, Tensor]:
+    """Mask and positions of texts behind fronts; shorter fronts are padded on the left, as the texts may be.
+
+    Args:
+        fronts: positions in front of each row, or of all.
+        text: 1 where a row has a token, [B, t].
+        n: columns of the text that are read; 0: all.
+
+    Returns:
+        The mask [B, P + t] and the positions [B, n] of tokens.
+    """
+    P, starts = max(fronts), torch.tensor(fronts, device=text.device)[:, None]
+    there = (torch.arange(P, device=text.device)[None] >= P - starts).long().expand(len(text), -1)
+    positions = (starts + text.cumsum(1) - 1).clamp(min=0)[:, -n:]
+    return {"attention_mask": torch.cat([there, text], dim=1), "position_ids": positions}
 
 
 def by_tokens(rows: Sequence[int], lengths: Sequence[int], most: int) -> list[list[int]]:

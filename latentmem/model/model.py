@@ -130,11 +130,8 @@ class MemoryModel(Reader):
         Raises:
             ValueError: an empty text, an unknown role, lists of different lengths, or a memory of another model.
         """
-        memories, texts = _pairs(memory, text)
-        ids = [self.tokens(one, role) for one in texts]
-        if isinstance(memory, Memory):
-            return self.write_ids(memory, ids[0], source, progress)
-        return self.write_ids(memories, ids, source, progress)
+        ids = [self.tokens(one, role) for _, one in _pairs(memory, text)]
+        return self.write_ids(memory, ids[0] if isinstance(memory, Memory) else ids, source, progress)
 
     def ask(self, memory: Memories, question: AnyText, **generate_kwargs: Any) -> AnyText:
         """Answer a question with a memory, or each of several with its own, at once.
@@ -147,11 +144,11 @@ class MemoryModel(Reader):
         """
         if generate_kwargs.get("num_return_sequences", 1) != 1 or generate_kwargs.get("return_dict_in_generate"):
             raise ValueError("`ask` gives one answer as text; use `generate_ids` for several, or for scores.")
-        memories, prompts = self._questions(memory, question)
+        prompts = self._questions(memory, question)
         if isinstance(memory, Memory):
             outputs = [self.generate_ids(memory, prompts[0], **generate_kwargs)]
         else:
-            outputs = self.generate_ids(memories, prompts, **generate_kwargs)
+            outputs = self.generate_ids(memory, prompts, **generate_kwargs)
         answers = [
             self.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip()
             for output, prompt in zip(outputs, prompts, strict=True)
@@ -174,15 +171,14 @@ class MemoryModel(Reader):
         Returns:
             Pieces of text; for several questions pairs (number of the question, piece), as they come.
         """
-        memories, prompts = self._questions(memory, question)
+        prompts = self._questions(memory, question)
         if isinstance(memory, Memory):
             return self.stream_ids(memory, prompts[0], **generate_kwargs)
-        return self.stream_ids(memories, prompts, **generate_kwargs)
+        return self.stream_ids(memory, prompts, **generate_kwargs)
 
-    def _questions(self, memory: Memories, question: Texts) -> tuple[list[Memory], list[list[int]]]:
-        memories, questions = _pairs(memory, question)
-        prompts = self.prompts_or_raise()
-        return memories, [prompts.question(q, bare=not m.is_empty) for m, q in zip(memories, questions, strict=True)]
+    def _questions(self, memory: Memories, question: Texts) -> list[list[int]]:
+        pairs, prompts = _pairs(memory, question), self.prompts_or_raise()
+        return [prompts.question(text, bare=not one.is_empty) for one, text in pairs]
 
     # --- token ids --------------------------------------------------------------------------------------------------
 
@@ -294,14 +290,14 @@ class MemoryModel(Reader):
         return (piece for _, piece in pieces) if isinstance(memory, Memory) else pieces
 
 
-def _pairs(memory: Memories, text: Texts) -> tuple[list[Memory], list[str]]:
-    """One memory and one text, or as many of both, as lists.
+def _pairs(memory: Memories, text: Texts) -> list[tuple[Memory, str]]:
+    """Each memory with its text, of one of both or of as many of both.
 
     Raises:
         ValueError: one of one and several of the other, or lists of different lengths.
     """
     if isinstance(memory, Memory) and isinstance(text, str):
-        return [memory], [text]
+        return [(memory, text)]
     if isinstance(memory, Memory) or isinstance(text, str) or len(memory) != len(text):
         raise ValueError("give one memory and one text, or lists of the same length.")
-    return list(memory), list(text)
+    return list(zip(memory, text, strict=True))

@@ -11,7 +11,10 @@ import re
 import threading
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BASE_QUESTION = "Question: {question} Answer:"  # the paper's prompt, for models without a chat template
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
@@ -40,7 +43,7 @@ class Prompts:
         style: how texts and questions are put.
     """
 
-    def __init__(self, tokenizer: Any, style: Style | None = None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, style: Style | None = None) -> None:
         self.tokenizer, self.style = tokenizer, style or Style()
         self._lock = threading.Lock()  # whether special tokens are split is a state of the tokenizer
 

@@ -19,7 +19,7 @@ from latentmem.decoder.attention import watching
 from latentmem.decoder.cache import KVPrefix, MemoryCache, attention_mask, memory_cache
 from latentmem.longterm.search import Retrieval, RetrievedPrefix
 from latentmem.model.backbone import Backbone, Ids
-from latentmem.model.context import Context
+from latentmem.model.context import Context, placed
 from latentmem.model.prompts import Message
 
 
@@ -220,7 +220,7 @@ class Reader(Backbone):
         with self.using(context.reader):
             logits = self.base(
                 input_ids=tokens,
-                **context.placed(tokens),
+                **placed(context.lengths, torch.ones_like(tokens)),
                 past_key_values=context.cache(self.decoder, store=False),
                 use_cache=False,
                 logits_to_keep=keep,

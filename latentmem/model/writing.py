@@ -18,7 +18,7 @@ from latentmem.core.write import write_exact
 from latentmem.decoder.adapters import READ, WRITE
 from latentmem.decoder.cache import memory_cache
 from latentmem.model.backbone import Backbone, Ids
-from latentmem.model.context import Context, by_tokens
+from latentmem.model.context import by_tokens, placed
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 Updates = Callable[[Update], object]  # takes each update of a write, in order
@@ -156,12 +156,14 @@ def _new_slots(llm: Backbone, before: Sequence[Memory], pieces: Sequence[Tensor]
     """`new_slots` of several memories, whose presets see all slots, in one pass, without gradients."""
     if len(before) == 1:
         return [new_slots(llm, before[0], pieces[0])]
-    context = Context(tuple(llm.prefix(memory).front for memory in before), (), WRITE)
+    fronts = [llm.prefix(memory).front for memory in before]
     tokens = torch.nn.utils.rnn.pad_sequence(list(pieces), batch_first=True)
     with llm.using(WRITE):
-        cache = memory_cache([front for front in context.fronts if front], llm.decoder, store=False)
+        cache = memory_cache(fronts, llm.decoder, store=False)
         ways = [(memory.compression, memory.choice) for memory in before]
-        return write_exact(llm.decoder, cache, pieces, ways, **context.placed(tokens))
+        return write_exact(
+            llm.decoder, cache, pieces, ways, **placed([front.P for front in fronts], torch.ones_like(tokens))
+        )
 
 
 def _following(llm: Backbone, memory: Memory, new: Tensor, source: str, tokens: int) -> tuple[Memory, Update]:

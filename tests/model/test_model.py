@@ -19,6 +19,10 @@ def memory(llm):
     return llm.write(llm.empty(N=64, K=16), "the door is blue")
 
 
+def test_a_model_is_one_line(llm):
+    assert repr(llm) == "MemoryModel(unnamed: llama, L=3, d=32, float32 on cpu)"
+
+
 def test_lists_are_one_memory_for_each_text(llm, memory):
     other = llm.empty(N=32, K=8)
     texts, questions = ["first text", "second"], ["which one?", "and this?"]
