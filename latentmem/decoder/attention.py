@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
@@ -87,10 +87,13 @@ def stacked(memories: Sequence[KV], rows: Sequence[int]) -> KV:
     if len(memories) == 1:
         keys, values = memories[0]
         return keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1)
-    P = max(keys.shape[2] for keys, _ in memories)
-    padded = [[torch.nn.functional.pad(t, (0, 0, P - t.shape[2], 0)) for t in memory] for memory in memories]
-    keys, values = (torch.cat([padded[i][part] for i in rows]) for part in (0, 1))
-    return keys, values
+    return left_padded([memories[i][0][0] for i in rows]), left_padded([memories[i][1][0] for i in rows])
+
+
+def left_padded(rows: Sequence[Tensor]) -> Tensor:
+    """Rows [heads, positions, head width] as one tensor, shorter ones padded on the left."""
+    most = max(row.shape[1] for row in rows)
+    return torch.stack([row if row.shape[1] == most else pad(row, (0, 0, most - row.shape[1], 0)) for row in rows])
 
 
 # --- from the cache to the attention ----------------------------------------------------------------------------------

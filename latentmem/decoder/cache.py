@@ -13,7 +13,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from latentmem.decoder import attention
-from latentmem.decoder.attention import KV, Memories
+from latentmem.decoder.attention import KV, Memories, left_padded
 from latentmem.decoder.decoder import Decoder
 
 ROOM = 64  # tokens by which a text's buffers are longer than the text
@@ -165,22 +165,13 @@ def joined(parts: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], fronts: 
     cache = MemoryCache(own, layers)
     for i, layer in enumerate(cache.layers):
         rows = [(old.layers[i], row, n) for old, rows, ns in parts for row, n in zip(rows, ns, strict=True)]
-        keys = _padded([(layer.keys[row], n) for layer, row, n in rows])
-        values = _padded([(layer.values[row], n) for layer, row, n in rows])
+        keys = left_padded([old.keys[row, :, old.keys.shape[2] - n :] for old, row, n in rows])
+        values = left_padded([old.values[row, :, old.values.shape[2] - n :] for old, row, n in rows])
         if isinstance(layer, MemoryLayer):
             layer.begin(keys, values, [own.index(front) for front in fronts])
         else:
             layer.update(keys, values)
     return cache
-
-
-def _padded(rows: Sequence[tuple[Tensor, int]]) -> Tensor:
-    """The last n positions of each [heads, positions, head width], padded on the left, [B, heads, most, head width]."""
-    first, most = rows[0][0], max(n for _, n in rows)
-    text = first.new_zeros(len(rows), first.shape[0], most, first.shape[2])
-    for into, (row, n) in zip(text, rows, strict=True):
-        into[:, most - n :] = row[:, row.shape[1] - n :]
-    return text
 
 
 def functional_cache(

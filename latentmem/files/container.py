@@ -71,14 +71,7 @@ DISK = Disk()
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], *, private: bool = False) -> None:
-    """Write a safetensors file.
-
-    Args:
-        private: as in `replacing`.
-
-    Raises:
-        OSError: the disk is full or not writable; what stood at `path` before is untouched.
-    """
+    """Write a safetensors file; `private` and errors are those of `replacing`."""
     with replacing(path, private=private) as temporary, temporary.open("wb") as file:
         file.writelines(_parts(tensors, header))
 
@@ -175,12 +168,18 @@ def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
 def replacing(path: Path, *, private: bool = False, disk: Disk = DISK) -> Iterator[Path]:
     """Give an empty temporary file beside `path`; at the end flush it and rename it over `path`.
 
-    Where the block raises, the temporary file goes and `path` stays as it was.
+    Where this or the block raises, the temporary file goes and `path` stays as it was.
 
     Args:
         private: only the owner may read the file; else the process decides (umask).
         disk: the file operations; for tests.
+
+    Raises:
+        ValueError: the folder does not exist.
+        OSError: the disk is full or not writable.
     """
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first.")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private else 0o666))
@@ -194,11 +193,7 @@ def replacing(path: Path, *, private: bool = False, disk: Disk = DISK) -> Iterat
 
 
 def replace_bytes(path: Path, data: bytes | str, *, private: bool = False, disk: Disk = DISK) -> None:
-    """Write a small file whole; a text is written as UTF-8.
-
-    Raises:
-        OSError: the disk is full or not writable; what stood at `path` before is untouched.
-    """
+    """Write a small file whole, a text as UTF-8; `private`, `disk` and errors are those of `replacing`."""
     with replacing(path, private=private, disk=disk) as temporary:
         disk.create(temporary, data.encode() if isinstance(data, str) else data)
 

@@ -52,11 +52,8 @@ def save(memory: Memory, path: str | Path) -> Memory:
         ValueError: the folder does not exist.
         OSError: the disk is full or not writable; what stood at `path` before is untouched.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first.")
     tensors, header = _parts(memory)
-    container.write(path, tensors, header, private=True)
+    container.write(Path(path), tensors, header, private=True)
     return replace(memory, version=header["checksum"])
 
 
@@ -99,11 +96,7 @@ def block_to_bytes(block: Block) -> bytes:
 
 
 def block_from_bytes(data: Buffer, name: str) -> Block:
-    """Read a block back; its tensors are views of `data`.
-
-    Raises:
-        ValueError: it is no block.
-    """
+    """Read a block back, its tensors views of `data`; a ValueError if it is none."""
     tensors, header = container.from_bytes(data, name)
     if header != {"format": BLOCK_FORMAT}:
         raise ValueError(f"{name} is no block of this version: expected {BLOCK_FORMAT!r}, got {header!r}.")

@@ -84,9 +84,6 @@ class LongTerm:
     @cached_property
     def occupied(self) -> Tensor:
         """Which places hold a slot, [L, S] bool."""
-        return self._occupied()
-
-    def _occupied(self) -> Tensor:
         return self.origins != NO_SLOT
 
     @cached_property
@@ -196,8 +193,9 @@ class FrequencyLongTerm(LongTerm):
     since: int = 0
     frequencies: Tensor | None = None
 
-    def _occupied(self) -> Tensor:
-        return super()._occupied() & (self._all_frequencies > DEAD)
+    @cached_property
+    def occupied(self) -> Tensor:
+        return (self.origins != NO_SLOT) & (self._all_frequencies > DEAD)
 
     @property
     def _all_frequencies(self) -> Tensor:

@@ -34,13 +34,7 @@ NEEDED = {"write": {"source", "role", "sha256"}} | {key: {"source"} for key in (
 
 
 def export(journal: Journal, objects: Objects, states: States, memory: int, path: Path) -> None:
-    """Write a memory to one file, atomically; equal memories give equal bytes.
-
-    Raises:
-        ValueError: the folder does not exist, or an object is missing or damaged.
-    """
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first.")
+    """Write a memory to one file, atomically; a ValueError if the folder or an object is missing, or one is damaged."""
     rows = sorted(journal.rows([memory]), key=lambda row: row.seq)  # after a replay they are stored in another order
     begun: dict[str, bytes] = {}
     if rows[0].event == "fork":  # as if it had begun with the version that it was forked from

@@ -35,11 +35,7 @@ def to_bytes(updates: list[Update]) -> bytes:
 
 
 def from_bytes(data: Buffer, name: str) -> list[Update]:
-    """Read a delta back; `name` is what an error calls it, and new slots are views of `data`.
-
-    Raises:
-        ValueError: it is no delta.
-    """
+    """Read a delta back, new slots as views of `data`; a DamagedError, which calls it `name`, if it is none."""
     tensors, header = container.from_bytes(data, name)
     if header.get("format") != FORMAT:
         raise DamagedError(f"{name} is no delta of this version: expected the format {FORMAT!r}, got {header!r}.")

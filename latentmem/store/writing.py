@@ -160,8 +160,7 @@ class Writer:
     def _tokens_of(self, llm: WritingModel, row: Row) -> Tokens:
         """The tokens of a row that waits, from its acknowledgement if this process made it with the same tokenizer."""
         tokens = self._tokens.pop(row.id, None)
-        known = tokens is not None and tokens.tokenizer == llm.tokenizer_identity
-        return tokens if tokens is not None and known else tokenised(llm, row.payload)
+        return tokens if tokens and tokens.tokenizer == llm.tokenizer_identity else tokenised(llm, row.payload)
 
     def _apply(self, llm: WritingModel, row: Row, tokens: Tokens, progress: Progress | None) -> None:
         before = self._states.state(self._journal.row(row.base or 0))
@@ -256,9 +255,9 @@ def payload(content: Content, source: str, role: str | None) -> Payload:
     Raises:
         ValueError: nothing to write, or what can not be written.
     """
+    body: dict[str, Any]
     if isinstance(content, str):
-        body: dict[str, Any] = {"text": content}
-        empty = not content.strip()
+        body, empty = {"text": content}, not content.strip()
     elif isinstance(content, Sequence) and content and isinstance(content[0], dict):
         if role:
             raise ValueError(f"turns of a conversation have roles of their own: got {role!r} besides.")
