@@ -23,6 +23,7 @@ import argparse
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,11 +193,9 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="records of another run, for paired differences")
     args = parser.parse_args()
     llm = latentmem.load(adapters=None if args.adapters == "none" else args.adapters)
-    longterm = {"R": 1, "limit": 0} if args.searched else None
-    start = llm.empty(longterm=longterm)
+    start = llm.empty(longterm={"R": 1, "keep": False} if args.searched else None)
     if args.full:
-        slots = protocol.Slots(N=start.N, choice=start.choice)
-        start = protocol.full(llm, slots, questions.unrelated_texts(), SEED, longterm=longterm)
+        start = protocol.full(llm, replace(start.settings, seed=SEED), questions.unrelated_texts())
     records: list[Record] = []
     for kind in args.kinds.split(","):
         for number, item in enumerate(sample(kind, args.n, args.together)):
