@@ -1,5 +1,6 @@
 """Measuring memories: one file per protocol, with the rows that everything is judged against.
 
+settings.py                what each protocol lets one choose; the command line makes its options of it
 protocol.py, runner.py     what all protocols share; units of work over processes, resumed after a kill
 asking.py, scoring.py      one context, many questions: hit, token accuracy and likelihood of the gold answer
 stats.py                   bootstrap intervals over texts

@@ -68,6 +68,11 @@ def say(llm: MemoryModel, context: Context, prompts: Sequence[Sequence[int]], ne
     return said
 
 
+def room(llm: MemoryModel, question: int, answer: int) -> int:
+    """Tokens of text that fit into the plain model's context before a question and its answer of so many tokens."""
+    return llm.text_context([]).room - len(llm.prompts_or_raise().opening) - question - answer
+
+
 def in_context(llm: MemoryModel, ids: Sequence[int]) -> Context:
     """Text in the context of the plain model, without memory and adapters; no text: closed book."""
     return llm.text_context([*llm.prompts_or_raise().opening, *ids] if len(ids) else [])

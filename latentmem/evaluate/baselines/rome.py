@@ -16,6 +16,10 @@ from latentmem.evaluate.baselines.tuning import Change, Weights, _Taken, added, 
 from latentmem.evaluate.data.edits import Edit
 from latentmem.model.model import MemoryModel
 
+RATE = 1.0  # of Adam
+KL = 0.0625  # weight of the divergence for "<subject> is a"
+DECAY = 1e-3  # weight of the vector's length, relative to that of what came out before
+
 
 class RankOne(Weights):
     """ROME: the smallest change of one MLP's last weight that gives the subject's key a new value.
@@ -29,15 +33,13 @@ class RankOne(Weights):
         layer: by default a quarter of the way up.
         tokens: of the articles, for the second moments.
         beginnings: how many, of 8 words each.
-        steps, rate: of Adam; it stops before where the answer is below 0.05 nats per token.
-        kl: weight of the divergence for "<subject> is a".
-        decay: weight of the vector's length, relative to that of what came out before.
-        clamp: the longest vector, relative to the same.
+        steps: of Adam; it stops before where the answer is below 0.05 nats per token.
+        clamp: the longest vector, relative to what came out before.
 
     Raises:
         ValueError: no linear layer, or several, that end an MLP; fewer tokens than a key has numbers.
 
-    Source: Meng et al. 2022 (ROME), section 3.1; kl and clamp as in its released code, rate and decay are ours.
+    Source: Meng et al. 2022 (ROME), section 3.1; KL and clamp as in its released code, RATE and DECAY are ours.
     """
 
     def __init__(
@@ -49,16 +51,13 @@ class RankOne(Weights):
         tokens: int = 50_000,
         beginnings: int = 2,
         steps: int = 20,
-        rate: float = 1.0,
-        kl: float = 0.0625,
-        decay: float = 1e-3,
         clamp: float = 4.0,
     ) -> None:
         super().__init__(llm, questions)
         self.layer = llm.decoder.L // 4 if layer is None else layer
         self.name, self.down = ending(llm, self.layer)
         self.articles, self.tokens, self.beginnings = articles, tokens, beginnings
-        self.steps, self.rate, self.kl, self.decay, self.clamp = steps, rate, kl, decay, clamp
+        self.steps, self.clamp = steps, clamp
 
     def start(self, name: str) -> Change:
         _ = self.moments  # made once, before the first edit
@@ -96,7 +95,7 @@ class RankOne(Weights):
             mask[each, places] = 1
             return (output.float() + mask[..., None] * more).to(output.dtype)
 
-        optimizer, before = torch.optim.Adam([more], lr=self.rate), None
+        optimizer, before = torch.optim.Adam([more], lr=RATE), None
         with self.down.register_forward_hook(hook), self.above(self.layer, rows):
             for _ in range(self.steps):
                 with torch.enable_grad():
@@ -106,7 +105,7 @@ class RankOne(Weights):
                     before = now.detach() if before is None else before
                     length = outputs[0][:-1].mean(0).norm()
                     held = kl_div(before, now, log_target=True, reduction="sum")
-                    loss = wanted + self.kl * held + self.decay * more.norm() / length**2
+                    loss = wanted + KL * held + DECAY * more.norm() / length**2
                 if wanted.item() < 5 * ENOUGH:
                     break
                 optimizer.zero_grad()

@@ -30,7 +30,7 @@ from latentmem import data
 from latentmem.core.memory import Memory
 from latentmem.core.settings import LongTermSettings
 from latentmem.evaluate import protocol, scoring
-from latentmem.evaluate.asking import in_context, named, say, written
+from latentmem.evaluate.asking import in_context, named, room, say, written
 from latentmem.evaluate.baselines.passages import ranked
 from latentmem.evaluate.protocol import Line, Numbers, Record, RunOptions, Unit, Worker, as_lines
 from latentmem.evaluate.settings import Conversations as Settings
@@ -195,10 +195,9 @@ class Conversations(Worker):
             context = in_context(self.llm, ())
         elif row == "window":
             longest = max(len(self._question(asked, bare=True)) for asked in one.questions)
-            room = self.llm.text_context([]).room - len(self.llm.prompts_or_raise().opening)
-            room -= longest + self.settings.new_tokens
+            most = room(self.llm, longest, self.settings.new_tokens)
             ids = [i for _, text in self._texts(one) for i in written(self.llm, text)]
-            context = in_context(self.llm, ids[-min(room, self.settings.memory.N or self._empty("memory").N) :])
+            context = in_context(self.llm, ids[-min(most, self.settings.memory.N or self._empty("memory").N) :])
         else:
             context = self.llm.context(self._written(row, one))
         prompts = [self._question(asked, bare=context.length > 0) for asked in one.questions]

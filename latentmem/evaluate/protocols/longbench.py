@@ -25,7 +25,7 @@ from typing import Unpack
 from latentmem import data
 from latentmem.core.presets import PAPER_PIECE
 from latentmem.evaluate import protocol, scoring
-from latentmem.evaluate.asking import in_context, named, say, written
+from latentmem.evaluate.asking import in_context, named, room, say, written
 from latentmem.evaluate.baselines.passages import ranked
 from latentmem.evaluate.data.choices import spread
 from latentmem.evaluate.protocol import Line, Numbers, Record, RunOptions, Unit, Worker, as_lines
@@ -207,8 +207,7 @@ class LongBench(Worker):
 
     def _plain(self, row: str, name: str, example: Example) -> tuple[Context, list[int]]:
         """What the plain model reads of the text, and the question."""
-        asked = self._question(example, bare=True)
-        room = self.llm.text_context([]).room - len(self.llm.prompts_or_raise().opening) - len(asked) - ANSWER[name]
+        most = room(self.llm, len(self._question(example, bare=True)), ANSWER[name])
         ids: list[int] = []
         text = example.text if name in LOCAL else self.llm.tokenizer.decode(self._kept(name, example))
         if row == "bm25":
@@ -216,10 +215,10 @@ class LongBench(Worker):
             library = [" ".join(words[i : i + PASSAGE]) for i in range(0, len(words), PASSAGE)]
             (places,) = ranked(library, [example.question], self.settings.passages)
             if places:
-                ids = written(self.llm, " ".join(library[i] for i in sorted(places)))[-room:]
+                ids = written(self.llm, " ".join(library[i] for i in sorted(places)))[-most:]
         elif row != "floor":
-            most = room if row == "oracle" else min(room, self._empty.N + self._tail(name, example))
-            ids = written(self.llm, text)[-most:]
+            shown = most if row == "oracle" else min(most, self._empty.N + self._tail(name, example))
+            ids = written(self.llm, text)[-shown:]
         return in_context(self.llm, ids), self._question(example, bare=bool(ids))
 
     def _kept(self, name: str, example: Example) -> list[int]:

@@ -29,7 +29,7 @@ import torch
 from latentmem import longterm
 from latentmem.core.memory import Memory
 from latentmem.evaluate import protocol
-from latentmem.evaluate.asking import Answer, ask, in_context, written
+from latentmem.evaluate.asking import Answer, ask, in_context, room, written
 from latentmem.evaluate.baselines.passages import ranked
 from latentmem.evaluate.data.sets import Question, QuestionSet, Text
 from latentmem.evaluate.protocol import Record, RunOptions, Unit, Worker
@@ -69,9 +69,7 @@ class Retention(Worker):
         self._seen: dict[tuple[str, str], Answer] = {}  # (question, passage) -> answer
         prompts = llm.prompts_or_raise()
         asked = [len(prompts.question(q.question, bare=True)) for text in data.texts for q in text.questions]
-        self._room = (
-            llm.text_context([]).room - len(prompts.opening) - max(asked) - max(settings.new_tokens, LONGEST_ANSWER)
-        )
+        self._room = room(llm, max(asked), max(settings.new_tokens, LONGEST_ANSWER))
         if self._room < 1:
             raise ValueError(
                 f"the questions and answers leave no room for a text in this model's context ({llm.name})."
