@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -175,22 +176,23 @@ def joined(parts: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], fronts: 
 
 
 def functional_cache(
-    decoder: Decoder, hidden: Tensor, wrap: Callable[[Callable[[], KV]], Callable[[], KV]] | None = None
+    decoder: Decoder, hidden: Tensor, around: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> Cache:
     """The same prefix, projected inside each layer's forward at every call, so that gradients flow into it.
 
     Args:
         hidden: [first ; slots] at the input of each layer, [L, P, d].
-        wrap: puts each projection under an adapter, for example; by default the active one is used.
+        around: gives what each projection runs under, an adapter for example; by default the active one is used.
     """
     positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
 
     def make(i: int) -> Callable[[], KV]:
         def kv() -> KV:
-            keys, values = decoder.keys_values(i, hidden[i][None])
-            return decoder.rotate(i, keys, positions), values
+            with around():
+                keys, values = decoder.keys_values(i, hidden[i][None])
+                return decoder.rotate(i, keys, positions), values
 
-        return wrap(kv) if wrap else kv
+        return kv
 
     return memory_cache([KVPrefix(hidden.shape[1], [make(i) for i in range(decoder.L)])], decoder, store=False)
 

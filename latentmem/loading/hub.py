@@ -26,34 +26,11 @@ STYLES = {PACKAGED: Style(wrap="user", system="", question="{question} Answer br
 
 # Decoders, by `model_type`, for which tests/decoder/test_families.py proves the law: a memory that is not full answers
 # as the text in the context does. Anything else is refused.
-SUPPORTED = (
-    "cohere",
-    "cohere2",
-    "exaone4",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "glm4",
-    "gpt_oss",
-    "granite",
-    "hunyuan_v1_dense",
-    "llama",
-    "ministral",
-    "ministral3",
-    "mistral",
-    "mixtral",
-    "olmo",
-    "olmo2",
-    "olmo3",
-    "phi",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "seed_oss",
-    "smollm3",
-    "stablelm",
-    "starcoder2",
+SUPPORTED = tuple(
+    """
+    cohere cohere2 exaone4 gemma gemma2 gemma3_text glm4 gpt_oss granite hunyuan_v1_dense llama ministral ministral3
+    mistral mixtral olmo olmo2 olmo3 phi phi3 qwen2 qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2
+    """.split()  # noqa: SIM905 - shorter to read than 27 quoted words
 )
 
 

@@ -6,8 +6,9 @@ import contextlib
 import copy
 import hashlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -21,7 +22,6 @@ from latentmem.core.settings import MemorySettings
 from latentmem.core.write import first_states
 from latentmem.decoder import attention, linear
 from latentmem.decoder.adapters import READ, Adapters, bits, changes
-from latentmem.decoder.attention import KV
 from latentmem.decoder.cache import Prefix, functional_cache
 from latentmem.decoder.decoder import Decoder
 from latentmem.errors import OtherModelError, TooLongError
@@ -297,14 +297,6 @@ class Backbone:
             return None
         if not (memory.slots.requires_grad or any(p.requires_grad for p in self.base.parameters())):
             return None
-
-        def reading(kv: Callable[[], KV]) -> Callable[[], KV]:
-            def under_read() -> KV:
-                with self.using(READ):
-                    return kv()
-
-            return under_read
-
         hidden = torch.cat([self.first, memory.slots.to(self.decoder.device)], dim=1)
         if (store := longterms.of(memory)) is not None and chosen:
             s, layers = self.first.shape[1], []
@@ -312,7 +304,7 @@ class Backbone:
                 both = torch.cat([self.retriever.slots(store, i, places), hidden[i, s:]])
                 layers.append(both[order.to(both.device)])
             hidden = torch.cat([hidden[:, :s], torch.stack(layers)], dim=1)
-        return functional_cache(self.decoder, hidden, reading)
+        return functional_cache(self.decoder, hidden, partial(self.using, READ))
 
     def _forget_if_changed(self) -> None:
         """Drop what was derived from weights that were changed in place since, by an optimizer for example."""

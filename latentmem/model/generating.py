@@ -99,13 +99,6 @@ class Options:
         of_all = self.get("max_length") is not None and self.get("max_new_tokens") is None
         return penalty or of_all or any(map(self.get, LOOKING_BACK))
 
-    def refuse_for_several(self, cache: Cache | None) -> None:
-        """A ValueError for what only one memory takes."""
-        single = [name for name in ("streamer", "return_dict_in_generate") if self.get(name)]
-        if cache is not None or single:
-            names = ", ".join(["cache"] * (cache is not None) + single)
-            raise ValueError(f"{names}: this takes one memory, not a list.")
-
 
 def asked(
     llm: Reader, memory: Memory | Sequence[Memory], ids: Ids | Sequence[Ids], options: Options, cache: Cache | None
@@ -125,7 +118,10 @@ def asked(
         front = cache.fronts[0] if isinstance(cache, MemoryCache) else None
         text = cache.get_seq_length() - (front.P if front else 0)
         return Context((front,), (llm.room(memory) - text,), READ), [ids]  # type: ignore[list-item]
-    options.refuse_for_several(cache)
+    single = [name for name in ("streamer", "return_dict_in_generate") if options.get(name)]
+    if cache is not None or single:
+        names = ", ".join(["cache"] * (cache is not None) + single)
+        raise ValueError(f"{names}: this takes one memory, not a list.")
     if len(memory) != len(ids):
         raise ValueError(f"give as many prompts as memories: got {len(ids)} and {len(memory)}.")
     return llm.context(memory) if len(memory) else Context((), (), None), list(ids)

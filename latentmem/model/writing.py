@@ -108,15 +108,15 @@ def new_slots(llm: Backbone, memory: Memory, ids: Ids) -> Tensor:
     tokens = llm.ids(ids)
     if len(tokens) > memory.piece:
         raise ValueError(f"one update reads at most {memory.piece} tokens, got {len(tokens)}; `write_ids` cuts them.")
+
+    def cache() -> Cache:
+        return llm.functional(memory) or llm.prefix(memory).cache(store=False)
+
     slots = memory.slots.to(llm.decoder.device)
     with llm.using(WRITE):
         sizes = memory.K, memory.compression, memory.choice
-        inputs = WriteInputs(llm.decoder, slots, llm.first, llm.mark, lambda: _cache(llm, memory), *sizes)
+        inputs = WriteInputs(llm.decoder, slots, llm.first, llm.mark, cache, *sizes)
         return memory.rules.write(inputs, tokens)
-
-
-def _cache(llm: Backbone, memory: Memory) -> Cache:
-    return llm.functional(memory) or llm.prefix(memory).cache(store=False)
 
 
 @torch.no_grad()
