@@ -48,8 +48,6 @@ class MemoryModel(Reader):
         ValueError: an architecture that is not understood.
     """
 
-    # --- memories ---------------------------------------------------------------------------------------------------
-
     def empty(
         self,
         N: int | None = None,
@@ -246,8 +244,7 @@ class MemoryModel(Reader):
             tensors, each up to where the last of its rows ended.
 
         Raises:
-            ValueError: memory, prompt and answer do not fit into the model's context, or options that several
-                memories do not take.
+            ValueError: no room in the model's context, or options that several memories do not take.
         """
         options = Options(self, generate_kwargs)
         asked = generating.asked(self, memory, ids, options, cache)
