@@ -103,9 +103,8 @@ def load(name: str, config: dict[str, Any], dtype: torch.dtype, device: torch.de
         adapters=adapters.identity,
         tokenizer=Prompts(tokenizer).identity if tokenizer is not None else "",
         model_name=name,
+        longterm=_store(config, store, _capacity(config), dtype) if plus else None,
     )
-    if plus:
-        pool = replace(pool, longterm=_store(config, store, pool.N, dtype))
     bos = own.get("bos_embedding", own["memory"][:, :0]).to(device, dtype)
     return MemoryModel(
         base.to(device),
