@@ -14,9 +14,9 @@ Source: MemoryLLM (arXiv 2402.04624) section 3.1.2 and figure 3; the preset "exa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,18 +46,22 @@ class Preset:
     """How text becomes slots."""
 
     holds_inputs: bool  # slots are layers' inputs: those of layer 0 are then embeddings of tokens
-    sees_all: bool  # a write sees all slots, so that one pass can write into many memories
     born_full: bool  # a trained model begins with a pool of N slots
     piece: Callable[[int, int], int]  # (K, c) -> tokens that one update reads at most
     slots_seen: Callable[[int, int], int]  # (N, K) -> slots that a write sees at most
     slots_of: Callable[[int, int, int], int]  # (n, K, c) -> slots that n tokens become in a memory that is full
     write: Callable[[WriteInputs, Tensor], Tensor]  # (inputs, [n] ids) -> new slots of one piece, [L, k, d]
+    write_many: Callable[..., list[Tensor]] | None  # as `write_exact` of many memories; None: in turns
+
+
+def _write_many(decoder: Decoder, cache: Cache, ids: Sequence[Tensor], ways: Any, **placed: Tensor) -> list[Tensor]:
+    from latentmem.core.write import write_exact  # here, because transformers takes seconds to import
+
+    return write_exact(decoder, cache, ids, ways, **placed)
 
 
 def _write_exact(inputs: WriteInputs, ids: Tensor) -> Tensor:
-    from latentmem.core.write import write_exact  # here, because transformers takes seconds to import
-
-    return write_exact(inputs.decoder, inputs.cache(), [ids], [(inputs.compression, inputs.choice)])[0]
+    return _write_many(inputs.decoder, inputs.cache(), [ids], [(inputs.compression, inputs.choice)])[0]
 
 
 def _write_paper(inputs: WriteInputs, ids: Tensor) -> Tensor:
@@ -67,6 +71,6 @@ def _write_paper(inputs: WriteInputs, ids: Tensor) -> Tensor:
     return write_paper(inputs.decoder, inputs.first, inputs.mark, newest, ids, inputs.K)
 
 
-EXACT = Preset(True, True, False, lambda K, c: K * c, lambda N, K: N, lambda n, K, c: -(-n // c), _write_exact)
-PAPER = Preset(False, False, True, lambda K, c: PAPER_PIECE, lambda N, K: K, lambda n, K, c: K, _write_paper)
+EXACT = Preset(True, False, lambda K, c: K * c, lambda N, K: N, lambda n, K, c: -(-n // c), _write_exact, _write_many)
+PAPER = Preset(False, True, lambda K, c: PAPER_PIECE, lambda N, K: K, lambda n, K, c: K, _write_paper, None)
 PRESETS = {"exact": EXACT, "paper": PAPER}

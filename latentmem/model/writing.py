@@ -14,7 +14,6 @@ from latentmem.core import memory as memories
 from latentmem.core.memory import Memory, Update
 from latentmem.core.presets import WriteInputs
 from latentmem.core.settings import LongTermSettings, MemorySettings, settings_of
-from latentmem.core.write import write_exact
 from latentmem.decoder.adapters import READ, WRITE
 from latentmem.decoder.cache import memory_cache
 from latentmem.model.backbone import Backbone, Ids
@@ -138,9 +137,7 @@ def write_all(
     done, total = 0, sum(map(len, texts))
     for number in range(max(map(len, pieces), default=0)):
         waiting = [i for i, parts in enumerate(pieces) if number < len(parts)]
-        together = [i for i in waiting if after[i].rules.sees_all]
-        passes = by_tokens(together, [len(pieces[i][number]) for i in together], llm.tokens_at_once)
-        for rows in [*passes, *([i] for i in waiting if not after[i].rules.sees_all)]:
+        for rows in _passes(after, waiting, [len(pieces[i][number]) for i in waiting], llm.tokens_at_once):
             read = [pieces[i][number] for i in rows]
             for i, new in zip(rows, _new_slots(llm, [after[i] for i in rows], read), strict=True):
                 after[i], update = _following(llm, after[i], new, source, len(pieces[i][number]))
@@ -152,18 +149,28 @@ def write_all(
     return after
 
 
+def _passes(memories: Sequence[Memory], rows: Sequence[int], lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Which rows are written in one pass: those of one preset that can write several, up to `most` tokens."""
+    passes = []
+    for rules in dict.fromkeys(memories[i].rules for i in rows):
+        mine = [(i, n) for i, n in zip(rows, lengths, strict=True) if memories[i].rules is rules]
+        together = by_tokens([i for i, _ in mine], [n for _, n in mine], most)
+        passes += together if rules.write_many else [[i] for i, _ in mine]
+    return passes
+
+
 def _new_slots(llm: Backbone, before: Sequence[Memory], pieces: Sequence[Tensor]) -> list[Tensor]:
-    """`new_slots` of several memories, whose presets see all slots, in one pass, without gradients."""
-    if len(before) == 1:
-        return [new_slots(llm, before[0], pieces[0])]
+    """`new_slots` of several memories of one preset in one pass, without gradients."""
+    write_many = before[0].rules.write_many
+    if len(before) == 1 or write_many is None:
+        return [new_slots(llm, memory, piece) for memory, piece in zip(before, pieces, strict=True)]
     fronts = [llm.prefix(memory).front for memory in before]
     tokens = torch.nn.utils.rnn.pad_sequence(list(pieces), batch_first=True)
     with llm.using(WRITE):
         cache = memory_cache(fronts, llm.decoder, store=False)
         ways = [(memory.compression, memory.choice) for memory in before]
-        return write_exact(
-            llm.decoder, cache, pieces, ways, **placed([front.P for front in fronts], torch.ones_like(tokens))
-        )
+        at = placed([front.P for front in fronts], torch.ones_like(tokens))
+        return write_many(llm.decoder, cache, pieces, ways, **at)
 
 
 def _following(llm: Backbone, memory: Memory, new: Tensor, source: str, tokens: int) -> tuple[Memory, Update]:

@@ -206,7 +206,7 @@ class Config:
             f"memory.restarts has {len(m.restarts)} numbers, and the run {total} steps: at most one a step.",
         )
         yield min(m.drawn) >= 1, f"memory.compressions must be at least 1, got {list(m.drawn)}."
-        yield PRESETS[m.preset].sees_all or set(m.drawn) == {1}, "memory.compressions is for the preset exact."
+        yield PRESETS[m.preset].holds_inputs or set(m.drawn) == {1}, "memory.compressions is for the preset exact."
 
     def _about_retriever(self) -> Iterator[Rule]:
         r, asks = self.retriever, any(self.objectives.get(name) for name in OBJECTIVES if name not in UNASKED)

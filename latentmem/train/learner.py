@@ -122,7 +122,7 @@ class Learner(nn.Module):
         Returns:
             Times as teacher, to write without gradient, to write with gradient.
         """
-        writes = len(episode.texts) if episode.in_sequence or not self.rules.sees_all else 1
+        writes = len(episode.texts) if episode.in_sequence or not self.rules.write_many else 1
         teaches = len(episode.rows) if episode.taught else 0
         return (teaches, writes, 0) if episode.from_pool else (teaches, 0, writes)
 
@@ -169,7 +169,7 @@ class Learner(nn.Module):
         c = self._tokens_per_slot(episode)
         slots = sum(self.rules.slots_of(len(text), self.settings.K, c) for text in episode.texts)
         M = min(int(episode.fill * pool.M), max(0, pool.N - slots))
-        if not self.rules.sees_all:
+        if not self.rules.write_many:
             M = max(M, min(pool.M, self.settings.K))
         start = pool.M - M
         return replace(
@@ -194,7 +194,7 @@ class Learner(nn.Module):
         """New slots of each text, [L, k, d], with gradient."""
         device = self.sink.device
         texts = [torch.tensor(text, device=device) for text in episode.texts]
-        if not self.rules.sees_all:
+        if not self.rules.write_many:
             return self._write_paper(before, texts, episode.in_sequence)
         new: list[Tensor] = []
         c = self._tokens_per_slot(episode)
