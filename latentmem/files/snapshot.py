@@ -211,10 +211,10 @@ def _memory(
 
 
 def _settings(values: dict[str, Any]) -> MemorySettings:
-    """A memory's settings; a ValueError unless each is there."""
+    """A memory's settings; one that is newer than the file has its default. A ValueError if one is unknown."""
     for kind, part in ((MemorySettings, values), (LongTermSettings, values.get("longterm"))):
-        if part is not None and set(part) != {one.name for one in settings_of(kind)}:
-            raise ValueError(f"the settings are {sorted(part)}")
+        if unknown := set(part or ()) - {one.name for one in settings_of(kind)}:
+            raise ValueError(f"it has settings that this version does not know: {', '.join(sorted(unknown))}")
     return MemorySettings.of(values)
 
 

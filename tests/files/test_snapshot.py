@@ -102,6 +102,14 @@ def test_settings_that_are_not_complete_are_refused(file):
         refused(file, "altered or damaged", "settings" if name != "seed" else "seed must be int")
 
 
+def test_a_setting_that_is_newer_than_the_file_has_its_default(file):
+    header = said(file)
+    settings = {name: value for name, value in header["settings"].items() if name != "quota"}
+    text = json.dumps({**header, "settings": settings}, sort_keys=True)
+    rewritten(file, memory=text, checksum=snapshot._checksum(text, load_file(file)))
+    assert Memory.load(file).quota == MemorySettings().quota
+
+
 def test_the_bytes_of_a_memory_are_a_file_of_it_and_equal_in_every_process(tmp_path):
     memory = pin(written().with_settings(quota=1), written().sources[0].name)
     data = snapshot.to_bytes(memory)
