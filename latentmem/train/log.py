@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from latentmem.files import container
 
 SMOOTH = 0.9  # of the running mean that is drawn over the single steps
-COLOUR = "#0072b2"  # of Okabe and Ito
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of Okabe and Ito
 
 
 class Log:
@@ -65,8 +65,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
 
 
-def draw(run: Path) -> None:
-    """Draw the log of a run into its `curves.png`: loss, accuracy, and the live retention curve.
+def draw(runs: Mapping[str, Path], path: Path) -> None:
+    """Draw the logs of runs into one PNG: loss, accuracy, and the live retention curves.
+
+    Args:
+        runs: name -> the run's folder.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -79,24 +82,26 @@ def draw(run: Path) -> None:
     except ImportError:
         raise ValueError("the plot needs matplotlib: run `pip install 'latentmem[train]'`.") from None
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    log = lines(run / "log.jsonl")
-    steps = [row for row in log if "loss" in row]
-    for axis, key in zip(axes, ("loss", "accuracy"), strict=False):
-        x, y = [row["step"] for row in steps], [row[key] for row in steps]
-        axis.plot(x, y, color=COLOUR, alpha=0.2, linewidth=0.7)
-        axis.plot(x, _smooth(y), color=COLOUR)
-    curves = [row["curve"] for row in log if "curve" in row]
-    for i, curve in enumerate(curves):  # the first one dotted, the last one strong
-        style = {"linestyle": "-" if i else ":", "marker": "o" if i == len(curves) - 1 else None}
-        alpha = 1 if i in (0, len(curves) - 1) else 0.3
-        axes[2].plot([p["age"] for p in curve], [p["accuracy"] for p in curve], color=COLOUR, alpha=alpha, **style)
+    for colour, (name, folder) in zip(COLOURS * len(runs), runs.items(), strict=False):
+        log = lines(folder / "log.jsonl")
+        steps = [row for row in log if "loss" in row]
+        for axis, key in zip(axes, ("loss", "accuracy"), strict=False):
+            x, y = [row["step"] for row in steps], [row[key] for row in steps]
+            axis.plot(x, y, color=colour, alpha=0.2, linewidth=0.7)
+            axis.plot(x, _smooth(y), color=colour, label=name)
+        curves = [row["curve"] for row in log if "curve" in row]
+        for i, curve in enumerate(curves):  # the first one dotted, the last one strong
+            style = {"linestyle": "-" if i else ":", "marker": "o" if i == len(curves) - 1 else None}
+            alpha = 1 if i in (0, len(curves) - 1) else 0.3
+            axes[2].plot([p["age"] for p in curve], [p["accuracy"] for p in curve], color=colour, alpha=alpha, **style)
     titles = ("loss", "token accuracy in training", "retention: token accuracy on titles left out")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.25)
     axes[2].set_xlabel("texts written since")
     axes[0].set_ylim(bottom=0)
-    with container.replacing(run / "curves.png") as temporary:
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    with container.replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     pyplot.close(figure)
 

@@ -269,7 +269,7 @@ class Run:
             with checkpoint.writing("the result", self.out):
                 more = {"from": self.origin, "steps": self.step, "tokens": self.tokens}
                 build.save_result(self.out / RESULT, self.config, self.llm, {**self.fixed, **state}, more)
-            draw(self.out)
+            draw({self.out.name: self.out}, self.out / "curves.png")
 
 
 def rehearse(config: Config) -> dict[str, Any]:
