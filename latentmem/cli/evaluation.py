@@ -340,8 +340,8 @@ def harness(
 def everything(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of all runs; the same folder continues them.")],
     only: Annotated[
-        str, typer.Option(help="The protocols to run.")
-    ] = "retention,effects,zsre,counterfact,integrity,forget,ability,conversations,longbench",
+        str | None, typer.Option(help="The protocols to run, with commas in between; by default all.")
+    ] = None,
     workers: Workers = None,
     model: Model = PACKAGED,
     device: Device = None,
@@ -352,7 +352,7 @@ def everything(
 
     shared: dict[str, Any] = {"workers": workers, "model": model, "device": device, "adapters": adapters}
     commands = _commands()
-    chosen = only.split(",")
+    chosen = only.split(",") if only else list(commands)
     unknown = [name for name in chosen if name not in commands]
     if unknown:
         raise ValueError(f"--only takes some of {', '.join(commands)}; got {', '.join(unknown)}.")
