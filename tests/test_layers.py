@@ -56,7 +56,7 @@ ROOMS = {  # room -> the rooms below that it may import, next to its own; the or
     },
 }
 CORE_MAY_IMPORT = {"torch", "transformers"}
-LONGEST_FILE = 500  # lines
+LONGEST_FILE, LONGEST_FUNCTION = 500, 40  # lines
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -91,6 +91,15 @@ def test_a_room_imports_only_rooms_below(path):
     for name in imports(path):
         if name.split(".")[0] == "latentmem":
             assert room(MODULES[name]) in allowed, name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_short(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= LONGEST_FILE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < LONGEST_FUNCTION, node.name
 
 
 def test_the_rooms_stand_in_order():
