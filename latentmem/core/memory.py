@@ -277,10 +277,7 @@ def _surplus(memory: Memory, k: int) -> int:
 
 
 def lowest(memory: Memory, ranks: Tensor, count: int, streams: Tensor) -> Tensor:
-    """The `count` slots of lowest rank [L, M] in each layer, at random among equals: indices ascending, [L, count].
-
-    `streams` [L] are the numbers of the layers' random streams.
-    """
+    """In each layer the `count` slots of lowest rank [L, M], at random among equals: ascending, [L, count]."""
     order = splitmix.keys(memory.seed, memory.updates, streams, memory.M).argsort(dim=1, stable=True)
     order = order.gather(1, ranks.gather(1, order).argsort(dim=1, stable=True))
     return order[:, :count].sort(dim=1).values

@@ -1,4 +1,4 @@
-"""Files of a model by its name: a folder, the hub's cache, or the hub."""
+"""Decoders that are supported, how questions are put to them, and their files in a folder or on the hub."""
 
 from __future__ import annotations
 

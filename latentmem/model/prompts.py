@@ -22,11 +22,11 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 
 @dataclass(frozen=True)
 class Style:
-    """How texts and questions are put to one model; for the packaged one as measured in docs/results/prompts.md.
+    """How texts and questions are put to one model; `loading.hub.STYLES` has those that are not these defaults.
 
     Args:
         wrap: a text is written raw (None) or as a turn of this role ("system", "user").
-        system: the system message of a question; None leaves it to the chat template, "" leaves out its turn.
+        system: the system message of a question; None: what the chat template puts there itself; "": none.
         question: the user turn of a question, with `{question}`.
     """
 

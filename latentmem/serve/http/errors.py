@@ -51,7 +51,7 @@ MEANINGS = {  # of the statuses, for the OpenAPI document
     415: "The body is of another type.",
     429: "Too many requests wait; see Retry-After.",
     500: "An error of the server.",
-    503: "The server is loading or closing.",
+    503: "The server is loading or closing, or its disk is full.",
     504: "It took too long.",
 }
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}  # OpenAI's, of some statuses
