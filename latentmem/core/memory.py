@@ -335,7 +335,7 @@ def gathered(slots: Tensor, stays: Tensor, new_slots: Tensor) -> Tensor:
         return torch.cat([old, new_slots], dim=1)
     m = stays.shape[1]
     if m == slots.shape[1]:  # all stay
-        return torch.cat([slots.detach(), new_slots.detach()], dim=1)
+        return torch.cat([slots.detach(), new_slots.detach().to(slots.device)], dim=1)
     moved = slots.new_empty(slots.shape[0], m + new_slots.shape[1], slots.shape[2])
     for layer, i, into in zip(slots.detach(), stays, moved, strict=True):
         torch.index_select(layer, 0, i, out=into[:m])

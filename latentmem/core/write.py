@@ -49,7 +49,7 @@ def write_exact(
         ids: B texts, [n] each; they are padded on the right, and no text looks at its padding.
         choices: c and choice of each. "last" takes the last token of each group of c; "surprise" those tokens of the
             text that were expected least after the tokens before them, in their order.
-        placed: `attention_mask` and `position_ids` of the padded texts, where memories differ in length.
+        placed: `attention_mask` and `position_ids` of the padded texts behind several memories.
 
     Returns:
         B tensors [L, ceil(n / c), d].

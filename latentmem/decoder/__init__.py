@@ -16,7 +16,7 @@ with transformers 5.16.1 and 5.23.0, torch 2.13.0, PEFT 0.21.2.
 | `integrations.sdpa_attention.sdpa_attention_forward` | attention | import fails |
 | `masking_utils`: `AttentionMaskInterface`, `sdpa_mask`, `causal_mask_function` | attention | import fails |
 | the attention gets the very tensors that the cache returns | attention, cache | the model is refused |
-| `cache_utils.DynamicLayer`: `keys`, `values`, `is_initialized`, `reorder_cache`, ... | cache | answers of beams mix |
+| `cache_utils.DynamicLayer`: `keys`, `values`, `batch_select_indices`, ... | cache | answers of beams mix |
 | `GradientCheckpointingLayer`: `_can_checkpoint_with_cache`, `_gradient_checkpointing_func` | hooks | an error |
 | `layer_type` in the signature of `rotary_emb.forward` | decoder | models with two rotations are refused |
 | **torch** | | |

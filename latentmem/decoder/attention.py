@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
@@ -92,8 +92,11 @@ def stacked(memories: Sequence[KV], rows: Sequence[int]) -> KV:
 
 def left_padded(rows: Sequence[Tensor]) -> Tensor:
     """Rows [heads, positions, head width] as one tensor, shorter ones padded on the left."""
-    most = max(row.shape[1] for row in rows)
-    return torch.stack([row if row.shape[1] == most else pad(row, (0, 0, most - row.shape[1], 0)) for row in rows])
+    heads, most, width = rows[0].shape[0], max(row.shape[1] for row in rows), rows[0].shape[2]
+    padded = rows[0].new_zeros(len(rows), heads, most, width)  # each row is copied once
+    for into, row in zip(padded, rows, strict=True):
+        into[:, most - row.shape[1] :] = row
+    return padded
 
 
 # --- from the cache to the attention ----------------------------------------------------------------------------------

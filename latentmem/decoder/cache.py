@@ -318,7 +318,8 @@ class MemoryLayer(DynamicLayer):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.arange(len(self.rows)).repeat_interleave(repeats))
+        rows = self.keys.shape[0] if self._text else len(self.rows)
+        self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
 
 
 def attention_mask(cache: Cache | None, ids: Tensor) -> Tensor:

@@ -430,6 +430,18 @@ def test_keys_that_are_not_those_of_the_cache_are_refused(stock):
     assert not stock
 
 
+@pytest.mark.parametrize("memories", [1, 3])
+def test_rows_are_chosen_and_repeated_as_often_as_asked(memories):
+    _, _, key, value, keys, values = inputs(3)
+    layer, rows = MemoryLayer([lambda: (keys, values)] * memories, 20, apart=True), [0, 0, 0, 0, 2, 2, 2, 2]
+    layer.update(key, value)
+    layer.batch_select_indices(torch.tensor([0, 2]))
+    layer.batch_repeat_interleave(2)
+    layer.batch_repeat_interleave(2)
+    assert torch.equal(layer.keys, key[rows]) and torch.equal(layer.values, value[rows])
+    assert memories == 1 or layer.rows == rows
+
+
 @pytest.mark.parametrize("other", ["keys", "values"])
 def test_values_or_keys_alone_that_are_not_those_of_the_cache_are_refused(stock, other):
     module, query, key, value, keys, values = inputs(3)
