@@ -164,6 +164,12 @@ def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
 # --- replacing --------------------------------------------------------------------------------------------------------
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a path whose folder does not exist; a ValueError."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first.")
+
+
 @contextlib.contextmanager
 def replacing(path: Path, *, private: bool = False, disk: Disk = DISK) -> Iterator[Path]:
     """Give an empty temporary file beside `path`; at the end flush it and rename it over `path`.
@@ -178,8 +184,7 @@ def replacing(path: Path, *, private: bool = False, disk: Disk = DISK) -> Iterat
         ValueError: the folder does not exist.
         OSError: the disk is full or not writable.
     """
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first.")
+    check_folder(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private else 0o666))

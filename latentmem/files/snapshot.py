@@ -33,6 +33,7 @@ TENSORS = ("slots", "births", "origins")
 FIELDS = tuple(f.name for f in fields(Memory) if f.name not in (*TENSORS, "version"))
 TYPES = {"int": int, "str": str, "bool": bool, "float": float, "dict": dict, "None": type(None)}  # by their names
 ARCHIVED = tuple(f"longterm.{name}" for name in ("slots", "births", "origins", "orders"))
+REQUIRED = {"N", "K", "preset", "compression", "choice"}  # settings that no file leaves out
 COUNTS = ("clock", "since")  # of the rule "frequency"
 
 BlockWriter = Callable[[Block], str]  # keeps a full block of an archive, and gives its name
@@ -52,6 +53,7 @@ def save(memory: Memory, path: str | Path) -> Memory:
         ValueError: the folder does not exist.
         OSError: the disk is full or not writable; what stood at `path` before is untouched.
     """
+    container.check_folder(Path(path))  # before the work
     tensors, header = _parts(memory)
     container.write(Path(path), tensors, header, private=True)
     return replace(memory, version=header["checksum"])
@@ -195,12 +197,15 @@ def _memory(
     if not verified and _checksum(header["memory"], tensors) != header["checksum"]:
         raise _damaged(name, "its checksum does not match")
     try:  # a checksum is no signature
-        settings, counts = _settings(values.pop("settings")), values.pop("longterm")
-        sources = tuple(Source(**_typed(Source, source)) for source in values.pop("sources"))
+        asked, counts, sources = values.pop("settings"), values.pop("longterm"), values.pop("sources")
+        settings = _settings(asked)
+        if type(sources) is not list:
+            raise ValueError(f"its sources are {sources!r}")
+        sources = tuple(Source(**_typed(Source, source)) for source in sources)
         archive = _archive(archived, settings.longterm, counts, block) if counts else None
         plain = own | _typed(Memory, values) | {"version": header["checksum"]}
         memory = Memory(**plain, settings=settings, sources=sources, longterm=archive)
-        if memory.settings != settings:
+        if any(getattr(memory.settings, name) != getattr(settings, name) for name in asked):
             raise ValueError(f"the settings {settings} are not complete")
         _check_range(memory.origins, -1, len(sources) - 1, "a slot has an unknown source")
         if archive is not None:
@@ -215,23 +220,26 @@ def _settings(values: dict[str, Any]) -> MemorySettings:
     for kind, part in ((MemorySettings, values), (LongTermSettings, values.get("longterm"))):
         if unknown := set(part or ()) - {one.name for one in settings_of(kind)}:
             raise ValueError(f"it has settings that this version does not know: {', '.join(sorted(unknown))}")
+    if REQUIRED - set(values):
+        raise ValueError(f"the settings are {sorted(values)}")
     return MemorySettings.of(values)
 
 
 def _typed(kind: type, values: dict[str, Any]) -> dict[str, Any]:
     """Values of fields of a dataclass; a ValueError if one is of another type."""
-    if not has_types(kind, values):
-        raise ValueError(f"a {kind.__name__.lower()} is {values}")
+    if wrong := of_other_types(kind, values):
+        raise ValueError(f"{wrong[0]} of a {kind.__name__.lower()} is {values[wrong[0]]!r}")
     return values
 
 
-def has_types(kind: Any, values: dict[str, Any]) -> bool:
-    """Whether values of fields of a dataclass are of the fields' types, as far as these are in `TYPES`."""
-    for field in fields(kind):
-        types = [TYPES.get(name.partition("[")[0]) for name in str(field.type).split(" | ")]
-        if field.name in values and None not in types and type(values[field.name]) not in types:
-            return False
-    return True
+def of_other_types(kind: Any, values: dict[str, Any]) -> list[str]:
+    """Which values of fields of a dataclass are not of the fields' types, each of which has to stand in `TYPES`."""
+    types = {
+        field.name: [TYPES[name.partition("[")[0]] for name in str(field.type).split(" | ")]
+        for field in fields(kind)
+        if field.name in values
+    }
+    return [name for name, kinds in types.items() if type(values[name]) not in kinds]
 
 
 def _archive(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from latentmem.files import snapshot
-from latentmem.files.container import Buffer, replacing
+from latentmem.files.container import Buffer, check_folder, replacing
 from latentmem.store.journal import BEGINNINGS, EVENTS, KINDS, STATES, Journal, Row
 from latentmem.store.objects import HASH, Objects
 from latentmem.store.states import States
@@ -35,6 +35,7 @@ NEEDED = {"write": {"source", "role", "sha256"}} | {key: {"source"} for key in (
 
 def export(journal: Journal, objects: Objects, states: States, memory: int, path: Path) -> None:
     """Write a memory to one file, atomically; a ValueError if the folder or an object is missing, or one is damaged."""
+    check_folder(path)  # before the work
     rows = sorted(journal.rows([memory]), key=lambda row: row.seq)  # after a replay they are stored in another order
     begun: dict[str, bytes] = {}
     if rows[0].event == "fork":  # as if it had begun with the version that it was forked from
@@ -189,7 +190,7 @@ class Reader:
 
 def _row(i: int, line: dict[str, Any]) -> Row:
     """Line i of a journal, checked by itself; a ValueError if it is no version of a memory."""
-    if set(line) != FIELDS or not snapshot.has_types(Row, line):
+    if set(line) != FIELDS or snapshot.of_other_types(Row, line):
         raise ValueError(f"line {i} of its journal has other fields")
     json.dumps(line, ensure_ascii=False).encode()  # a ValueError where it is no valid Unicode
     row = Row(memory=0, **line)

@@ -99,7 +99,15 @@ def test_settings_that_are_not_complete_are_refused(file):
     for name, value in (("N", None), ("seed", "1"), ("more", 1), ("longterm", {"R": 1})):
         text = json.dumps({**header, "settings": {**header["settings"], name: value}}, sort_keys=True)
         rewritten(file, memory=text, checksum=snapshot._checksum(text, load_file(file)))
-        refused(file, "altered or damaged", "settings" if name != "seed" else "seed must be int")
+        refused(
+            file,
+            "altered or damaged",
+            {"seed": "seed must be int", "more": "does not know: more"}.get(name, "settings"),
+        )
+    del header["settings"]["choice"]
+    text = json.dumps(header, sort_keys=True)
+    rewritten(file, memory=text, checksum=snapshot._checksum(text, load_file(file)))
+    refused(file, "altered or damaged", "the settings are")
 
 
 def test_a_setting_that_is_newer_than_the_file_has_its_default(file):
@@ -159,7 +167,15 @@ def test_an_account_with_other_types_is_refused(file):
     header["sources"][0]["pinned"] = "no"
     text = json.dumps(header, sort_keys=True)
     rewritten(file, memory=text, checksum=snapshot._checksum(text, load_file(file)))
-    refused(file, "altered or damaged", "a source is")
+    refused(file, "altered or damaged", "pinned of a source is 'no'")
+
+
+def test_sources_that_are_no_list_are_refused(tmp_path):
+    file = tmp_path / "empty.safetensors"
+    empty(1, 1).save(file)
+    text = json.dumps({**said(file), "sources": {}}, sort_keys=True)
+    rewritten(file, memory=text, checksum=snapshot._checksum(text, load_file(file)))
+    refused(file, "altered or damaged", "its sources are {}")
 
 
 def test_an_empty_memory_comes_back(tmp_path):
