@@ -45,12 +45,19 @@ def claim(out: Path, config: Config) -> None:
         versions = {name: version(name) for name in PACKAGES}
         container.replace_bytes(file, json.dumps({"config": mine, "versions": versions}, indent=1))
         return
-    theirs = json.loads(file.read_text(encoding="utf-8"))["config"]
+    theirs = _completed(json.loads(file.read_text(encoding="utf-8"))["config"], config)
     different = [key for key in mine if key != "watch" and mine[key] != theirs.get(key)]  # watching teaches nothing
     if different:
         raise ValueError(
             f"{out} holds a run with other settings ({', '.join(different)}). Choose another folder, or remove it."
         )
+
+
+def _completed(values: dict[str, Any], config: Config) -> dict[str, Any]:
+    """The values of a run's config; a setting that is newer than the run has its default."""
+    kinds: dict[str, Any] = {name: type(p) for name, p in vars(config).items() if dataclasses.is_dataclass(p)}
+    defaults = {name: json.loads(json.dumps(dataclasses.asdict(kind()))) for name, kind in kinds.items()}
+    return values | {name: default | values.get(name, {}) for name, default in defaults.items()}
 
 
 @contextlib.contextmanager

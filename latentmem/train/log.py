@@ -72,7 +72,7 @@ def draw(runs: Mapping[str, Path], path: Path) -> None:
         runs: name -> the run's folder.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        ValueError: matplotlib is not installed, or a folder holds no log.
     """
     try:
         import matplotlib
@@ -84,16 +84,9 @@ def draw(runs: Mapping[str, Path], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     for colour, (name, folder) in zip(COLOURS * len(runs), runs.items(), strict=False):
         log = lines(folder / "log.jsonl")
-        steps = [row for row in log if "loss" in row]
-        for axis, key in zip(axes, ("loss", "accuracy"), strict=False):
-            x, y = [row["step"] for row in steps], [row[key] for row in steps]
-            axis.plot(x, y, color=colour, alpha=0.2, linewidth=0.7)
-            axis.plot(x, _smooth(y), color=colour, label=name)
-        curves = [row["curve"] for row in log if "curve" in row]
-        for i, curve in enumerate(curves):  # the first one dotted, the last one strong
-            style = {"linestyle": "-" if i else ":", "marker": "o" if i == len(curves) - 1 else None}
-            alpha = 1 if i in (0, len(curves) - 1) else 0.3
-            axes[2].plot([p["age"] for p in curve], [p["accuracy"] for p in curve], color=colour, alpha=alpha, **style)
+        if not log:
+            raise ValueError(f"{folder} holds no log of a run.")
+        _draw_run(axes, log, name, colour)
     titles = ("loss", "token accuracy in training", "retention: token accuracy on titles left out")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="step")
@@ -104,6 +97,20 @@ def draw(runs: Mapping[str, Path], path: Path) -> None:
     with container.replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     pyplot.close(figure)
+
+
+def _draw_run(axes: Any, log: Sequence[dict[str, Any]], name: str, colour: str) -> None:
+    """One run in all three panels."""
+    steps = [row for row in log if "loss" in row]
+    for axis, key in zip(axes, ("loss", "accuracy"), strict=False):
+        x, y = [row["step"] for row in steps], [row[key] for row in steps]
+        axis.plot(x, y, color=colour, alpha=0.2, linewidth=0.7)
+        axis.plot(x, _smooth(y), color=colour, label=name)
+    curves = [row["curve"] for row in log if "curve" in row]
+    for i, curve in enumerate(curves):  # the first one dotted, the last one strong
+        style = {"linestyle": "-" if i else ":", "marker": "o" if i == len(curves) - 1 else None}
+        alpha = 1 if i in (0, len(curves) - 1) else 0.3
+        axes[2].plot([p["age"] for p in curve], [p["accuracy"] for p in curve], color=colour, alpha=alpha, **style)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

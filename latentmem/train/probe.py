@@ -42,9 +42,18 @@ class Probe:
     @torch.no_grad()
     def run(self) -> list[dict[str, Any]]:
         """Token accuracy of gold answers at each age: [{age, accuracy, n}]."""
-        llm, learns, others = self.learner.reader(), self.llm.base.training, itertools.cycle(self.others)
+        base, learns = self.llm.base, self.llm.base.training
+        base.eval()
+        try:
+            accuracies = self._accuracies()
+        finally:
+            base.train(learns)
+        return [{"age": age, "accuracy": sum(x) / len(x), "n": len(x)} for age, x in accuracies.items()]
+
+    def _accuracies(self) -> dict[int, list[float]]:
+        """Of each age the accuracies of all questions."""
+        llm, others = self.learner.reader(), itertools.cycle(self.others)
         accuracies: dict[int, list[float]] = {age: [] for age in self.config.watch.ages}
-        llm.base.eval()
         memory = llm.empty(settings=self.config.memory.settings())
         memory = fill_pool(llm, memory, BIRTH) if llm.born_full else memory
         while memory.M < memory.N or (llm.born_full and memory.updates * memory.K < memory.N):
@@ -58,5 +67,4 @@ class Probe:
                     ids = [self.prompts.question(question, bare=True) for question, _ in pairs]
                     scores = llm.score_rows(llm.context(memory), ids, [self.prompts.answer(*pair) for pair in pairs])
                     accuracies[age] += [float(score.hits.double().mean()) for score in scores]
-        llm.base.train(learns)
-        return [{"age": age, "accuracy": sum(x) / len(x), "n": len(x)} for age, x in accuracies.items()]
+        return accuracies

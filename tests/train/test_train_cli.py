@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from latentmem import cli, load
-from latentmem.train.log import lines
+from latentmem.train.log import draw, lines
 
 CONFIG = """
 model: {model}
@@ -57,6 +57,9 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_command(config, tmp_path):
     first = train(config, "--out", out, "--stop", 2)
     assert first.exit_code == 0 and "2 steps are done" in first.output
     assert not (out / "adapters.safetensors").exists()
+    said = json.loads((out / "config.json").read_text())
+    del said["config"]["memory"]["quota"], said["config"]["retriever"]  # as if both were newer than the run
+    (out / "config.json").write_text(json.dumps(said))
     second = train(config, "--out", out)
     assert second.exit_code == 0, second.output
     log = lines(out / "log.jsonl")
@@ -64,6 +67,10 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_command(config, tmp_path):
     assert [row["step"] for row in log if "curve" in row] == [0, 2, 4]
     assert [(p["age"], p["n"]) for p in log[0]["curve"]] == [(0, 2), (1, 2)]
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    draw({"one": out, "the same": out}, tmp_path / "two.png")
+    assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="nowhere holds no log"):
+        draw({"none": tmp_path / "nowhere"}, tmp_path / "none.png")
     llm = load(json.loads((out / "config.json").read_text())["config"]["model"], adapters=out / "adapters.safetensors")
     memory = llm.write(llm.empty(), "House 4 belongs to Ada4.")
     assert (memory.N, memory.K, memory.compression) == (64, 64, 2) and memory.adapters == llm.adapters.identity
