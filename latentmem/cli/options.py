@@ -86,13 +86,14 @@ def of_memory(
         title: begins the help.
     """
     options = []
-    for name, one, default in _settings(defaults.complete()):
+    for (name, one, default), (_, _, own) in zip(_settings(defaults.complete()), _settings(defaults), strict=True):
         if name in leave_out or (PART in leave_out and name.startswith(PART)):
             continue
         part = ["long-term part"] if name.startswith(f"{PART}_") else []
         begin = "".join(f"{', '.join([title, *part] if title else part)}: " if title or part else "")
         one = replace(one, help=(help or {}).get(name, one.help))
-        options.append(_option(name, one, flags, begin, default=None, shown=default))
+        shown = default if own is not None else f"as the adapters were trained, else {default}"
+        options.append(_option(name, one, flags, begin, default=None, shown=shown))
 
     def build(**values: Any) -> Values:
         return {name: value for name, value in values.items() if value is not None}
@@ -109,6 +110,11 @@ def settings_from(chosen: Mapping[str, Any]) -> MemorySettings:
     """The settings that options stand for; None where no option was given."""
     parts = {name.removeprefix(PART).removeprefix("_") or "R": v for name, v in chosen.items() if name.startswith(PART)}
     own = {name: value for name, value in chosen.items() if not name.startswith(PART)}
+    if parts and "R" not in parts:
+        names = ", ".join(f"--{PART}-{name}" for name in parts)
+        raise ValueError(
+            f"{names}: there is no long-term part; --{PART} R makes one, of which a question takes R slots."
+        )
     return MemorySettings.of({**own, PART: parts or None})
 
 
