@@ -10,7 +10,7 @@ from dataclasses import asdict
 from mcp.server import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 
-from latentmem.errors import NameTakenError
+from latentmem.errors import NameTakenError, NotFoundError
 from latentmem.serve.engine.answer import Sampling
 from latentmem.serve.engine.service import BusyError, Service
 from latentmem.store import Store, check_name
@@ -90,6 +90,8 @@ def _errors_to_client(tool: Callable[..., Facts]) -> Callable[..., Facts]:
     def call(*args: object, **kwargs: object) -> Facts:
         try:
             return tool(*args, **kwargs)
+        except NotFoundError as error:
+            raise ToolError(f"{error.public} memory_write makes one.") from error
         except (ValueError, BusyError) as error:
             raise ToolError(str(error)) from error
 

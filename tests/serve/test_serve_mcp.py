@@ -38,7 +38,7 @@ async def use(client):
     for name, arguments, says in [
         ("memory_ask", {"memory_id": "nobody", "question": "?"}, "there is no memory 'nobody'"),
         ("memory_ask", {"memory_id": "work", "question": " "}, "the question is empty"),
-        ("memory_stats", {"memory_id": "nobody"}, "there is no memory 'nobody' (there are: work)"),
+        ("memory_stats", {"memory_id": "nobody"}, "there is no memory 'nobody'. memory_write makes one"),
         ("memory_forget", {"memory_id": "work", "source": "notes"}, "no source 'notes'"),
         ("memory_write", {"memory_id": "../x", "text": "x"}, "can not be a memory's name"),
         ("memory_write", {"memory_id": "work", "text": ""}, "empty"),
