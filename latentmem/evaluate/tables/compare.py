@@ -152,6 +152,7 @@ def markdown(lines: Sequence[Line]) -> str:
 def draw(lines: Sequence[Line], title: str, path: Path) -> None:
     """The token accuracy of all rows over steps, with intervals, as a PNG."""
     chosen = [line for line in lines if (line.metric, line.kind) == ("accuracy", "row")]
+    chosen.sort(key=lambda line: set(line.cells) <= {-1})  # the first curves have the plainest look
     steps = sorted({t for line in chosen for t in line.cells if t >= 0})
     curves: plots.Curves = {x.name: [(t, x.cells.get(t, x.cells.get(-1))) for t in steps] for x in chosen}
     plots.panels({"token accuracy": curves}, "texts written since", title, path, ticks=steps)

@@ -78,6 +78,8 @@ def _figure(columns: Mapping[str, Mapping[str, Curves]], x: str, title: str, pat
             for name, points in curves.items():
                 shown[name] = _curve(axis, points, looks[name], ticks) or shown.get(name)
             axis.set_ylabel(panel if column == 0 else "")
+            if panel in (METRICS["hit"], METRICS["accuracy"]):
+                axis.set_ylim(bottom=0)
             axis.grid(alpha=0.25)
             if ticks is not None:
                 axis.set_xticks(range(len(ticks)), [f"{at:g}" for at in ticks])
