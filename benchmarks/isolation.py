@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import latentmem
-from latentmem import Store
+from latentmem import MemorySettings, Store
 from latentmem.model.batch import Batch, Row
 from latentmem.serve.engine.answer import Sampling
 from latentmem.serve.engine.service import Service
@@ -55,7 +55,7 @@ def main() -> None:
         service.start()
         start = time.perf_counter()
         for i, code in enumerate(codes):
-            service.create(f"m{i}", seed=i).result()
+            service.create(f"m{i}", MemorySettings(seed=i)).result()
             text = f"{draw.choice(paragraphs)}\n\nThe secret code is {code}."
             service.write(f"m{i}", text).done.result()
         wrote, start = time.perf_counter() - start, time.perf_counter()

@@ -35,6 +35,7 @@ SUPPORTED = tuple(
 
 
 def path_of(name: str) -> Path:
+    """A model's name as a path, with ~ for the home folder."""
     return Path(os.path.expanduser(name))  # noqa: PTH111 - Path's raises for an unknown user
 
 
@@ -91,6 +92,7 @@ def dequantised() -> dict[str, Any]:
 
 
 def config_of(name: str) -> dict[str, Any]:
+    """The config.json of a model by its name, as transformers finds it; a ValueError if there is none."""
     from transformers import PretrainedConfig
 
     with readable(name):

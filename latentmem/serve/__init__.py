@@ -1,1 +1,1 @@
-"""Memories over the network: one model, many memories, many clients at once (read `service.py` first)."""
+"""Memories over the network: one model, many memories, many clients at once (read `engine/service.py` first)."""

@@ -79,8 +79,8 @@ def test_the_packaged_adapters_are_what_the_packaged_configs_make(trained):
     facts, made, first = adapters.load(file)[1], config.load("smollm2-135m-mixed"), config.load("smollm2-135m")
     assert made.lora == first.lora and made.adapters == "runs/c1/adapters.safetensors" and facts["from"]
     assert file.stat().st_size < 15e6 and (file.parent / "README.md").is_file()
-    training = ("birth", "compressions", "restarts")
-    assert facts["memory"] == {k: v for k, v in asdict(made.memory).items() if k not in training}
+    settings = asdict(made.memory.settings())
+    assert facts["memory"] == {name: value for name, value in settings.items() if name not in config.OF_USE}
     assert {k: facts[k] for k in ("r", "alpha")} == {"r": made.lora.r, "alpha": made.lora.alpha}
     assert facts["steps"] == made.steps.total and facts["model"] == trained.identity
     memory = trained.empty()
