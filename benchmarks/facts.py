@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="records of another run, for paired differences")
     args = parser.parse_args()
     llm = latentmem.load(adapters=None if args.adapters == "none" else args.adapters)
-    start = llm.empty(longterm={"R": 1, "keep": False} if args.searched else None)
+    start = llm.empty(order="best-last" if args.searched else None)
     if args.full:
         start = protocol.full(llm, replace(start.settings, seed=SEED), questions.unrelated_texts())
     records: list[Record] = []

@@ -131,8 +131,6 @@ def show_facts(title: str, memory: Memory) -> None:
 
 
 def _longterm_fact(longterm: LongTerm) -> str:
-    if not longterm.settings.keep:
-        return "no store; a question arranges the memory's own slots"
     slots = int(longterm.occupied.sum(1).min())
     stored = f"{slots} slots in each layer, {size(longterm.nbytes)}" if longterm.S else "empty"
     return f"{stored}; a question takes {longterm.settings.R} of them at most"

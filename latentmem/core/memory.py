@@ -179,7 +179,14 @@ class Memory:
     @property
     def needs_search(self) -> bool:
         """Whether what a question asks decides what it reads, or in which order."""
-        return self.R > 0 or (self.M > 0 and self.longterm is not None and not self.longterm.settings.keep)
+        return self.R > 0 or (self.M > 0 and self.order != "written")
+
+    @property
+    def order(self) -> str:
+        """How a question reads the slots: as was chosen, else best-last where a long-term part retrieves updates."""
+        longterm = self.settings.longterm
+        by_update = longterm is not None and longterm.group == "update"
+        return self.settings.order or ("best-last" if by_update else "written")
 
     @property
     def is_empty(self) -> bool:

@@ -14,6 +14,7 @@ from latentmem.fields import Setting, check, setting, settings_of
 
 __all__ = ["CHOICES", "LongTermSettings", "MemorySettings", "Setting", "settings_of"]
 CHOICES = ("last", "surprise")
+ORDERS = ("written", "best-last", "best-only")
 LARGEST = 1 << 24  # slots, tokens per slot
 
 
@@ -26,7 +27,6 @@ class LongTermSettings:
     """
 
     R: int = setting("slots that a question takes of what was dropped; 0: it is lost", least=0, most=LARGEST)
-    keep: bool = setting("keep what is dropped; without, a question only puts a memory's own best updates last", True)
     limit: int = setting("bytes of what is kept; what came first goes first", 1 << 30, least=1)
     int8: bool = setting("keep slots in 8 bits, with a scale for every 32 numbers", False)
     group: str = setting("what is retrieved together: whole updates or slots", "update", choices=("update", "slot"))
@@ -38,13 +38,6 @@ class LongTermSettings:
         check(self)
         if self.rule == "frequency" and not self.period:
             raise ValueError("the rule frequency needs a period of at least 1 slot written, got 0.")
-        if not self.keep and self.group != "update":
-            raise ValueError(f"without `keep` a question finds updates: group must be 'update', got {self.group!r}.")
-
-    @property
-    def takes(self) -> int:
-        """Slots that each layer retrieves once there are as many."""
-        return self.R if self.keep else 0
 
     @staticmethod
     def of(asked: int | Mapping[str, object] | LongTermSettings | None) -> LongTermSettings | None:
@@ -76,6 +69,9 @@ class MemorySettings:
     seed: int = setting("determines every random drop", 0, least=-(1 << 63), most=(1 << 63) - 1)
     quota: float = setting("the share of N that pinned slots may take", 0.5, least=0, most=1)
     longterm: LongTermSettings | None = setting("how what is dropped is kept, if it is", None)  # noqa: RUF009
+    order: str | None = setting(
+        "how a question reads its slots: as written; the best updates last; the best one only", None, choices=ORDERS
+    )
 
     def __post_init__(self) -> None:
         if type(self.quota) is int:
@@ -88,11 +84,19 @@ class MemorySettings:
             )
         if self.compression not in (None, 1) and self.preset is not None and not PRESETS[self.preset].holds_inputs:
             raise ValueError(f"compression is for the preset 'exact': got {self.compression} in {self.preset!r}.")
+        if self.order not in (None, "written") and self.longterm is not None and self.longterm.group != "update":
+            raise ValueError(f"the order {self.order!r} is one of updates: group must be 'update', got 'slot'.")
 
     @staticmethod
     def of(values: Mapping[str, object]) -> MemorySettings:
-        """Settings from plain values, as they come from a file or a caller; `longterm` as in `LongTermSettings.of`."""
+        """Settings from plain values, as they come from a file or a caller; `longterm` as in `LongTermSettings.of`.
+
+        Files of earlier versions say `keep`: where it is false, nothing is kept and the best update stands last.
+        """
         asked: Any = values.get("longterm")
+        if isinstance(asked, Mapping) and "keep" in asked:
+            asked = {name: value for name, value in asked.items() if name != "keep"} if asked["keep"] else None
+            values = values if asked is not None else {**values, "order": "best-last"}
         return MemorySettings(**{**values, "longterm": LongTermSettings.of(asked)})  # type: ignore[arg-type]
 
     def filled(self, other: MemorySettings) -> MemorySettings:

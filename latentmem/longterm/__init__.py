@@ -23,3 +23,8 @@ def of(memory: Memory) -> LongTerm | None:
     """The archive of a memory, if there is one."""
     assert memory.longterm is None or isinstance(memory.longterm, LongTerm)
     return memory.longterm
+
+
+def searched(memory: Memory) -> LongTerm:
+    """What a question to a memory searches: its archive, or an empty one, of which one update may stand last."""
+    return of(memory) or LongTerm(LongTermSettings(1), torch.zeros_like(memory.births))

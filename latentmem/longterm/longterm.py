@@ -28,8 +28,7 @@ class LongTerm:
     """What a memory has dropped: S slots of each layer, in the order in which they came.
 
     Args:
-        settings: how it keeps and retrieves. With `keep` off the best updates that have no more slots than R together,
-            and at least the best one, stand nearest to the question.
+        settings: how it keeps and retrieves.
         places: of each of the memory's own M slots its place within the update that wrote it, [L, M] int32, on the CPU.
         ranges: where the stored slots are.
 
@@ -119,7 +118,7 @@ class LongTerm:
         k, dropped = change.slots.shape[1], change.dropped
         new_places = torch.arange(k, dtype=torch.int32).expand(len(stays), k)
         following = replace(self, places=torch.cat([self.places.gather(1, stays), new_places], 1))
-        if dropped.shape[1] and self.settings.keep:
+        if dropped.shape[1]:
             index = dropped.to(memory.slots.device)[..., None].expand(-1, -1, memory.d)
             slots = memory.slots.detach().gather(1, index)
             slots = (packed(slots) if self.settings.int8 else slots).cpu()

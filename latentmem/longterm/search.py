@@ -46,7 +46,7 @@ class Retrieval:
 
     Args:
         places: of each layer the R stored slots, oldest first.
-        order: of each layer which of [retrieved ; slots] stands where, [R + M] indices.
+        order: of each layer which of [retrieved ; slots] stands where, [R + M] indices; fewer if some are not read.
     """
 
     places: list[Tensor]
@@ -55,6 +55,11 @@ class Retrieval:
     @property
     def R(self) -> int:
         return len(self.places[0])
+
+    @property
+    def length(self) -> int:
+        """Slots that a question reads in each layer: R + M, or fewer."""
+        return len(self.order[0])
 
     def same(self, other: Retrieval) -> bool:
         """Whether two questions read the same."""
@@ -106,7 +111,7 @@ class Retriever:
     @torch.no_grad()
     def new_keys(self, memory: Memory, dropped: Tensor) -> Tensor | None:
         """Keys of a trained retriever for slots [L, count] that a memory drops, [L, count, width]; None: not needed."""
-        if self.projectors is None or memory.longterm is None or not memory.longterm.settings.keep:
+        if self.projectors is None or memory.longterm is None:
             return None
         keys = []
         for i, pair in enumerate(self.projectors.key):
@@ -152,8 +157,7 @@ class Retriever:
             asking: which of the tokens say what is asked, and are no frame around it, [n] bool; for a trained
                 retriever all count, as it was trained.
         """
-        archive = longterm.of(memory)
-        assert archive is not None
+        archive = longterm.searched(memory)
         if archive.settings.group == "update":
             return self._by_update(memory, archive, self._states(prefix, ids), asking)
         return self._by_slot(memory, archive, prefix, ids, asking)
@@ -178,7 +182,8 @@ class Retriever:
             number   of each slot, archived or not, the number of its update, 0 .. U-1                        [L, S + M]
             mark     how far each update stands out for the tokens that ask, the mean over searched layers    [U]
             rank     0 for the best mark; in each layer the R slots of lowest rank are taken
-            order    oldest first; but the best updates that have R slots together, at least one, stand last
+            order    oldest first; or the best updates that have R slots together, at least one, stand last; or
+                     worst first, and only as many at the end are read as the best update has in any layer
 
         Args:
             states: hidden states of the tokens at the input of each searched layer, [n, d].
@@ -186,18 +191,21 @@ class Retriever:
         S, (numbers, U) = archive.S, numbered(torch.cat([archive.writers, memory.births], dim=1), memory.updates)
         mark = self._marks(memory, archive, [hidden[asking] for hidden in states], numbers, U)
         best_first = mark.argsort(descending=True, stable=True)
-        rank, seen = best_first.argsort(), numbers[self.layers_searched[0]]
-        sizes = seen[seen >= 0].bincount(minlength=U)[best_first]
-        R = archive.most if archive.settings.keep else archive.settings.R
-        last = max(1, int((sizes.cumsum(0) <= R).sum()))  # so many updates stand last
-        retrieval = Retrieval([], [])
+        rank, retrieval = best_first.argsort(), Retrieval([], [])
+        last, length = 0, archive.most + memory.M  # so many updates stand last, so many slots are read
+        if memory.order == "best-last":
+            seen = numbers[self.layers_searched[0]]
+            sizes = seen[seen >= 0].bincount(minlength=U)[best_first]
+            last = max(1, int((sizes.cumsum(0) <= archive.settings.R).sum()))
+        elif memory.order == "best-only":
+            last, length = U, min(length, int((numbers == best_first[0]).sum(1).max()))
         for i in range(self.decoder.L):
             places = slots_of_best(rank, numbers[i, :S], archive.orders[i], archive.most)
             ranks = rank[torch.cat([numbers[i, places], numbers[i, S:]])]
             order = archive.reading_order(memory, i, places)
             lifted = (last - ranks).clamp(min=0)[order]  # 0 of the others, `last` of the best
             retrieval.places.append(places)
-            retrieval.order.append(order[lifted.argsort(stable=True)])
+            retrieval.order.append(order[lifted.argsort(stable=True)][-length:])
         return retrieval
 
     def _marks(self, memory: Memory, archive: LongTerm, asked: list[Tensor], numbers: Tensor, U: int) -> Tensor:
@@ -285,8 +293,7 @@ class RetrievedPrefix(KVPrefix):
     def of(
         retriever: Retriever, memory: Memory, prefix: Prefix, retrieval: Retrieval, asked: Tensor
     ) -> RetrievedPrefix:
-        archive = longterm.of(memory)
-        assert archive is not None
+        archive = longterm.searched(memory)
         computed: dict[int, KV] = {}
         now = Retrieval(list(retrieval.places), list(retrieval.order))
 
@@ -296,13 +303,14 @@ class RetrievedPrefix(KVPrefix):
             return computed[i]
 
         layers = [partial(layer, i) for i in range(memory.L)]
-        return RetrievedPrefix(prefix.P + retrieval.R, layers, memory, prefix, now, retrieval, asked, computed)
+        return RetrievedPrefix(prefix.s + retrieval.length, layers, memory, prefix, now, retrieval, asked, computed)
 
     @property
     def every(self) -> int:
-        """Tokens of an answer after which is searched again."""
-        assert self.memory.longterm is not None
-        return self.memory.longterm.settings.every
+        """Tokens of an answer after which is searched again; 0: never, as where one update only is read."""
+        if self.memory.order == "best-only":
+            return 0
+        return longterm.searched(self.memory).settings.every
 
     def reads_like(self, other: KVPrefix) -> bool:
         """Whether a prompt that was read behind this prefix reads the same behind another one of the same memory."""

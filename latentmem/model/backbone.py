@@ -214,7 +214,7 @@ class Backbone:
         if self.born_full:  # a checkpoint was trained behind its pool
             return self.limit
         M = min(memory.N, memory.M + more)
-        R = memory.longterm.settings.takes if memory.longterm is not None and more else memory.R
+        R = memory.longterm.settings.R if memory.longterm is not None and more else memory.R
         return self.limit - (1 + R + M if R + M else 0)
 
     def check_room(self, room: int, n: int, new: int = 0, front: str = "") -> None:
@@ -298,8 +298,8 @@ class Backbone:
         if not (memory.slots.requires_grad or any(p.requires_grad for p in self.base.parameters())):
             return None
         hidden = torch.cat([self.first, memory.slots.to(self.decoder.device)], dim=1)
-        if (store := longterms.of(memory)) is not None and chosen:
-            s, layers = self.first.shape[1], []
+        if chosen:
+            store, s, layers = longterms.searched(memory), self.first.shape[1], []
             for i, (places, order) in enumerate(zip(chosen.places, chosen.order, strict=True)):
                 both = torch.cat([self.retriever.slots(store, i, places), hidden[i, s:]])
                 layers.append(both[order.to(both.device)])

@@ -57,6 +57,7 @@ class MemoryModel(Reader):
         seed: int | None = None,
         choice: str | None = None,
         longterm: int | Mapping[str, object] | LongTermSettings | None = None,
+        order: str | None = None,
         settings: MemorySettings | None = None,
     ) -> Memory:
         """A memory to begin with: one that holds nothing, or, for a released checkpoint, the checkpoint's own pool.
@@ -69,18 +70,17 @@ class MemoryModel(Reader):
             preset: "exact" (default) or "paper"; see `core.write`.
             compression: tokens per slot, by default 1, "exact" only; above 1 only a trained model reads them well.
             seed: determines every random drop, by default 0.
-            choice: which token of c becomes a slot, by default "last" of each group; "surprise" those of a piece that
-                were expected least.
-            longterm: R, the slots that a question takes from what the memory has dropped, or a mapping with it and more
-                of `LongTermSettings`; by default what is dropped is lost.
+            choice: which token of c becomes a slot: "last" of each group (default), or "surprise", the least expected.
+            longterm: R, slots that a question takes of what was dropped, or a mapping for `LongTermSettings`; 0: none.
+            order: how a question reads the slots: "written", "best-last" (default with a long-term part), "best-only".
             settings: all of these and more in one object; what is given beside it goes before.
 
         Raises:
             ValueError: sizes that do not fit each other, the model's context, or the checkpoint.
         """
-        sizes = {"N": N, "K": K, "preset": preset, "compression": compression, "seed": seed, "choice": choice}
-        asked = (settings or MemorySettings()).override(**sizes, longterm=LongTermSettings.of(longterm))
-        return writing.empty(self, asked)
+        sizes = {"N": N, "K": K, "preset": preset, "compression": compression}
+        ways = {"seed": seed, "choice": choice, "longterm": LongTermSettings.of(longterm), "order": order}
+        return writing.empty(self, (settings or MemorySettings()).override(**sizes, **ways))
 
     def blank(self) -> Memory:
         """A memory without a slot, so that the plain model answers, also for a checkpoint with a pool of its own."""

@@ -261,10 +261,12 @@ class Reader(Backbone):
             self._logits(memory, torch.cat([asked, said]), chosen)
         if len(layers) != self.decoder.L:
             raise ValueError(f"the attention of {self.name} gave weights in {len(layers)} of {self.decoder.L} layers.")
-        P = self.positions(memory)
-        start = P - memory.M - memory.R
+        start = self.first.shape[1]
+        P = start + (chosen.length if chosen else memory.M)
         mass = torch.stack([layer[-len(said) - 1 : -1, start:P].mean(0) for layer in layers]).cpu()
-        return mass.gather(1, torch.stack(chosen.order).argsort(1)) if chosen else mass, chosen
+        if chosen is None:
+            return mass, None
+        return torch.zeros(memory.L, memory.R + memory.M).scatter(1, torch.stack(chosen.order), mass), chosen
 
     def sources_of(self, memory: Memory, question: str | list[Message], answer: str) -> dict[str, float]:
         """Which sources an answer drew on: the share of the attention to the memory that went to each.

@@ -21,6 +21,7 @@ from latentmem.model.context import by_tokens, placed
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 Updates = Callable[[Update], object]  # takes each update of a write, in order
+OF_USE = ("seed", "quota", "longterm", "order")  # settings that a checkpoint's own pool may have otherwise
 
 
 # --- memories to begin with -------------------------------------------------------------------------------------------
@@ -44,7 +45,7 @@ def _sized(llm: Backbone, asked: MemorySettings) -> Memory:
     if llm.shape is not None and asked.preset in (None, llm.shape.preset):
         N = llm.shape.N if asked.N is None else asked.N
         asked = asked.filled(replace(llm.shape, N=N, K=min(llm.shape.K or 1, N or 1)))
-    decoder, R = llm.decoder, asked.longterm.takes if asked.longterm is not None else 0
+    decoder, R = llm.decoder, asked.longterm.R if asked.longterm is not None else 0
 
     def memory_of(settings: MemorySettings) -> Memory:
         return memories.empty(decoder.L, decoder.d, settings, dtype=decoder.dtype, device=decoder.device)
@@ -70,12 +71,13 @@ def _pool(pool: Memory, asked: MemorySettings) -> Memory:
     """
     for one in settings_of(MemorySettings):
         value, own = getattr(asked, one.name), getattr(pool.settings, one.name)
-        if one.name not in ("seed", "quota", "longterm") and value not in (None, own):
+        if one.name not in OF_USE and value not in (None, own):
             raise ValueError(f"this checkpoint's memory has {one.name}={own}, got {value}; leave {one.name} out.")
     if asked.longterm is not None:
         pool = _with_longterm(pool, asked.longterm)
-    same = (asked.seed, asked.quota) == (pool.seed, pool.quota)
-    return pool if same else pool.with_settings(seed=asked.seed, quota=asked.quota)
+    changes = {name: value for name in ("seed", "quota", "order") if (value := getattr(asked, name)) is not None}
+    same = all(getattr(pool.settings, name) == value for name, value in changes.items())
+    return pool if same else pool.with_settings(**changes)
 
 
 def _with_longterm(pool: Memory, asked: LongTermSettings) -> Memory:

@@ -22,7 +22,7 @@ OBJECTIVES = (
 UNASKED = ("unrelated", "chat", "everyday")  # objectives whose rows are about no text
 KINDS = ("text", "questions")
 CONFIGS = Path(__file__).parent / "configs"
-OF_USE = ("seed", "quota", "longterm")  # settings of a memory that no training is about
+OF_USE = ("seed", "quota", "longterm", "order")  # settings of a memory that no training is about
 Rule = tuple[object, str]  # what must be true, and the sentence that is said otherwise
 
 

@@ -37,13 +37,13 @@ def test_every_setting_has_an_option_with_its_help():
 
 def test_only_what_was_given_comes_to_the_command_and_gives_the_settings():
     got = []
-    line = "-N 64 --choice surprise --longterm 8 --longterm-group slot --no-longterm-keep --quota 0.25 --name a"
+    line = "-N 64 --choice surprise --longterm 8 --longterm-group slot --no-longterm-int8 --quota 0.25 --name a"
     assert CliRunner().invoke(command(got), line.split()).exit_code == 0
     given = {"N": 64, "choice": "surprise", "quota": 0.25}
-    given |= {"longterm": 8, "longterm_group": "slot", "longterm_keep": False}
+    given |= {"longterm": 8, "longterm_group": "slot", "longterm_int8": False}
     assert got == [("a", given)]
     part = LongTermSettings(R=8, group="slot")
-    given.pop("longterm_keep")
+    given.pop("longterm_int8")
     assert options.settings_from(given) == MemorySettings(N=64, choice="surprise", quota=0.25, longterm=part)
     assert options.settings_from({}) == MemorySettings()
     with pytest.raises(ValueError, match="--longterm-group: there is no long-term part"):

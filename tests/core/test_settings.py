@@ -1,9 +1,10 @@
 """Settings of a memory: each stands in one place, with its help and its bounds, and a memory holds them complete."""
 
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 
 import pytest
 
+from latentmem import longterm as longterms
 from latentmem.core.memory import empty
 from latentmem.core.presets import EXACT, PAPER, PAPER_PIECE, PRESETS
 from latentmem.core.settings import LongTermSettings, MemorySettings, settings_of
@@ -33,10 +34,11 @@ def test_every_setting_has_a_line_of_help_and_a_default_that_is_allowed(kind):
         ({"seed": None}, "seed must be int"),
         ({"quota": 1.5}, r"quota .* between 0 and 1, got quota=1\.5"),
         ({"quota": float("nan")}, "between 0 and 1"),
-        ({"longterm": {"limit": 3}}, "R, or a mapping with R of R, keep, limit"),
+        ({"longterm": {"limit": 3}}, "R, or a mapping with R of R, limit"),
         ({"longterm": {"R": 3, "size": 3}}, "got {'R': 3, 'size': 3}"),
         ({"longterm": -1}, "R=-1"),
-        ({"longterm": {"R": 4, "keep": False, "group": "slot"}}, "'update', got 'slot'"),
+        ({"order": "newest"}, "written, best-last, best-only, got 'newest'"),
+        ({"order": "best-last", "longterm": {"R": 4, "group": "slot"}}, "'update', got 'slot'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(values, message):
@@ -61,11 +63,22 @@ def test_what_is_not_given_is_taken_from_elsewhere():
 
 
 def test_no_slots_are_no_long_term_part():
-    assert (
-        LongTermSettings.of(0).takes == 0 and MemorySettings(longterm=LongTermSettings(0)).complete().longterm is None
-    )
-    assert LongTermSettings.of(None) is None
-    assert LongTermSettings.of({"R": 3, "keep": False}).takes == 0 and LongTermSettings.of(3).takes == 3
+    assert MemorySettings(longterm=LongTermSettings(0)).complete().longterm is None
+    assert LongTermSettings.of(None) is None and LongTermSettings.of(3) == LongTermSettings(3)
+
+
+def test_what_earlier_versions_did_not_keep_is_an_order():
+    assert MemorySettings.of({"longterm": {"R": 3, "keep": False}}) == MemorySettings(order="best-last")
+    assert MemorySettings.of({"longterm": {"R": 3, "keep": True}}) == MemorySettings(longterm=LongTermSettings(3))
+
+
+def test_a_memory_with_a_long_term_part_of_updates_is_read_best_last():
+    assert empty(1, 1).order == "written" and not empty(1, 1).needs_search
+    assert empty(1, 1, MemorySettings(order="best-only")).order == "best-only"
+    for longterm, order in ((LongTermSettings(3), "best-last"), (LongTermSettings(3, group="slot"), "written")):
+        memory = empty(1, 1)
+        memory = replace(memory, longterm=longterms.empty(1, longterm))
+        assert memory.order == order and memory.with_settings(order="written").order == "written"
 
 
 def test_any_dataclass_may_have_settings():

@@ -4,7 +4,7 @@ import errno
 import hashlib
 import json
 import struct
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from latentmem.core.memory import Memory, empty
-from latentmem.core.settings import MemorySettings
+from latentmem.core.settings import LongTermSettings, MemorySettings
 from latentmem.core.sources import pin
 from latentmem.decoder.adapters import insert
 from latentmem.files import container, snapshot
@@ -116,6 +116,18 @@ def test_a_setting_that_is_newer_than_the_file_has_its_default(file):
     text = json.dumps({**header, "settings": settings}, sort_keys=True)
     rewritten(file, memory=text, checksum=snapshot._checksum(text, load_file(file)))
     assert Memory.load(file).quota == MemorySettings().quota
+
+
+def test_a_memory_that_kept_nothing_is_one_that_is_read_best_last(file):
+    """Earlier versions said so in the long-term part, which held no slots."""
+    header, tensors = said(file), load_file(file)
+    longterm = asdict(LongTermSettings(1)) | {"keep": False}
+    header |= {"settings": header["settings"] | {"longterm": longterm}, "longterm": {"blocks": []}}
+    tensors["longterm.places"] = torch.zeros_like(tensors["births"])
+    text = json.dumps(header, sort_keys=True)
+    rewritten(file, tensors=tensors, memory=text, checksum=snapshot._checksum(text, tensors))
+    memory = Memory.load(file)
+    assert memory.longterm is None and memory.order == "best-last" and memory.needs_search
 
 
 def test_the_bytes_of_a_memory_are_a_file_of_it_and_equal_in_every_process(tmp_path):

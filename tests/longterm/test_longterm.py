@@ -56,11 +56,12 @@ def told(llm, memory, count, seed=0):
 def twin_of(llm, memory, chosen):
     """An ordinary memory that holds what is retrieved and its slots, as they stand."""
     both = [
-        torch.cat([llm.retriever.slots(memory.longterm, i, p), memory.slots[i]]) for i, p in enumerate(chosen.places)
+        torch.cat([llm.retriever.slots(longterm.searched(memory), i, p), memory.slots[i]])
+        for i, p in enumerate(chosen.places)
     ]
     slots = torch.stack([some[order] for some, order in zip(both, chosen.order, strict=True)])
     none = torch.zeros(slots.shape[:2], dtype=torch.int32)
-    settings = replace(memory.settings, N=32)
+    settings = replace(memory.settings, N=32, order="written")
     return replace(memory, longterm=None, settings=settings, slots=slots, births=none, origins=none)
 
 
@@ -274,8 +275,8 @@ def test_slots_that_the_memory_still_holds_help_to_find_their_update():
 def test_without_a_store_the_best_updates_stand_last():
     """What is dropped is lost; what is there is read in another order, which only the reader sees."""
     llm = MemoryModel(tiny_model(num_hidden_layers=6, initializer_range=0.02), byte_tokenizer())
-    plain, searched = (told(llm, llm.empty(N=24, K=8, longterm=ways), 9) for ways in (None, {"R": 1, "keep": False}))
-    assert torch.equal(plain.slots, searched.slots) and searched.longterm.S == 0 and searched.R == 0
+    plain, searched = (told(llm, llm.empty(N=24, K=8, order=order), 9) for order in ("written", "best-last"))
+    assert torch.equal(plain.slots, searched.slots) and searched.longterm is None and searched.R == 0
     text = torch.randint(4, 260, (5,), generator=torch.Generator().manual_seed(8))
     plain, searched = (told(llm, llm.write_ids(m, text, source="wanted"), 2, seed=7) for m in (plain, searched))
     logits, places = llm.logits(searched, text, return_retrieved=True)
@@ -290,18 +291,59 @@ def test_without_a_store_the_best_updates_stand_last():
     torch.testing.assert_close(logits, llm.logits(twin_of(llm, searched, chosen), text), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(logits, llm.logits(plain, text), atol=1e-4)
     assert llm.positions(searched) == llm.positions(plain) and llm.room(searched, 9) == llm.room(plain, 9)
-    several = replace(
-        searched, longterm=replace(searched.longterm, settings=LongTermSettings(12, keep=False))
-    )  # the best ones with 12 slots together
-    for i, order in enumerate(llm.front(several, text).retrieval.order):
-        births = several.births[i][order].tolist()
-        assert births != sorted(births) and births[-1] == searched.births[i][chosen.order[i]][-1]
     rows = llm.generate_ids([searched, plain], [text, text], max_new_tokens=6)
     for one, m in zip(rows, (searched, plain), strict=True):
         assert torch.equal(one, llm.generate_ids(m, text, max_new_tokens=6))
     slots = searched.slots.clone().requires_grad_()
     llm.logits(replace(searched, slots=slots), text).sum().backward()
     assert slots.grad.abs().sum() > 0
+
+
+def test_only_the_best_update_is_read():
+    """Layers that hold fewer slots of it, read the next best ones too: each row is as long in every layer."""
+    llm = MemoryModel(tiny_model(num_hidden_layers=6, initializer_range=0.02), byte_tokenizer())
+    text = torch.randint(4, 260, (5,), generator=torch.Generator().manual_seed(8))
+    for part in (None, {"R": 4, "every": 2}):
+        memory = llm.write_ids(told(llm, llm.empty(N=24, K=8, order="best-only", longterm=part), 9), text, source="x")
+        memory = told(llm, memory, 2, seed=7)
+        wanted = [s.name for s in memory.sources].index("x")
+        front = llm.front(memory, text)
+        chosen = front.retrieval
+        most = 0
+        for i, order in enumerate(chosen.order):
+            births, origins = memory.births[i], memory.origins[i]
+            if part:
+                births = torch.cat([memory.longterm.births[i][chosen.places[i]], births])
+                origins = torch.cat([memory.longterm.origins[i][chosen.places[i]], origins])
+            count = int((origins == wanted).sum())
+            most = max(most, count)
+            assert len(order) == chosen.length and (origins[order][chosen.length - count :] == wanted).all()
+            assert len(set(order.tolist())) == chosen.length
+        assert 0 < most == chosen.length < memory.M and most + 1 == front.P
+        logits = llm.logits(memory, text)
+        torch.testing.assert_close(logits, llm.logits(twin_of(llm, memory, chosen), text), atol=1e-5, rtol=1e-5)
+        mass = llm.attended(memory, text, text)
+        assert mass.shape == (6, memory.R + memory.M) and ((mass > 0).sum(1) == most).all()
+        other = torch.arange(20, 26)
+        rows = llm.generate_ids([memory, memory], [text, other], max_new_tokens=6)
+        for one, ids in zip(rows, (text, other), strict=True):
+            assert torch.equal(one, llm.generate_ids(memory, ids, max_new_tokens=6))
+        slots = memory.slots.clone().requires_grad_()
+        torch.testing.assert_close(llm.logits(replace(memory, slots=slots), text), logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_memory_with_a_long_term_part_is_searched_from_its_first_update_on():
+    llm = MemoryModel(tiny_model(num_hidden_layers=6, initializer_range=0.02), byte_tokenizer())
+    memory = told(llm, llm.empty(N=64, K=8, longterm={"R": 4}), 3)
+    text = torch.randint(4, 260, (8,), generator=torch.Generator().manual_seed(8))
+    memory = told(llm, llm.write_ids(memory, text, source="wanted"), 3, seed=7)
+    assert memory.longterm.S == 0 and memory.needs_search
+    born = memory.births[0][(memory.origins[0] == 3)][0]
+    for order in llm.front(memory, text).retrieval.order:
+        assert (memory.births[0][order][-8:] == born).all() and sorted(order.tolist()) == list(range(memory.M))
+    written = memory.with_settings(order="written")
+    assert not written.needs_search
+    assert torch.equal(llm.logits(written, text), llm.logits(replace(memory, longterm=None), text))
 
 
 def test_gradients_flow_through_what_is_retrieved(llm):

@@ -40,9 +40,9 @@ def read(path: Path) -> tuple[dict[str, Any], list[Record]]:
 
 
 def _taken(memory: Mapping[str, Any]) -> int:
-    """The slots that an answer takes of a long-term part; none where nothing that is dropped is kept."""
+    """The slots that an answer takes of a long-term part; none where what is dropped is lost."""
     longterm = MemorySettings.of(memory).longterm
-    return longterm.takes if longterm is not None else 0
+    return longterm.R if longterm is not None else 0
 
 
 def compare(runs: Mapping[str, Path], N: int, *, stream: bool = False) -> list[Line]:
