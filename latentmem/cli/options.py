@@ -120,7 +120,7 @@ def settings_from(chosen: Mapping[str, Any]) -> MemorySettings:
 
 def require_same(name: str, settings: MemorySettings, chosen: Mapping[str, Any]) -> None:
     """Refuse options that are not as the memory was made."""
-    for option, _, value in _settings(settings):
+    for option, _, value in _settings(replace(settings, order=settings.reading_order)):
         if option in chosen and chosen[option] != value:
             raise ValueError(
                 f"the memory {name!r} was made with {option}={value}, not {chosen[option]}. Leave it out, or choose a "

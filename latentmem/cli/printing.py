@@ -86,7 +86,7 @@ def facts_of(memory: Memory, stats: list[SourceStats]) -> dict[str, Any]:
     """Everything that `show` knows of a memory, for JSON."""
     settings = {name: value for name, value in asdict(memory.settings).items() if name != "longterm"}
     names = ("M", "L", "d", "updates", "tokens", "half_life", "model_name", "model", "adapters")
-    facts = settings | {name: getattr(memory, name) for name in names}
+    facts = settings | {name: getattr(memory, name) for name in names} | {"order": memory.reading_order}
     if (longterm := _longterm(memory)) is not None:
         facts["longterm"] = asdict(longterm.settings) | {"S": longterm.S, "bytes": longterm.nbytes}
     facts["sources"] = [
@@ -123,6 +123,7 @@ def show_facts(title: str, memory: Memory) -> None:
     )
     if (longterm := _longterm(memory)) is not None:
         facts.add_row("long-term", _longterm_fact(longterm))
+    facts.add_row("read", memory.reading_order)
     per_slot = f"{memory.compression} token(s) per slot" + f" ({memory.choice})" * (memory.compression > 1)
     facts.add_row("kind", f"{memory.preset}, {per_slot}, seed {memory.seed}")
     facts.add_row("model", text(f"{memory.model_name} {memory.model[:12]}"))

@@ -131,7 +131,7 @@ class Memory:
     version: str = ""
     parent: str = ""
     N, K, compression, seed = _Chosen[int](), _Chosen[int](), _Chosen[int](), _Chosen[int]()
-    preset, choice, quota = _Chosen[str](), _Chosen[str](), _Chosen[float]()
+    preset, choice, quota, reading_order = _Chosen[str](), _Chosen[str](), _Chosen[float](), _Chosen[str]()
     _save: ClassVar[Callable[[Memory, str | Path], Memory]]  # given by `files.snapshot`, which knows the file format
     _load: ClassVar[Callable[[str | Path], Memory]]
 
@@ -179,14 +179,7 @@ class Memory:
     @property
     def needs_search(self) -> bool:
         """Whether what a question asks decides what it reads, or in which order."""
-        return self.R > 0 or (self.M > 0 and self.order != "written")
-
-    @property
-    def order(self) -> str:
-        """How a question reads the slots: as was chosen, else best-last where a long-term part retrieves updates."""
-        longterm = self.settings.longterm
-        by_update = longterm is not None and longterm.group == "update"
-        return self.settings.order or ("best-last" if by_update else "written")
+        return self.R > 0 or (self.M > 0 and self.reading_order != "written")
 
     @property
     def is_empty(self) -> bool:

@@ -70,7 +70,7 @@ class MemorySettings:
     quota: float = setting("the share of N that pinned slots may take", 0.5, least=0, most=1)
     longterm: LongTermSettings | None = setting("how what is dropped is kept, if it is", None)  # noqa: RUF009
     order: str | None = setting(
-        "how a question reads its slots: as written; the best updates last; the best one only", None, choices=ORDERS
+        "how a question reads: as written, best updates last, best one only", None, choices=ORDERS
     )
 
     def __post_init__(self) -> None:
@@ -89,15 +89,15 @@ class MemorySettings:
 
     @staticmethod
     def of(values: Mapping[str, object]) -> MemorySettings:
-        """Settings from plain values, as they come from a file or a caller; `longterm` as in `LongTermSettings.of`.
-
-        Files of earlier versions say `keep`: where it is false, nothing is kept and the best update stands last.
-        """
+        """Settings from plain values, as they come from a file or a caller; `longterm` as in `LongTermSettings.of`."""
         asked: Any = values.get("longterm")
-        if isinstance(asked, Mapping) and "keep" in asked:
-            asked = {name: value for name, value in asked.items() if name != "keep"} if asked["keep"] else None
-            values = values if asked is not None else {**values, "order": "best-last"}
         return MemorySettings(**{**values, "longterm": LongTermSettings.of(asked)})  # type: ignore[arg-type]
+
+    @property
+    def reading_order(self) -> str:
+        """How a question reads the slots: as was chosen, else best-last where a long-term part retrieves updates."""
+        by_update = self.longterm is not None and self.longterm.group == "update"
+        return self.order or ("best-last" if by_update else "written")
 
     def filled(self, other: MemorySettings) -> MemorySettings:
         """The same settings, each that is None taken from `other`."""

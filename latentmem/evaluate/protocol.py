@@ -242,7 +242,8 @@ def _finish(
         return []
     config, notes = folder.config, more["notes"]
     values = {**config["settings"]["memory"], **config["settings"]}
-    values |= {f"longterm {name}": value for name, value in (values.pop("longterm", None) or {}).items()}
+    if isinstance(values.get("longterm"), dict):
+        values |= {f"longterm {name}": value for name, value in values.pop("longterm").items()}
     shown = ", ".join(f"{key} = {value}" for key, value in values.items() if key != "memory" and value is not None)
     about = f"{folder.runs[-1]['started'][:10]}. {config['model']['name']}, adapters "
     about += f"{config['model']['adapters'] or 'none'}, {config['model']['dtype']}; {shown}. "

@@ -26,9 +26,8 @@ from latentmem.files.container import Buffer
 from latentmem.longterm.blocks import NO_SLOT, Block, BlockRange, StoredSlots, packed
 from latentmem.longterm.longterm import FrequencyLongTerm, LongTerm
 
-FORMAT = "latentmem memory 2"
-EARLIER = {"latentmem memory 1": "4f1b448"}  # format -> the last commit that reads it
-EARLIER_SETTINGS = {"keep"}  # which `MemorySettings.of` still understands
+FORMAT = "latentmem memory 3"
+EARLIER = {"latentmem memory 1": "4f1b448", "latentmem memory 2": "45f6ebf"}  # format -> the last commit that reads it
 BLOCK_FORMAT = "latentmem block 1"
 TENSORS = ("slots", "births", "origins")
 FIELDS = tuple(f.name for f in fields(Memory) if f.name not in (*TENSORS, "version"))
@@ -132,13 +131,8 @@ def _parts(memory: Memory, apart: BlockWriter | None = None) -> tuple[dict[str, 
     if (archive := longterm.of(memory)) is not None:
         archived, values["longterm"] = _archive_parts(archive, apart)
         tensors |= archived
-    text = json.dumps(values, default=_plain, sort_keys=True)
+    text = json.dumps(values, default=asdict, sort_keys=True)
     return tensors, {"format": FORMAT, "memory": text, "checksum": _checksum(text, tensors)}
-
-
-def _plain(part: MemorySettings | Source) -> dict[str, Any]:
-    """A dataclass as JSON; an order that nobody chose is left out: files from before there was one are the same."""
-    return {name: value for name, value in asdict(part).items() if (name, value) != ("order", None)}
 
 
 def _archive_parts(archive: LongTerm, apart: BlockWriter | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -205,8 +199,6 @@ def _memory(
     try:  # a checksum is no signature
         asked, counts, sources = values.pop("settings"), values.pop("longterm"), values.pop("sources")
         settings = _settings(asked)
-        if (asked.get("longterm") or {}).get("keep") is False:
-            counts = None  # an earlier version's, with nothing in it
         if type(sources) is not list:
             raise ValueError(f"its sources are {sources!r}")
         sources = tuple(Source(**_typed(Source, source)) for source in sources)
@@ -226,7 +218,7 @@ def _memory(
 def _settings(values: dict[str, Any]) -> MemorySettings:
     """A memory's settings; one that is newer than the file has its default. A ValueError if one is unknown."""
     for kind, part in ((MemorySettings, values), (LongTermSettings, values.get("longterm"))):
-        if unknown := set(part or ()) - {one.name for one in settings_of(kind)} - EARLIER_SETTINGS:
+        if unknown := set(part or ()) - {one.name for one in settings_of(kind)}:
             raise ValueError(f"it has settings that this version does not know: {', '.join(sorted(unknown))}")
     if REQUIRED - set(values):
         raise ValueError(f"the settings are {sorted(values)}")

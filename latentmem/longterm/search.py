@@ -183,7 +183,7 @@ class Retriever:
             mark     how far each update stands out for the tokens that ask, the mean over searched layers    [U]
             rank     0 for the best mark; in each layer the R slots of lowest rank are taken
             order    oldest first; or the best updates that have R slots together, at least one, stand last; or
-                     worst first, and only as many at the end are read as the best update has in any layer
+                     worst first, and only as many at the end are read as any layer takes of the best update
 
         Args:
             states: hidden states of the tokens at the input of each searched layer, [n, d].
@@ -192,20 +192,26 @@ class Retriever:
         mark = self._marks(memory, archive, [hidden[asking] for hidden in states], numbers, U)
         best_first = mark.argsort(descending=True, stable=True)
         rank, retrieval = best_first.argsort(), Retrieval([], [])
-        last, length = 0, archive.most + memory.M  # so many updates stand last, so many slots are read
-        if memory.order == "best-last":
+        last = 0  # so many updates stand last
+        if memory.reading_order == "best-last":
             seen = numbers[self.layers_searched[0]]
             sizes = seen[seen >= 0].bincount(minlength=U)[best_first]
             last = max(1, int((sizes.cumsum(0) <= archive.settings.R).sum()))
-        elif memory.order == "best-only":
-            last, length = U, min(length, int((numbers == best_first[0]).sum(1).max()))
+        elif memory.reading_order == "best-only":
+            last = U
+        ranks_read = []
         for i in range(self.decoder.L):
             places = slots_of_best(rank, numbers[i, :S], archive.orders[i], archive.most)
             ranks = rank[torch.cat([numbers[i, places], numbers[i, S:]])]
             order = archive.reading_order(memory, i, places)
             lifted = (last - ranks).clamp(min=0)[order]  # 0 of the others, `last` of the best
             retrieval.places.append(places)
-            retrieval.order.append(order[lifted.argsort(stable=True)][-length:])
+            retrieval.order.append(order[lifted.argsort(stable=True)])
+            ranks_read.append(ranks)
+        if memory.reading_order == "best-only":  # the best update that some layer can take
+            best = min(int(ranks.min()) for ranks in ranks_read)
+            most = max(int((ranks == best).sum()) for ranks in ranks_read)
+            retrieval.order[:] = [order[-most:] for order in retrieval.order]
         return retrieval
 
     def _marks(self, memory: Memory, archive: LongTerm, asked: list[Tensor], numbers: Tensor, U: int) -> Tensor:
@@ -308,7 +314,7 @@ class RetrievedPrefix(KVPrefix):
     @property
     def every(self) -> int:
         """Tokens of an answer after which is searched again; 0: never, as where one update only is read."""
-        if self.memory.order == "best-only":
+        if self.memory.reading_order == "best-only":
             return 0
         return longterm.searched(self.memory).settings.every
 

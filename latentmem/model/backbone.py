@@ -206,7 +206,10 @@ class Backbone:
         return getattr(self.base.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
     def positions(self, memory: Memory) -> int:
-        """P, the positions that a memory takes in front of the text: sink or bos and R + M, or 0 if it is empty."""
+        """P, the positions that a memory takes in front of the text: sink or bos and R + M, or 0 if it is empty.
+
+        In the order "best-only" a question takes fewer of them.
+        """
         return 0 if memory.is_empty else self.first.shape[1] + memory.R + memory.M
 
     def room(self, memory: Memory, more: int = 0) -> int:

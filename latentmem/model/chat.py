@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from transformers import Cache
 
 from latentmem.core.memory import Memory
+from latentmem.decoder.cache import MemoryCache
 from latentmem.model.generating import MAX_NEW_TOKENS
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Message, shared_length
@@ -113,7 +114,8 @@ class Conversation:
     def _crop(self, cache: Cache | None, text: int) -> None:
         """Cut a cache back to its first `text` tokens behind the memory."""
         if cache is not None:
-            surplus = cache.get_seq_length() - self.llm.positions(self.memory) - text
+            front = cache.fronts[0].P if isinstance(cache, MemoryCache) else 0
+            surplus = cache.get_seq_length() - front - text
             if surplus > 0:
                 cache.crop(-surplus)
 

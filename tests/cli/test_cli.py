@@ -117,7 +117,7 @@ def test_help_says_what_is_taken_by_default(run, monkeypatch, command):
     code, out, _ = run(*command, "--help", "--model", "none")
     assert code == 0 and "--model" in out
     assert not re.search(r" [.]\s", out)  # a word in brackets would be taken for markup
-    assert command != ("write",) or "(exact)" in out
+    assert command != ("write",) or "else exact)" in out
 
 
 def test_undo_goes_one_step_back_each_time_and_rollback_anywhere(run):

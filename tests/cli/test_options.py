@@ -69,6 +69,8 @@ def test_a_new_setting_is_an_option_by_itself(monkeypatch):
         ({"longterm": 8, "longterm_every": 64}, None),
         ({"longterm": 9}, "longterm=8, not 9"),
         ({"longterm_group": "slot"}, "longterm_group=update, not slot"),
+        ({"order": "best-last"}, None),
+        ({"order": "written"}, "order=best-last, not written"),
     ],
 )
 def test_a_memory_that_is_there_keeps_its_settings(given, says):

@@ -67,18 +67,13 @@ def test_no_slots_are_no_long_term_part():
     assert LongTermSettings.of(None) is None and LongTermSettings.of(3) == LongTermSettings(3)
 
 
-def test_what_earlier_versions_did_not_keep_is_an_order():
-    assert MemorySettings.of({"longterm": {"R": 3, "keep": False}}) == MemorySettings(order="best-last")
-    assert MemorySettings.of({"longterm": {"R": 3, "keep": True}}) == MemorySettings(longterm=LongTermSettings(3))
-
-
 def test_a_memory_with_a_long_term_part_of_updates_is_read_best_last():
-    assert empty(1, 1).order == "written" and not empty(1, 1).needs_search
-    assert empty(1, 1, MemorySettings(order="best-only")).order == "best-only"
+    assert empty(1, 1).reading_order == "written" and not empty(1, 1).needs_search
+    assert empty(1, 1, MemorySettings(order="best-only")).reading_order == "best-only"
     for longterm, order in ((LongTermSettings(3), "best-last"), (LongTermSettings(3, group="slot"), "written")):
         memory = empty(1, 1)
         memory = replace(memory, longterm=longterms.empty(1, longterm))
-        assert memory.order == order and memory.with_settings(order="written").order == "written"
+        assert memory.reading_order == order and memory.with_settings(order="written").reading_order == "written"
 
 
 def test_any_dataclass_may_have_settings():

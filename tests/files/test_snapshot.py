@@ -4,7 +4,7 @@ import errno
 import hashlib
 import json
 import struct
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from latentmem.core.memory import Memory, empty
-from latentmem.core.settings import LongTermSettings, MemorySettings
+from latentmem.core.settings import MemorySettings
 from latentmem.core.sources import pin
 from latentmem.decoder.adapters import insert
 from latentmem.files import container, snapshot
@@ -118,18 +118,6 @@ def test_a_setting_that_is_newer_than_the_file_has_its_default(file):
     assert Memory.load(file).quota == MemorySettings().quota
 
 
-def test_a_memory_that_kept_nothing_is_one_that_is_read_best_last(file):
-    """Earlier versions said so in the long-term part, which held no slots."""
-    header, tensors = said(file), load_file(file)
-    longterm = asdict(LongTermSettings(1)) | {"keep": False}
-    header |= {"settings": header["settings"] | {"longterm": longterm}, "longterm": {"blocks": []}}
-    tensors["longterm.places"] = torch.zeros_like(tensors["births"])
-    text = json.dumps(header, sort_keys=True)
-    rewritten(file, tensors=tensors, memory=text, checksum=snapshot._checksum(text, tensors))
-    memory = Memory.load(file)
-    assert memory.longterm is None and memory.order == "best-last" and memory.needs_search
-
-
 def test_the_bytes_of_a_memory_are_a_file_of_it_and_equal_in_every_process(tmp_path):
     memory = pin(written().with_settings(quota=1), written().sources[0].name)
     data = snapshot.to_bytes(memory)
@@ -138,7 +126,7 @@ def test_the_bytes_of_a_memory_are_a_file_of_it_and_equal_in_every_process(tmp_p
     loaded = Memory.load(tmp_path / "a.safetensors")
     assert same(loaded, saved) and same(snapshot.from_bytes(bytearray(data), "a"), saved)
     assert [source.pinned for source in loaded.sources] == [True, False]
-    assert hashlib.sha256(data).hexdigest() == "00904875c82eb5c59bb5890c874b34cf24fdd8d0714218ecab5e734770aa86d3"
+    assert hashlib.sha256(data).hexdigest() == "36c35e1d5b6c5156d14cf1450690e4f24cf25434183f15b47efcc8a3616bf120"
 
 
 def test_bytes_that_are_no_memory_are_refused_by_name():
@@ -252,7 +240,7 @@ def test_a_snapshot_is_a_safetensors_file_and_no_pickle(file):
     length = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + length])
     assert set(header) == {"__metadata__", "slots", "births", "origins"}
-    assert header["slots"]["shape"] == [3, 7, 3] and header["__metadata__"]["format"] == "latentmem memory 2"
+    assert header["slots"]["shape"] == [3, 7, 3] and header["__metadata__"]["format"] == "latentmem memory 3"
     assert not data.startswith((b"PK", b"\x80"))
 
 
@@ -338,8 +326,8 @@ def test_a_tensor_too_many_is_refused(file):
 
 
 def test_a_file_of_another_format_version_is_refused(file):
-    rewritten(file, format="latentmem memory 3")
-    refused(file, "latentmem memory 2", "latentmem memory 3")
+    rewritten(file, format="latentmem memory 4")
+    refused(file, "latentmem memory 3", "latentmem memory 4")
 
 
 def test_another_safetensors_file_is_refused(tmp_path):

@@ -303,7 +303,7 @@ def test_only_the_best_update_is_read():
     """Layers that hold fewer slots of it, read the next best ones too: each row is as long in every layer."""
     llm = MemoryModel(tiny_model(num_hidden_layers=6, initializer_range=0.02), byte_tokenizer())
     text = torch.randint(4, 260, (5,), generator=torch.Generator().manual_seed(8))
-    for part in (None, {"R": 4, "every": 2}):
+    for part in (None, {"R": 4, "every": 2}, {"R": 1}):
         memory = llm.write_ids(told(llm, llm.empty(N=24, K=8, order="best-only", longterm=part), 9), text, source="x")
         memory = told(llm, memory, 2, seed=7)
         wanted = [s.name for s in memory.sources].index("x")

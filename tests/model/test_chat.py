@@ -26,6 +26,16 @@ def test_a_second_turn_on_the_kept_cache_is_what_a_fresh_one_says(llm):
     assert talk.memory is memory and len(talk.messages) == 4
 
 
+def test_a_kept_cache_behind_the_best_update_only_is_what_a_fresh_one_says(llm):
+    memory = llm.empty(N=64, K=16, order="best-only", longterm=2)
+    for text in ("Ada has a key.", "The boat is green and old.", "Ada lives in Oslo."):
+        memory = llm.write(memory, text, source=text)
+    kept, fresh = (Conversation(llm, memory) for _ in range(2))
+    for _ in range(4):
+        fresh._cache, fresh._read = None, []
+        assert kept.say("Where is Ada?", max_new_tokens=5) == fresh.say("Where is Ada?", max_new_tokens=5)
+
+
 def test_closing_writes_every_turn_once_with_its_role(llm):
     memory = llm.empty(N=256, K=32)
     messages = [{"role": "user", "content": "my cat is Pip"}, {"role": "assistant", "content": "noted"}]
