@@ -9,10 +9,10 @@ from latentmem.evaluate.tables import compare
 from latentmem.evaluate.tables.summary import NAMES
 
 
-def run_of(path, accuracy, *, sha="same", shared=True, steps=(0, 10), N=64, longterm=0, keep=True, stream=False):
+def run_of(path, accuracy, *, sha="same", shared=True, steps=(0, 10), N=64, longterm=0, stream=False):
     """A folder as a run leaves it: four texts with one question each; `accuracy` is (step, text) -> number."""
     path.mkdir()
-    settings = {"memory": {"longterm": {"R": longterm, "keep": keep}}}
+    settings = {"memory": {"longterm": {"R": longterm} if longterm else None}}
     config = {"protocol": "retention/1", "data": {"sha256": sha}, "settings": settings}
     (path / "config.json").write_text(json.dumps({"config": config, "runs": []}))
     units = []
@@ -64,9 +64,7 @@ def test_a_memory_with_a_long_term_part_stands_beside_one_that_shows_as_many_slo
     assert set(retrieved) == {10} and retrieved[10].mean == 0.5
     with pytest.raises(ValueError, match="no memory of N = 64 slots"):
         compare.compare({"a": pair["before"], "b": longterm}, 64, stream=True)
-    searched = run_of(
-        tmp_path / "searched", lambda t, i: 0.5, longterm=16, keep=False, stream=True
-    )  # nothing is stored
+    searched = run_of(tmp_path / "searched", lambda t, i: 0.5, stream=True)  # nothing is stored
     lines = compare.compare({"a": plain, "b": searched}, 64, stream=True)
     (gain,) = (x.cells for x in lines if x.metric == "accuracy" and x.name == "b - a")
     assert gain[10].mean == pytest.approx(0.1)

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentmem.core.settings import MemorySettings
 from latentmem.evaluate.runner import Folder, Record
 from latentmem.evaluate.stats import Estimate, difference, mean_of, quotient
 from latentmem.evaluate.tables import plots
@@ -41,8 +40,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Record]]:
 
 def _taken(memory: Mapping[str, Any]) -> int:
     """The slots that an answer takes of a long-term part; none where what is dropped is lost."""
-    longterm = MemorySettings.of(memory).longterm
-    return longterm.R if longterm is not None else 0
+    return (memory.get("longterm") or {}).get("R", 0)
 
 
 def compare(runs: Mapping[str, Path], N: int, *, stream: bool = False) -> list[Line]:
