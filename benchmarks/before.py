@@ -6,6 +6,7 @@ the other. A start is a whole new process of `latentmem ask`.
 
     git worktree add ../before COMMIT
     python benchmarks/before.py ../before --runs 9
+    python benchmarks/before.py . --runs 9              # beside itself: how far two equal processes differ
 """
 
 from __future__ import annotations
@@ -113,13 +114,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="the other checkout")
     parser.add_argument("--runs", type=int, default=9, help="pairs of each row")
+    parser.add_argument("--only", default="", help="rows whose name holds this")
     args = parser.parse_args()
     here, there = Checkout(HERE), Checkout(args.before.resolve())
     print(f"`python benchmarks/before.py {args.before.name} --runs {args.runs}`, {date.today()}, one thread, float32,")
     print("processor seconds, medians; ratio: median of pairs [smallest, largest]\n")
     print("| work | before | here | ratio |\n| --- | ---: | ---: | ---: |")
-    for work in (work for work in here.work if work in there.work):
+    for work in (work for work in here.work if work in there.work and args.only in work):
         print(row(work, lambda w=work: here.seconds(w), lambda w=work: there.seconds(w), args.runs), flush=True)
+    if args.only:
+        return
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
         print(row("`latentmem ask`, a new process", lambda: here.start(one), lambda: there.start(other), args.runs))
 
