@@ -2,11 +2,12 @@
 
 Each checkout has a process of its own with the packaged model, and both do the same work in turns. What counts is the
 processor time of the work on one thread, which other programs disturb least; the ratios are of pairs that ran one after
-the other. A start is a whole new process of `latentmem ask`.
+the other. Two processes of one checkout differ by up to 7% where memory is read (weights lie elsewhere), so several
+processes follow each other. A start is a whole new process of `latentmem ask`.
 
     git worktree add ../before COMMIT
-    python benchmarks/before.py ../before --runs 9
-    python benchmarks/before.py . --runs 9              # beside itself: how far two equal processes differ
+    python benchmarks/before.py ../before
+    python benchmarks/before.py .           # beside itself: how far two equal checkouts differ
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
@@ -95,37 +97,51 @@ class Checkout:
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def row(name: str, mine: Callable[[], float], theirs: Callable[[], float], runs: int) -> str:
-    """One line of the table; which of the two goes first changes from run to run."""
+def pairs_of(mine: Callable[[], float], theirs: Callable[[], float], runs: int) -> list[tuple[float, float]]:
+    """Times of both, one after the other; which of the two goes first changes from run to run."""
     pairs = []
     for i in range(runs + 1):  # the first warms up
         first, second = (mine, theirs) if i % 2 else (theirs, mine)
         times = first(), second()
         pairs.append(times if i % 2 else times[::-1])
-    pairs = pairs[1:]
+    return pairs[1:]
+
+
+def row(name: str, pairs: list[tuple[float, float]]) -> str:
+    """One line of the table."""
     here, there = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratios = sorted(a / b for a, b in pairs)
-    return (
-        f"| {name} | {there:.3f} | {here:.3f} | {statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}] |"
-    )
+    middle, low, high = statistics.median(ratios), ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
+    return f"| {name} | {there:.3f} | {here:.3f} | {middle:.2f} [{low:.2f}, {high:.2f}] |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="the other checkout")
-    parser.add_argument("--runs", type=int, default=9, help="pairs of each row")
-    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--processes", type=int, default=4, help="of each checkout, one after the other")
+    parser.add_argument("--runs", type=int, default=4, help="pairs of each row and process")
     args = parser.parse_args()
-    here, there = Checkout(HERE), Checkout(args.before.resolve())
-    print(f"`python benchmarks/before.py {args.before.name} --runs {args.runs}`, {date.today()}, one thread, float32,")
-    print("processor seconds, medians; ratio: median of pairs [smallest, largest]\n")
+    rows: dict[str, list[tuple[float, float]]] = {}
+    for number in range(args.processes):
+        roots = [HERE, args.before.resolve()]
+        checkouts = [Checkout(root) for root in (roots if number % 2 else roots[::-1])]
+        here, there = checkouts if number % 2 else checkouts[::-1]
+        for work in (work for work in here.work if work in there.work):
+            rows.setdefault(work, []).extend(
+                pairs_of(partial(here.seconds, work), partial(there.seconds, work), args.runs)
+            )
+        with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+            starts = pairs_of(partial(here.start, one), partial(there.start, other), 1)
+        rows.setdefault("`latentmem ask`, a new process", []).extend(starts)
+        for checkout in checkouts:
+            checkout.process.kill()
+        print(f"{number + 1} of {args.processes} pairs of processes", file=sys.stderr)
+    given = f"{args.before.name} --processes {args.processes} --runs {args.runs}"
+    print(f"`python benchmarks/before.py {given}`, {date.today()}, one thread, float32, processor seconds, medians;")
+    print("ratio: median of pairs [a tenth of them is lower, a tenth higher]\n")
     print("| work | before | here | ratio |\n| --- | ---: | ---: | ---: |")
-    for work in (work for work in here.work if work in there.work and args.only in work):
-        print(row(work, lambda w=work: here.seconds(w), lambda w=work: there.seconds(w), args.runs), flush=True)
-    if args.only:
-        return
-    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
-        print(row("`latentmem ask`, a new process", lambda: here.start(one), lambda: there.start(other), args.runs))
+    for work, pairs in rows.items():
+        print(row(work, pairs))
 
 
 if __name__ == "__main__":
