@@ -69,9 +69,7 @@ class MemorySettings:
     seed: int = setting("determines every random drop", 0, least=-(1 << 63), most=(1 << 63) - 1)
     quota: float = setting("the share of N that pinned slots may take", 0.5, least=0, most=1)
     longterm: LongTermSettings | None = setting("how what is dropped is kept, if it is", None)  # noqa: RUF009
-    order: str | None = setting(
-        "how a question reads: as written, best updates last, best one only", None, choices=ORDERS
-    )
+    order: str | None = setting("read as written, best updates last, or the best one only", None, choices=ORDERS)
 
     def __post_init__(self) -> None:
         if type(self.quota) is int:
