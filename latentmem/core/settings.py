@@ -12,9 +12,9 @@ from typing import Any
 from latentmem.core.presets import PRESETS
 from latentmem.fields import Setting, check, setting, settings_of
 
-__all__ = ["CHOICES", "LongTermSettings", "MemorySettings", "Setting", "settings_of"]
-CHOICES = ("last", "surprise")
-ORDERS = ("written", "best-last", "best-only")
+__all__ = ["CHOICES", "OF_USE", "LongTermSettings", "MemorySettings", "Setting", "settings_of"]
+CHOICES, ORDERS = ("last", "surprise"), ("written", "best-last", "best-only")
+OF_USE = ("seed", "quota", "longterm", "order")  # settings that training does not fix
 LARGEST = 1 << 24  # slots, tokens per slot
 
 

@@ -13,7 +13,7 @@ from latentmem import longterm as longterms
 from latentmem.core import memory as memories
 from latentmem.core.memory import Memory, Update
 from latentmem.core.presets import WriteInputs
-from latentmem.core.settings import LongTermSettings, MemorySettings, settings_of
+from latentmem.core.settings import OF_USE, LongTermSettings, MemorySettings, settings_of
 from latentmem.decoder.adapters import READ, WRITE
 from latentmem.decoder.cache import memory_cache
 from latentmem.model.backbone import Backbone, Ids
@@ -21,7 +21,6 @@ from latentmem.model.context import by_tokens, placed
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 Updates = Callable[[Update], object]  # takes each update of a write, in order
-OF_USE = ("seed", "quota", "longterm", "order")  # settings that a checkpoint's own pool may have otherwise
 
 
 # --- memories to begin with -------------------------------------------------------------------------------------------
@@ -75,7 +74,7 @@ def _pool(pool: Memory, asked: MemorySettings) -> Memory:
             raise ValueError(f"this checkpoint's memory has {one.name}={own}, got {value}; leave {one.name} out.")
     if asked.longterm is not None:
         pool = _with_longterm(pool, asked.longterm)
-    changes = {name: value for name in ("seed", "quota", "order") if (value := getattr(asked, name)) is not None}
+    changes = {name: value for name in OF_USE if name != "longterm" and (value := getattr(asked, name)) is not None}
     same = all(getattr(pool.settings, name) == value for name, value in changes.items())
     return pool if same else pool.with_settings(**changes)
 

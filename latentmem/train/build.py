@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from latentmem.core import memory as memories
 from latentmem.core.memory import Memory
 from latentmem.core.presets import PRESETS
+from latentmem.core.settings import OF_USE
 from latentmem.decoder import adapters as pairs
 from latentmem.decoder.adapters import READ
 from latentmem.decoder.hooks import HOOKS_STAY, checkpoint_layers
 from latentmem.files import adapters as files
 from latentmem.loading import load as loading
 from latentmem.model.model import MemoryModel
-from latentmem.train.config import OF_USE, Config
+from latentmem.train.config import Config
 from latentmem.train.learner import BIRTH, Learner
 from latentmem.train.retriever import Retriever
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from latentmem.core.presets import PRESETS
-from latentmem.core.settings import MemorySettings
+from latentmem.core.settings import OF_USE, MemorySettings
 from latentmem.fields import setting, settings_of
 
 OBJECTIVES = (
@@ -22,7 +22,6 @@ OBJECTIVES = (
 UNASKED = ("unrelated", "chat", "everyday")  # objectives whose rows are about no text
 KINDS = ("text", "questions")
 CONFIGS = Path(__file__).parent / "configs"
-OF_USE = ("seed", "quota", "longterm", "order")  # settings of a memory that no training is about
 Rule = tuple[object, str]  # what must be true, and the sentence that is said otherwise
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from latentmem.core.settings import OF_USE
 from latentmem.evaluate.protocols import doctor
 from latentmem.files import adapters
 from latentmem.loading import hub
@@ -80,7 +81,7 @@ def test_the_packaged_adapters_are_what_the_packaged_configs_make(trained):
     assert made.lora == first.lora and made.adapters == "runs/c1/adapters.safetensors" and facts["from"]
     assert file.stat().st_size < 15e6 and (file.parent / "README.md").is_file()
     settings = asdict(made.memory.settings())
-    assert facts["memory"] == {name: value for name, value in settings.items() if name not in config.OF_USE}
+    assert facts["memory"] == {name: value for name, value in settings.items() if name not in OF_USE}
     assert {k: facts[k] for k in ("r", "alpha")} == {"r": made.lora.r, "alpha": made.lora.alpha}
     assert facts["steps"] == made.steps.total and facts["model"] == trained.identity
     memory = trained.empty()
