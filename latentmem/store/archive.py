@@ -30,6 +30,11 @@ PAYLOAD: dict[str, tuple[type, ...]] = {
     "ids": (list,),
     "tokens": (int,),
 }
+BY_STATE = {  # state of a write -> the kinds of its row
+    "pending": ("none",),
+    "applied": ("snapshot", "delta", "pruned"),
+    "failed": ("none", "snapshot", "pruned"),
+}
 NEEDED = {"write": {"source", "role", "sha256"}} | {key: {"source"} for key in ("pin", "unpin", "forget", "expire")}
 
 
@@ -75,7 +80,7 @@ def add(journal: Journal, objects: Objects, states: States, file: Reader, name: 
         for source, at in file.expiries.items():
             journal.set_expiry(first.memory, source, at)
         for row in journal.rows([first.memory]):
-            if row.state != "pending":
+            if row.state != "pending" and row.kind != "pruned":
                 states.memory(row, cached=False)
 
 
@@ -180,7 +185,13 @@ class Reader:
             raise ValueError("a block has another size in its journal")
         if {row.object for row in self.rows if row.object}.union(*blocks) != set(self.objects):
             raise ValueError("its objects are not those that its journal names")
+        if self.rows[0].pruned or self.rows[-1].pruned:
+            raise ValueError("its first or newest version was pruned")
         for row in self.rows:
+            base = self.rows[row.base or 0]
+            stands_for_pruned = row.kind == "none" and base.pruned and not row.pruned
+            if stands_for_pruned or (row.kind in ("none", "delta") and base.kind == "pruned"):
+                raise ValueError(f"version {row.seq} needs one that was pruned")
             needed: set[str] = set()
             if row.kind == "snapshot" and row.object:
                 needed = snapshot.blocks_of(bytearray(self.read(row.object)), f"version {row.seq}")
@@ -194,16 +205,17 @@ def _row(i: int, line: dict[str, Any]) -> Row:
         raise ValueError(f"line {i} of its journal has other fields")
     json.dumps(line, ensure_ascii=False).encode()  # a ValueError where it is no valid Unicode
     row = Row(memory=0, **line)
-    if not _is_payload(row.event, row.payload):
-        raise ValueError(f"line {i} of its journal has another payload")
+    if row.state not in STATES or not _is_payload(row.event, row.payload):
+        raise ValueError(f"line {i} of its journal has another state or payload")
     write, first = row.event == "write", row.event in BEGINNINGS
     sound = (
-        row.event in EVENTS and row.state in STATES and row.kind in KINDS,
+        row.event in EVENTS and row.kind in KINDS,
         row.seq == i and 0 <= row.attempts < 100 and 0 <= row.time < LATEST,
         (row.base is None) if i == 0 else (row.base is not None and 0 <= row.base < i),
         first == (i == 0) and (not first or row.kind == "snapshot"),
-        (row.object is None) == (row.kind == "none"),
-        (row.state == "applied") == (row.kind != "none") if write else row.kind != "delta" and row.state != "pending",
+        (row.object is None) == (row.kind in ("none", "pruned")),
+        row.kind in BY_STATE[row.state] if write else row.kind != "delta" and row.state != "pending",
+        row.facts.get("pruned", True) is True and row.pruned >= (row.kind == "pruned"),
     )
     if not all(sound):
         raise ValueError(f"line {i} of its journal does not belong there")

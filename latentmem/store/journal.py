@@ -52,7 +52,7 @@ CREATE TABLE turns (memory INTEGER PRIMARY KEY REFERENCES memories, kept TEXT NO
 EVENTS = ("create", "import", "write", "rollback", "fork", "pin", "unpin", "forget", "expire")
 BEGINNINGS = ("create", "import")  # events that have no base
 STATES = ("pending", "applied", "failed")
-KINDS = ("snapshot", "delta", "none")
+KINDS = ("snapshot", "delta", "none", "pruned")
 BUSY, LATER = "another process uses the store", "try again later."
 
 
@@ -65,9 +65,11 @@ class Row:
         base: id of the version that it was made from, in this memory or, for a fork, in another; None for the first.
         payload: what the event says: source, text or ids, role, sha256 and tokens of a write; the source of others.
         attempts: how often applying it was begun.
-        kind: what `object` is: a "snapshot", a "delta" to the base, or "none" where the event says all.
+        kind: what `object` is: a "snapshot", a "delta" to the base, "none" where the event says all, or "pruned":
+            it is gone.
         object: hash of that object.
-        facts: as in `Version`; "blocks": hash -> size of the long-term memory's objects that a snapshot refers to.
+        facts: as in `Version`; "blocks": hash -> size of the long-term memory's objects that a snapshot refers to;
+            "pruned": the version can not be opened any more, though a later one may need its object.
         time: seconds since 1970.
         seq: number of the version within the memory, from 0.
         id: unique in the store and never used again; 0 = not stored yet. A base has a smaller one.
@@ -88,6 +90,10 @@ class Row:
     time: float = 0.0
     seq: int = 0
     id: int = 0
+
+    @property
+    def pruned(self) -> bool:
+        return bool(self.facts.get("pruned"))
 
 
 COLUMNS = tuple(column.name for column in fields(Row))
@@ -280,6 +286,15 @@ class Journal:
         """Replace what is stored of a version."""
         self._do(f"UPDATE versions SET {', '.join(f'{c} = ?' for c in COLUMNS)} WHERE id = ?", *_values(row), row.id)
 
+    def prune(self, versions: Iterable[int], empty: Iterable[int]) -> None:
+        """Mark versions as pruned, and take the objects of those from which no other is read."""
+        nothing = "kind = 'pruned', object = NULL, bytes = 0, facts = json_remove(facts, '$.blocks')"
+        with self.transaction():
+            for version in versions:
+                self._do("UPDATE versions SET facts = json_set(facts, '$.pruned', json('true')) WHERE id = ?", version)
+            for version in empty:
+                self._do(f"UPDATE versions SET {nothing} WHERE id = ?", version)
+
     def remove(self, rows: Iterable[int]) -> None:
         """Remove versions that no other is made from, the newest first."""
         with self.transaction():
@@ -338,6 +353,16 @@ class Journal:
         """All versions of some memories, each behind its base."""
         return self._rows(f"WHERE memory IN ({', '.join('?' * len(memories))}) ORDER BY id", *memories)
 
+    def outline(self, memory: int) -> list[Row]:
+        """All versions of a memory by number, with nothing in their payloads; they are not to be stored."""
+        return self._rows("WHERE memory = ? ORDER BY seq", memory, select=SELECT.replace("payload", "'{}'"))
+
+    def fork_bases(self, memory: int) -> list[int]:
+        """Ids of the versions of a memory that forks go on from."""
+        sql = """SELECT DISTINCT bases.id FROM versions AS bases JOIN versions ON versions.base = bases.id
+                 WHERE bases.memory = ?1 AND versions.memory != ?1"""
+        return [id for (id,) in self._all(sql, memory)]
+
     def pending(self, memory: int) -> list[Row]:
         """Versions that are acknowledged and not applied, in order."""
         return self._rows("WHERE memory = ? AND state = 'pending' ORDER BY seq", memory)
@@ -345,9 +370,9 @@ class Journal:
     def has_children(self, row: int) -> bool:
         return bool(self._one("SELECT 1 FROM versions WHERE base = ? LIMIT 1", row))
 
-    def _rows(self, where: str, *values: Any) -> list[Row]:
+    def _rows(self, where: str, *values: Any, select: str = SELECT) -> list[Row]:
         rows = []
-        for line in self._all(f"{SELECT} {where}", *values):
+        for line in self._all(f"{select} {where}", *values):
             named = dict(zip(COLUMNS, line, strict=True))
             rows.append(Row(**named | {name: json.loads(named[name]) for name in ("payload", "facts")}))
         return rows
@@ -384,6 +409,13 @@ class Journal:
         sql = """SELECT object FROM versions WHERE object IS NOT NULL UNION SELECT object FROM building
                  UNION SELECT json_each.key FROM versions, json_each(versions.facts, '$.blocks')"""
         return {name for (name,) in self._all(sql)}
+
+    def bytes(self) -> int:
+        """Bytes of all objects that a version refers to, each counted once."""
+        sql = """SELECT COALESCE(SUM(size), 0) FROM (
+                   SELECT object AS name, bytes AS size FROM versions WHERE object IS NOT NULL
+                   UNION SELECT json_each.key, json_each.value FROM versions, json_each(versions.facts, '$.blocks'))"""
+        return self._one(sql)[0]
 
     def build(self, memory: int, name: str) -> None:
         """Keep an object that a replay of this memory has made until the versions refer to it."""

@@ -3,7 +3,8 @@
     versions            0 ── 1 write "a" ── 2 write "b" ── 3 pin "a" ── 4 write "c"      each made from the one before
     forget "a"          0 ───────────────── 1 write "b" ─────────────── 2 write "c"
 
-1. plan: the versions of the source go; all that are made from them, in every fork, are computed again.
+1. plan: the versions of the source go; all that are made from them, in every fork, are computed again. So are pruned
+   ones that they are made from. A pruned version comes back where one that goes was the first behind it.
 2. compute: each on top of the new state of its base. The objects are on disk, and `building` in the journal keeps them
    from being swept; the rows are still the old ones.
 3. exchange: in one transaction, the new rows take the place of the old ones.
@@ -11,15 +12,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+from latentmem.core.memory import Memory
 from latentmem.model.writing import Progress
 from latentmem.store.journal import BEGINNINGS, Journal, Row
 from latentmem.store.locks import Locks
 from latentmem.store.states import State, States, after_event, facts, plain
 from latentmem.store.writing import Tokens, Writer, WritingModel, content_of, in_all, payload, tokenised
 
+GONE = sys.maxsize  # the deltas of a state that no object holds: a snapshot comes next
 New = dict[int, Row | None]  # id of an old row -> what takes its place, its base still the old one; None: nothing
 
 
@@ -59,11 +64,13 @@ class Replay:
         Args:
             rows: all versions of a family, each behind its base.
         """
-        changed = set(removed)
+        revived = _revived(rows, removed)
+        changed = removed | revived
         for row in rows:
             if row.base in changed:
                 changed.add(row.id)
-        again = [row for row in rows if row.id in changed]
+        computed = changed | _pruned_bases(rows, changed)
+        again = [_unpruned(row) if row.id in revived else row for row in rows if row.id in computed]
         writes = [row for row in again if row.id not in removed and row.event == "write" and row.state == "applied"]
         texts = {row.id: tokenised(llm, row.payload) for row in writes}
         steps = in_all(progress, list(texts.values()))
@@ -73,12 +80,15 @@ class Replay:
         for row in again:
             base = row.base or 0
             before = states.get(base) or self._states.state(self._journal.row(base))
+            following: Row | None = None
             if row.id in removed:
-                new[row.id], after = None, before
+                after = before
             elif row.id in texts:
-                new[row.id], after = self._write(llm, row, before, texts[row.id], next(steps))
+                following, after = self._write(llm, row, before, texts[row.id], next(steps))
             else:
-                new[row.id], after = self._repeat(row, before)
+                following, after = self._repeat(row, before)
+            if row.id in changed:
+                new[row.id] = following
             if row.id in last_child:
                 states[row.id] = after
             if last_child[base] == row.id:
@@ -87,30 +97,43 @@ class Replay:
 
     def _repeat(self, row: Row, before: State) -> tuple[Row, State]:
         """A version without a text, or of a write that waits or has failed, on top of another state of its base."""
-        if row.event == "write":
-            return row, before
-        try:
-            after = plain(after_event(row, before.memory))
-        except ValueError as error:
-            return replace(row, state="failed", error=str(error)), before
-        return replace(row, facts=facts(after) if row.facts else {}), State(after, before.deltas)
+        bare, memory = _without_object(row), before.memory
+        if row.event != "write":
+            try:
+                memory = plain(after_event(row, memory))
+                bare = replace(bare, facts=_facts(row, facts(memory)) if row.facts else {})
+            except ValueError as error:
+                bare = replace(bare, state="failed", error=str(error))
+        return self._placed(bare, memory, before)
 
     def _write(
         self, llm: WritingModel, row: Row, before: State, tokens: Tokens, progress: Progress | None
     ) -> tuple[Row, State]:
         """The version of a write on top of another state of its base, its object on disk."""
         llm.check(before.memory)
-        kept = {name: value for name, value in row.facts.items() if name != "blocks"}
-        bare = replace(row, kind="none", object=None, bytes=0, facts=kept)
+        bare = _without_object(row)
         try:
             computed, content, after = self._writer.compute(llm, bare, before, tokens, progress)
         except ValueError as error:
-            return replace(bare, state="failed", error=str(error)), before
+            return self._placed(replace(bare, state="failed", error=str(error)), before.memory, before)
+        computed = replace(computed, facts=_facts(row, computed.facts))
+        if computed.kind == "pruned":
+            return computed, State(after, GONE)
+        written = self._put(computed, content)
+        return written, State(after, before.deltas + 1 if written.kind == "delta" else 0)
+
+    def _placed(self, row: Row, memory: Memory, before: State) -> tuple[Row, State]:
+        """A row that needs no object, but where its base has none any more."""
+        if row.kind == "pruned" or before.deltas < GONE:
+            return row, State(memory, GONE if row.kind == "pruned" else before.deltas)
+        return self._put(row, memory), State(memory, 0)
+
+    def _put(self, row: Row, content: bytes | Memory) -> Row:
         with self._locks.objects():
-            written = self._states.put(computed, content)
+            written = self._states.put(row, content)
             for name in [written.object or "", *written.facts.get("blocks", ())]:
                 self._journal.build(row.memory, name)
-        return written, State(after, before.deltas + 1 if written.kind == "delta" else 0)
+        return written
 
     def _exchange(self, family: list[int], new: New, source: str) -> list[str]:
         """Put the new rows in the place of the old ones, in one transaction; gives the names of changed memories."""
@@ -178,6 +201,45 @@ class Replay:
                 elif row.event in ("pin", "unpin", "forget", "expire"):
                     event = "forget" if row.event == "expire" else row.event
                     self._writer.event(memory, event, row.payload["source"])
+
+
+def _revived(rows: list[Row], removed: set[int]) -> set[int]:
+    """Pruned versions in whose state one that goes leaves the memory."""
+    by_id, revived = {row.id: row for row in rows}, set()
+    for row in rows:
+        if row.id in removed and not row.pruned:
+            while row.id in removed:
+                row = by_id[row.base or 0]
+            if row.pruned:
+                revived.add(row.id)
+    return revived
+
+
+def _pruned_bases(rows: list[Row], changed: set[int]) -> set[int]:
+    """Versions without an object from which changed ones are made."""
+    by_id = {row.id: row for row in rows}
+    bases: set[int] = set()
+    for id in changed:
+        base = by_id[id].base
+        while base is not None and base not in changed | bases and by_id[base].kind == "pruned":
+            bases.add(base)
+            base = by_id[base].base
+    return bases
+
+
+def _unpruned(row: Row) -> Row:
+    """A pruned version that is to be opened again."""
+    return replace(row, kind="none", facts={name: fact for name, fact in row.facts.items() if name != "pruned"})
+
+
+def _without_object(row: Row) -> Row:
+    kept = {name: fact for name, fact in row.facts.items() if name != "blocks"}
+    return replace(row, kind="pruned" if row.kind == "pruned" else "none", object=None, bytes=0, facts=kept)
+
+
+def _facts(row: Row, facts: dict[str, Any]) -> dict[str, Any]:
+    """New facts of a version, which stays pruned if it was."""
+    return facts | ({"pruned": True} if row.pruned else {})
 
 
 def _numbers(rows: list[Row]) -> dict[int, int]:

@@ -10,6 +10,7 @@ import platform
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import transformers
 from latentmem import longterm as longterms
 from latentmem.core import sources
 from latentmem.core.memory import Memory
+from latentmem.errors import DamagedError, NotFoundError
 from latentmem.files import snapshot
 from latentmem.longterm.blocks import BLOCK, Block
 from latentmem.store import delta
@@ -50,31 +52,51 @@ class States:
         self._blocks: weakref.WeakValueDictionary[str, Block] = weakref.WeakValueDictionary()
 
     def memory(self, row: Row, *, cached: bool = True) -> Memory:
-        """The memory at a version that waits for nothing.
+        """The memory at a version that waits for nothing; it is read again where somebody prunes meanwhile.
 
         Raises:
             ValueError: an object is missing or damaged, or the version is gone.
         """
-        path: list[Row] = []  # from the version back to what is known
-        memory, mapped = None, False
-        for here in self._journal.lineage(row):
-            memory = self.cache.get(here.id) if cached else None
-            if memory is not None:
+        while True:
+            path, start = self._path(row, cached)
+            try:
+                memory = self._along(path, start)
                 break
-            path.append(here)
-            if here.kind == "snapshot":
-                memory, mapped = self._snapshot(here), True
-                break
-        if memory is None:
-            raise ValueError(f"version {path[-1].seq} has no snapshot and nothing that it was made from.")
-        if path:
-            chain = Chain(memory, mapped)
-            for following in reversed(path):
-                self._follow(following, chain)
-            memory = plain(chain.memory())
-            if cached:
-                self.cache.put(row.id, memory)
+            except DamagedError:
+                if not self._changed(path):
+                    raise
+        if path and cached:
+            self.cache.put(row.id, memory)
         return memory
+
+    def _path(self, row: Row, cached: bool) -> tuple[list[Row], Memory | None]:
+        """The rows from a version back to a snapshot, or to one that is in the cache; and that."""
+        path: list[Row] = []
+        with self._journal.one_look():
+            for here in self._journal.lineage(self._journal.row(row.id)):
+                memory = self.cache.get(here.id) if cached else None
+                if memory is not None:
+                    return path, memory
+                if here.kind == "pruned":
+                    raise self._was_pruned(here)
+                path.append(here)
+                if here.kind == "snapshot":
+                    return path, None
+        raise ValueError(f"version {path[-1].seq} has no snapshot and nothing that it was made from.")
+
+    def _along(self, path: list[Row], start: Memory | None) -> Memory:
+        """The memory at the first row of a path."""
+        if start is not None and not path:
+            return start
+        chain = Chain(self._snapshot(path[-1]) if start is None else start, mapped=start is None)
+        for following in reversed(path):
+            self._follow(following, chain)
+        return plain(chain.memory())
+
+    def _changed(self, path: list[Row]) -> bool:
+        """Whether somebody has pruned or rewritten versions of a path meanwhile."""
+        with self._journal.one_look():
+            return any(not self._journal.exists(row.id) or self._journal.row(row.id) != row for row in path)
 
     def _snapshot(self, row: Row) -> Memory:
         data = self._objects.get(row.object or "")
@@ -147,7 +169,9 @@ class States:
         return False
 
     def ready(self, row: Row) -> Row:
-        """The row of a version; a ValueError if it waits."""
+        """The row of a version; a ValueError if it waits, a NotFoundError if it was pruned."""
+        if row.pruned:
+            raise self._was_pruned(row)
         if self.waits(row):
             name = self._journal.name(row.memory)
             raise ValueError(
@@ -155,6 +179,13 @@ class States:
                 f"does it, or give the model to `open`."
             )
         return row
+
+    def _was_pruned(self, row: Row) -> NotFoundError:
+        name = self._journal.name(row.memory)
+        return NotFoundError(
+            f"version {row.seq} of {name!r} was pruned: its text is in the history, its slots are gone. The history "
+            f"says which versions are left."
+        )
 
 
 class Cache:
@@ -177,6 +208,12 @@ class Cache:
                 self._memories[version] = memory
             while self.bytes > self._limit:
                 self.bytes -= size(self._memories.popitem(last=False)[1])
+
+    def discard(self, versions: Iterable[int]) -> None:
+        with self._lock:
+            for version in versions:
+                if version in self._memories:
+                    self.bytes -= size(self._memories.pop(version))
 
     def clear(self) -> None:
         with self._lock:
@@ -212,10 +249,12 @@ def after_event(row: Row, memory: Memory) -> Memory:
 
 
 def facts(memory: Memory) -> dict[str, Any]:
-    """With what a version was computed, and how full it is."""
+    """With what a version was computed, how full it is, and about how many bytes a snapshot of it takes."""
+    longterm = longterms.of(memory)
     return {
         "M": memory.M,
         "N": memory.N,
+        "size": memory.slots.nbytes + (longterm.nbytes if longterm is not None else 0),
         "model": memory.model_name,
         "dtype": str(memory.slots.dtype)[6:],
         "device": memory.slots.device.type,

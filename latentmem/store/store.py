@@ -9,10 +9,12 @@ row that names it, so whatever a crash leaves behind, every row can be read.
     writing.py   acknowledge, compute       journal.py   the database
     replay.py    forget and rebuild         objects.py   tensors by the hash of their bytes
     states.py    the memory at a version    delta.py     updates as a file, and one after another
+    pruning.py   which old versions go
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Collection, Sequence
 from datetime import datetime
@@ -23,10 +25,11 @@ from latentmem.core.memory import Memory
 from latentmem.errors import InUseError, NotFoundError
 from latentmem.model.model import MemoryModel
 from latentmem.model.writing import Progress
-from latentmem.store import archive, views
+from latentmem.store import archive, pruning, views
 from latentmem.store.journal import Journal, Row
 from latentmem.store.locks import Locks, check_name
 from latentmem.store.objects import Disk, objects_at
+from latentmem.store.pruning import Pruned
 from latentmem.store.replay import Replay
 from latentmem.store.states import States, facts, plain
 from latentmem.store.views import Change, Overview, SourceStats, Version
@@ -163,7 +166,7 @@ class Store:
         rollback or an undo back, roll back to the version before it.
 
         Raises:
-            ValueError: the memory began like this.
+            ValueError: the memory began like this, or the version before was pruned.
         """
         with self._locks.memory(name) as memory, self._journal.transaction():
             row = self._states.ready(self._journal.head(memory))
@@ -171,7 +174,39 @@ class Store:
                 row = self._journal.row(row.base)
             if row.base is None or row.event == "fork":
                 raise ValueError(f"there is nothing to undo in the memory {name!r}: this is how it began.")
-            return self._journal.append(Row(memory, "rollback", row.base, {})).seq
+            base = self._states.ready(self._journal.row(row.base))
+            return self._journal.append(Row(memory, "rollback", base.id, {})).seq
+
+    def prune(
+        self, name: str, *, keep: int | None = None, older_than: float | None = None, dry_run: bool = False
+    ) -> Pruned:
+        """Remove old versions: their slots go from the disk, their texts stay in the history.
+
+        The newest version, the beginning and versions that forks or writes that wait go on from always stay. No text
+        leaves the journal, so `rebuild`, `forget_by_replay` and idempotency keys work as before.
+
+        Args:
+            keep: so many of the newest versions stay.
+            older_than: seconds; younger versions stay.
+            dry_run: remove nothing.
+
+        Raises:
+            ValueError: neither of the two, both, or a number that is too small.
+            OSError: the disk is full; nothing has changed.
+        """
+        if (keep is None) == (older_than is None):
+            raise ValueError(f"give either keep or older_than, got {keep} and {older_than}.")
+        if keep is not None and keep < 1:
+            raise ValueError(f"the newest version always stays: keep must be 1 or more, got {keep}.")
+        if older_than is not None and not older_than >= 0:
+            raise ValueError(f"older_than must be 0 or more seconds, got {older_than}.")
+        since = None if older_than is None else time.time() - older_than
+        with self._locks.memory(name) as memory:
+            pruned = pruning.prune(self._journal, self._states, self._locks, memory, keep, since, dry_run)
+        if not dry_run:
+            with contextlib.suppress(InUseError):  # what is left on the disk goes with the next sweep
+                self.sweep()
+        return pruned
 
     def history(
         self, name: str, *, after: int | None = None, limit: int | None = None, newest_first: bool = False

@@ -13,6 +13,7 @@ from latentmem import longterm as longterms
 from latentmem.core.memory import Memory
 from latentmem.core.sources import forecast
 from latentmem.store.journal import Journal, Row
+from latentmem.store.pruning import prunable
 from latentmem.store.writing import Content, content_of
 
 
@@ -27,12 +28,13 @@ class Version:
         tokens: tokens that were written.
         text: what was written: a text, turns of a conversation, or token ids.
         base: (name, version) that it was made from.
-        state: "applied", "pending" (acknowledged, not yet in the memory) or "failed" (then it changed nothing).
+        state: "applied", "pending" (acknowledged, not yet in the memory), "failed" (then it changed nothing), or
+            "pruned" (it can not be opened any more).
         error: why it failed.
         key: the caller's idempotency key.
         bytes: what it takes on disk beside its row.
-        facts: how full it is (M, N), and with what it was computed (model, dtype, ...): where these are equal, a
-            replay gives equal bits.
+        facts: how full it is (M, N, `size` in bytes), and with what it was computed (model, dtype, ...): where these
+            are equal, a replay gives equal bits.
         time: when, with time zone.
     """
 
@@ -49,6 +51,11 @@ class Version:
     facts: dict[str, Any]
     time: datetime
 
+    @property
+    def pruned(self) -> bool:
+        """Whether it can not be opened any more; a write that failed and was pruned still has the state "failed"."""
+        return bool(self.facts.get("pruned"))
+
 
 @dataclass(frozen=True)
 class Overview:
@@ -60,6 +67,7 @@ class Overview:
         pending: how many of them are acknowledged and not yet in the memory.
         changed: when the newest was made, with time zone.
         bytes: of its snapshots and deltas.
+        prunable: bytes of them that pruning it to its newest version frees, about.
         M, N: slots per layer that it holds, and can hold; 0 if it is not known.
         model: name of the model that wrote it; "" if it is not known.
     """
@@ -69,6 +77,7 @@ class Overview:
     pending: int
     changed: datetime
     bytes: int
+    prunable: int
     M: int
     N: int
     model: str
@@ -125,6 +134,8 @@ def version(journal: Journal, row: Row) -> Version:
         base_row = journal.row(row.base)
         base = (journal.name(base_row.memory), base_row.seq)
     same: dict[str, Any] = {name: getattr(row, name) for name in ("event", "state", "error", "key", "bytes", "facts")}
+    if row.pruned and row.state == "applied":
+        same["state"] = "pruned"
     source, tokens = row.payload.get("source"), row.payload.get("tokens", 0)
     return Version(row.seq, source=source, tokens=tokens, text=content_of(row), base=base, time=_time(row.time), **same)
 
@@ -135,7 +146,7 @@ def overview(journal: Journal, names: Collection[str] | None) -> list[Overview]:
     for name, memory, versions, pending, changed, size in journal.overview(names):
         facts = next((row.facts for row in journal.lineage(journal.head(memory)) if "M" in row.facts), {})
         full = facts.get("M", 0), facts.get("N", 0), facts.get("model", "")
-        lines.append(Overview(name, versions, pending, _time(changed), size, *full))
+        lines.append(Overview(name, versions, pending, _time(changed), size, prunable(journal, memory), *full))
     return lines
 
 

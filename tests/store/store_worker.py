@@ -21,16 +21,19 @@ def say(*words: object) -> None:
 
 
 def work(llm: MemoryModel, folder: str, seed: int) -> None:
-    """Write, acknowledge, talk, roll back, fork and forget at random, for ever."""
+    """Write, acknowledge, talk, roll back, fork, prune and forget at random, for ever."""
     rng, store = random.Random(seed), Store(folder, snapshot_every=4, cache_bytes=200_000)
     say("ready")
     for step in range(10**6):
         name, key, what = rng.choice(["a", "b", "c"]), f"{seed}-{step}", rng.random() if step else 0.95 * (seed % 2)
         if name not in store.names():
             store.create(name, llm.empty(24, 8, seed=5))
-        if what < 0.45:
+        if what < 0.38:
             store.write(llm, name, f"text {key}", rng.choice("xyz"), key=key)
             say("written", name, key)
+        elif what < 0.48:
+            store.prune(name, keep=rng.choice([1, 2, 5]))
+            say("pruned", name, key)
         elif what < 0.7:
             store.append(name, f"text {key}", rng.choice("xyz"), key=key)
             say("written", name, key)
@@ -47,7 +50,7 @@ def work(llm: MemoryModel, folder: str, seed: int) -> None:
                 store.forget_by_replay(llm, name, "gone")
                 say("forgotten", name)
         elif what < 0.88:
-            done = [v.version for v in store.history(name) if v.state != "pending"]
+            done = [v.version for v in store.history(name) if v.state == "applied"]
             store.rollback(name, rng.choice(done))
         elif what < 0.93:
             store.apply(llm, name)

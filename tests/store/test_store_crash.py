@@ -1,5 +1,6 @@
 """A store that is killed, or loses its power, at any moment: what was acknowledged is there, once, and can be read."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -42,7 +43,7 @@ def test_a_store_that_is_killed_at_random_moments_loses_nothing_and_repeats_noth
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    written, secret, forgotten, talked, rng = set(), set(), set(), set(), random.Random(1)
+    written, secret, forgotten, talked, pruned, rng = set(), set(), set(), set(), set(), random.Random(1)
     try:
         for seed in range(KILLS):
             print(seed, file=process.stdin, flush=True)
@@ -60,6 +61,8 @@ def test_a_store_that_is_killed_at_random_moments_loses_nothing_and_repeats_noth
                     written.add((name, *key))
                 elif what == "said":
                     talked.add((name, *key))
+                elif what == "pruned":
+                    pruned.add((name, *key))
                 elif what == "secret":
                     secret.add((name, *key))
                 elif what == "forgotten":
@@ -72,11 +75,12 @@ def test_a_store_that_is_killed_at_random_moments_loses_nothing_and_repeats_noth
     store = Store(tmp_path / "s")
     for name in store.names():
         for version in store.history(name):
-            store.open(name, version.version)
+            if not version.pruned:
+                store.open(name, version.version)
         store.rebuild(llm, name, "rebuilt")
         same(store.open("rebuilt"), store.open(name))
         store.delete("rebuilt")
-    assert len(written) > KILLS < 10 * len(talked), "proves nothing: hardly anything was written"
+    assert len(written) > KILLS < 10 * len(talked) and pruned, "proves nothing: hardly anything was written"
     store.sweep()
     assert set(store._objects.names()) == store._journal.objects()
 
@@ -93,7 +97,7 @@ def check(llm, folder, written, forgotten, talked):
         waiting = [] if "fork-" in name else Turns(store, name).pending()
         turns += [(name, turn["content"].split()[1]) for turn in waiting]
         for version in store.history(name):
-            assert version.state == "applied", version
+            assert version.state in ("applied", "pruned"), version
             if version.source == "talk":
                 turns += [(name, turn["content"].split()[1]) for turn in version.text]
             elif version.key:
@@ -180,11 +184,15 @@ def scenario(llm, folder, disk, acknowledged):
         for i, source in enumerate("aba"):
             store.write(llm, "m", f"text {i}", source, key=str(i))
             acknowledged[i] = "m"
+            if i == 1:
+                store.prune("m", keep=1)
+                acknowledged["pruned"] = True
         store.fork("m", "f")
         store.write(llm, "f", "text 3", "c", key="3")
         acknowledged[3] = "f"
         store.append("m", "text 4", "c", key="4")
         acknowledged[4] = "m"
+        store.prune("m", keep=1)
         acknowledged["forgetting"] = True
         store.forget_by_replay(llm, "m", "b")
         acknowledged["forgotten"] = True
@@ -199,7 +207,10 @@ def survives(llm, folder, acknowledged):
     for name in histories:
         store.apply(llm, name)
         for version in store.history(name):
-            store.open(name, version.version)
+            if not version.pruned:
+                store.open(name, version.version)
+    assert not acknowledged.get("pruned") or histories["m"][1].pruned
+    assert set(store._objects.names()) >= store._journal.objects()
     keys = {(name, v.key) for name, versions in histories.items() for v in versions if v.key}
     expected = {(name, str(i)) for i, name in acknowledged.items() if type(i) is int}
     assert expected - {("m", "1")} <= keys
@@ -232,6 +243,42 @@ def test_a_power_cut_at_any_file_operation_loses_nothing_that_was_acknowledged(l
         for names in ("lost", "torn"):
             disk.cut(tmp_path / str(at), tmp_path / f"{at} {names}", names=names)
             survives(llm, tmp_path / f"{at} {names}", acknowledged)
+
+
+def test_a_power_cut_while_versions_are_pruned_removes_all_of_them_or_none(llm, tmp_path):
+    live = [llm.empty(24, 8, seed=5)]
+    for i in range(6):
+        live.append(llm.write(live[-1], f"text {i}", "a"))
+
+    def life(at):
+        disk, folder = Forgetful(), tmp_path / str(at)
+        store = Store(folder, disk=disk, snapshot_every=4)
+        store.create("m", live[0])
+        for i in range(6):
+            store.write(llm, "m", f"text {i}", "a")
+        before, disk.at = disk.done, disk.done + at
+        with contextlib.suppress(Crash):
+            store.prune("m", keep=1)
+        store.close()
+        return disk, folder, disk.done - before
+
+    _, _, count = life(1000)
+    assert count > 10
+    for at in range(count + 1):
+        disk, folder, _ = life(at)
+        for names in ("lost", "torn"):
+            disk.cut(folder, tmp_path / f"{at} {names}", names=names)
+            store = Store(tmp_path / f"{at} {names}")
+            history = store.history("m")
+            assert [v.text for v in history] == [None, *(f"text {i}" for i in range(6))]
+            assert {v.version for v in history if v.pruned} in (set(), {1, 2, 3, 4, 5})
+            for version in history:
+                if not version.pruned:
+                    same(store.open("m", version.version), live[version.version])
+            store.prune("m", keep=1)
+            assert set(store._objects.names()) == store._journal.objects()
+            same(store.open("m"), live[-1])
+            store.close()
 
 
 @pytest.mark.parametrize("forgotten", ["sync", "sync_folder"])

@@ -1,0 +1,147 @@
+"""Removing old versions: their tensors go, their rows stay, with texts, keys and sources.
+
+versions    0 create ── 1 delta ──── 2 snapshot ── 3 delta ────── 4 delta ── 5 pin
+keep=1      0 create ── 1 (pruned) ─ 2 (pruned) ── 3 (pruned) ─── 4 snapshot ── 5 pin
+
+These versions stay: the beginning, which the journal can not compute; those that were asked for; those that a fork goes
+on from; and the one that a version without tensors stands for: a pin, a rollback, a write that waits or has failed.
+A delta whose base is pruned becomes a snapshot. Where that takes more room than the objects before it, these objects
+stay instead, under versions that can not be opened any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+
+from latentmem.store.journal import Journal, Row
+from latentmem.store.locks import Locks
+from latentmem.store.states import States
+
+Rows = dict[int, Row]  # id -> version of one memory, oldest first
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The versions that pruning has removed, or would remove.
+
+    Args:
+        versions: numbers of the versions that can not be opened any more, oldest first.
+        bytes: freed on the disk, less what new snapshots take; an estimate where nothing was removed yet.
+    """
+
+    versions: list[int]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with the versions of a memory.
+
+    Args:
+        pruned: ids of versions that can not be opened any more.
+        snapshots: ids of deltas that become snapshots.
+        empty: ids of versions whose objects go.
+        bytes: freed by that; an estimate, because the snapshots are not written yet.
+    """
+
+    pruned: list[int]
+    snapshots: list[int]
+    empty: list[int]
+    bytes: int
+
+
+def prune(
+    journal: Journal, states: States, locks: Locks, memory: int, keep: int | None, since: float | None, dry_run: bool
+) -> Pruned:
+    """Prune a memory, up to the sweep; whoever calls holds it. Arguments as of `plan`."""
+    rows = outline(journal, memory)
+    todo = plan(rows, journal.fork_bases(memory), keep, since)
+    versions = [rows[id].seq for id in todo.pruned]
+    if dry_run or not (todo.pruned or todo.empty):
+        return Pruned(versions, todo.bytes)
+    with locks.objects():
+        snapshots = [_as_snapshot(states, journal.row(id)) for id in todo.snapshots]
+        with journal.transaction():
+            before = journal.bytes()
+            for row in snapshots:
+                journal.change(row)
+            journal.prune(todo.pruned, todo.empty)
+            journal.keep_setting("sweep", "due")
+            freed = before - journal.bytes()
+    states.cache.discard(todo.pruned)
+    return Pruned(versions, freed)
+
+
+def _as_snapshot(states: States, row: Row) -> Row:
+    """The row of a delta with a snapshot in its place, which is on disk."""
+    return states.put(replace(row, kind="none", object=None, bytes=0), states.memory(row))
+
+
+def outline(journal: Journal, memory: int) -> Rows:
+    """The versions of a memory, without their texts."""
+    return {row.id: row for row in journal.outline(memory)}
+
+
+def prunable(journal: Journal, memory: int) -> int:
+    """Bytes that pruning a memory to its newest version frees, about."""
+    rows = outline(journal, memory)
+    return max(0, plan(rows, journal.fork_bases(memory), 1, None).bytes) if rows else 0
+
+
+def plan(rows: Rows, forked: Iterable[int], keep: int | None, since: float | None) -> Plan:
+    """What goes and what stays.
+
+    Args:
+        forked: ids of versions that forks go on from.
+        keep: so many of the newest versions stay, at least one.
+        since: versions from this time on stay, in seconds since 1970, and the newest.
+    """
+    ids = list(rows)
+    asked = ids[-keep:] if keep is not None else [id for id in ids if since is None or rows[id].time >= since]
+    waiting = [id for id in ids if rows[id].state == "pending"]
+    kept = {id for id in (ids[0], *forked, *asked, *waiting, ids[-1]) if not rows[id].pruned}
+    deltas = {id for id in ids if rows[id].kind == "delta"}
+    open_ = _with_bases(rows, kept, deltas)
+    snapshots = {id for id in open_ & deltas if rows[id].base not in open_}
+    for id in sorted(snapshots):
+        if _bytes(rows, kept, snapshots - {id}) < _bytes(rows, kept, snapshots):
+            snapshots.discard(id)
+    needed = _with_bases(rows, kept, snapshots)
+    return Plan(
+        pruned=[id for id in ids if id not in open_ and not rows[id].pruned],
+        snapshots=sorted(snapshots),
+        empty=[id for id in ids if id not in needed and rows[id].kind != "pruned"],
+        bytes=sum(_objects(rows.values()).values()) - _bytes(rows, kept, snapshots),
+    )
+
+
+def _with_bases(rows: Rows, kept: Collection[int], snapshots: Collection[int]) -> set[int]:
+    """Versions with all that they are made from, where `snapshots` are made from nothing."""
+    needed: set[int] = set()
+    for start in kept:
+        id: int | None = start
+        while id in rows and id not in needed:
+            needed.add(id)
+            id = None if rows[id].kind == "snapshot" or id in snapshots else rows[id].base
+    return needed
+
+
+def _bytes(rows: Rows, kept: Collection[int], snapshots: Collection[int]) -> int:
+    """Bytes of a memory of which `kept` can be opened, where `snapshots` are written."""
+    needed = _with_bases(rows, kept, snapshots) - set(snapshots)
+    return sum(_objects(rows[id] for id in needed).values()) + sum(_size(rows, id) for id in snapshots)
+
+
+def _objects(rows: Iterable[Row]) -> dict[str, int]:
+    """The objects of versions, name -> bytes."""
+    sizes: dict[str, int] = {}
+    for row in rows:
+        sizes |= ({row.object: row.bytes} if row.object else {}) | row.facts.get("blocks", {})
+    return sizes
+
+
+def _size(rows: Rows, id: int) -> int:
+    """Bytes of a snapshot that is not written yet, about; no more than those of what the version is made from."""
+    known = rows[id].facts.get("size")
+    return known if known is not None else sum(_objects(rows[one] for one in _with_bases(rows, [id], ())).values())

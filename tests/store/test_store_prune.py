@@ -1,0 +1,509 @@
+"""Pruning: old versions go from the disk, and everything else stays as it was."""
+
+import random
+import threading
+import time
+
+import pytest
+import test_store_longterm
+from test_store import HOSTILE, again, files, filled, lines, seen, start, tampered
+from test_store import same as same_fields
+
+from latentmem.core.sources import pin
+from latentmem.errors import NotFoundError
+from latentmem.model.model import MemoryModel
+from latentmem.store import Pruned, Store
+from latentmem.store.objects import Disk
+from latentmem.store.writing import Writer
+from latentmem.testing import byte_tokenizer, tiny_model
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return MemoryModel(tiny_model(), byte_tokenizer(), name="tiny")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store", snapshot_every=3)
+
+
+def same(one, two):
+    return same_fields(one, two) if one.longterm is None else test_store_longterm.same(one, two)
+
+
+def states(store, name="m"):
+    return [version.state for version in store.history(name)]
+
+
+def open_versions(store, name="m"):
+    return [version.version for version in store.history(name) if not version.pruned]
+
+
+def disk(store):
+    return sum(path.stat().st_size for path in store.path.glob("objects/*/*"))
+
+
+def sound(store):
+    """Every object on disk is named, every name is on disk, and every version that is not pruned can be opened."""
+    assert set(files(store)) == store._journal.objects()
+    cold = again(store)
+    for name in store.names():
+        for version in store.history(name):
+            if not version.pruned:
+                cold.open(name, version.version)
+            else:
+                with pytest.raises(NotFoundError, match=f"version {version.version} of '{name}' was pruned"):
+                    cold.open(name, version.version)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4])
+@pytest.mark.parametrize("kind", [{}, {"N": 200}, {"longterm": 8}], ids=["full", "not full", "long-term"])
+def test_the_newest_versions_stay_to_the_bit_and_the_others_leave_the_disk(llm, store, kind, keep):
+    live = [start(llm, **kind)]
+    store.create("m", live[0])
+    for i in range(9):
+        store.write(llm, "m", f"note {i} " * 4, f"s{i % 3}")
+        live.append(llm.write(live[-1], f"note {i} " * 4, f"s{i % 3}"))
+    before, texts = disk(store), [version.text for version in store.history("m")]
+    expected = list(range(1, 10 - keep))
+    assert store.prune("m", keep=keep, dry_run=True).versions == expected and disk(store) == before
+    pruned = store.prune("m", keep=keep)
+    assert pruned == Pruned(expected, before - disk(store)) and pruned.bytes > 0
+    assert open_versions(store) == [0, *range(10 - keep, 10)]
+    assert [version.text for version in store.history("m")] == texts
+    for version in open_versions(store):
+        same(again(store).open("m", version), live[version])
+    sound(store)
+    assert store.prune("m", keep=keep) == Pruned([], 0)
+    store.write(llm, "m", "goes on", "z")
+    same(again(store).open("m"), llm.write(live[-1], "goes on", "z"))
+
+
+def test_versions_older_than_a_time_go(llm, store):
+    live = filled(llm, store, sources="abcabc")
+    for version, days in ((0, 50), (1, 40), (2, 31), (3, 29), (4, 40), (5, 2)):
+        store._journal._do("UPDATE versions SET time = ? WHERE seq = ?", time.time() - days * 86400, version)
+    assert store.prune("m", older_than=30 * 86400).versions == [1, 2, 4]
+    assert store.prune("m", older_than=0).versions == [3, 5]
+    same(again(store).open("m"), live[6])
+    sound(store)
+
+
+def test_a_pruned_version_is_said_to_be_pruned(llm, store):
+    filled(llm, store)
+    held = again(store)
+    held.open("m", 3)
+    store.prune("m", keep=1)
+    words = r"version 3 of 'm' was pruned: its text is in the history, its slots are gone"
+    for one in (store, held):
+        for call in (
+            lambda one=one: one.open("m", 3),
+            lambda one=one: one.rollback("m", 3),
+            lambda one=one: one.fork("m", "f", 3),
+            lambda one=one: one.undo("m"),
+            lambda one=one: one.diff("m", 3),
+            lambda one=one: one.stats("m", version=3),
+            lambda one=one: one.ask(llm, "m", "what?", version=3),
+        ):
+            with pytest.raises(NotFoundError, match=words):
+                call()
+    assert store.names() == ["m"] and len(store.history("m")) == 5
+    store.pin("m", "c")
+    store.undo("m")
+    assert states(store) == ["applied", *["pruned"] * 3, *["applied"] * 3]
+    store.rollback("m", 0)  # the beginning stays
+    assert store.open("m").is_empty
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "either keep or older_than"),
+        ({"keep": 1, "older_than": 1}, "either keep or older_than"),
+        ({"keep": 0}, "keep must be 1 or more, got 0"),
+        ({"older_than": -1}, "older_than must be 0 or more"),
+        ({"older_than": float("nan")}, "older_than must be 0 or more"),
+    ],
+)
+def test_what_can_not_be_pruned_is_refused(llm, store, options, words):
+    filled(llm, store)
+    with pytest.raises(ValueError, match=words):
+        store.prune("m", **options)
+    with pytest.raises(NotFoundError, match="no memory 'n'"):
+        store.prune("n", keep=1)
+    assert states(store) == ["applied"] * 5
+
+
+# --- what others need -------------------------------------------------------------------------------------------------
+
+
+def test_what_a_fork_goes_on_from_stays(llm, store):
+    live = filled(llm, store)
+    store.fork("m", "f", 2)
+    store.write(llm, "f", "more", "z")
+    assert store.prune("m", keep=1).versions == [1, 3]
+    same(again(store).open("m", 2), live[2])
+    same(again(store).open("f", 0), live[2])
+    same(again(store).open("f"), llm.write(live[2], "more", "z"))
+    for i in range(3):
+        store.write(llm, "f", f"much {i}", "z")
+    newest = store.open("f")
+    assert store.prune("f", keep=1).versions == [1, 2, 3]
+    same(again(store).open("f"), newest)
+    sound(store)
+    store.delete("f")
+    assert store.prune("m", keep=1).versions == [2]
+    sound(store)
+
+
+def test_a_version_without_tensors_keeps_the_one_that_it_stands_for(llm, store):
+    live = filled(llm, store)
+    store.rollback("m", 2)
+    store.pin("m", "a")
+    pinned = store.open("m")
+    store.append("m", "as a judge", "b", role="judge")
+    store.apply(llm, "m")
+    assert states(store)[-1] == "failed"
+    assert store.prune("m", keep=1).versions == [1, 3, 4]
+    same(again(store).open("m"), pinned)
+    same(again(store).open("m", 2), live[2])
+    store.undo("m")
+    same(again(store).open("m"), live[2])
+    sound(store)
+
+
+def test_writes_that_wait_are_applied_as_if_nothing_was_pruned(llm, store):
+    live = filled(llm, store)
+    store.append("m", "waits", "z")
+    store.rollback("m", 1)  # the write is not what the newest version is made from
+    store.append("m", "waits too", "z")
+    assert store.prune("m", keep=1).versions == [2, 3]
+    assert store.pending_count("m") == 2 and store.applied_version("m") == 6
+    store.apply(llm, "m")
+    same(again(store).open("m", 5), llm.write(live[4], "waits", "z"))
+    same(again(store).open("m"), llm.write(live[1], "waits too", "z"))
+    sound(store)
+
+
+def test_a_repeated_key_writes_nothing_twice(llm, store):
+    store.create("m", start(llm))
+    for i in range(4):
+        store.write(llm, "m", f"text {i}", "s", key=str(i))
+    store.append("m", "as a judge", "s", role="judge", key="bad")
+    store.apply(llm, "m")
+    store.write(llm, "m", "text 4", "s", key="4")
+    store.prune("m", keep=1)
+    assert [store.write(llm, "m", f"text {i}", "s", key=str(i)) for i in range(4)] == [1, 2, 3, 4]
+    assert store.append("m", "text 2", "s", key="2") == 3 and store.version("m", key="2").state == "pruned"
+    with pytest.raises(ValueError, match="belongs to another text, version 3"):
+        store.write(llm, "m", "text 9", "s", key="2")
+    with pytest.raises(ValueError, match="role"):
+        store.write(llm, "m", "as a judge", "s", role="judge", key="bad")
+    assert len(store.history("m")) == 7 and states(store)[5] == "failed"
+
+
+def test_objects_stay_where_a_snapshot_would_take_more(llm, store):
+    memory = start(llm)
+    for i in range(4):
+        memory = llm.write(memory, f"before {i}", "old")
+    store.create("m", memory)
+    store.write(llm, "m", "x", "a")
+    store.write(llm, "m", "y", "b")
+    before, newest = disk(store), store.open("m")
+    assert store.prune("m", keep=1) == Pruned([1], 0) and disk(store) == before
+    assert states(store) == ["applied", "pruned", "applied"]
+    same(again(store).open("m"), newest)
+    for i in range(9):
+        store.write(llm, "m", f"and more {i}", "c")
+    assert store.prune("m", keep=1).versions == list(range(2, 11))
+    assert store._journal.version("m", 1).kind == "pruned" and disk(store) < before * 2
+    sound(store)
+
+
+# --- how much ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_overview_says_what_pruning_would_free(llm, store):
+    store.create("m", start(llm, N=200, K=40))
+    assert store.overview()[0].prunable == 0
+    for i in range(9):
+        store.write(llm, "m", "a text of forty bytes, more or less, " * 2, str(i))
+    said, before = store.overview()[0], disk(store)
+    assert said.bytes == before and 0 < said.prunable < said.bytes
+    estimate = store.prune("m", keep=1, dry_run=True)
+    assert estimate.bytes == said.prunable
+    freed = store.prune("m", keep=1).bytes
+    assert freed == before - disk(store) and abs(freed - said.prunable) < 0.05 * before
+    assert store.overview()[0].prunable == 0 and store.overview()[0].bytes == disk(store)
+
+
+def test_rows_from_before_sizes_were_kept_are_pruned_too(llm, store):
+    live = filled(llm, store, sources="abcab")
+    store._journal._do("UPDATE versions SET facts = json_remove(facts, '$.size')")
+    assert store.overview()[0].prunable > 0
+    assert store.prune("m", keep=1).versions == [1, 2, 3, 4]
+    same(again(store).open("m"), live[-1])
+    sound(store)
+
+
+def test_blocks_that_no_version_needs_leave_the_disk(llm, tmp_path, monkeypatch):
+    for module in ("latentmem.longterm.blocks", "latentmem.store.states"):
+        monkeypatch.setattr(f"{module}.BLOCK", 16)
+    store, live = Store(tmp_path / "s", snapshot_every=2), start(llm, longterm={"R": 8, "limit": 20_000})
+    store.create("m", live)
+    for i in range(24):
+        store.write(llm, "m", f"text number {i}", "s")
+        live = llm.write(live, f"text number {i}", "s")
+    before, blocks = disk(store), [version.facts.get("blocks", {}) for version in store.history("m")]
+    assert any(blocks[2:-3]) and store.overview()[0].bytes == before
+    assert store.prune("m", keep=1).bytes == before - disk(store) > 0
+    same(again(store).open("m"), live)
+    sound(store)
+    store.forget_by_replay(llm, "m", "s")
+    assert again(store).open("m").is_empty
+
+
+def test_a_full_disk_changes_nothing(llm, tmp_path):
+    class Full(Disk):
+        full = False
+
+        def create(self, path, data):
+            if self.full:
+                raise OSError(28, "No space left on device")
+            super().create(path, data)
+
+    device = Full()
+    store = Store(tmp_path / "s", snapshot_every=3, disk=device)
+    live = filled(llm, store, sources="abcab")
+    device.full = True
+    with pytest.raises(OSError, match="No space"):
+        store.prune("m", keep=1)
+    assert states(store) == ["applied"] * 6
+    for i, expected in enumerate(live):
+        same(again(store).open("m", i), expected)
+    device.full = False
+    assert store.prune("m", keep=1).versions == [1, 2, 3, 4]
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pruned_memory_is_rebuilt_from_its_texts(llm, store):
+    live = filled(llm, store)
+    store.pin("m", "b")
+    store.prune("m", keep=1)
+    store.rebuild(llm, "m", "new")
+    same(store.open("new"), store.open("m"))
+    same(store.open("m", 4), live[4])
+
+
+def test_exact_forgetting_needs_only_the_texts(llm, store):
+    filled(llm, store, sources="abacb")
+    store.fork("m", "f", 3)
+    store.write(llm, "f", "on the fork", "z")
+    store.prune("m", keep=1)
+    assert store.forget_by_replay(llm, "m", "a") == ["f", "m"]
+    live = start(llm)
+    for i in (1, 3, 4):
+        live = llm.write(live, f"note {i} of {'abacb'[i]}", "abacb"[i])
+    same(again(store).open("m"), live)
+    fork = llm.write(llm.write(start(llm), "note 1 of b", "b"), "on the fork", "z")
+    same(again(store).open("f"), fork)
+    assert [version.source for version in store.history("m")] == [None, "b", "c", "b"]
+    sound(store)
+    store.rebuild(llm, "m", "new")
+    same(store.open("new"), live)
+
+
+@pytest.mark.parametrize("after", ["nothing", "pin", "append", "fork", "failed"])
+def test_a_version_comes_back_where_the_newest_one_is_forgotten(llm, store, after):
+    live = filled(llm, store, sources="abacd")
+    if after == "pin":
+        store.pin("m", "b")
+    if after == "fork":
+        store.fork("m", "f")
+    if after == "failed":
+        store.append("m", "as a judge", "b", role="judge")
+        store.apply(llm, "m")
+    store.prune("m", keep=1)
+    if after == "append":
+        store.append("m", "waits", "z")
+    store.forget_by_replay(llm, "m", "d")
+    same(again(store).open("m", 4), live[4])
+    assert open_versions(store)[:2] == [0, 4]
+    if after == "append":
+        store.apply(llm, "m")
+    sound(store)
+    store.write(llm, "m", "goes on", "z")
+    store.rebuild(llm, "m", "new")
+    same(store.open("new"), store.open("m"))
+    sound(store)
+
+
+def test_a_version_that_fails_on_a_pruned_one_can_be_opened(llm, store, tmp_path, monkeypatch):
+    filled(llm, store, sources="abacb")
+    store.prune("m", keep=1)
+    compute = Writer.compute
+
+    def refusing(self, llm, row, *more):
+        if row.payload["text"].startswith("note 4"):
+            raise ValueError("no")
+        return compute(self, llm, row, *more)
+
+    monkeypatch.setattr(Writer, "compute", refusing)
+    store.forget_by_replay(llm, "m", "a")
+    live = start(llm)
+    for i in (1, 3):
+        live = llm.write(live, f"note {i} of {'abacb'[i]}", "abacb"[i])
+    assert states(store) == ["applied", "pruned", "pruned", "failed"]
+    same(again(store).open("m"), live)
+    sound(store)
+    store.export("m", tmp_path / "m.zip")
+    store.import_(tmp_path / "m.zip", "copy")
+    same(store.open("copy"), live)
+
+
+def test_a_pruned_store_forgets_as_one_that_is_not(llm, tmp_path):
+    forgotten = 0
+    for case in range(5):
+        rng = random.Random(case)
+        stores = [Store(tmp_path / f"{case} {what}", snapshot_every=3, cache_bytes=40_000) for what in "ab"]
+        names, steps = ["m"], iter(range(10**6))
+        for store in stores:
+            store.create("m", start(llm))
+
+        def do(action, stores=stores):
+            results = []
+            for store in stores:
+                try:
+                    results.append(action(store))
+                except ValueError as error:
+                    assert any(words in str(error) for words in ("no source", "pinned")), error
+                    results.append(None)
+            assert results[0] == results[1]
+
+        for _ in range(30):
+            name, source, step = rng.choice(names), rng.choice("pqrs"), next(steps)
+            event = rng.choices(["write", "judge", "pin", "forget", "back", "fork", "prune"], (10, 1, 2, 1, 2, 1, 4))[0]
+            version = rng.choice(open_versions(stores[0], name))
+            if event == "write":
+                do(lambda s, n=name, t=f"text {step}", o=source: s.write(llm, n, t, o))
+            elif event == "judge":
+                do(lambda s, n=name, o=source: (s.append(n, "as a judge", o, role="judge"), s.apply(llm, n)))
+            elif event == "pin":
+                do(lambda s, n=name, o=source: s.pin(n, o))
+            elif event == "forget":
+                do(lambda s, n=name, o=source: s.forget(n, o))
+            elif event == "back":
+                do(lambda s, n=name, v=version: s.rollback(n, v))
+            elif event == "fork" and len(names) < 4:
+                names.append(f"f{step}")
+                do(lambda s, n=name, v=version, f=f"f{step}": s.fork(n, f, v))
+            elif event == "prune":
+                stores[0].prune(name, keep=rng.choice([1, 1, 2, 5]))
+        stores[0].prune("m", keep=1)
+        sound(stores[0])
+        for source in rng.sample("pqrs", 3):
+            if any(v.event == "write" and v.source == source for n in names for v in stores[0].history(n)):
+                do(lambda s, o=source: s.forget_by_replay(llm, "m", o))
+                forgotten += 1
+            sound(stores[0])
+            for name in names:
+                assert [v.text for v in stores[0].history(name)] == [v.text for v in stores[1].history(name)]
+                for number in {*open_versions(stores[0], name), stores[0].version(name).version}:
+                    same(stores[0].open(name, number), stores[1].open(name, number))
+            stores[0].prune(rng.choice(names), keep=1)
+            sound(stores[0])
+    assert forgotten > 7
+
+
+# --- export and import ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(llm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pruned")
+    store = Store(folder / "s", snapshot_every=3)
+    filled(llm, store, sources="abacaba")
+    store.pin("m", "c")
+    store.prune("m", keep=3)
+    store.export("m", folder / "m.zip")
+    return store, (folder / "m.zip").read_bytes()
+
+
+def test_a_pruned_memory_is_exported_and_imported(llm, exported, tmp_path):
+    store, data = exported
+    (tmp_path / "m.zip").write_bytes(data)
+    there = Store(tmp_path / "there", snapshot_every=3)
+    there.import_(tmp_path / "m.zip", "copy")
+    assert seen(there, "copy") == seen(store, "m")
+    assert states(there, "copy") == ["applied", *["pruned"] * 5, *["applied"] * 3]
+    sound(there)
+    there.export("copy", tmp_path / "again.zip")
+    assert (tmp_path / "again.zip").read_bytes() == data
+    there.forget_by_replay(llm, "copy", "b")
+    live = start(llm)
+    for i in (0, 2, 3, 4, 6):
+        live = llm.write(live, f"note {i} of {'abacaba'[i]}", "abacaba"[i])
+    same(there.open("copy"), pin(live, "c"))
+    there.rebuild(llm, "copy", "new")
+
+
+ALTERED = {
+    "the newest pruned": lines(lambda rows: rows[-1]["facts"].update(pruned=True)),
+    "the first pruned": lines(lambda rows: rows[0]["facts"].update(pruned=True)),
+    "a mark that is none": lines(lambda rows: rows[1]["facts"].update(pruned="no")),
+    "no mark": lines(lambda rows: rows[1]["facts"].pop("pruned") and None),
+    "a delta on nothing": lines(lambda rows: rows[7].update(base=2)),
+    "a pin on nothing": lines(lambda rows: rows[8].update(base=2)),
+    "a pruned version with bytes": lines(lambda rows: rows[1].update(bytes=5)),
+    "a pruned version that waits": lines(lambda rows: rows[1].update(state="pending")),
+    "a pruned version with an object": lines(lambda rows: rows[1].update(object=rows[6]["object"])),
+}
+
+
+@pytest.mark.parametrize("change", ALTERED.values(), ids=ALTERED)
+def test_an_altered_file_of_a_pruned_memory_is_refused(exported, tmp_path, change):
+    path, there = tmp_path / "x.zip", Store(tmp_path / "there")
+    path.write_bytes(exported[1])
+    tampered(path, change)
+    with pytest.raises(ValueError, match=r"x\.zip"):
+        there.import_(path, "m")
+    assert there.names() == [] and files(there) == [] and len(HOSTILE) > 20
+
+
+# --- at once ----------------------------------------------------------------------------------------------------------
+
+
+def test_versions_are_read_while_others_are_pruned(llm, store):
+    store.create("m", start(llm))
+    failed, ended = [], threading.Event()
+
+    def read(reader):
+        while not ended.is_set():
+            try:
+                version, memory = reader.latest("m")
+                assert memory.updates == version
+                assert reader.history("m")[-1].version >= version
+            except Exception as error:  # noqa: BLE001 - shown below
+                failed.append(error)
+
+    readers = [store, again(store, cache_bytes=0), again(store, cache_bytes=0)]
+    threads = [threading.Thread(target=read, args=(reader,)) for reader in readers]
+    for thread in threads:
+        thread.start()
+    try:
+        for i in range(30):
+            store.write(llm, "m", f"text {i}", "s")
+            store.prune("m", keep=1 + i % 3)
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+    assert not failed
+    live = start(llm)
+    for i in range(30):
+        live = llm.write(live, f"text {i}", "s")
+    same(again(store).open("m"), live)
+    sound(store)
