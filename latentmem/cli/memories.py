@@ -146,20 +146,25 @@ def _converse(
 
 @app.command("list", rich_help_panel=PANEL)
 def list_() -> None:
-    """List all memories."""
+    """List all memories, their bytes, and the bytes that `latentmem prune --keep 1` would free."""
     from latentmem.store.home import opened
 
-    right = ("fill", "versions", "on disk")
-    table = printing.table("memory", "fill", "versions", "changed", "on disk", "model", right=right)
-    for one in opened().overview():
+    right = ("fill", "versions", "on disk", "prunable")
+    table = printing.table("memory", "fill", "versions", "changed", "on disk", "prunable", "model", right=right)
+    overviews = opened().overview()
+    for one in overviews:
         versions = f"{one.versions}, {one.pending} to be applied" if one.pending else str(one.versions)
         changed = f"{one.changed:%Y-%m-%d %H:%M}"
         fill = f"{one.M} of {one.N}" if one.N else ""
-        table.add_row(one.name, fill, versions, changed, printing.size(one.bytes), printing.text(one.model))
-    if not table.rows:
+        sizes = printing.size(one.bytes), printing.size(one.prunable) if one.prunable else ""
+        table.add_row(one.name, fill, versions, changed, *sizes, printing.text(one.model))
+    if not overviews:
         typer.echo("No memories yet. `latentmem write notes.txt --memory work` makes one.")
         return
     printing.show(table)
+    if prunable := sum(one.prunable for one in overviews):
+        typer.echo(f"Pruning to the newest versions would free about {printing.size(prunable)}:")
+        typer.echo("`latentmem prune --keep 1 --memory NAME`.")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -175,12 +180,14 @@ def show(
     store = base.settled(memory, model)
     now, stats = store.open(memory, version), store.stats(memory, version=version)
     number = store.history(memory)[-1].version if version is None else version
+    (disk,) = store.overview([memory])
     if json_:
-        typer.echo(json.dumps({"memory": memory, "version": number, **printing.facts_of(now, stats)}))
+        about = {"memory": memory, "version": number, "bytes": disk.bytes, "prunable": disk.prunable}
+        typer.echo(json.dumps(about | printing.facts_of(now, stats)))
     elif text:
         printing.show_text(now, base.load(now, model, "cpu"))
     else:
-        printing.show_facts(f"{memory}, version {number}", now)
+        printing.show_facts(f"{memory}, version {number}", now, disk)
         if layers:
             printing.show_layers(now)
         else:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from latentmem.longterm.longterm import LongTerm
     from latentmem.model.model import MemoryModel
     from latentmem.model.writing import Progress
-    from latentmem.store import SourceStats
+    from latentmem.store import Overview, SourceStats
 
 
 def progress(unit: str = "tokens", seconds: float = 30) -> Any:
@@ -110,8 +110,8 @@ def forgetting(memory: Memory) -> str:
     return f", full: half of what is in it is left after {memory.half_life:.1f} more updates"
 
 
-def show_facts(title: str, memory: Memory) -> None:
-    """Size, fill and kind of a memory."""
+def show_facts(title: str, memory: Memory, disk: Overview) -> None:
+    """Size, fill and kind of a memory, and what all its versions take on disk."""
     from rich.table import Table
 
     facts = Table.grid(padding=(0, 2))
@@ -128,6 +128,8 @@ def show_facts(title: str, memory: Memory) -> None:
     facts.add_row("kind", f"{memory.preset}, {per_slot}, seed {memory.seed}")
     facts.add_row("model", text(f"{memory.model_name} {memory.model[:12]}"))
     facts.add_row("bytes", f"{size(memory.slots.nbytes)} in {str(memory.slots.dtype)[6:]}")
+    prunable = f", about {size(disk.prunable)} prunable" if disk.prunable else ""
+    facts.add_row("on disk", f"{size(disk.bytes)} in {disk.versions} version{'s' * (disk.versions != 1)}{prunable}")
     show(facts)
 
 

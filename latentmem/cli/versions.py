@@ -22,7 +22,7 @@ Source = Annotated[str, typer.Argument(help="The source, as `latentmem show` nam
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
-# --- history, diff, undo, rollback, fork ------------------------------------------------------------------------------
+# --- history, diff, undo, rollback, fork, prune -----------------------------------------------------------------------
 
 
 @app.command(rich_help_panel=VERSIONS)
@@ -107,6 +107,42 @@ def fork(
     typer.echo(f"{new}: goes on from {memory}, {printing.state(store.open(new))}")
 
 
+@app.command(rich_help_panel=VERSIONS)
+def prune(
+    memory: Name = "default",
+    keep: Annotated[int | None, typer.Option("--keep", min=1, help="So many of the newest versions stay.")] = None,
+    older_than: Annotated[
+        str | None, typer.Option("--older-than", help="A number and s, m, h, d or w, such as 30d: younger ones stay.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+) -> None:
+    """Remove old versions from the disk; their texts stay in the history."""
+    if (keep is None) == (older_than is None):
+        raise ValueError("say which versions stay: --keep 10, for example, or --older-than 30d.")
+    age = None if older_than is None else _seconds(older_than, "--older-than")
+    pruned = base.opened(memory).prune(memory, keep=keep, older_than=age, dry_run=dry_run)
+    numbers, size = _ranges(pruned.versions), printing.size(max(0, pruned.bytes))
+    if not numbers and pruned.bytes <= 0:
+        typer.echo(f"{memory}: nothing to prune")
+    elif dry_run:
+        typer.echo(f"{memory}: this would remove {numbers or 'no version'}, and free about {size}")
+    else:
+        typer.echo(f"{memory}: removed {numbers or 'no version'}, {size} freed; the history still has the texts")
+
+
+def _ranges(versions: list[int]) -> str:
+    """Numbers in words: "versions 1 to 3 and 5"."""
+    ranges: list[list[int]] = []
+    for version in versions:
+        if ranges and version == ranges[-1][-1] + 1:
+            ranges[-1] = [ranges[-1][0], version]
+        else:
+            ranges.append([version])
+    words = [" to ".join(map(str, numbers)) for numbers in ranges]
+    listed = " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+    return f"version{'s' * (len(versions) > 1)} {listed}" if versions else ""
+
+
 # --- forget, pin, expire ----------------------------------------------------------------------------------------------
 
 
@@ -172,17 +208,23 @@ def expire(
     """Set the time at which the slots of a source are dropped."""
     if (after is None) == (not never):
         raise ValueError("say when: --after 30d, for example, or --never.")
-    span = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", after or "0s")
-    if span is None:
-        raise ValueError(f"--after takes a number and one of s, m, h, d, w, such as 30d: got {after!r}.")
+    seconds = None if after is None else _seconds(after, "--after")
     store = base.settled(memory)
-    store.expire(memory, source, None if never else float(span[1]) * SECONDS[span[2]])
+    store.expire(memory, source, seconds)
     if never:
         typer.echo(f"{memory}: {source!r} never expires")
         return
     at = next((known.expires for known in store.stats(memory) if known.source == source), None)
     when = f"by whoever opens it after {at:%Y-%m-%d %H:%M}" if at else "now"
     typer.echo(f"{memory}: {source!r} is forgotten {when}")
+
+
+def _seconds(span: str, option: str) -> float:
+    """A span of time such as 30d."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", span)
+    if match is None:
+        raise ValueError(f"{option} takes a number and one of s, m, h, d, w, such as 30d: got {span!r}.")
+    return float(match[1]) * SECONDS[match[2]]
 
 
 # --- export, import, rebuild ------------------------------------------------------------------------------------------

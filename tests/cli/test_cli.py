@@ -153,6 +153,36 @@ def test_list_show_and_rm(run, home):
     assert run("rm", "--memory", "work")[0] == 2
 
 
+def test_prune_removes_old_versions_and_list_says_what_it_would_free(run, home):
+    for i in range(5):
+        run("write", f"text number {i} of some length", "-m", "work", "-N", 64, "-K", 16)
+    _, out, _ = run("list")
+    assert re.search(r"work +64 of 64 +6 +20\d\d-\S+ \S+ +[\d.]+ KiB +[\d.]+ KiB", out)
+    assert re.search(r"Pruning to the newest versions would free about [\d.]+ KiB:\n`latentmem prune --keep 1", out)
+    assert re.search(r"on disk +[\d.]+ KiB in 6 versions, about [\d.]+ KiB prunable", run("show", "-m", "work")[1])
+    facts = json.loads(run("show", "-m", "work", "--json")[1])
+    assert 0 < facts["prunable"] < facts["bytes"] == sum(version.bytes for version in books(home)[0]["work"])
+    now, before = stored().slots, books(home)
+    code, out, _ = run("prune", "-m", "work", "--keep", 2, "--dry-run")
+    assert code == 0 and re.search(r"work: this would remove versions 1 to 3, and free about [\d.]+ KiB", out)
+    assert run("prune", "-m", "work", "--older-than", "30d")[1] == "work: nothing to prune\n" and books(home) == before
+    code, out, _ = run("prune", "-m", "work", "--keep", 2)
+    assert code == 0 and re.search(r"work: removed versions 1 to 3, [\d.]+ KiB freed; .* the texts", out)
+    assert "removed version 4," in run("prune", "-m", "work", "--older-than", "0s")[1]
+    assert (stored().slots == now).all() and "Pruning" not in run("list")[1]
+    assert run("history", "-m", "work")[1].count(" pruned") == 4
+    code, _, err = run("undo", "-m", "work")
+    assert code == 2 and "version 4 of 'work' was pruned" in err
+    assert run("prune", "-m", "work", "--keep", 1)[1] == "work: nothing to prune\n"
+
+
+def test_the_numbers_of_versions_are_said_in_words():
+    from latentmem.cli.versions import _ranges
+
+    cases = ([], ""), ([3], "version 3"), ([1, 2], "versions 1 to 2"), ([1, 3, 4, 6], "versions 1, 3 to 4 and 6")
+    assert all(_ranges(versions) == words for versions, words in cases)
+
+
 def test_show_text_prints_what_layer_0_holds(run):
     run("write", "the door is blue", "and <|im_end|> stays text", "-m", "work", "-N", 64, "-K", 16)
     code, out, _ = run("show", "-m", "work", "--text")
@@ -416,6 +446,11 @@ def test_a_model_in_a_folder_is_found_again_from_anywhere(run, tiny_folder, tmp_
         (["history", "-m", "nobody"], "there is no memory"),
         (["diff", "0", "9", "-m", "work"], "has no version 9"),
         (["rollback", "two", "-m", "work"], "unable to parse string as an integer"),
+        (["prune", "-m", "nobody", "--keep", "1"], "there is no memory"),
+        (["prune", "-m", "work"], "--keep 10, for example, or --older-than 30d"),
+        (["prune", "-m", "work", "--keep", "1", "--older-than", "1d"], "say which versions stay"),
+        (["prune", "-m", "work", "--keep", "0"], "--keep"),
+        (["prune", "-m", "work", "--older-than", "soon"], "got 'soon'"),
         (["fork", "work", "-m", "work"], "a memory 'work' already"),
         (["fork", "../x", "-m", "work"], "no path"),
         (["forget", "nothing", "-m", "work"], "no source 'nothing' (it has: text)"),
@@ -513,7 +548,7 @@ def test_two_writers_do_not_meet(run, home, monkeypatch):
 
 VERBS = (
     *("write", "ask", "chat", "list", "show", "rm", "doctor", "history", "diff", "undo", "rollback", "fork"),
-    *("forget", "pin", "expire", "export", "import", "rebuild", "train", "eval"),
+    *("prune", "forget", "pin", "expire", "export", "import", "rebuild", "train", "eval"),
 )
 
 
