@@ -289,6 +289,43 @@ def test_a_memory_with_a_long_term_part_over_http(llm, tmp_path):
         assert [one["left"] + one["stored"] for one in kept] == pytest.approx([1, 1, 1]) and kept[0]["stored"] > 0
 
 
+def test_old_versions_are_pruned_over_http(llm, tmp_path):
+    with running(llm, tmp_path, scripted=False) as server:
+        server("POST", "/v1/memories", {"id": "m", "N": 32, "K": 16})
+        for i in range(5):
+            body, key = {"text": f"the door {i} is blue and old"}, {"headers": {"Idempotency-Key": str(i)}}
+            assert server("POST", "/v1/memories/m/write", body, **key)[1]["version"] == i + 1
+        before = server("GET", "/v1/memories/m")[1]
+        assert 0 < before["prunable"] < before["bytes"]
+        stats = server("GET", "/v1/memories/m/stats")[1]
+        assert all(stats[what] == before[what] for what in ("bytes", "prunable"))
+        dry = server("POST", "/v1/memories/m/prune", {"keep": 1, "dry_run": True})[1]
+        assert dry == {"id": "m", "versions": [1, 2, 3, 4], "bytes": before["prunable"]}
+        assert server("POST", "/v1/memories/m/prune", {"older_than": 3600})[1]["versions"] == []
+        status, pruned = server("POST", "/v1/memories/m/prune", {"keep": 1})
+        after = server("GET", "/v1/memories/m")[1]
+        assert status == 200 and pruned["versions"] == [1, 2, 3, 4]
+        assert before["bytes"] - after["bytes"] == pruned["bytes"] > 0 == after["prunable"]
+        lines = server("GET", "/v1/memories/m/history?text=true")[1]["data"]
+        assert [line["state"] for line in lines] == ["applied", *["pruned"] * 4, "applied"]
+        assert lines[2]["text"] == "the door 1 is blue and old"
+        for method, path, body in (
+            ("POST", "ask", {"question": "?", "version": 2}),
+            ("POST", "rollback", {"version": 2}),
+            ("POST", "fork", {"id": "f", "version": 2}),
+            ("POST", "undo", None),
+            ("GET", "stats?version=2", None),
+        ):
+            error = refused(server(method, f"/v1/memories/m/{path}", body), 404, "not_found")
+            assert re.search(r"version \d of 'm' was pruned", error["message"])
+        body, key = {"text": "the door 1 is blue and old"}, {"headers": {"Idempotency-Key": "1"}}
+        assert server("POST", "/v1/memories/m/write", body, **key)[1]["version"] == 2
+        assert server("GET", "/v1/memories/m")[1]["versions"] == 6
+        for wrong in ({}, {"keep": 1, "older_than": 1}, {"keep": 0}, {"older_than": -1}, {"keep": "1"}):
+            refused(server("POST", "/v1/memories/m/prune", wrong), 400, "invalid_value")
+        refused(server("POST", "/v1/memories/n/prune", {"keep": 1}), 404, "not_found")
+
+
 def test_every_setting_of_a_memory_is_a_field(server):
     schemas = server("GET", "/openapi.json")[1]["components"]["schemas"]
     for kind, name in ((MemorySettings, "Create"), (LongTermSettings, "LongTerm")):

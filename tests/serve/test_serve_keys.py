@@ -154,6 +154,7 @@ ROUTES = [
     ("GET", "/v1/memories/{}/stats", None),
     ("POST", "/v1/memories/{}/rollback", {"version": 0}),
     ("POST", "/v1/memories/{}/undo", {}),
+    ("POST", "/v1/memories/{}/prune", {"keep": 1}),
     ("POST", "/v1/memories/{}/fork", {"id": "team-new"}),
     ("POST", "/v1/memories/{}/forget", {"source": "notes"}),
     ("POST", "/v1/memories/{}/forget", {"source": "notes", "exact": True}),

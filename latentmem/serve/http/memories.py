@@ -120,7 +120,8 @@ async def write(
     if body.wait:
         with contextlib.suppress(*LATER):  # the write is in the journal: who reads or writes the memory next applies it
             version = await with_timeout(request, carried_out(writing.done))
-            return _written(id, version.version, version.tokens or writing.tokens, version.state, version.facts)
+            state = "applied" if version.pruned else version.state  # pruned is a version, not the write that made it
+            return _written(id, version.version, version.tokens or writing.tokens, state, version.facts)
     return _written(id, writing.version, writing.tokens, "pending", {})
 
 

@@ -223,6 +223,7 @@ class MemoryInfo(BaseModel):
     pending: int
     changed: datetime
     bytes: int
+    prunable: int
     M: int
     N: int
     model: str
@@ -327,6 +328,8 @@ class Stats(VersionOf):
     N: int
     K: int
     half_life: float | None
+    bytes: int
+    prunable: int
     sources: list[SourceLeft]
 
 
@@ -371,6 +374,22 @@ class DrawnOn(VersionOf):
 
 class Rollback(Strict):
     version: Count
+
+
+class Prune(Strict):
+    """Which versions stay: `keep` of the newest, or those that are not older than so many seconds."""
+
+    keep: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
+    older_than: Annotated[float, Field(ge=0, le=1e11)] | None = None
+    dry_run: bool = False
+
+
+class Pruned(BaseModel):
+    """The versions that can not be opened any more, and the bytes that this frees."""
+
+    id: str
+    versions: list[int]
+    bytes: int
 
 
 class Fork(Strict):

@@ -71,7 +71,7 @@ def _line(version: Version, key: Key, text: bool) -> schema.HistoryLine:
 
 @router.get("/{id}/stats")
 async def stats(request: Request, id: str, version: VersionQuery = None) -> schema.Stats:
-    """How much of each source is left, and will be after 1, 10 and 100 more updates."""
+    """How much of each source is left, and will be after 1, 10 and 100 more updates; bytes of all versions on disk."""
     authorize(request, id)
     if version is None and await read_store(request, lambda store: store.has_pending(id)):
         await change_store(request, id, lambda store, llm: None)
@@ -81,6 +81,8 @@ async def stats(request: Request, id: str, version: VersionQuery = None) -> sche
         half_life = memory.half_life if memory.half_life < float("inf") else None
         sources = [schema.SourceLeft(**asdict(source)) for source in store.stats(id, version=number)]
         facts = {what: getattr(memory, what) for what in ("M", "N", "K")}
+        for overview in store.overview([id]):
+            facts |= {what: getattr(overview, what) for what in ("bytes", "prunable")}
         return schema.Stats(id=id, version=number, half_life=half_life, sources=sources, **facts)
 
     return await read_store(request, read)
@@ -173,6 +175,14 @@ async def fork(request: Request, id: str, body: schema.Fork) -> schema.MemoryInf
     authorize(request, id, write=True)
     await change_store(request, id, lambda store, llm: store.fork(id, body.id, body.version))
     return await info(request, body.id)
+
+
+@router.post("/{id}/prune")
+async def prune(request: Request, id: str, body: schema.Prune) -> schema.Pruned:
+    """Remove old versions from the disk; their texts stay in the history, and what later ones need stays readable."""
+    authorize(request, id, write=True)
+    pruned = await change_store(request, id, lambda store, llm: store.prune(id, **body.model_dump()))
+    return schema.Pruned(id=id, versions=pruned.versions, bytes=pruned.bytes)
 
 
 @router.post("/{id}/forget", response_model_exclude_unset=True)
