@@ -447,6 +447,16 @@ def test_history_is_looked_at_gone_back_to_and_forked(server, memory, opened):
     assert [s.source for s in store.stats("elsewhere")] == ["secret", "boat"]
 
 
+def test_a_pruned_version_is_said_and_can_not_be_chosen(scripted, opened):
+    store = scripted.service.store
+    for source, text in (("secret", SAFE), ("boat", BOAT)):
+        store.write(scripted.service.llm, "m", text, source=source)
+    store.prune("m", keep=1)
+    line = opened(scripted, "m").locator(".history li").nth(1)
+    line.get_by_text("pruned").wait_for()
+    assert [button(line, name).count() for name in ("Look", "Go back …", "Fork …")] == [0, 0, 0]
+
+
 def test_what_others_take_away_is_said(scripted, opened):
     page, store = opened(scripted, "m"), scripted.service.store
     for source, text in (("secret", SAFE), ("boat", BOAT)):

@@ -54,6 +54,7 @@ export function History(props: {
       <ol class="plain" reversed>
         {lines.map((line) => {
           const seen = version === null ? line.version === top : line.version === version;
+          const pruned = line.state === "pruned"; // its slots are gone
           return (
             <li key={`${line.version} ${line.time}`} class={seen ? "seen" : ""} aria-current={seen ? "true" : undefined}>
               <span class="number">{line.version}</span>
@@ -65,17 +66,18 @@ export function History(props: {
               <span class="row end">
                 <button
                   class="small"
+                  hidden={pruned}
                   aria-pressed={seen}
                   onClick={() => look(seen || line.version === top ? null : line.version)}
                 >
                   Look
                 </button>
-                {line.version !== top && props.writes && (
+                {line.version !== top && props.writes && !pruned && (
                   <button class="small" onClick={() => setBack(line.version)}>
                     Go back …
                   </button>
                 )}
-                <button class="small" hidden={!props.writes} onClick={() => setForking(line.version)}>
+                <button class="small" hidden={!props.writes || pruned} onClick={() => setForking(line.version)}>
                   Fork …
                 </button>
               </span>
