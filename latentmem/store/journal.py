@@ -16,7 +16,8 @@ from typing import Any
 
 from latentmem.errors import DamagedError, InUseError, NameTakenError, NotFoundError
 
-FORMAT = 2
+FORMAT = 3  # 2, and versions that were pruned, which a reader of 2 would pass over without a word
+UNPRUNED = 2  # as a store begins
 OLDER = "4f1b448"  # the last commit that reads format 1
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -124,10 +125,12 @@ class Journal:
             if number == 0:
                 for statement in SCHEMA.split(";\n"):
                     self._connection.execute(statement)
-                self._connection.execute(f"PRAGMA user_version={FORMAT}")
-            elif number != FORMAT:
-                remedy = f"Commit {OLDER} of latentmem reads it." if number < FORMAT else "Update latentmem."
-                raise ValueError(f"{path} has the format {number}, this version reads {FORMAT}. {remedy}")
+                self._connection.execute(f"PRAGMA user_version={UNPRUNED}")
+            elif number not in (UNPRUNED, FORMAT):
+                remedy = f"Commit {OLDER} of latentmem reads it." if number < UNPRUNED else "Update latentmem."
+                raise ValueError(
+                    f"{path} has the format {number}, this version reads {UNPRUNED} and {FORMAT}. {remedy}"
+                )
 
     def close(self) -> None:
         with self._lock:
@@ -280,7 +283,10 @@ class Journal:
         """Add a version as it is, but for its id."""
         columns = COLUMNS[:-1]
         sql = f"INSERT INTO versions ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
-        return replace(row, id=self._do(sql, *_values(row)[:-1]))
+        with self.transaction():
+            if row.pruned:
+                self._do(f"PRAGMA user_version={FORMAT}")
+            return replace(row, id=self._do(sql, *_values(row)[:-1]))
 
     def change(self, row: Row) -> None:
         """Replace what is stored of a version."""
@@ -290,6 +296,7 @@ class Journal:
         """Mark versions as pruned, and take the objects of those from which no other is read."""
         nothing = "kind = 'pruned', object = NULL, bytes = 0, facts = json_remove(facts, '$.blocks')"
         with self.transaction():
+            self._do(f"PRAGMA user_version={FORMAT}")
             for version in versions:
                 self._do("UPDATE versions SET facts = json_set(facts, '$.pruned', json('true')) WHERE id = ?", version)
             for version in empty:

@@ -25,7 +25,7 @@ from latentmem.files import snapshot
 from latentmem.longterm.blocks import BLOCK, Block
 from latentmem.store import delta
 from latentmem.store.delta import Chain
-from latentmem.store.journal import Journal, Row
+from latentmem.store.journal import KINDS, Journal, Row
 from latentmem.store.objects import Objects
 from latentmem.version import __version__
 
@@ -105,6 +105,8 @@ class States:
 
     def _follow(self, row: Row, chain: Chain) -> None:
         """Go on from the state of a version's base to its own."""
+        if row.kind not in KINDS:
+            raise ValueError(f"version {row.seq} is kept as {row.kind!r}, which this version does not read. Update latentmem.")
         if row.state == "failed" or row.kind == "snapshot":
             return
         if row.kind == "delta":

@@ -135,6 +135,30 @@ def test_what_can_not_be_pruned_is_refused(llm, store, options, words):
     assert states(store) == ["applied"] * 5
 
 
+def test_a_store_without_pruned_versions_stays_readable_for_older_checkouts_and_any_other_does_not(llm, store, tmp_path):
+    def number(store):
+        return store._journal._one("PRAGMA user_version")[0]
+
+    filled(llm, store)
+    store.prune("m", keep=1, dry_run=True)
+    assert number(store) == number(again(store)) == 2
+    store.prune("m", keep=1)
+    assert number(store) == number(again(store)) == 3
+    store.export("m", tmp_path / "m.zip")
+    there = Store(tmp_path / "there")
+    there.create("n", start(llm))
+    assert number(there) == 2
+    there.import_(tmp_path / "m.zip", "m")
+    assert number(there) == number(again(there)) == 3
+
+
+def test_a_kind_of_version_that_is_not_known_is_refused(llm, store):
+    filled(llm, store)
+    store._journal._do("UPDATE versions SET kind = 'folded', object = NULL WHERE seq = 2")
+    with pytest.raises(ValueError, match=r"version 2 is kept as 'folded'.* Update latentmem"):
+        again(store).open("m", 2)
+
+
 # --- what others need -------------------------------------------------------------------------------------------------
 
 
