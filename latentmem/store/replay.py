@@ -4,7 +4,8 @@
     forget "a"          0 ───────────────── 1 write "b" ─────────────── 2 write "c"
 
 1. plan: the versions of the source go; all that are made from them, in every fork, are computed again. So are pruned
-   ones that they are made from. A pruned version comes back where one that goes was the first behind it.
+   ones that these are made from, which have to become what they were: nothing of them is stored. A pruned version
+   comes back, in its place, where one that goes was the first behind it.
 2. compute: each on top of the new state of its base. The objects are on disk, and `building` in the journal keeps them
    from being swept; the rows are still the old ones.
 3. exchange: in one transaction, the new rows take the place of the old ones.
@@ -42,8 +43,8 @@ class Replay:
             for memory in family:
                 self._journal.built(memory)  # of a replay that was broken off
             rows = self._journal.rows(family)
-            new = self._compute(llm, rows, self._removed(rows, source), progress)
-            return self._exchange(family, new, source)
+            new, back = self._compute(llm, rows, self._removed(rows, source), progress)
+            return self._exchange(family, new, back, source)
 
     def _removed(self, rows: list[Row], source: str) -> set[int]:
         """The versions of a source; a ValueError if they can not be replayed without it."""
@@ -58,56 +59,75 @@ class Replay:
             raise ValueError(f"the journal has no write of the source {source!r}.")
         return {row.id for row in removed}
 
-    def _compute(self, llm: WritingModel, rows: list[Row], removed: set[int], progress: Progress | None) -> New:
-        """Compute all versions anew that are made from removed ones.
+    def _compute(
+        self, llm: WritingModel, rows: list[Row], removed: set[int], progress: Progress | None
+    ) -> tuple[New, dict[int, Row]]:
+        """Compute all versions anew that are made from removed ones, and pruned ones that come back in their places.
 
         Args:
             rows: all versions of a family, each behind its base.
         """
-        revived = _revived(rows, removed)
-        changed = removed | revived
-        for row in rows:
-            if row.base in changed:
-                changed.add(row.id)
-        computed = changed | _pruned_bases(rows, changed)
-        again = [_unpruned(row) if row.id in revived else row for row in rows if row.id in computed]
-        writes = [row for row in again if row.id not in removed and row.event == "write" and row.state == "applied"]
-        texts = {row.id: tokenised(llm, row.payload) for row in writes}
+        plan = _Plan(rows, removed)
+        again = [row for row in rows if row.id in plan.computed]
+        texts = {row.id: tokenised(llm, row.payload) for row in again if plan.has_text(row)}
         steps = in_all(progress, list(texts.values()))
         last_child = {row.base: row.id for row in again}
         new: New = {}
+        back: dict[int, Row] = {}
         states: dict[int, State] = {}  # new states of bases, until their last child
         for row in again:
-            base = row.base or 0
-            before = states.get(base) or self._states.state(self._journal.row(base))
+            base, bare, closed = row.base or 0, plan.bare(row), row.base in plan.closed
             following: Row | None = None
-            if row.id in removed:
-                after = before
-            elif row.id in texts:
-                following, after = self._write(llm, row, before, texts[row.id], next(steps))
+            if plan.has_object(row):
+                following, after = self._placed(bare, *self._states.state(row), closed)
             else:
-                following, after = self._repeat(row, before)
-            if row.id in changed:
+                before = states.get(base) or self._states.state(self._journal.row(base))
+                if row.id in removed:
+                    after = before
+                elif row.id in texts:
+                    following, after = self._write(llm, bare, before, closed, texts[row.id], next(steps))
+                else:
+                    following, after = self._repeat(bare, before, closed)
+            if row.id in plan.changed:
                 new[row.id] = following
+            elif following is not None:
+                self._check_same(row, following)
+                back |= {row.id: following} if row.id in plan.revived else {}
             if row.id in last_child:
                 states[row.id] = after
             if last_child[base] == row.id:
                 states.pop(base, None)
-        return new
+        return new, back
 
-    def _repeat(self, row: Row, before: State) -> tuple[Row, State]:
+    def _check_same(self, row: Row, following: Row) -> None:
+        """A ValueError if a pruned version, which forgetting does not change, has not become what it was."""
+        tokens = [one.payload.get("tokens") for one in (row, following)]
+        if (row.state, row.error) != (following.state, following.error):
+            reason = following.error or f"it is {following.state} now, and was {row.state}"
+        elif tokens[0] is not None and tokens[0] != tokens[1]:
+            reason = f"its text is {tokens[1]} tokens now, and was {tokens[0]}"
+        else:
+            return
+        raise ValueError(
+            f"version {row.seq} of {self._journal.name(row.memory)!r} can not be written again: it was pruned, and "
+            f"{reason.rstrip('.')}; nothing has changed. Give the model, the tokenizer and the chat template that "
+            f"wrote it."
+        )
+
+    def _repeat(self, row: Row, before: State, closed: bool) -> tuple[Row, State]:
         """A version without a text, or of a write that waits or has failed, on top of another state of its base."""
         bare, memory = _without_object(row), before.memory
         if row.event != "write":
             try:
                 memory = plain(after_event(row, memory))
-                bare = replace(bare, facts=_facts(row, facts(memory)) if row.facts else {})
+                new_facts = _facts(row, facts(memory)) if row.facts else {}
+                bare = replace(bare, state="applied", error=None, facts=new_facts)
             except ValueError as error:
                 bare = replace(bare, state="failed", error=str(error))
-        return self._placed(bare, memory, before)
+        return self._placed(bare, memory, before.deltas, closed)
 
     def _write(
-        self, llm: WritingModel, row: Row, before: State, tokens: Tokens, progress: Progress | None
+        self, llm: WritingModel, row: Row, before: State, closed: bool, tokens: Tokens, progress: Progress | None
     ) -> tuple[Row, State]:
         """The version of a write on top of another state of its base, its object on disk."""
         llm.check(before.memory)
@@ -115,17 +135,25 @@ class Replay:
         try:
             computed, content, after = self._writer.compute(llm, bare, before, tokens, progress)
         except ValueError as error:
-            return self._placed(replace(bare, state="failed", error=str(error)), before.memory, before)
+            failed = replace(bare, state="failed", error=str(error))
+            return self._placed(failed, before.memory, before.deltas, closed)
         computed = replace(computed, facts=_facts(row, computed.facts))
         if computed.kind == "pruned":
             return computed, State(after, GONE)
         written = self._put(computed, content)
         return written, State(after, before.deltas + 1 if written.kind == "delta" else 0)
 
-    def _placed(self, row: Row, memory: Memory, before: State) -> tuple[Row, State]:
-        """A row that needs no object, but where its base has none any more."""
-        if row.kind == "pruned" or before.deltas < GONE:
-            return row, State(memory, GONE if row.kind == "pruned" else before.deltas)
+    def _placed(self, row: Row, memory: Memory, deltas: int, closed: bool) -> tuple[Row, State]:
+        """A row that needs no object, but where its base has none any more, or can not be opened while the row can.
+
+        Args:
+            deltas: of the base.
+            closed: whether the base can not be opened.
+        """
+        if row.kind == "pruned":
+            return row, State(memory, GONE)
+        if row.kind != "none" or (deltas < GONE and (row.pruned or not closed)):
+            return row, State(memory, deltas)
         return self._put(row, memory), State(memory, 0)
 
     def _put(self, row: Row, content: bytes | Memory) -> Row:
@@ -135,7 +163,7 @@ class Replay:
                 self._journal.build(row.memory, name)
         return written
 
-    def _exchange(self, family: list[int], new: New, source: str) -> list[str]:
+    def _exchange(self, family: list[int], new: New, back: dict[int, Row], source: str) -> list[str]:
         """Put the new rows in the place of the old ones, in one transaction; gives the names of changed memories."""
         journal = self._journal
         with journal.transaction():
@@ -147,6 +175,8 @@ class Replay:
             journal.remove(sorted(new, reverse=True))
             for row in sorted((row for row in rows if row.id not in new), key=lambda row: row.seq):
                 journal.renumber(row.id, numbers[row.id])
+            for id, row in back.items():
+                journal.change(replace(row, seq=numbers[id]))
             ids: dict[int | None, int | None] = {None: None}  # id of an old row -> of what stands there now
             for row in rows:
                 following = new.get(row.id, row)
@@ -203,11 +233,60 @@ class Replay:
                     self._writer.event(memory, event, row.payload["source"])
 
 
-def _revived(rows: list[Row], removed: set[int]) -> set[int]:
+class _Plan:
+    """What becomes of the versions of a family.
+
+    Args:
+        rows: all of them, each behind its base.
+        removed: ids of those that go.
+
+    Attributes:
+        changed: ids of those that go and of all that are made from them.
+        revived: ids of pruned ones in whose state one that goes leaves the memory.
+        closed: ids of those that can not be opened afterwards; one that goes is as the version before it.
+        computed: ids of all that are computed again.
+    """
+
+    def __init__(self, rows: list[Row], removed: set[int]) -> None:
+        by_id = {row.id: row for row in rows}
+        self._removed, self.changed, self.closed = removed, set(removed), set[int]()
+        self.revived = _revived(by_id, removed)
+        for row in rows:
+            if row.base in self.changed:
+                self.changed.add(row.id)
+            if row.base in self.closed if row.id in removed else row.pruned and row.id not in self.revived:
+                self.closed.add(row.id)
+        self.computed = self.changed | self.revived | self._pruned_bases(by_id)
+
+    def _pruned_bases(self, by_id: dict[int, Row]) -> set[int]:
+        """Versions without an object from which computed ones are made."""
+        bases: set[int] = set()
+        for start in (*(by_id[id].base for id in self.changed), *self.revived):
+            id = start
+            while id is not None and id not in self.changed and id not in bases and by_id[id].kind == "pruned":
+                bases.add(id)
+                id = by_id[id].base
+        return bases
+
+    def has_object(self, row: Row) -> bool:
+        """Whether a version is only to be opened again: its object has stayed, or that of its base."""
+        return row.id not in self.changed and row.kind != "pruned"
+
+    def has_text(self, row: Row) -> bool:
+        """Whether a computed version is a text that is to be written again."""
+        is_text = row.event == "write" and row.state == "applied"
+        return is_text and row.id not in self._removed and not self.has_object(row)
+
+    def bare(self, row: Row) -> Row:
+        return _unpruned(row) if row.id in self.revived else row
+
+
+def _revived(by_id: dict[int, Row], removed: set[int]) -> set[int]:
     """Pruned versions in whose state one that goes leaves the memory."""
-    by_id, revived = {row.id: row for row in rows}, set()
-    for row in rows:
-        if row.id in removed and not row.pruned:
+    revived = set()
+    for id in removed:
+        row = by_id[id]
+        if not row.pruned:
             while row.id in removed:
                 row = by_id[row.base or 0]
             if row.pruned:
@@ -215,21 +294,10 @@ def _revived(rows: list[Row], removed: set[int]) -> set[int]:
     return revived
 
 
-def _pruned_bases(rows: list[Row], changed: set[int]) -> set[int]:
-    """Versions without an object from which changed ones are made."""
-    by_id = {row.id: row for row in rows}
-    bases: set[int] = set()
-    for id in changed:
-        base = by_id[id].base
-        while base is not None and base not in changed | bases and by_id[base].kind == "pruned":
-            bases.add(base)
-            base = by_id[base].base
-    return bases
-
-
 def _unpruned(row: Row) -> Row:
     """A pruned version that is to be opened again."""
-    return replace(row, kind="none", facts={name: fact for name, fact in row.facts.items() if name != "pruned"})
+    kind = "none" if row.kind == "pruned" else row.kind
+    return replace(row, kind=kind, facts={name: fact for name, fact in row.facts.items() if name != "pruned"})
 
 
 def _without_object(row: Row) -> Row:

@@ -106,7 +106,9 @@ class States:
     def _follow(self, row: Row, chain: Chain) -> None:
         """Go on from the state of a version's base to its own."""
         if row.kind not in KINDS:
-            raise ValueError(f"version {row.seq} is kept as {row.kind!r}, which this version does not read. Update latentmem.")
+            raise ValueError(
+                f"version {row.seq} is kept as {row.kind!r}, which this version does not read. Update latentmem."
+            )
         if row.state == "failed" or row.kind == "snapshot":
             return
         if row.kind == "delta":

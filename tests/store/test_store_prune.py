@@ -1,8 +1,10 @@
 """Pruning: old versions go from the disk, and everything else stays as it was."""
 
 import random
+import tempfile
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import test_store_longterm
@@ -14,6 +16,7 @@ from latentmem.errors import NotFoundError
 from latentmem.model.model import MemoryModel
 from latentmem.store import Pruned, Store
 from latentmem.store.objects import Disk
+from latentmem.store.states import after_event
 from latentmem.store.writing import Writer
 from latentmem.testing import byte_tokenizer, tiny_model
 
@@ -45,7 +48,7 @@ def disk(store):
 
 
 def sound(store):
-    """Every object on disk is named, every name is on disk, and every version that is not pruned can be opened."""
+    """All objects are named and there, what is not pruned can be opened, and an exported file is imported as it is."""
     assert set(files(store)) == store._journal.objects()
     cold = again(store)
     for name in store.names():
@@ -55,6 +58,13 @@ def sound(store):
             else:
                 with pytest.raises(NotFoundError, match=f"version {version.version} of '{name}' was pruned"):
                     cold.open(name, version.version)
+    with tempfile.TemporaryDirectory() as folder:
+        there = Store(f"{folder}/store")
+        for name in store.names():
+            store.export(name, f"{folder}/file.zip")
+            there.import_(f"{folder}/file.zip", name)
+            assert states(there, name) == states(store, name)
+        there.close()
 
 
 @pytest.mark.parametrize("keep", [1, 2, 4])
@@ -135,7 +145,7 @@ def test_what_can_not_be_pruned_is_refused(llm, store, options, words):
     assert states(store) == ["applied"] * 5
 
 
-def test_a_store_without_pruned_versions_stays_readable_for_older_checkouts_and_any_other_does_not(llm, store, tmp_path):
+def test_older_checkouts_read_a_store_until_something_is_pruned(llm, store, tmp_path):
     def number(store):
         return store._journal._one("PRAGMA user_version")[0]
 
@@ -386,6 +396,131 @@ def test_a_version_that_fails_on_a_pruned_one_can_be_opened(llm, store, tmp_path
     store.export("m", tmp_path / "m.zip")
     store.import_(tmp_path / "m.zip", "copy")
     same(store.open("copy"), live)
+
+
+def other_template():
+    """A tokenizer with the same words, whose template knows no system and writes shorter turns."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    return tokenizer
+
+
+def other_words():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["hello"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("position", ["before", "last"])
+@pytest.mark.parametrize(
+    ("role", "tokenizer", "words"),
+    [
+        ("system", other_template, r"version 1 of 'm' can not be written again: .* no system; nothing has changed"),
+        ("user", other_template, r"version 1 of 'm' .* its text is \d+ tokens now, and was \d+; nothing has changed"),
+        ("user", other_words, r"another tokenizer"),
+    ],
+)
+def test_a_pruned_version_that_is_not_what_it_was_is_never_left_out(llm, store, position, role, tokenizer, words):
+    store.create("m", start(llm, N=400))
+    store.write(llm, "m", [{"role": role, "content": "the patient is allergic to penicillin"}], "allergy")
+    store.write(llm, "m", "hello", "a", role="raw")
+    store.write(llm, "m", "xyz", "secret", role="raw")
+    if position == "before":
+        store.write(llm, "m", "and so on", "b", role="raw")
+    store.prune("m", keep=1)
+    before, newest = seen(store, "m"), store.open("m")
+    with pytest.raises(ValueError, match=words):
+        store.forget_by_replay(MemoryModel(tiny_model(), tokenizer(), name="tiny"), "m", "secret")
+    assert seen(again(store), "m") == before
+    same(again(store).open("m"), newest)
+    store.sweep()
+    sound(store)
+    store.forget_by_replay(llm, "m", "secret")
+    assert {source.name: source.tokens for source in again(store).open("m").sources}.keys() >= {"allergy", "a"}
+    sound(store)
+
+
+def test_a_pruned_pin_that_fails_when_it_is_repeated_is_never_left_out(llm, store, monkeypatch):
+    filled(llm, store, sources="ab")
+    store.pin("m", "a")
+    store.write(llm, "m", "secret", "s")
+    store.write(llm, "m", "more", "b")
+    store.prune("m", keep=1)
+    newest = store.open("m")
+
+    def refusing(row, memory):
+        if row.event == "pin":
+            raise ValueError("no such pin.")
+        return after_event(row, memory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("latentmem.store.replay.after_event", refusing)
+        with pytest.raises(ValueError, match=r"version 3 of 'm' can not .* no such pin; nothing has changed"):
+            store.forget_by_replay(llm, "m", "s")
+    same(again(store).open("m"), newest)
+
+
+def test_a_pin_that_failed_in_a_replay_is_a_pin_again_where_it_fits(llm, store, monkeypatch):
+    live = filled(llm, store, sources="abc")
+    store.pin("m", "b")
+    store.write(llm, "m", "more", "d")
+
+    def refusing(*_):
+        raise ValueError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("latentmem.store.replay.after_event", refusing)
+        store.forget_by_replay(llm, "m", "a")
+    assert states(store)[3] == "failed"
+    store.forget_by_replay(llm, "m", "c")
+    assert states(store) == ["applied"] * 4
+    expected = llm.write(pin(llm.write(live[0], "note 1 of b", "b"), "b"), "more", "d")
+    same(again(store).open("m"), expected)
+
+
+def test_a_version_comes_back_in_its_place_and_nothing_else_is_written_again(llm, store, monkeypatch):
+    live = filled(llm, store, sources="abcs")
+    store.fork("m", "f", 4)
+    store.rollback("m", 3)
+    store.write(llm, "m", "on top of the third", "z")
+    store.prune("m", keep=1)
+    assert open_versions(store) == [0, 4, 6]
+    row, written = store._journal.version("m", 6), []
+    compute = Writer.compute
+    monkeypatch.setattr(
+        Writer, "compute", lambda self, llm, row, *a: written.append(row.seq) or compute(self, llm, row, *a)
+    )
+    store.forget_by_replay(llm, "m", "s")
+    assert written == [1, 2, 3] and store._journal.version("m", 5) == replace(row, seq=5)
+    assert open_versions(store) == [0, 3, 5]
+    same(again(store).open("m", 3), live[3])
+    same(again(store).open("f"), live[3])
+    sound(store)
+
+
+def test_a_version_without_tensors_that_comes_back_gets_some_where_its_base_stays_pruned(llm, store):
+    memory = start(llm, N=200)
+    for i in range(4):
+        memory = llm.write(memory, f"before {i} " * 20, "old")
+    store.create("m", memory)
+    store.write(llm, "m", "x", "a")
+    store.pin("m", "a")
+    pinned = store.open("m")
+    store.write(llm, "m", "y", "b")
+    assert store.prune("m", keep=1).versions == [1, 2] and store._journal.version("m", 1).kind == "delta"
+    sound(store)
+    store.forget_by_replay(llm, "m", "b")
+    assert open_versions(store) == [0, 2]
+    same(again(store).open("m"), pinned)
+    sound(store)
+    store.write(llm, "m", "z", "c")
+    sound(store)
+    store.forget_by_replay(llm, "m", "c")
+    sound(store)
 
 
 def test_a_pruned_store_forgets_as_one_that_is_not(llm, tmp_path):
