@@ -85,7 +85,7 @@ def settled(name: str, model: str | None = None) -> Store:
     """The store, in which nothing waits for a model: a write that was cut off is finished first."""
     store = opened(name)
     if store.pending_count(name):
-        finish(store, name, load(store.open(name, store.applied_version(name)), model, None))
+        finish(store, name, load(store.latest(name)[1], model, None))
     return store
 
 
@@ -98,7 +98,7 @@ def finish(store: Store, name: str, llm: MemoryModel) -> None:
 
 def applied(store: Store, name: str) -> Memory | None:
     """The memory without what waits for a model; None if there is none of this name."""
-    return store.open(name, store.applied_version(name)) if name in store else None
+    return store.latest(name)[1] if name in store else None
 
 
 def read(
@@ -110,7 +110,7 @@ def read(
     adapters: str | None = None,
 ) -> tuple[Memory, MemoryModel]:
     """A version of a memory and the model that reads it."""
-    memory = store.open(name, store.applied_version(name) if version is None else version)
+    memory = store.latest(name)[1] if version is None else store.open(name, version)
     llm = load(memory, model, device, adapters=adapters)
     if version is not None:
         return memory, llm

@@ -178,7 +178,8 @@ def show(
 ) -> None:
     """Show how full a memory is, its half-life, and how much of each source is left and will be."""
     store = base.settled(memory, model)
-    now, stats = store.open(memory, version), store.stats(memory, version=version)
+    now = store.open(memory, version)
+    stats = store.stats_of(memory, now)
     number = store.history(memory)[-1].version if version is None else version
     (disk,) = store.overview([memory])
     if json_:

@@ -321,6 +321,11 @@ class Journal:
     def exists(self, id: int) -> bool:
         return bool(self._rows("WHERE id = ?", id))
 
+    def is_head(self, row: Row) -> bool:
+        """Whether a version is there, and the newest of its memory."""
+        where = "WHERE id = ? AND seq = (SELECT MAX(seq) FROM versions WHERE memory = ?)"
+        return bool(self._rows(where, row.id, row.memory))
+
     def lineage(self, row: Row) -> Iterator[Row]:
         """A version, the one that it was made from, and so on to the first."""
         yield row

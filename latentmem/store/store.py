@@ -342,18 +342,17 @@ class Store:
         Raises:
             ValueError: no such memory or version, a missing or damaged object, or writes that wait for a model.
         """
-        row = self._journal.version(name, version)  # before the look at pending rows: a write may be acknowledged now
-        if version is None and (row.state == "pending" or self._needs_apply(row.memory)):
-            with self._locks.memory(name) as memory:
-                self._writer.advance(llm, memory)
-                return self._states.memory(self._states.ready(self._journal.head(memory)))
-        self._states.ready(row)
-        try:
-            return self._states.memory(row)
-        except ValueError:
-            if self._journal.exists(row.id):
-                raise
-            return self.open(name, version, llm=llm)  # a replay has put another in its place meanwhile
+        while True:
+            row = self._journal.version(name, version)  # before the look at pending rows: one may be acknowledged now
+            if version is None and (row.state == "pending" or self._needs_apply(row.memory)):
+                with self._locks.memory(name) as memory:
+                    self._writer.advance(llm, memory)
+                    return self._states.memory(self._states.ready(self._journal.head(memory)))
+            try:
+                return self._states.memory(self._states.ready(row))
+            except ValueError:  # a replay may have put another in its place, or pruning may have taken it
+                if self._journal.is_head(row) if version is None else self._journal.exists(row.id):
+                    raise
 
     def ask(
         self, llm: MemoryModel, name: str, question: str, *, version: int | None = None, **generate_kwargs: Any
@@ -371,7 +370,11 @@ class Store:
         Args:
             ahead: numbers of further updates of K slots that the forecast is for.
         """
-        return views.stats(self.open(name, version), self._journal.expiries(self._journal.id(name)), ahead)
+        return self.stats_of(name, self.open(name, version), ahead)
+
+    def stats_of(self, name: str, memory: Memory, ahead: Sequence[int] = (1, 10, 100)) -> list[SourceStats]:
+        """`stats` of a version of a memory that was opened."""
+        return views.stats(memory, self._journal.expiries(self._journal.id(name)), ahead)
 
     # --- sources ----------------------------------------------------------------------------------------------------
 

@@ -232,14 +232,18 @@ class Writer:
 
     def expired(self, memory: int) -> list[str]:
         """Sources of the newest version whose time is over; while that waits, all sources whose time is over."""
-        over = [source for source, at in self._journal.expiries(memory).items() if at <= time.time()]
-        if not over:
-            return []
-        head = self._journal.head(memory)
-        if self._states.waits(head):
-            return over
-        held = {source.name for source in self._states.memory(head).sources}
-        return [source for source in over if source in held]
+        while over := [source for source, at in self._journal.expiries(memory).items() if at <= time.time()]:
+            head = self._journal.head(memory)
+            if self._states.waits(head):
+                return over
+            try:
+                held = {source.name for source in self._states.memory(head).sources}
+            except ValueError:  # somebody may have written a newer one and pruned this one
+                if self._journal.is_head(head):
+                    raise
+            else:
+                return [source for source in over if source in held]
+        return []
 
 
 def _succeeded(row: Row) -> Row:

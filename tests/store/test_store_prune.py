@@ -17,7 +17,7 @@ from latentmem.model.model import MemoryModel
 from latentmem.store import Pruned, Store
 from latentmem.store.objects import Disk
 from latentmem.store.states import after_event
-from latentmem.store.writing import Writer
+from latentmem.store.writing import Writer, payload
 from latentmem.testing import byte_tokenizer, tiny_model
 
 
@@ -633,6 +633,41 @@ def test_an_altered_file_of_a_pruned_memory_is_refused(exported, tmp_path, chang
 
 
 # --- at once ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["open", "stats", "latest", "has_pending", "diff"])
+def test_the_newest_version_is_read_where_the_one_before_is_pruned_meanwhile(llm, store, monkeypatch, what):
+    live = filled(llm, store)
+    if what == "has_pending":
+        store.expire("m", "a", 0)
+    reader, moved = again(store, cache_bytes=0), []
+    get = reader._objects.get
+
+    def slow(name):
+        if len(moved) < 2:
+            moved.append(store._journal.head(store._journal.id("m")).seq)
+            store._writer.write(llm, store._journal.id("m"), payload("goes on", "z", None))
+            store.prune("m", keep=1)
+        return get(name)
+
+    monkeypatch.setattr(reader._objects, "get", slow)
+    monkeypatch.setattr(store._writer, "expired", lambda _: [])
+    expected = live[-1]
+    for _ in range(2):
+        expected = llm.write(expected, "goes on", "z")
+    if what == "has_pending":
+        assert reader.has_pending("m")
+    elif what == "stats":
+        assert [(one.source, one.tokens) for one in reader.stats("m")] == [(s.name, s.tokens) for s in expected.sources]
+    elif what == "diff":
+        assert {change.source for change in reader.diff("m", 0)} >= {"z"}
+    elif what == "latest":
+        version, memory = reader.latest("m")
+        assert version == 6
+        same(memory, expected)
+    else:
+        same(reader.open("m"), expected)
+    assert moved[-1] == 5 or what == "diff"
 
 
 def test_versions_are_read_while_others_are_pruned(llm, store):

@@ -106,7 +106,7 @@ class Service:
         for one in self.store.overview():
             if one.pending:
                 with contextlib.suppress(ValueError, OSError):  # of another model, damaged, in use: it goes on waiting
-                    self.llm.check(self.store.open(one.name, self.store.applied_version(one.name)))
+                    self.llm.check(self.store.latest(one.name)[1])
                     self.store.apply(self._model, one.name)
         self.ready = True
 

@@ -79,7 +79,7 @@ async def stats(request: Request, id: str, version: VersionQuery = None) -> sche
     def read(store: Store) -> schema.Stats:
         number, memory = _opened(store, id, version)
         half_life = memory.half_life if memory.half_life < float("inf") else None
-        sources = [schema.SourceLeft(**asdict(source)) for source in store.stats(id, version=number)]
+        sources = [schema.SourceLeft(**asdict(source)) for source in store.stats_of(id, memory)]
         facts = {what: getattr(memory, what) for what in ("M", "N", "K")}
         for overview in store.overview([id]):
             facts |= {what: getattr(overview, what) for what in ("bytes", "prunable")}
@@ -274,7 +274,7 @@ async def import_(request: Request, id: str) -> schema.MemoryInfo:
             except ValueError as error:
                 raise ValueError(str(error).replace(str(path), "the file")) from None
             try:
-                llm.check(store.open(id, store.applied_version(id)))
+                llm.check(store.latest(id)[1])
             except BaseException:
                 store.delete(id)
                 raise
