@@ -205,6 +205,18 @@ class Journal:
     def keep_setting(self, name: str, value: str) -> None:
         self._do("INSERT OR REPLACE INTO settings VALUES (?, ?)", name, value)
 
+    def needs_sweep(self) -> None:
+        """Objects, but no rows, are about to be put down or left that no version refers to."""
+        with self.transaction():
+            if self.setting("sweep", "no") == "no":
+                self.keep_setting("sweep", "objects")
+
+    def swept(self, log: bool) -> None:
+        """A sweep of the objects has ended, or one of the log too; a sweep of the log stays due without."""
+        with self.transaction():
+            if log or self.setting("sweep", "no") == "objects":
+                self.keep_setting("sweep", "no")
+
     # --- memories ---------------------------------------------------------------------------------------------------
 
     def names(self) -> dict[str, int]:

@@ -61,13 +61,13 @@ def prune(
     if dry_run or not (todo.pruned or todo.empty):
         return Pruned(versions, todo.bytes)
     with locks.objects():
+        journal.needs_sweep()  # whatever happens from here on
         snapshots = [_as_snapshot(states, journal.row(id)) for id in todo.snapshots]
         with journal.transaction():
             before = journal.bytes()
             for row in snapshots:
                 journal.change(row)
             journal.prune(todo.pruned, todo.empty)
-            journal.keep_setting("sweep", "due")
             freed = before - journal.bytes()
     states.cache.discard(todo.pruned)
     return Pruned(versions, freed)

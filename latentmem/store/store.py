@@ -81,8 +81,7 @@ class Store:
         self._states = States(self._journal, self._objects, snapshot_every, cache_bytes)
         self._writer = Writer(self._journal, self._states, self._locks)
         self._replay = Replay(self._journal, self._states, self._locks, self._writer)
-        if self._journal.setting("sweep", "no") == "due":
-            self.sweep()
+        self._sweep_if_due()
 
     def close(self) -> None:
         """Close the database; what was acknowledged is safe without it."""
@@ -201,12 +200,12 @@ class Store:
         if older_than is not None and not older_than >= 0:
             raise ValueError(f"older_than must be 0 or more seconds, got {older_than}.")
         since = None if older_than is None else time.time() - older_than
-        with self._locks.memory(name) as memory:
-            pruned = pruning.prune(self._journal, self._states, self._locks, memory, keep, since, dry_run)
-        if not dry_run:
-            with contextlib.suppress(InUseError):  # what is left on the disk goes with the next sweep
-                self.sweep()
-        return pruned
+        try:
+            with self._locks.memory(name) as memory:
+                return pruning.prune(self._journal, self._states, self._locks, memory, keep, since, dry_run)
+        finally:
+            if not dry_run:
+                self._sweep_objects()
 
     def history(
         self, name: str, *, after: int | None = None, limit: int | None = None, newest_first: bool = False
@@ -476,6 +475,9 @@ class Store:
 
     def sweep(self) -> int:
         """Delete objects that no version refers to, and deleted rows from the log; gives the number of objects."""
+        return self._sweep(log=True)
+
+    def _sweep(self, log: bool) -> int:
         for memory in self._journal.building():
             with self._locks.if_free(memory) as free:
                 if free:
@@ -488,6 +490,21 @@ class Store:
                     count += 1
             self._objects.tidy()
             self._locks.tidy()
-            self._journal.truncate()
-            self._journal.keep_setting("sweep", "no")
+            if log:
+                self._journal.truncate()
+            self._journal.swept(log)
         return count
+
+    def _sweep_if_due(self) -> None:
+        """What a crash, a reader or a full disk has prevented; where it can not be done now, it stays due."""
+        if self._journal.setting("sweep", "no") == "due":
+            with contextlib.suppress(InUseError):
+                self.sweep()
+        else:
+            self._sweep_objects()
+
+    def _sweep_objects(self) -> None:
+        """Delete objects that no version refers to, if there may be some, or leave it to the next sweep."""
+        with contextlib.suppress(Exception):  # a folder raises an OSError, a bucket anything; the journal is in order
+            if self._journal.setting("sweep", "no") != "no":
+                self._sweep(log=False)

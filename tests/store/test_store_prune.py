@@ -1,6 +1,7 @@
 """Pruning: old versions go from the disk, and everything else stays as it was."""
 
 import random
+import sqlite3
 import tempfile
 import threading
 import time
@@ -8,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 import test_store_longterm
-from test_store import HOSTILE, again, files, filled, lines, seen, start, tampered
+from test_store import HOSTILE, again, files, filled, lines, raw, seen, start, tampered
 from test_store import same as same_fields
 
 from latentmem.core.sources import pin
-from latentmem.errors import NotFoundError
+from latentmem.errors import InUseError, NotFoundError
 from latentmem.model.model import MemoryModel
 from latentmem.store import Pruned, Store
 from latentmem.store.objects import Disk
@@ -298,26 +299,81 @@ def test_blocks_that_no_version_needs_leave_the_disk(llm, tmp_path, monkeypatch)
     assert again(store).open("m").is_empty
 
 
-def test_a_full_disk_changes_nothing(llm, tmp_path):
-    class Full(Disk):
-        full = False
+class Device(Disk):
+    """A disk that is full after some files, or that removes none."""
 
-        def create(self, path, data):
-            if self.full:
-                raise OSError(28, "No space left on device")
-            super().create(path, data)
+    room, error = 10**9, None
 
-    device = Full()
-    store = Store(tmp_path / "s", snapshot_every=3, disk=device)
-    live = filled(llm, store, sources="abcab")
-    device.full = True
+    def create(self, path, data):
+        if self.room <= 0:
+            raise OSError(28, "No space left on device")
+        self.room -= 1
+        super().create(path, data)
+
+    def remove(self, path):
+        if self.error is not None and path.suffix == ".safetensors":
+            raise self.error
+        super().remove(path)
+
+
+@pytest.mark.parametrize("room", [0, 1, 2])
+@pytest.mark.parametrize("error", [None, OSError(5, "Input/output error")], ids=["", "nothing can be removed"])
+def test_a_full_disk_changes_nothing_and_keeps_nothing(llm, tmp_path, room, error):
+    device = Device()
+    store = Store(tmp_path / "s", snapshot_every=64, disk=device)
+    live = filled(llm, store, sources="abcabcabcabcabcabcab")
+    for version in (5, 10, 15):
+        store.fork("m", f"f{version}", version)
+    before = files(store)
+    device.room, device.error = room, error
     with pytest.raises(OSError, match="No space"):
         store.prune("m", keep=1)
-    assert states(store) == ["applied"] * 6
+    assert states(store) == ["applied"] * 21
     for i, expected in enumerate(live):
         same(again(store).open("m", i), expected)
-    device.full = False
-    assert store.prune("m", keep=1).versions == [1, 2, 3, 4]
+    sound(store)
+    device.room, device.error = 10**9, None
+    assert files(store) == before
+    assert len(store.prune("m", keep=1).versions) == 16
+    sound(store)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("a bucket's own"), KeyError("it")])
+def test_a_sweep_that_fails_behind_the_commit_is_done_by_the_next_store(llm, tmp_path, error):
+    device = Device()
+    store = Store(tmp_path / "s", snapshot_every=3, disk=device)
+    filled(llm, store, sources="abcab")
+    before, device.error = disk(store), error
+    pruned = store.prune("m", keep=1)
+    assert pruned.versions == [1, 2, 3, 4] and pruned.bytes > 0
+    assert disk(store) >= before
+    same(again(store, disk=device).open("m"), store.open("m"))  # it can not sweep either, and opens
+    device.error = None
+    assert store.prune("m", keep=1) == Pruned([], 0)  # nothing to prune, and what is due is done
+    assert disk(store) == store._journal.bytes()
+    sound(store)
+
+
+def test_who_reads_the_database_hinders_neither_pruning_nor_the_next_store(llm, store):
+    filled(llm, store)
+    reader = sqlite3.connect(store.path / "store.db", isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM versions").fetchall()
+    began = time.monotonic()
+    short = again(store, timeout=20)
+    assert short.prune("m", keep=1).versions == [1, 2, 3]
+    assert time.monotonic() - began < 10  # it waits for nobody
+    assert disk(store) == store._journal.bytes()
+    quick = again(store, timeout=0.1)
+    with pytest.raises(InUseError, match="still holds what was deleted"):
+        quick.forget_by_replay(llm, "m", "b")
+    quick.prune("m", keep=1)  # does not take the sweep of the log for done
+    assert again(store, timeout=0.1).history("m")[-1].source == "c"
+    assert store._journal.setting("sweep", "no") == "due" and b"note 1 of b" in raw(store)
+    reader.close()
+    again(store)
+    assert store._journal.setting("sweep", "no") == "no" and b"note 1 of b" not in raw(store)
+    sound(store)
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
