@@ -11,6 +11,7 @@ stay instead, under versions that can not be opened any more.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
@@ -103,34 +104,53 @@ def plan(rows: Rows, forked: Iterable[int], keep: int | None, since: float | Non
     kept = {id for id in (ids[0], *forked, *asked, *waiting, ids[-1]) if not rows[id].pruned}
     deltas = {id for id in ids if rows[id].kind == "delta"}
     open_ = _with_bases(rows, kept, deltas)
-    snapshots = {id for id in open_ & deltas if rows[id].base not in open_}
-    for id in sorted(snapshots):
-        if _bytes(rows, kept, snapshots - {id}) < _bytes(rows, kept, snapshots):
-            snapshots.discard(id)
+    snapshots, left = _cheapest(rows, kept, {id for id in open_ & deltas if rows[id].base not in open_})
     needed = _with_bases(rows, kept, snapshots)
     return Plan(
         pruned=[id for id in ids if id not in open_ and not rows[id].pruned],
         snapshots=sorted(snapshots),
         empty=[id for id in ids if id not in needed and rows[id].kind != "pruned"],
-        bytes=sum(_objects(rows.values()).values()) - _bytes(rows, kept, snapshots),
+        bytes=sum(_objects(rows.values()).values()) - left,
     )
 
 
-def _with_bases(rows: Rows, kept: Collection[int], snapshots: Collection[int]) -> set[int]:
-    """Versions with all that they are made from, where `snapshots` are made from nothing."""
+def _cheapest(rows: Rows, kept: Collection[int], snapshots: set[int]) -> tuple[set[int], int]:
+    """Those of the snapshots that take no more room than the objects before them, and the bytes of all that stays."""
+    needed, sizes = _with_bases(rows, kept, snapshots), dict[str, int]()
+    uses: Counter[str] = Counter()  # of an object that stays
+
+    def use(objects: dict[str, int]) -> None:
+        sizes.update(objects)
+        uses.update(objects.keys())
+
+    for id in needed:
+        use(_as_if_written(rows, id) if id in snapshots else _objects([rows[id]]))
+    for id in sorted(snapshots):
+        new = _as_if_written(rows, id)
+        before = _with_bases(rows, [rows[id].base], (), needed)
+        uses.subtract(new.keys())
+        freed = sum(new[name] for name in new if not uses[name])
+        taken = sum(size for name, size in _objects(rows[one] for one in (id, *before)).items() if not uses[name])
+        if taken < freed:
+            snapshots = snapshots - {id}
+            needed |= before
+            for one in (id, *before):
+                use(_objects([rows[one]]))
+        else:
+            uses.update(new.keys())
+    return snapshots, sum(size for name, size in sizes.items() if uses[name])
+
+
+def _with_bases(
+    rows: Rows, starts: Iterable[int | None], snapshots: Collection[int], known: Collection[int] = ()
+) -> set[int]:
+    """Versions with all that they are made from, up to known ones, where `snapshots` are made from nothing."""
     needed: set[int] = set()
-    for start in kept:
-        id: int | None = start
-        while id in rows and id not in needed:
+    for id in starts:
+        while id is not None and id in rows and id not in needed and id not in known:
             needed.add(id)
             id = None if rows[id].kind == "snapshot" or id in snapshots else rows[id].base
     return needed
-
-
-def _bytes(rows: Rows, kept: Collection[int], snapshots: Collection[int]) -> int:
-    """Bytes of a memory of which `kept` can be opened, where `snapshots` are written."""
-    needed = _with_bases(rows, kept, snapshots) - set(snapshots)
-    return sum(_objects(rows[id] for id in needed).values()) + sum(_size(rows, id) for id in snapshots)
 
 
 def _objects(rows: Iterable[Row]) -> dict[str, int]:
@@ -141,7 +161,10 @@ def _objects(rows: Iterable[Row]) -> dict[str, int]:
     return sizes
 
 
-def _size(rows: Rows, id: int) -> int:
-    """Bytes of a snapshot that is not written yet, about; no more than those of what the version is made from."""
+def _as_if_written(rows: Rows, id: int) -> dict[str, int]:
+    """The objects of a snapshot that is not written yet, about: it shares the blocks of the snapshot before it."""
+    before = _with_bases(rows, [id], ())
+    blocks = rows[min(before)].facts.get("blocks", {})
     known = rows[id].facts.get("size")
-    return known if known is not None else sum(_objects(rows[one] for one in _with_bases(rows, [id], ())).values())
+    size = known if known is not None else sum(_objects(rows[one] for one in before).values())
+    return blocks | {f"snapshot of {id}": max(0, size - sum(blocks.values()))}

@@ -292,7 +292,11 @@ def test_blocks_that_no_version_needs_leave_the_disk(llm, tmp_path, monkeypatch)
         live = llm.write(live, f"text number {i}", "s")
     before, blocks = disk(store), [version.facts.get("blocks", {}) for version in store.history("m")]
     assert any(blocks[2:-3]) and store.overview()[0].bytes == before
-    assert store.prune("m", keep=1).bytes == before - disk(store) > 0
+    store.fork("m", "f", 23)  # two versions that become snapshots share blocks
+    said = store.prune("m", keep=1, dry_run=True).bytes
+    freed = store.prune("m", keep=1).bytes
+    assert freed == before - disk(store) > 0 and abs(said - freed) < 0.15 * before
+    store.delete("f")
     same(again(store).open("m"), live)
     sound(store)
     store.forget_by_replay(llm, "m", "s")
