@@ -212,10 +212,13 @@ class Journal:
                 self.keep_setting("sweep", "objects")
 
     def swept(self, log: bool) -> None:
-        """A sweep of the objects has ended, or one of the log too; a sweep of the log stays due without."""
+        """A sweep of the objects has ended, or one of the log too; a sweep of the log stays due without.
+
+        Objects that somebody is building may have to go later.
+        """
         with self.transaction():
             if log or self.setting("sweep", "no") == "objects":
-                self.keep_setting("sweep", "no")
+                self.keep_setting("sweep", "objects" if self.building() else "no")
 
     # --- memories ---------------------------------------------------------------------------------------------------
 
@@ -429,7 +432,7 @@ class Journal:
     # --- objects ----------------------------------------------------------------------------------------------------
 
     def objects(self) -> set[str]:
-        """Objects that a version refers to, or that a replay is about to refer to."""
+        """Objects that a version refers to, or that a replay or pruning is about to refer to."""
         sql = """SELECT object FROM versions WHERE object IS NOT NULL UNION SELECT object FROM building
                  UNION SELECT json_each.key FROM versions, json_each(versions.facts, '$.blocks')"""
         return {name for (name,) in self._all(sql)}
@@ -442,11 +445,11 @@ class Journal:
         return self._one(sql)[0]
 
     def build(self, memory: int, name: str) -> None:
-        """Keep an object that a replay of this memory has made until the versions refer to it."""
+        """Keep an object that a replay or pruning of this memory has made until the versions refer to it."""
         self._do("INSERT INTO building VALUES (?, ?)", name, memory)
 
     def building(self) -> list[int]:
-        """Memories with objects of a replay that runs, or that was broken off."""
+        """Memories with objects of a replay or pruning that runs, or that was broken off."""
         return [id for (id,) in self._all("SELECT DISTINCT memory FROM building")]
 
     def built(self, memory: int) -> None:

@@ -77,10 +77,10 @@ class Locks:
             yield family
 
     @contextlib.contextmanager
-    def if_free(self, memory: int) -> Iterator[bool]:
-        """Hold a memory if nobody else does; gives whether."""
+    def if_free(self, key: int | str) -> Iterator[bool]:
+        """Hold a memory, or "objects", if nobody else does; gives whether."""
         try:
-            with FileLock(self._path(memory), timeout=0):
+            with FileLock(self._path(key), timeout=0):
                 yield True
         except Timeout:
             yield False

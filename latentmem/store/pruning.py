@@ -11,6 +11,7 @@ stay instead, under versions that can not be opened any more.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from latentmem.store.journal import Journal, Row
 from latentmem.store.locks import Locks
 from latentmem.store.states import States
+from latentmem.store.sweeping import Sweeper
 
 Rows = dict[int, Row]  # id -> version of one memory, oldest first
 
@@ -52,31 +54,55 @@ class Plan:
     bytes: int
 
 
-def prune(
-    journal: Journal, states: States, locks: Locks, memory: int, keep: int | None, since: float | None, dry_run: bool
-) -> Pruned:
-    """Prune a memory, up to the sweep; whoever calls holds it. Arguments as of `plan`."""
-    rows = outline(journal, memory)
-    todo = plan(rows, journal.fork_bases(memory), keep, since)
-    versions = [rows[id].seq for id in todo.pruned]
-    if dry_run or not (todo.pruned or todo.empty):
-        return Pruned(versions, todo.bytes)
-    with locks.objects():
-        journal.needs_sweep()  # whatever happens from here on
-        snapshots = [_as_snapshot(states, journal.row(id)) for id in todo.snapshots]
-        with journal.transaction():
-            before = journal.bytes()
+class Pruner:
+    """Prunes the memories of one store."""
+
+    def __init__(self, journal: Journal, states: States, locks: Locks, sweeper: Sweeper) -> None:
+        self._journal, self._states, self._locks, self._sweeper = journal, states, locks, sweeper
+
+    def prune(self, name: str, keep: int | None, older_than: float | None, dry_run: bool) -> Pruned:
+        """`Store.prune`."""
+        if (keep is None) == (older_than is None):
+            raise ValueError(f"give either keep or older_than, got {keep} and {older_than}.")
+        if keep is not None and keep < 1:
+            raise ValueError(f"the newest version always stays: keep must be 1 or more, got {keep}.")
+        if older_than is not None and not older_than >= 0:
+            raise ValueError(f"older_than must be 0 or more seconds, got {older_than}.")
+        since = None if older_than is None else time.time() - older_than
+        try:
+            with self._locks.memory(name) as memory:
+                rows = outline(self._journal, memory)
+                todo = plan(rows, self._journal.fork_bases(memory), keep, since)
+                change = not dry_run and bool(todo.pruned or todo.empty)
+                freed = self._carry_out(memory, todo) if change else todo.bytes
+                return Pruned([rows[id].seq for id in todo.pruned], freed)
+        finally:
+            if not dry_run:
+                self._sweeper.sweep_objects()
+
+    def _carry_out(self, memory: int, todo: Plan) -> int:
+        """Do what is planned, up to the sweep; gives the bytes that are freed."""
+        snapshots = [self._put_snapshot(self._journal.row(id)) for id in todo.snapshots]
+        with self._journal.transaction():
+            before = self._journal.bytes()
             for row in snapshots:
-                journal.change(row)
-            journal.prune(todo.pruned, todo.empty)
-            freed = before - journal.bytes()
-    states.cache.discard(todo.pruned)
-    return Pruned(versions, freed)
+                self._journal.change(row)
+            self._journal.prune(todo.pruned, todo.empty)
+            self._journal.built(memory)
+            self._journal.needs_sweep()
+            freed = before - self._journal.bytes()
+        self._states.cache.discard(todo.pruned)
+        return freed
 
-
-def _as_snapshot(states: States, row: Row) -> Row:
-    """The row of a delta with a snapshot in its place, which is on disk."""
-    return states.put(replace(row, kind="none", object=None, bytes=0), states.memory(row))
+    def _put_snapshot(self, row: Row) -> Row:
+        """The row of a delta with a snapshot in its place, which is on disk and which no sweep takes."""
+        content = self._states.memory(row)
+        with self._locks.objects():
+            self._journal.needs_sweep()  # a crash may come before the journal knows the objects
+            written = self._states.put(replace(row, kind="none", object=None, bytes=0), content)
+            for name in [written.object or "", *written.facts.get("blocks", ())]:
+                self._journal.build(row.memory, name)
+        return written
 
 
 def outline(journal: Journal, memory: int) -> Rows:
@@ -104,13 +130,13 @@ def plan(rows: Rows, forked: Iterable[int], keep: int | None, since: float | Non
     kept = {id for id in (ids[0], *forked, *asked, *waiting, ids[-1]) if not rows[id].pruned}
     deltas = {id for id in ids if rows[id].kind == "delta"}
     open_ = _with_bases(rows, kept, deltas)
-    snapshots, left = _cheapest(rows, kept, {id for id in open_ & deltas if rows[id].base not in open_})
+    snapshots, remaining = _cheapest(rows, kept, {id for id in open_ & deltas if rows[id].base not in open_})
     needed = _with_bases(rows, kept, snapshots)
     return Plan(
         pruned=[id for id in ids if id not in open_ and not rows[id].pruned],
         snapshots=sorted(snapshots),
         empty=[id for id in ids if id not in needed and rows[id].kind != "pruned"],
-        bytes=sum(_objects(rows.values()).values()) - left,
+        bytes=sum(_objects(rows.values()).values()) - remaining,
     )
 
 

@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -76,18 +76,8 @@ class Replay:
         back: dict[int, Row] = {}
         states: dict[int, State] = {}  # new states of bases, until their last child
         for row in again:
-            base, bare, closed = row.base or 0, plan.bare(row), row.base in plan.closed
-            following: Row | None = None
-            if plan.has_object(row):
-                following, after = self._placed(bare, *self._states.state(row), closed)
-            else:
-                before = states.get(base) or self._states.state(self._journal.row(base))
-                if row.id in removed:
-                    after = before
-                elif row.id in texts:
-                    following, after = self._write(llm, bare, before, closed, texts[row.id], next(steps))
-                else:
-                    following, after = self._repeat(bare, before, closed)
+            base = row.base or 0
+            following, after = self._again(llm, plan, row, states.get(base), texts.get(row.id), steps)
             if row.id in plan.changed:
                 new[row.id] = following
             elif following is not None:
@@ -98,6 +88,34 @@ class Replay:
             if last_child[base] == row.id:
                 states.pop(base, None)
         return new, back
+
+    def _again(
+        self,
+        llm: WritingModel,
+        plan: _Plan,
+        row: Row,
+        before: State | None,
+        tokens: Tokens | None,
+        steps: Iterator[Progress | None],
+    ) -> tuple[Row | None, State]:
+        """One version that is computed again.
+
+        Args:
+            before: new state of its base, if that is computed again too.
+            tokens: of its text, if it is a write that was applied.
+
+        Returns:
+            What takes its place, or None where it goes; and the new state.
+        """
+        bare, closed = plan.bare(row), row.base in plan.closed
+        if plan.has_object(row):
+            return self._placed(bare, *self._states.state(row), closed)
+        before = before or self._states.state(self._journal.row(row.base or 0))
+        if plan.goes(row):
+            return None, before
+        if tokens is not None:
+            return self._write(llm, bare, before, closed, tokens, next(steps))
+        return self._repeat(bare, before, closed)
 
     def _check_same(self, row: Row, following: Row) -> None:
         """A ValueError if a pruned version, which forgetting does not change, has not become what it was."""
@@ -272,10 +290,14 @@ class _Plan:
         """Whether a version is only to be opened again: its object has stayed, or that of its base."""
         return row.id not in self.changed and row.kind != "pruned"
 
+    def goes(self, row: Row) -> bool:
+        """Whether a version is one of the forgotten source."""
+        return row.id in self._removed
+
     def has_text(self, row: Row) -> bool:
         """Whether a computed version is a text that is to be written again."""
         is_text = row.event == "write" and row.state == "applied"
-        return is_text and row.id not in self._removed and not self.has_object(row)
+        return is_text and not self.goes(row) and not self.has_object(row)
 
     def bare(self, row: Row) -> Row:
         return _unpruned(row) if row.id in self.revived else row

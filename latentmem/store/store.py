@@ -9,12 +9,11 @@ row that names it, so whatever a crash leaves behind, every row can be read.
     writing.py   acknowledge, compute       journal.py   the database
     replay.py    forget and rebuild         objects.py   tensors by the hash of their bytes
     states.py    the memory at a version    delta.py     updates as a file, and one after another
-    pruning.py   which old versions go
+    pruning.py   which old versions go      sweeping.py  objects that no version refers to
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Collection, Sequence
 from datetime import datetime
@@ -25,13 +24,14 @@ from latentmem.core.memory import Memory
 from latentmem.errors import InUseError, NotFoundError
 from latentmem.model.model import MemoryModel
 from latentmem.model.writing import Progress
-from latentmem.store import archive, pruning, views
+from latentmem.store import archive, views
 from latentmem.store.journal import Journal, Row
 from latentmem.store.locks import Locks, check_name
 from latentmem.store.objects import Disk, objects_at
-from latentmem.store.pruning import Pruned
+from latentmem.store.pruning import Pruned, Pruner
 from latentmem.store.replay import Replay
 from latentmem.store.states import States, facts, plain
+from latentmem.store.sweeping import Sweeper
 from latentmem.store.views import Change, Overview, SourceStats, Version
 from latentmem.store.writing import Content, Writer, WritingModel, payload, tokenised
 
@@ -81,7 +81,9 @@ class Store:
         self._states = States(self._journal, self._objects, snapshot_every, cache_bytes)
         self._writer = Writer(self._journal, self._states, self._locks)
         self._replay = Replay(self._journal, self._states, self._locks, self._writer)
-        self._sweep_if_due()
+        self._sweeper = Sweeper(self._journal, self._objects, self._locks)
+        self._pruner = Pruner(self._journal, self._states, self._locks, self._sweeper)
+        self._sweeper.sweep_if_due()
 
     def close(self) -> None:
         """Close the database; what was acknowledged is safe without it."""
@@ -193,19 +195,7 @@ class Store:
             ValueError: neither of the two, both, or a number that is too small.
             OSError: the disk is full; nothing has changed.
         """
-        if (keep is None) == (older_than is None):
-            raise ValueError(f"give either keep or older_than, got {keep} and {older_than}.")
-        if keep is not None and keep < 1:
-            raise ValueError(f"the newest version always stays: keep must be 1 or more, got {keep}.")
-        if older_than is not None and not older_than >= 0:
-            raise ValueError(f"older_than must be 0 or more seconds, got {older_than}.")
-        since = None if older_than is None else time.time() - older_than
-        try:
-            with self._locks.memory(name) as memory:
-                return pruning.prune(self._journal, self._states, self._locks, memory, keep, since, dry_run)
-        finally:
-            if not dry_run:
-                self._sweep_objects()
+        return self._pruner.prune(name, keep, older_than, dry_run)
 
     def history(
         self, name: str, *, after: int | None = None, limit: int | None = None, newest_first: bool = False
@@ -428,7 +418,11 @@ class Store:
         Raises:
             ValueError: the source was in a memory before its journal began, or `llm` is not the model that wrote it.
         """
-        rewritten = self._replay.forget(llm, name, source, progress)
+        try:
+            rewritten = self._replay.forget(llm, name, source, progress)
+        except ValueError:
+            self._sweeper.sweep_objects(due=True)  # the objects of new versions, which take no place
+            raise
         self.sweep()
         return rewritten
 
@@ -475,36 +469,4 @@ class Store:
 
     def sweep(self) -> int:
         """Delete objects that no version refers to, and deleted rows from the log; gives the number of objects."""
-        return self._sweep(log=True)
-
-    def _sweep(self, log: bool) -> int:
-        for memory in self._journal.building():
-            with self._locks.if_free(memory) as free:
-                if free:
-                    self._journal.built(memory)
-        with self._locks.objects():
-            used, count = self._journal.objects(), 0
-            for name in list(self._objects.names()):
-                if name not in used:
-                    self._objects.remove(name)
-                    count += 1
-            self._objects.tidy()
-            self._locks.tidy()
-            if log:
-                self._journal.truncate()
-            self._journal.swept(log)
-        return count
-
-    def _sweep_if_due(self) -> None:
-        """What a crash, a reader or a full disk has prevented; where it can not be done now, it stays due."""
-        if self._journal.setting("sweep", "no") == "due":
-            with contextlib.suppress(InUseError):
-                self.sweep()
-        else:
-            self._sweep_objects()
-
-    def _sweep_objects(self) -> None:
-        """Delete objects that no version refers to, if there may be some, or leave it to the next sweep."""
-        with contextlib.suppress(Exception):  # a folder raises an OSError, a bucket anything; the journal is in order
-            if self._journal.setting("sweep", "no") != "no":
-                self._sweep(log=False)
+        return self._sweeper.sweep()
