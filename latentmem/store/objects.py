@@ -61,11 +61,12 @@ class Objects(ABC):
         """All objects that are there."""
 
     @abstractmethod
-    def remove(self, name: str) -> None: ...
+    def remove(self, name: str) -> None:
+        """Remove an object; behind `tidy` no crash brings it back."""
 
     @abstractmethod
     def tidy(self) -> None:
-        """Remove what broken-off writes have left; nobody may be writing."""
+        """Remove what broken-off writes have left, and flush all that was removed; nobody may be writing."""
 
     @abstractmethod
     def _write(self, name: str, data: bytes) -> None: ...
@@ -83,6 +84,7 @@ class Local(Objects):
 
     def __init__(self, folder: Path, disk: Disk) -> None:
         self.folder, self.disk = folder, disk
+        self._not_flushed: set[Path] = set()  # folders from which something was removed
         disk.mkdir(folder)
         disk.sync_folder(folder.parent)
 
@@ -110,11 +112,16 @@ class Local(Objects):
                 yield path.stem
 
     def remove(self, name: str) -> None:
-        self.disk.remove(self._path(name))
+        path = self._path(name)
+        self._not_flushed.add(path.parent)
+        self.disk.remove(path)
 
     def tidy(self) -> None:
         for path in self.folder.glob(f"??/.*{SUFFIX}.*"):
             self.disk.remove(path)
+        for folder in sorted(self._not_flushed):
+            self.disk.sync_folder(folder)
+        self._not_flushed.clear()
 
     def _path(self, name: str) -> Path:
         return self.folder / name[:2] / f"{name}{SUFFIX}"
