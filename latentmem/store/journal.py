@@ -69,8 +69,9 @@ class Row:
         kind: what `object` is: a "snapshot", a "delta" to the base, "none" where the event says all, or "pruned":
             it is gone.
         object: hash of that object.
-        facts: as in `Version`; "blocks": hash -> size of the long-term memory's objects that a snapshot refers to;
-            "pruned": the version can not be opened any more, though a later one may need its object.
+        facts: as in `Version`; "ids": hash of the token ids that were written; "blocks": hash -> size of the long-term
+            memory's objects that a snapshot refers to; "pruned": the version can not be opened any more, though a
+            later one may need its object.
         time: seconds since 1970.
         seq: number of the version within the memory, from 0.
         id: unique in the store and never used again; 0 = not stored yet. A base has a smaller one.

@@ -33,8 +33,8 @@ class Version:
         error: why it failed.
         key: the caller's idempotency key.
         bytes: what it takes on disk beside its row.
-        facts: how full it is (M, N, `size` in bytes), and with what it was computed (model, dtype, ...): where these
-            are equal, a replay gives equal bits.
+        facts: how full it is (M, N, `size` in bytes), and with what it was computed (model, dtype, a hash of the token
+            ids, ...): where these are equal, a replay gives equal bits.
         time: when, with time zone.
     """
 

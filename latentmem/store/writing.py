@@ -212,7 +212,7 @@ class Writer:
         after = llm.write_ids(before.memory, ids, row.payload["source"], progress, keep)
         small = before.deltas + 1 < self._states.snapshot_every and delta.size(updates) < size(after)
         payload = row.payload | {"tokens": len(ids), "resolved": tokens.role}
-        row = replace(row, payload=payload, state="applied", facts=facts(after))
+        row = replace(row, payload=payload, state="applied", facts=facts(after) | {"ids": _digest(ids)})
         return row, delta.to_bytes(updates) if small else after, after
 
     # --- without a text ---------------------------------------------------------------------------------------------
@@ -312,6 +312,11 @@ def in_all(progress: Progress | None, texts: Sequence[Tokens]) -> Iterator[Progr
     for text in texts:
         yield None if progress is None else partial(_share, progress, done, total)
         done += len(text.ids)
+
+
+def _digest(ids: Sequence[int]) -> str:
+    """A hash of token ids, by which a replay sees whether it writes the same ones."""
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
 def _share(progress: Progress, before: int, total: int, done: int, _: int) -> None:

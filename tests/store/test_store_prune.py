@@ -469,6 +469,13 @@ def other_template():
     return tokenizer
 
 
+def template_of_equal_length():
+    """A tokenizer with the same words, whose template puts a space where the other has a new line."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("m['role'] + '\\n'", "m['role'] + ' '")
+    return tokenizer
+
+
 def other_words():
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["hello"])
@@ -481,6 +488,7 @@ def other_words():
     [
         ("system", other_template, r"version 1 of 'm' can not be written again: .* no system; nothing has changed"),
         ("user", other_template, r"version 1 of 'm' .* its text is \d+ tokens now, and was \d+; nothing has changed"),
+        ("user", template_of_equal_length, r"version 1 of 'm' .* its text is other tokens now; nothing has changed"),
         ("user", other_words, r"another tokenizer"),
     ],
 )
