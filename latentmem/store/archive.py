@@ -16,7 +16,8 @@ from latentmem.store.objects import HASH, Objects
 from latentmem.store.states import States
 from latentmem.store.writing import CONTENTS
 
-FORMAT = "latentmem export 2"
+FORMAT = "latentmem export 3"  # 2, and versions that were pruned
+UNPRUNED = "latentmem export 2"
 OLDER = {"latentmem export 1": "4f1b448"}  # format -> the last commit that reads it
 LATEST = 1e11  # seconds since 1970: the year 5138
 FIELDS = {field.name for field in fields(Row)} - {"id", "memory"}  # of a line of the journal
@@ -55,7 +56,8 @@ def export(journal: Journal, objects: Objects, states: States, memory: int, path
         line["base"] = None if row.base is None else numbers[row.base]
         lines.append(json.dumps(line, sort_keys=True))
         sizes |= ({row.object: row.bytes} if row.object else {}) | _blocks(row)
-    manifest = {"format": FORMAT, "expiries": journal.expiries(memory), "objects": sizes}
+    form = FORMAT if any(row.pruned for row in rows) else UNPRUNED
+    manifest = {"format": form, "expiries": journal.expiries(memory), "objects": sizes}
     with replacing(path, private=True) as temporary, zipfile.ZipFile(temporary, "w") as file:
         _add_entry(file, "manifest.json", json.dumps(manifest, sort_keys=True).encode())
         _add_entry(file, "journal.jsonl", "\n".join(lines).encode())
@@ -149,8 +151,8 @@ class Reader:
         manifest = json.loads(self._file.read("manifest.json"))
         if manifest["format"] in OLDER:
             raise ValueError(f"commit {OLDER[manifest['format']]} of latentmem reads {manifest['format']!r}")
-        if set(manifest) != {"format", "expiries", "objects"} or manifest["format"] != FORMAT:
-            raise ValueError(f"expected the format {FORMAT!r}")
+        if set(manifest) != {"format", "expiries", "objects"} or manifest["format"] not in (UNPRUNED, FORMAT):
+            raise ValueError(f"expected the format {UNPRUNED!r} or {FORMAT!r}")
         self.objects, self.expiries = manifest["objects"], manifest["expiries"]
         if not all(type(at) is float and 0 <= at < LATEST for at in self.expiries.values()):
             raise ValueError("an expiry is no time")
@@ -159,6 +161,8 @@ class Reader:
             raise ValueError("its entries are not those that its manifest names")
         lines = self._file.read("journal.jsonl").decode().splitlines()
         self.rows = [_row(i, json.loads(line)) for i, line in enumerate(lines)]
+        if any(row.pruned for row in self.rows) != (manifest["format"] == FORMAT):
+            raise ValueError(f"a file has the format {FORMAT!r} where a version was pruned, else {UNPRUNED!r}")
         self._check_rows()
 
     def _sizes(self) -> dict[str, int]:
@@ -216,6 +220,7 @@ def _row(i: int, line: dict[str, Any]) -> Row:
         (row.object is None) == (row.kind in ("none", "pruned")),
         row.kind in BY_STATE[row.state] if write else row.kind != "delta" and row.state != "pending",
         row.facts.get("pruned", True) is True and row.pruned >= (row.kind == "pruned"),
+        not (row.pruned and row.state == "pending"),
     )
     if not all(sound):
         raise ValueError(f"line {i} of its journal does not belong there")

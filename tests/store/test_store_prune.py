@@ -1,10 +1,12 @@
 """Pruning: old versions go from the disk, and everything else stays as it was."""
 
+import json
 import random
 import sqlite3
 import tempfile
 import threading
 import time
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -150,15 +152,21 @@ def test_older_checkouts_read_a_store_until_something_is_pruned(llm, store, tmp_
     def number(store):
         return store._journal._one("PRAGMA user_version")[0]
 
+    def form(path):
+        with zipfile.ZipFile(path) as file:
+            return json.loads(file.read("manifest.json"))["format"]
+
     filled(llm, store)
     store.prune("m", keep=1, dry_run=True)
     assert number(store) == number(again(store)) == 2
     store.prune("m", keep=1)
     assert number(store) == number(again(store)) == 3
     store.export("m", tmp_path / "m.zip")
+    assert form(tmp_path / "m.zip") == "latentmem export 3"
     there = Store(tmp_path / "there")
     there.create("n", start(llm))
-    assert number(there) == 2
+    there.export("n", tmp_path / "n.zip")
+    assert number(there) == 2 and form(tmp_path / "n.zip") == "latentmem export 2"
     there.import_(tmp_path / "m.zip", "m")
     assert number(there) == number(again(there)) == 3
 
@@ -677,6 +685,11 @@ def test_a_pruned_memory_is_exported_and_imported(llm, exported, tmp_path):
     there.rebuild(llm, "copy", "new")
 
 
+def marked_and_waiting(rows):
+    waits = {"state": "pending", "kind": "none", "object": None, "bytes": 0, "seq": 9, "base": 8}
+    rows += [rows[7] | waits | {"facts": {"pruned": True}}, rows[8] | {"seq": 10}]
+
+
 ALTERED = {
     "the newest pruned": lines(lambda rows: rows[-1]["facts"].update(pruned=True)),
     "the first pruned": lines(lambda rows: rows[0]["facts"].update(pruned=True)),
@@ -686,6 +699,7 @@ ALTERED = {
     "a pin on nothing": lines(lambda rows: rows[8].update(base=2)),
     "a pruned version with bytes": lines(lambda rows: rows[1].update(bytes=5)),
     "a pruned version that waits": lines(lambda rows: rows[1].update(state="pending")),
+    "a mark on a version that waits": lines(marked_and_waiting),
     "a pruned version with an object": lines(lambda rows: rows[1].update(object=rows[6]["object"])),
 }
 
