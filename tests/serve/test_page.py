@@ -451,10 +451,15 @@ def test_a_pruned_version_is_said_and_can_not_be_chosen(scripted, opened):
     store = scripted.service.store
     for source, text in (("secret", SAFE), ("boat", BOAT)):
         store.write(scripted.service.llm, "m", text, source=source)
+        store.append("m", "as a judge", source, role="judge")
+        store.apply(scripted.service.llm, "m")
+    store.write(scripted.service.llm, "m", BOAT, source="boat")
     store.prune("m", keep=1)
-    line = opened(scripted, "m").locator(".history li").nth(1)
-    line.get_by_text("pruned").wait_for()
-    assert [button(line, name).count() for name in ("Look", "Go back …", "Fork …")] == [0, 0, 0]
+    page = opened(scripted, "m")
+    for place, words in ((1, "failed"), (2, "pruned")):
+        line = page.locator(".history li").nth(place)
+        line.get_by_text(words).wait_for()
+        assert [button(line, name).count() for name in ("Look", "Go back …", "Fork …")] == [0, 0, 0]
 
 
 def test_what_others_take_away_is_said(scripted, opened):

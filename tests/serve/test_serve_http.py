@@ -308,6 +308,7 @@ def test_old_versions_are_pruned_over_http(llm, tmp_path):
         assert before["bytes"] - after["bytes"] == pruned["bytes"] > 0 == after["prunable"]
         lines = server("GET", "/v1/memories/m/history?text=true")[1]["data"]
         assert [line["state"] for line in lines] == ["applied", *["pruned"] * 4, "applied"]
+        assert [line["pruned"] for line in lines] == [False, *[True] * 4, False]
         assert lines[2]["text"] == "the door 1 is blue and old"
         for method, path, body in (
             ("POST", "ask", {"question": "?", "version": 2}),

@@ -54,7 +54,7 @@ export function History(props: {
       <ol class="plain" reversed>
         {lines.map((line) => {
           const seen = version === null ? line.version === top : line.version === version;
-          const pruned = line.state === "pruned"; // its slots are gone
+          const { pruned } = line; // its slots are gone; a write that failed still says so
           return (
             <li key={`${line.version} ${line.time}`} class={seen ? "seen" : ""} aria-current={seen ? "true" : undefined}>
               <span class="number">{line.version}</span>

@@ -50,6 +50,7 @@ export interface HistoryLine {
   tokens: number;
   base: { id: string; version: number } | null;
   state: string;
+  pruned: boolean;
   error: string | null;
   M: number | null;
   N: number | null;

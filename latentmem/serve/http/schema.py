@@ -297,6 +297,7 @@ class HistoryLine(BaseModel):
     tokens: int
     base: VersionOf | None
     state: str
+    pruned: bool
     error: str | None
     key: str | None
     bytes: int
