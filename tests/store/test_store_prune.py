@@ -14,7 +14,7 @@ import test_store_longterm
 from test_store import HOSTILE, again, files, filled, lines, raw, seen, start, tampered
 from test_store import same as same_fields
 
-from latentmem.core.sources import pin
+from latentmem.core.sources import forget, pin
 from latentmem.errors import InUseError, NotFoundError
 from latentmem.model.model import MemoryModel
 from latentmem.store import Pruned, Store
@@ -418,6 +418,26 @@ def test_exact_forgetting_needs_only_the_texts(llm, store):
     same(store.open("new"), live)
 
 
+def test_a_source_whose_writes_are_pruned_expires(llm, store):
+    live = filled(llm, store)
+    store.prune("m", keep=1)
+    store.expire("m", "a", 0)
+    expected = forget(live[-1], "a")
+    same(again(store).open("m"), expected)
+    assert states(store) == ["applied", "pruned", "pruned", "pruned", "applied", "applied"]
+    assert store.prune("m", keep=1) == Pruned([], 0)  # the newest version is version 4 without the source
+    with pytest.raises(ValueError, match="has expired"):
+        store.write(llm, "m", "again", "a")
+    store.rebuild(llm, "m", "new")
+    same(store.open("new"), expected)
+    store.undo("m")
+    same(again(store).open("m", 4), live[-1])
+    assert store.forget_by_replay(llm, "m", "a") == ["m"]
+    without = llm.write(llm.write(start(llm), "note 1 of b", "b"), "note 3 of c", "c")
+    same(again(store).open("m"), without)
+    sound(store)
+
+
 @pytest.mark.parametrize("after", ["nothing", "pin", "append", "fork", "failed"])
 def test_a_version_comes_back_where_the_newest_one_is_forgotten(llm, store, after):
     live = filled(llm, store, sources="abacd")
@@ -599,58 +619,92 @@ def test_a_version_without_tensors_that_comes_back_gets_some_where_its_base_stay
     sound(store)
 
 
-def test_a_pruned_store_forgets_as_one_that_is_not(llm, tmp_path):
+class Twins:
+    """Two stores in which the same happens, but that only the first is pruned."""
+
+    def __init__(self, llm, folder, objects, **kind):
+        self.llm, self.names = llm, ["m"]
+        options = {"snapshot_every": 3, "cache_bytes": 40_000}
+        self.stores = [Store(folder / "pruned", objects=objects, **options), Store(folder / "whole", **options)]
+        self.pruned, self.whole = self.stores
+        for store in self.stores:
+            store.create("m", start(llm, **kind))
+
+    def both(self, action):
+        results = []
+        for store in self.stores:
+            try:
+                results.append(action(store))
+            except ValueError as error:
+                assert any(words in str(error) for words in ("no source", "pinned", "expired", "waits")), error
+                results.append(str(error))
+        assert results[0] == results[1]
+
+    def step(self, rng, number):
+        """Something at random in one of the memories."""
+        llm, name, source = self.llm, rng.choice(self.names), rng.choice("pqrs")
+        events = ("write", "wait", "judge", "pin", "forget", "expire", "back", "fork", "prune")
+        event = rng.choices(events, (10, 2, 1, 2, 1, 1, 2, 1, 4))[0]
+        version = rng.choice(open_versions(self.pruned, name))
+        if event == "write":
+            self.both(lambda store: store.write(llm, name, f"text {number}", source))
+        elif event == "wait":
+            self.both(lambda store: store.append(name, f"text {number}", source))
+        elif event == "judge":
+            self.both(lambda store: (store.append(name, "as a judge", source, role="judge"), store.apply(llm, name)))
+        elif event in ("pin", "forget"):
+            self.both(lambda store: getattr(store, event)(name, source))
+        elif event == "expire":
+            self.both(lambda store: store.expire(name, source, 0))
+        elif event == "back":
+            self.both(lambda store: store.rollback(name, version))
+        elif event == "fork" and len(self.names) < 4:
+            self.both(lambda store: store.fork(name, f"f{number}", version))
+            self.names = self.pruned.names()
+        elif event == "prune":
+            self.pruned.prune(name, **rng.choice([{"keep": 1}, {"keep": 1}, {"keep": 3}, {"older_than": 0}]))
+            self.compare()
+
+    def compare(self):
+        """What is left of the pruned store is as in the other, to the bit, and its newest versions are left."""
+        assert set(self.pruned._objects.names()) == self.pruned._journal.objects()
+        for name in self.names:
+            one, other = (store.history(name) for store in self.stores)
+            for what in ("version", "event", "source", "text", "base", "error"):
+                assert [getattr(v, what) for v in one] == [getattr(v, what) for v in other]
+            assert not one[0].pruned and not one[-1].pruned
+            for version in one:
+                if not version.pruned and not self.pruned._states.waits(self.row(name, version.version)):
+                    same(*(store.open(name, version.version) for store in self.stores))
+
+    def row(self, name, version):
+        return self.pruned._journal.version(name, version)
+
+
+@pytest.mark.parametrize("objects", [None, "memory://pruned-twin"], ids=["folder", "bucket"])
+@pytest.mark.parametrize("kind", [{}, {"longterm": {"R": 8, "limit": 20_000}}], ids=["", "long-term"])
+def test_a_pruned_store_is_as_one_that_is_not(llm, tmp_path, monkeypatch, kind, objects):
+    for module in ("latentmem.longterm.blocks", "latentmem.store.states"):
+        monkeypatch.setattr(f"{module}.BLOCK", 16)
     forgotten = 0
-    for case in range(5):
-        rng = random.Random(case)
-        stores = [Store(tmp_path / f"{case} {what}", snapshot_every=3, cache_bytes=40_000) for what in "ab"]
-        names, steps = ["m"], iter(range(10**6))
-        for store in stores:
-            store.create("m", start(llm))
-
-        def do(action, stores=stores):
-            results = []
-            for store in stores:
-                try:
-                    results.append(action(store))
-                except ValueError as error:
-                    assert any(words in str(error) for words in ("no source", "pinned")), error
-                    results.append(None)
-            assert results[0] == results[1]
-
-        for _ in range(30):
-            name, source, step = rng.choice(names), rng.choice("pqrs"), next(steps)
-            event = rng.choices(["write", "judge", "pin", "forget", "back", "fork", "prune"], (10, 1, 2, 1, 2, 1, 4))[0]
-            version = rng.choice(open_versions(stores[0], name))
-            if event == "write":
-                do(lambda s, n=name, t=f"text {step}", o=source: s.write(llm, n, t, o))
-            elif event == "judge":
-                do(lambda s, n=name, o=source: (s.append(n, "as a judge", o, role="judge"), s.apply(llm, n)))
-            elif event == "pin":
-                do(lambda s, n=name, o=source: s.pin(n, o))
-            elif event == "forget":
-                do(lambda s, n=name, o=source: s.forget(n, o))
-            elif event == "back":
-                do(lambda s, n=name, v=version: s.rollback(n, v))
-            elif event == "fork" and len(names) < 4:
-                names.append(f"f{step}")
-                do(lambda s, n=name, v=version, f=f"f{step}": s.fork(n, f, v))
-            elif event == "prune":
-                stores[0].prune(name, keep=rng.choice([1, 1, 2, 5]))
-        stores[0].prune("m", keep=1)
-        sound(stores[0])
+    for case in range(2):
+        rng, place = random.Random(f"{case}{kind}"), objects and f"{objects}-{case}-{len(kind)}"
+        twins = Twins(llm, tmp_path / str(case), place, **kind)
+        for number in range(35):
+            twins.step(rng, number)
+        for name in twins.names:
+            twins.both(lambda store, name=name: store.apply(llm, name))
+        twins.pruned.prune("m", keep=1)
+        twins.compare()
         for source in rng.sample("pqrs", 3):
-            if any(v.event == "write" and v.source == source for n in names for v in stores[0].history(n)):
-                do(lambda s, o=source: s.forget_by_replay(llm, "m", o))
+            if any(v.event == "write" and v.source == source for n in twins.names for v in twins.pruned.history(n)):
+                twins.both(lambda store, source=source: store.forget_by_replay(llm, "m", source))
                 forgotten += 1
-            sound(stores[0])
-            for name in names:
-                assert [v.text for v in stores[0].history(name)] == [v.text for v in stores[1].history(name)]
-                for number in {*open_versions(stores[0], name), stores[0].version(name).version}:
-                    same(stores[0].open(name, number), stores[1].open(name, number))
-            stores[0].prune(rng.choice(names), keep=1)
-            sound(stores[0])
-    assert forgotten > 7
+            twins.compare()
+            twins.pruned.prune(rng.choice(twins.names), keep=1)
+        if objects is None:
+            sound(twins.pruned)
+    assert forgotten > 3
 
 
 # --- export and import ------------------------------------------------------------------------------------------------
@@ -750,6 +804,119 @@ def test_the_newest_version_is_read_where_the_one_before_is_pruned_meanwhile(llm
     else:
         same(reader.open("m"), expected)
     assert moved[-1] == 5 or what == "diff"
+
+
+def test_two_who_prune_and_one_who_writes_meet(llm, store):
+    store.create("m", start(llm))
+    store.write(llm, "m", "first", "s")
+    store.fork("m", "f")
+    failed, ended = [], threading.Event()
+
+    def prune(mine, names):
+        while not ended.is_set():
+            try:
+                for name in names:
+                    mine.prune(name, keep=1)
+            except Exception as error:  # noqa: BLE001 - shown below
+                failed.append(error)
+
+    threads = [threading.Thread(target=prune, args=(again(store), names)) for names in ("mf", "fm")]
+    for thread in threads:
+        thread.start()
+    live = dict.fromkeys("mf", store.open("m"))
+    try:
+        for i in range(12):
+            for name in "mf":
+                store.write(llm, name, f"text {i}", name if i % 2 else "same")  # both have some objects in common
+                live[name] = llm.write(live[name], f"text {i}", name if i % 2 else "same")
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+    assert not failed
+    for name in "mf":
+        same(again(store).open(name), live[name])
+        store.prune(name, keep=1)
+    assert [open_versions(store, name) for name in "mf"] == [[0, 1, 13], [0, 12]]
+    sound(store)
+
+
+def test_who_prunes_beside_a_replay_waits_for_its_memories_and_takes_nothing_of_it(llm, store):
+    filled(llm, store, sources="abacb")
+    store.fork("m", "f", 3)
+    filled(llm, store, "other", "abc")
+    hasty, seen_there = again(store, timeout=0.2), []
+
+    def beside(*_):
+        for name in "mf":
+            with pytest.raises(InUseError, match=f"is changing the memory '{name}'"):
+                hasty.prune(name, keep=1)
+        if not seen_there:
+            assert hasty.prune("other", keep=1).versions == [1, 2]
+        seen_there.append(store._journal.building())
+
+    store.forget_by_replay(llm, "m", "a", beside)
+    assert any(seen_there), "nothing was on disk yet"
+    live = start(llm)
+    for i in (1, 3, 4):
+        live = llm.write(live, f"note {i} of {'abacb'[i]}", "abacb"[i])
+    same(again(store).open("m"), live)
+    same(again(store).open("f"), llm.write(start(llm), "note 1 of b", "b"))
+    hasty.prune("m", keep=1)
+    sound(store)
+
+
+def test_a_replay_that_is_refused_leaves_nothing_on_the_disk(llm, store, monkeypatch):
+    filled(llm, store, sources="abacb")
+    store.prune("m", keep=1)
+    before = files(store)
+
+    def refuse(*_):
+        assert set(files(store)) > set(before) and store._journal.building()
+        raise ValueError("this is where a replay says what does not fit")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="does not fit"):
+        patch.setattr("latentmem.store.replay.Replay._exchange", refuse)
+        store.forget_by_replay(llm, "m", "a")
+    assert files(store) == before and not store._journal.building()
+    sound(store)
+
+
+def test_the_objects_lock_is_free_between_two_snapshots_and_the_next_store_waits_for_nobody(llm, store, monkeypatch):
+    live = filled(llm, store, sources="abcabcab")
+    for version in (2, 4):
+        store.fork("m", f"f{version}", version)
+    other, put, beside = again(store, timeout=0.2), store._states.put, []
+
+    def slow(row, content):
+        began = time.monotonic()
+        assert again(store, timeout=20).names() == ["f2", "f4", "m"]  # sweeps later
+        assert time.monotonic() - began < 10
+        return put(row, content)
+
+    build = store._journal.build
+
+    def built(memory, name):
+        build(memory, name)
+        beside.append(name)
+
+    monkeypatch.setattr(store._states, "put", slow)
+    monkeypatch.setattr(store._journal, "build", built)
+    memory = store._states.memory
+
+    def write_beside(row, **options):
+        if len(beside) == 1:
+            other.write(llm, "f2", "beside", "z")
+        other.sweep()
+        return memory(row, **options)
+
+    monkeypatch.setattr(store._states, "memory", write_beside)
+    assert store.prune("m", keep=1).versions == [1, 3, 5, 6, 7]
+    assert len(beside) > 1
+    monkeypatch.undo()
+    same(again(store).open("m"), live[-1])
+    same(again(store).open("f2"), llm.write(live[2], "beside", "z"))
+    sound(store)
 
 
 def test_versions_are_read_while_others_are_pruned(llm, store):
