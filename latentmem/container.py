@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import json
 import math
-import mmap
 import os
 import shutil
 import struct
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from latentmem.errors import DamagedError
 
-Buffer = bytearray | mmap.mmap  # what can be read and, for torch, written
+Buffer = bytearray | memoryview  # what can be read and, for torch, written
 DTYPES = {  # in the order in which a file holds them, as the safetensors library writes it
     **{"I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16},
     **{"F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool},

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
+from latentmem import container
+from latentmem.container import DTYPES, Disk, read, replace_bytes, replace_folder, replacing, to_bytes, write
 from latentmem.errors import DamagedError
-from latentmem.files import container
-from latentmem.files.container import DTYPES, Disk, read, replace_bytes, replace_folder, replacing, to_bytes, write
 
 TENSORS = {
     "a": torch.arange(6.0).reshape(2, 3),

@@ -1,0 +1,131 @@
+"""Keys and values of coded updates, decoded when they are needed."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from latentmem.coding.codec import codec_of
+from latentmem.core.memory import Memory
+from latentmem.decoder.attention import KV
+from latentmem.decoder.decoder import Decoder
+from latentmem.decoder.hooks import first_inputs
+from latentmem.written import Written
+
+LIMIT = 64 << 20  # bytes of decoded updates that are kept
+
+
+class Decoding:
+    """Decodes updates for one model, and keeps those that were used last.
+
+    What is decoded is the one truth of a coded memory: a write, too, goes on with the decoded keys and values of what
+    it has coded. So a memory in RAM, saved, opened, forked or replayed is the same to the bit on one machine.
+
+    Args:
+        decoder: the model.
+        limit: bytes of keys and values up to which updates are kept.
+    """
+
+    def __init__(self, decoder: Decoder, limit: int = LIMIT) -> None:
+        self.decoder, self.limit = decoder, limit
+        self._kept: weakref.WeakKeyDictionary[Written, list[KV]] = weakref.WeakKeyDictionary()
+        self._like: list[KV] = []
+        self._lock = threading.Lock()
+
+    def clear(self) -> None:
+        """Forget what was computed with weights that have changed since."""
+        with self._lock:
+            self._kept.clear()
+            self._like = []
+
+    @torch.no_grad()
+    def kv(self, memory: Memory, numbers: Tensor) -> list[KV]:
+        """Unrotated keys, and values, of slots by number; to be called under the adapter that reads.
+
+        Args:
+            numbers: as `Memory.slots`, [L, m].
+
+        Returns:
+            [1, heads, m, head width] each, of each layer.
+
+        Raises:
+            DamagedError: an update was altered, or is not there.
+            OtherModelError: its coder is not known.
+        """
+        births, places = numbers >> 32, numbers & 0xFFFFFFFF
+        needed = [int(n) for n in births.unique()]
+        parts = self.updates(memory, [memory.written[n] for n in needed])
+        starts = torch.tensor([0, *(len(memory.written[n]) for n in needed)]).cumsum(0)
+        at = starts[torch.searchsorted(torch.tensor(needed, dtype=torch.long), births)] + places if needed else births
+        whole = [_joined([part[i] for part in parts]) if parts else self.like[i] for i in range(self.decoder.L)]
+        return [_picked(pair, index) for pair, index in zip(whole, at, strict=True)]
+
+    def updates(self, memory: Memory, written: Sequence[Written]) -> list[list[KV]]:
+        """Keys and values of whole updates, of each layer."""
+        with self._lock:
+            decoded = {one: self._kept[one] for one in written if one in self._kept}
+        missing = [one for one in written if one not in decoded]
+        if missing:
+            decoded |= zip(missing, self._decoded(memory, missing), strict=True)
+        with self._lock:
+            for one in written:
+                self._keep(one, decoded[one])
+        return [decoded[one] for one in written]
+
+    def _decoded(self, memory: Memory, written: Sequence[Written]) -> list[list[KV]]:
+        kv = codec_of(memory.coder).decode(written, self.like)
+        ids = torch.cat([one.tensors["ids"] for one in written]).long().to(self.decoder.device)
+        kv[0] = self.decoder.project(0, first_inputs(self.decoder, ids))
+        sizes = [len(one) for one in written]
+        cut = [(keys.split(sizes, 2), values.split(sizes, 2)) for keys, values in kv]
+        return [[(keys[n], values[n]) for keys, values in cut] for n in range(len(written))]
+
+    def _keep(self, one: Written, kv: list[KV]) -> None:
+        """Keep an update as the one that was used last; beyond the limit those go that were used longest ago."""
+        known = self._kept.pop(one, None)  # a dictionary orders its keys by when they came
+        self._kept[one] = known or [(keys.clone(), values.clone()) for keys, values in kv]
+        surplus = self.nbytes - self.limit
+        for oldest in list(self._kept)[:-1]:
+            if surplus <= 0:
+                return
+            surplus -= _size(self._kept.pop(oldest, []))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values that are kept."""
+        return sum(map(_size, list(self._kept.values())))
+
+    @property
+    def like(self) -> list[KV]:
+        """Keys and values of no slot, of each layer."""
+        if not self._like:
+            empty = torch.zeros(self.decoder.L, 1, self.decoder.d, dtype=self.decoder.dtype, device=self.decoder.device)
+            self._like = [(keys[:, :, :0], values[:, :, :0]) for keys, values in self.decoder.project_all(empty)]
+        return self._like
+
+
+def ids_of(memory: Memory, numbers: Tensor) -> Tensor:
+    """Tokens of coded slots by number, [m] -> [m]."""
+    if not memory.written:
+        return numbers[:0]
+    births = torch.tensor(list(memory.written))
+    starts = torch.tensor([0, *map(len, memory.written.values())]).cumsum(0)
+    ids = torch.cat([one.tensors["ids"] for one in memory.written.values()]).long()
+    return ids[starts[torch.searchsorted(births, numbers >> 32)] + (numbers & 0xFFFFFFFF)]
+
+
+def _joined(pairs: Sequence[KV]) -> KV:
+    return torch.cat([keys for keys, _ in pairs], 2), torch.cat([values for _, values in pairs], 2)
+
+
+def _picked(pair: KV, index: Tensor) -> KV:
+    index = index.to(pair[0].device)
+    return pair[0].index_select(2, index), pair[1].index_select(2, index)
+
+
+def _size(kv: Sequence[KV]) -> int:
+    return sum(keys.nbytes + values.nbytes for keys, values in kv)

@@ -1,0 +1,63 @@
+"""What was written into memories: sources and, where updates are kept coded, the one copy of what each wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where slots came from.
+
+    Args:
+        name: what the caller called it, for example a file name.
+        tokens: tokens written under this name, over all writes.
+        slots: slots written per layer under this name, over all writes.
+        pinned: whether its slots are kept from every random drop; see `pin`.
+    """
+
+    name: str
+    tokens: int
+    slots: int
+    pinned: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """The slots of one update, coded; see `latentmem.coding`.
+
+    Args:
+        source: the name under which they are accounted.
+        tensors: "ids", the token of each of k slots, and what the form adds, each [k, ...] or of any length.
+    """
+
+    source: str
+    tensors: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.tensors["ids"])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def numbered(births: Tensor, places: Tensor) -> Tensor:
+    """Slots by number, [L, k, 1] int64: the update that wrote each, and its place there, [L, k]; ascending."""
+    return (births.long() << 32 | places.long())[..., None]
+
+
+def needed(written: Mapping[int, Written], births: Tensor, first: int) -> Mapping[int, Written]:
+    """The updates of which a slot is there, and those from number `first` on, which a long-term part keeps.
+
+    Args:
+        written: by number.
+        births: the update of each slot, [L, M].
+    """
+    if not any(number < first for number in written):
+        return written
+    there = set(births.unique().tolist())
+    return {number: one for number, one in written.items() if number >= first or number in there}
