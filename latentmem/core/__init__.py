@@ -8,7 +8,7 @@ Letters, used in every file, docstring and test:
 
 Five ways lead through the package; each begins in this room or ends in it:
 
-    write      model.writing cuts text into pieces -> presets.py, write.py: k new slots -> memory.py: draw, update
+    write      model.writing cuts text into pieces -> presets.py, write.py: k slots (-> coding) -> memory.py: update
     ask        read.py: [first_l ; M_l] as keys and values, once per memory -> model.generating behind that prefix
     train      train.learner: write with gradients -> loss behind the memory that was written
     evaluate   evaluate.protocols: write facts, then distractors -> ask -> score

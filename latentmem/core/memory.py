@@ -8,8 +8,8 @@ update    a c d f x y      the others keep their order, the k new slots come beh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Generic, Protocol, TypeVar, cast
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from latentmem import splitmix
 from latentmem.core.presets import PRESETS, Preset
 from latentmem.core.settings import LongTermSettings, MemorySettings
+from latentmem.written import Source, Written, needed, numbered
 
 T = TypeVar("T")
 
@@ -29,29 +30,12 @@ class LongTermPart(Protocol):
     @property
     def settings(self) -> LongTermSettings: ...
     @property
-    def places(self) -> Tensor: ...  # of each of the memory's own slots its place within its update, [L, M] int32
+    def first(self) -> int: ...  # what earlier updates wrote is not kept any more
     @property
     def most(self) -> int: ...  # slots that each layer retrieves now
+    def check(self, memory: Memory) -> None: ...  # raises a ValueError where it is none of this memory
     def after(self, memory: Memory, change: Update, stays: Tensor) -> LongTermPart: ...  # of M slots `stays` are left
-    def kept(self, stays: Tensor) -> LongTermPart: ...  # the same without an update: the others are lost
-    def without(self, source: int) -> LongTermPart: ...  # later sources move up by one
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where slots came from.
-
-    Args:
-        name: what the caller called it, for example a file name.
-        tokens: tokens written under this name, over all writes.
-        slots: slots written per layer under this name, over all writes.
-        pinned: whether its slots are kept from every random drop; see `pin`.
-    """
-
-    name: str
-    tokens: int
-    slots: int
-    pinned: bool = False
+    def without(self, memory: Memory, stays: Tensor, source: int) -> LongTermPart: ...  # later sources move up by one
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +48,7 @@ class Update:
         source: the name under which the new slots are accounted; writes of one name are one source.
         tokens: tokens of text behind the new slots, for the account.
         keys: what a trained retriever finds the dropped slots by, [L, dropped, width]; see `latentmem.longterm`.
+        written: what it writes where updates are kept coded; `slots` are then numbers, see `numbered`.
     """
 
     slots: Tensor
@@ -71,11 +56,16 @@ class Update:
     source: str = ""
     tokens: int = 0
     keys: Tensor | None = None
+    written: Written | None = None
 
     @staticmethod
-    def drawn(memory: Memory, slots: Tensor, source: str = "", tokens: int = 0) -> Update:
-        """The update of a memory by slots [L, k, d] for which `draw` makes room."""
-        return Update(slots, draw(memory, slots.shape[1]), source, tokens)
+    def drawn(memory: Memory, new: Tensor | Written, source: str = "", tokens: int = 0) -> Update:
+        """The update of a memory by slots [L, k, d] or what was coded of them, for which `draw` makes room."""
+        if isinstance(new, Tensor):
+            return Update(new, draw(memory, new.shape[1]), source, tokens)
+        births = torch.full((memory.L, len(new)), memory.updates + 1)
+        slots = numbered(births, torch.arange(len(new)).expand_as(births))
+        return Update(slots, draw(memory, len(new)), new.source, tokens, written=new)
 
 
 class _Chosen(Generic[T]):
@@ -95,7 +85,7 @@ class Memory:
     A memory is never changed: `update` returns the next one, and the old one stays valid. `eq` is identity.
 
     Args:
-        slots: hidden states, [L, M, d], in the dtype and on the device of the model.
+        slots: hidden states, [L, M, d], as the model computes them; or, of coded updates, numbers, [L, M, 1] int64.
         births: the number of the update that wrote each slot, [L, M] int32, on the CPU; 0 = older than this memory.
         origins: index into `sources` of each slot, [L, M] int32, on the CPU; -1 = older than this memory.
         settings: N, K, preset and the others, made complete; each is a property of the memory, too.
@@ -106,7 +96,10 @@ class Memory:
         adapters: identity of the adapters that wrote it; "" = none.
         tokenizer: identity of the tokenizer that wrote it; "" = none.
         model_name: the name by which that model was loaded, a hint for people and for the command line.
+        coder: identity of what codes its updates; "" = its slots are hidden states.
+        dtype: in what the model runs that writes it; by default as the slots.
         longterm: what it has dropped, if that is kept; see `latentmem.longterm`. `settings.longterm` follows it.
+        written: the coded updates of which something is left, by number, ascending.
         version: checksum of the snapshot that holds this very memory; "" = not saved.
         parent: version of the newest ancestor that was saved; "" = none.
 
@@ -127,7 +120,10 @@ class Memory:
     adapters: str = ""
     tokenizer: str = ""
     model_name: str = ""
+    coder: str = ""
+    dtype: str = ""
     longterm: LongTermPart | None = None
+    written: Mapping[int, Written] = field(default_factory=dict)
     version: str = ""
     parent: str = ""
     N, K, compression, seed = _Chosen[int](), _Chosen[int](), _Chosen[int](), _Chosen[int]()
@@ -138,14 +134,17 @@ class Memory:
     def __post_init__(self) -> None:
         longterm = self.longterm.settings if self.longterm is not None else None
         object.__setattr__(self, "settings", replace(self.settings, longterm=longterm).complete())
+        if not self.settings.by_update:
+            object.__setattr__(self, "dtype", str(self.slots.dtype)[6:])
         if self.slots.ndim != 3:
             raise ValueError(f"slots must be [L, M, d], got the shape {list(self.slots.shape)}.")
         if self.M > self.N:
             raise ValueError(f"a memory of capacity N={self.N} can not hold M={self.M} slots.")
-        columns = {"births": self.births, "origins": self.origins}
-        for name, column in (columns | {"longterm": self.longterm.places} if self.longterm else columns).items():
+        for name, column in {"births": self.births, "origins": self.origins}.items():
             if tuple(column.shape) != (self.L, self.M):
                 raise ValueError(f"{name} must be [L, M] = {[self.L, self.M]}, got {list(column.shape)}.")
+        if self.longterm is not None:
+            self.longterm.check(self)
 
     def __repr__(self) -> str:
         sizes = f"L={self.L}, M={self.M}/{self.N}, d={self.d}, {self.preset}"
@@ -234,7 +233,7 @@ def empty(
     """A memory that holds nothing, [L, 0, d]; without a long-term part, which `longterm.longterm.empty` makes."""
     nothing = torch.zeros(layers, 0, dtype=torch.int32)
     slots = torch.zeros(layers, 0, width, dtype=dtype, device=device)
-    return Memory(slots, nothing, nothing, settings)
+    return Memory(numbered(nothing, nothing) if settings.by_update else slots, nothing, nothing, settings)
 
 
 def draw(memory: Memory, k: int) -> Tensor:
@@ -309,15 +308,19 @@ def update(memory: Memory, change: Update) -> Memory:
     def moved(column: Tensor, value: int) -> Tensor:
         return torch.cat([column.gather(1, stays), torch.full((memory.L, k), value, dtype=torch.int32)], 1)
 
+    number = memory.updates + 1
     following = memory.following(
         slots=gathered(memory.slots, stays, change.slots),
-        births=moved(memory.births, memory.updates + 1),
+        births=moved(memory.births, number),
         origins=moved(memory.origins, i),
-        updates=memory.updates + 1,
+        updates=number,
         tokens=memory.tokens + change.tokens,
         sources=(*memory.sources[:i], grown, *memory.sources[i + 1 :]),
         longterm=memory.longterm.after(memory, change, stays) if memory.longterm is not None else None,
+        written={**memory.written, number: change.written} if change.written is not None else memory.written,
     )
+    first = following.longterm.first if following.longterm is not None else number + 1
+    following = replace(following, written=needed(following.written, following.births, first))
     return within_quota(following) if old.pinned else following
 
 

@@ -14,7 +14,8 @@ from latentmem.fields import Setting, check, setting, settings_of
 
 __all__ = ["CHOICES", "OF_USE", "LongTermSettings", "MemorySettings", "Setting", "settings_of"]
 CHOICES, ORDERS = ("last", "surprise"), ("written", "best-last", "best-only")
-OF_USE = ("seed", "quota", "longterm", "order")  # settings that training does not fix
+FORMS = ("exact", "int8", "coded")
+OF_USE = ("seed", "quota", "longterm", "order", "form")  # settings that training does not fix
 LARGEST = 1 << 24  # slots, tokens per slot
 
 
@@ -70,6 +71,7 @@ class MemorySettings:
     quota: float = setting("the share of N that pinned slots may take", 0.5, least=0, most=1)
     longterm: LongTermSettings | None = setting("how what is dropped is kept, if it is", None)  # noqa: RUF009
     order: str | None = setting("read as written, best updates last, or the best one only", None, choices=ORDERS)
+    form: str | None = setting("what is kept: hidden states, keys and values in 8 bits, or codes", None, choices=FORMS)
 
     def __post_init__(self) -> None:
         if type(self.quota) is int:
@@ -84,12 +86,19 @@ class MemorySettings:
             raise ValueError(f"compression is for the preset 'exact': got {self.compression} in {self.preset!r}.")
         if self.order not in (None, "written") and self.longterm is not None and self.longterm.group != "update":
             raise ValueError(f"the order {self.order!r} is one of updates: group must be 'update', got 'slot'.")
+        if self.by_update and self.preset is not None and not PRESETS[self.preset].holds_inputs:
+            raise ValueError(f"the form {self.form!r} is for the preset 'exact': {self.preset!r} keeps hidden states.")
 
     @staticmethod
     def of(values: Mapping[str, object]) -> MemorySettings:
         """Settings from plain values, as they come from a file or a caller; `longterm` as in `LongTermSettings.of`."""
         asked: Any = values.get("longterm")
         return MemorySettings(**{**values, "longterm": LongTermSettings.of(asked)})  # type: ignore[arg-type]
+
+    @property
+    def by_update(self) -> bool:
+        """Whether updates are kept coded, each once, and a slot is the number of its place in one of them."""
+        return self.form not in (None, "exact")
 
     @property
     def reading_order(self) -> str:
@@ -108,5 +117,6 @@ class MemorySettings:
     def complete(self) -> MemorySettings:
         """The same settings with a value for each that was None: N=2048, K=256 or an eighth of a smaller N, "exact"."""
         N = 2048 if self.N is None else self.N
-        complete = self.filled(MemorySettings(N, min(256, max(1, N // 8)), "exact", 1, "last"))
+        form = self.form if self.by_update else None
+        complete = replace(self.filled(MemorySettings(N, min(256, max(1, N // 8)), "exact", 1, "last")), form=form)
         return complete if self.longterm is None or self.longterm.R else replace(complete, longterm=None)

@@ -1,4 +1,4 @@
-"""Sources of a memory: pin one, forget one, forecast what stays (letters: `latentmem.core`)."""
+"""Sources of a memory: pin one, forget one (letters: `latentmem.core`)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def forget(memory: Memory, name: str) -> Memory:
         births=memory.births.gather(1, stays),
         origins=origins - (origins > i).int(),
         sources=(*memory.sources[:i], *memory.sources[i + 1 :]),
-        longterm=memory.longterm.kept(stays).without(i) if memory.longterm is not None else None,
+        longterm=memory.longterm.without(memory, stays, i) if memory.longterm is not None else None,
+        written={n: written for n, written in memory.written.items() if written.source != name},
     )
 
 
@@ -54,17 +55,3 @@ def _index(memory: Memory, name: str) -> int:
     if name not in names:
         raise ValueError(f"this memory has no source {name!r} (it has: {', '.join(names) or 'none'}).")
     return names.index(name)
-
-
-def forecast(memory: Memory, t: int) -> float:
-    """The share of the unpinned slots of a memory that is expected to be left after t further updates of K slots.
-
-    Exactly 1 as long as the memory will not be full; then `survival` among the slots that are not pinned.
-    """
-    pinned = memory.pinned().sum(1).double()  # [L]
-    share, M = torch.ones(memory.L, dtype=torch.float64), memory.M
-    while t > 0 and memory.N > M:
-        drop = max(0, M + memory.K - memory.N)
-        share = share * (1 - drop / (M - pinned).clamp(min=1)).clamp(min=0)
-        M, t = min(M + memory.K, memory.N), t - 1
-    return float((share * (1 - memory.K / (memory.N - pinned).clamp(min=1)).clamp(min=0) ** t).mean())

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from latentmem import container
 from latentmem.errors import DamagedError
-from latentmem.files import container
 
 KEY = "latentmem"  # of the header: the facts, as JSON
 

@@ -1,7 +1,8 @@
 """A memory <-> one safetensors file, complete and verified; never pickle (letters: `latentmem.core`).
 
 header    "format"; "memory": what is no tensor of it, as JSON; "checksum" over that and the tensors
-tensors   slots, births, origins of the memory
+tensors   slots, births, origins of the memory; or, where updates are kept coded, `stands` and those updates that lie in
+          no file of their own: see `files.updates`
           longterm.places of its archive, if it has one, and all archived slots that lie in no file of their own:
           longterm.slots, .births, .origins, .orders, .keys (trained retriever), .frequencies (rule "frequency")
 """
@@ -9,25 +10,28 @@ tensors   slots, births, origins of the memory
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from latentmem import longterm
+from latentmem import container, longterm
+from latentmem.coding.codec import EIGHT_BITS
+from latentmem.container import Buffer
 from latentmem.core.memory import Memory, Source
 from latentmem.core.settings import LongTermSettings, MemorySettings, settings_of
 from latentmem.errors import DamagedError
-from latentmem.files import container
-from latentmem.files.container import Buffer
+from latentmem.files import updates
 from latentmem.longterm.blocks import NO_SLOT, Block, BlockRange, StoredSlots, packed
 from latentmem.longterm.longterm import FrequencyLongTerm, LongTerm
+from latentmem.longterm.updates import UpdateArchive
+from latentmem.written import Written
 
-FORMAT = "latentmem memory 3"
-EARLIER = {"latentmem memory 1": "4f1b448", "latentmem memory 2": "45f6ebf"}  # format -> the last commit that reads it
+FORMAT = "latentmem memory 4"  # the last commits that read earlier ones:
+EARLIER = {"latentmem memory 1": "4f1b448", "latentmem memory 2": "45f6ebf", "latentmem memory 3": "3361d57"}
 BLOCK_FORMAT = "latentmem block 1"
 TENSORS = ("slots", "births", "origins")
 FIELDS = tuple(f.name for f in fields(Memory) if f.name not in (*TENSORS, "version"))
@@ -36,8 +40,19 @@ ARCHIVED = tuple(f"longterm.{name}" for name in ("slots", "births", "origins", "
 REQUIRED = {"N", "K", "preset", "compression", "choice"}  # settings that no file leaves out
 COUNTS = ("clock", "since")  # of the rule "frequency"
 
-BlockWriter = Callable[[Block], str]  # keeps a full block of an archive, and gives its name
-BlockReader = Callable[[str], Block]  # gives the block of a name
+
+class Writer(Protocol):
+    """Keeps parts of a memory in files of their own, which memories share."""
+
+    def put_block(self, block: Block) -> str: ...  # a full block of an archive; gives its name
+    def put_updates(self, updates: Sequence[Written]) -> list[tuple[str, int]]: ...  # of each the file, and where in it
+
+
+class Reader(Protocol):
+    """Gives the parts of a memory that lie in files of their own."""
+
+    def block(self, name: str) -> Block: ...
+    def updates(self, name: str) -> Sequence[Written]: ...
 
 
 def save(memory: Memory, path: str | Path) -> Memory:
@@ -68,33 +83,38 @@ def load(path: str | Path) -> Memory:
     return _memory(str(path), *container.read(Path(path)))
 
 
-def to_bytes(memory: Memory, apart: BlockWriter | None = None) -> bytes:
+def to_bytes(memory: Memory, apart: Writer | None = None) -> bytes:
     """What `save` would write; equal bytes for equal memories, so that a hash of them names the memory.
 
     Args:
-        apart: keeps the full blocks of the archive; by default all is in one file.
+        apart: keeps the full blocks of the archive, and coded updates; by default all is in one file.
     """
     return container.to_bytes(*_parts(memory, apart))
 
 
-def from_bytes(data: Buffer, name: str, *, verified: bool = False, block: BlockReader | None = None) -> Memory:
+def from_bytes(data: Buffer, name: str, *, verified: bool = False, parts: Reader | None = None) -> Memory:
     """Read a memory from the bytes of its file.
 
     Args:
         data: as in `container.from_bytes`; the memory's tensors are views of it.
         name: what an error calls it.
         verified: the caller has found a hash of `data` to be right, so the checksum is not computed.
-        block: gives the blocks that `to_bytes` has kept apart.
+        parts: gives what `to_bytes` has kept apart.
 
     Raises:
         ValueError: as `load`.
     """
-    return _memory(name, *container.from_bytes(data, name), verified=verified, block=block)
+    return _memory(name, *container.from_bytes(data, name), verified=verified, parts=parts)
 
 
 def block_to_bytes(block: Block) -> bytes:
     """A full block of an archive as a file of its own."""
     return container.to_bytes(_archived_tensors(block.stored), {"format": BLOCK_FORMAT})
+
+
+def coder_of(identity: str) -> set[str]:
+    """The name of a coder's file, where there is one."""
+    return {identity} - {"", EIGHT_BITS}
 
 
 def block_from_bytes(data: Buffer, name: str) -> Block:
@@ -108,11 +128,13 @@ def block_from_bytes(data: Buffer, name: str) -> Block:
         raise _damaged(name, error) from error
 
 
-def blocks_of(data: Buffer, name: str) -> set[str]:
-    """The names of the blocks that a memory's file leaves out."""
-    values = _fields(name, container.from_bytes(data, name)[1])["longterm"] or {}
+def parts_of(data: Buffer, name: str) -> set[str]:
+    """The names of the files that a memory's file needs: blocks, coded updates, and their coder."""
+    values = _fields(name, container.from_bytes(data, name)[1])
     try:
-        return {block for block, *_ in values.get("blocks", ())}
+        updates = {place[0] for _, _, _, place in values["written"] if place is not None}
+        blocks = {block for block, *_ in (values["longterm"] or {}).get("blocks", ())}
+        return updates | blocks | coder_of(values["coder"])
     except (AttributeError, TypeError, ValueError) as error:
         raise _damaged(name, error) from error
 
@@ -124,23 +146,40 @@ def _damaged(name: str, reason: object) -> DamagedError:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _parts(memory: Memory, apart: BlockWriter | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _parts(memory: Memory, apart: Writer | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a memory's file."""
-    tensors = {name: getattr(memory, name).detach().cpu().contiguous() for name in TENSORS}
-    values = {name: getattr(memory, name) for name in FIELDS if name != "longterm"} | {"longterm": None}
-    if (archive := longterm.of(memory)) is not None:
-        archived, values["longterm"] = _archive_parts(archive, apart)
+    values = {name: getattr(memory, name) for name in FIELDS} | {"longterm": None, "written": []}
+    if memory.settings.by_update:
+        tensors, values["written"] = _update_parts(memory, apart)
+        if isinstance(memory.longterm, UpdateArchive):
+            values["longterm"] = {"first": memory.longterm.first}
+    else:
+        tensors = {name: getattr(memory, name).detach().cpu().contiguous() for name in TENSORS}
+    if isinstance(memory.longterm, LongTerm):
+        archived, values["longterm"] = _archive_parts(memory.longterm, apart)
         tensors |= archived
     text = json.dumps(values, default=asdict, sort_keys=True)
     return tensors, {"format": FORMAT, "memory": text, "checksum": _checksum(text, tensors)}
 
 
-def _archive_parts(archive: LongTerm, apart: BlockWriter | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _update_parts(memory: Memory, apart: Writer | None) -> tuple[dict[str, Tensor], list[Any]]:
+    """Tensors of coded updates, and of each update: number, source, tensors' sizes and, if it lies apart, where."""
+    written = list(memory.written.values())
+    tensors, accounts = updates.joined(written)
+    places: list[Any] = [None] * len(written)
+    if apart is not None:
+        tensors, places = {}, apart.put_updates(written)
+    rows = zip(memory.written, accounts, places, strict=True)
+    table = [[number, account["source"], account["sizes"], place] for number, account, place in rows]
+    return tensors | {"stands": updates.standing(memory)}, table
+
+
+def _archive_parts(archive: LongTerm, apart: Writer | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of an archive: full blocks apart, if asked to, and the rest in one piece."""
     ranges, blocks = list(archive.ranges), []
     while apart and ranges and ranges[0].sealed:
         one = ranges.pop(0)
-        blocks.append([apart(one.block), one.start, one.end])
+        blocks.append([apart.put_block(one.block), one.start, one.end])
     tensors, values = {"longterm.places": archive.places.contiguous()}, {"blocks": blocks}
     if ranges:
         tensors |= _archived_tensors(StoredSlots.joined([one.stored for one in ranges]))
@@ -158,7 +197,8 @@ def _archived_tensors(slots: StoredSlots) -> dict[str, Tensor]:
 
 
 def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
-    names = (*TENSORS, *sorted(set(tensors) - set(TENSORS)))
+    first = [name for name in TENSORS if name in tensors]
+    names = (*first, *sorted(set(tensors) - set(TENSORS)))
     return container.checksum(text, {name: tensors[name] for name in names})
 
 
@@ -187,32 +227,89 @@ def _memory(
     header: dict[str, str],
     *,
     verified: bool = False,
-    block: BlockReader | None = None,
+    parts: Reader | None = None,
 ) -> Memory:
     values = _fields(name, header)
-    archived = {key: tensor for key, tensor in tensors.items() if key.startswith("longterm.")}
-    own: dict[str, Any] = {key: tensor for key, tensor in tensors.items() if key not in archived}
-    if set(own) != set(TENSORS) or bool(archived) != bool(values["longterm"]):
-        raise DamagedError(f"{name} holds the tensors {sorted(tensors)}; a memory has {sorted(TENSORS)}.")
+    if not _by_update(values):
+        _check_names(name, tensors, values["longterm"])
     if not verified and _checksum(header["memory"], tensors) != header["checksum"]:
         raise _damaged(name, "its checksum does not match")
     try:  # a checksum is no signature
         asked, counts, sources = values.pop("settings"), values.pop("longterm"), values.pop("sources")
-        settings = _settings(asked)
+        settings, table = _settings(asked), values.pop("written")
         if type(sources) is not list:
             raise ValueError(f"its sources are {sources!r}")
         sources = tuple(Source(**_typed(Source, source)) for source in sources)
-        archive = _archive(archived, settings.longterm, counts, block) if counts else None
+        if settings.by_update:
+            own = _coded(tensors, settings, table, counts, sources, parts)
+        else:
+            own = _exact(tensors, settings, counts, parts)
         plain = own | _typed(Memory, values) | {"version": header["checksum"]}
-        memory = Memory(**plain, settings=settings, sources=sources, longterm=archive)
+        memory = Memory(**plain, settings=settings, sources=sources)
         if any(getattr(memory.settings, name) != getattr(settings, name) for name in asked):
             raise ValueError(f"the settings {settings} are not complete")
         _check_range(memory.origins, -1, len(sources) - 1, "a slot has an unknown source")
-        if archive is not None:
-            _check_archive(archive, memory)
+        if isinstance(memory.longterm, LongTerm):
+            _check_archive(memory.longterm, memory)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise _damaged(name, error) from error
     return memory
+
+
+def _by_update(values: dict[str, Any]) -> bool:
+    return isinstance(values["settings"], dict) and values["settings"].get("form") not in (None, "exact")
+
+
+def _check_names(name: str, tensors: dict[str, Tensor], counts: Any) -> None:
+    """Refuse a memory of hidden states that has other tensors."""
+    archived = {key for key in tensors if key.startswith("longterm.")}
+    if set(tensors) - archived != set(TENSORS) or bool(archived) != bool(counts):
+        raise DamagedError(f"{name} holds the tensors {sorted(tensors)}; a memory has {sorted(TENSORS)}.")
+
+
+def _exact(tensors: dict[str, Tensor], settings: MemorySettings, counts: Any, parts: Reader | None) -> dict[str, Any]:
+    """Slots, births, origins and archive of a memory of hidden states."""
+    archived = {key: tensor for key, tensor in tensors.items() if key.startswith("longterm.")}
+    own: dict[str, Any] = {key: tensor for key, tensor in tensors.items() if key not in archived}
+    return own | {"longterm": _archive(archived, settings.longterm, counts, parts) if counts else None}
+
+
+def _coded(
+    tensors: dict[str, Tensor],
+    settings: MemorySettings,
+    table: list[Any],
+    counts: Any,
+    sources: Sequence[Source],
+    parts: Reader | None,
+) -> dict[str, Any]:
+    """Slots, births, origins, updates and archive of a memory whose updates are kept coded."""
+    rest = dict(tensors)
+    stands, inside = rest.pop("stands"), [row for row in table if row[3] is None]
+    here = iter(updates.parted(rest, [{"source": source, "sizes": sizes} for _, source, sizes, _ in inside]))
+    files: dict[str, Sequence[Written]] = {}
+    written: dict[int, Written] = {}
+    for number, source, sizes, place in table:
+        if place is None:
+            one = next(here)
+        else:
+            name, at = place
+            if parts is None:
+                raise ValueError("its updates lie elsewhere")
+            if name not in files:
+                files[name] = parts.updates(name)
+            one = files[name][at]
+        if (one.source, {key: len(tensor) for key, tensor in one.tensors.items()}) != (source, sizes):
+            raise ValueError(f"the update {number} is another one than was written")
+        written[number] = one
+    if list(written) != sorted(written) or not all(type(number) is int and number > 0 for number in written):
+        raise ValueError("its updates are not in their order")
+    own: dict[str, Any] = updates.columns(stands, written, sources)
+    if (settings.longterm is None) != (counts is None):
+        raise ValueError(f"its long-term memory says {counts}")
+    archive = None
+    if settings.longterm is not None:
+        archive = UpdateArchive.restored(settings.longterm, counts["first"], written, own["births"])
+    return own | {"written": written, "longterm": archive}
 
 
 def _settings(values: dict[str, Any]) -> MemorySettings:
@@ -246,7 +343,7 @@ def _archive(
     tensors: dict[str, Tensor],
     settings: LongTermSettings | None,
     values: dict[str, Any],
-    block: BlockReader | None,
+    parts: Reader | None,
 ) -> LongTerm:
     """The inverse of `_archive_parts`; a ValueError or TypeError if something does not fit."""
     if settings is None:
@@ -258,17 +355,17 @@ def _archive(
     places = tensors.pop("longterm.places")
     if counted:
         counts["frequencies"] = tensors.pop("longterm.frequencies", None)
-    ranges = [_range(block, *one) for one in values["blocks"]]
+    ranges = [_range(parts, *one) for one in values["blocks"]]
     if tensors:
         rest = Block.of(_archived(tensors))
         ranges.append(BlockRange(rest, 0, rest.room))
     return longterm.kind(settings)(settings, places, tuple(ranges), **counts)
 
 
-def _range(read: BlockReader | None, name: str, start: int, end: int) -> BlockRange:
-    if read is None:
+def _range(parts: Reader | None, name: str, start: int, end: int) -> BlockRange:
+    if parts is None:
         raise ValueError("a part of its long-term memory lies elsewhere")
-    block = read(name)
+    block = parts.block(name)
     if not 0 <= start < end == block.room:
         raise ValueError(f"a block of {block.room} places is used from {start} to {end}")
     return BlockRange(block, start, end)

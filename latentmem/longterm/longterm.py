@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,10 +40,18 @@ class LongTerm:
     settings: LongTermSettings
     places: Tensor
     ranges: tuple[BlockRange, ...] = ()
+    first: ClassVar[int] = 0  # what earlier updates wrote is not here
 
     def __post_init__(self) -> None:
         if self.settings.R < 1:
             raise ValueError(f"a long-term memory retrieves at least one slot, got R={self.settings.R}.")
+
+    def check(self, memory: Memory) -> None:
+        """A ValueError where it belongs to another memory."""
+        if tuple(self.places.shape) != (memory.L, memory.M):
+            raise ValueError(
+                f"longterm must be [L, M] = {[memory.L, memory.M]}, got places of {list(self.places.shape)}."
+            )
 
     # --- what is there ----------------------------------------------------------------------------------------------
 
@@ -143,21 +152,19 @@ class LongTerm:
     def _without_first(self, count: int) -> LongTerm:
         return replace(self, ranges=without_first(self.ranges, count))
 
-    def kept(self, stays: Tensor) -> LongTerm:
-        """The archive where `stays` [L, m] of the memory's own slots are left, and the others are not stored."""
-        return replace(self, places=self.places.gather(1, stays))
+    def without(self, memory: Memory, stays: Tensor, source: int) -> LongTerm:
+        """The archive without the slots of a source; of the memory's own slots `stays` [L, m] are left.
 
-    def without(self, source: int) -> LongTerm:
-        """The archive without the slots of a source; the numbers of later sources are one less.
-
+        The numbers of later sources are one less. Own slots of other sources that go with them are lost.
         Layers hold different numbers of its slots, and an archive is rectangular: empty places (_) come first.
 
             origins of two layers   without source 1   places that no layer needs go   numbers
             0 1 2 1 0               _ _ 0 2 0          _ 0 2 0                         _ 0 1 0
             0 2 1 0 2               _ 0 2 0 2          0 2 0 2                         0 1 0 1
         """
+        following = replace(self, places=self.places.gather(1, stays))
         if not self.ranges:
-            return self
+            return following
         order, empty = self._order_without(source)
         stored = StoredSlots.joined([one.stored for one in self.ranges]).gathered(order)
         stored = replace(
@@ -166,7 +173,7 @@ class LongTerm:
             origins=(stored.origins - (stored.origins > source).int()).masked_fill(empty, NO_SLOT),
             keys=None if stored.keys is None else stored.keys.masked_fill(empty[..., None], 0),
         )
-        return replace(self, ranges=extended((), stored))
+        return replace(following, ranges=extended((), stored))
 
     def _order_without(self, source: int) -> tuple[Tensor, Tensor]:
         """Where the slots of other sources are, empty places first, and which places are empty: [L, m] each."""
@@ -229,8 +236,8 @@ class FrequencyLongTerm(LongTerm):
         assert isinstance(following, FrequencyLongTerm)
         return replace(following, frequencies=frequencies)
 
-    def without(self, source: int) -> LongTerm:
-        following = super().without(source)
+    def without(self, memory: Memory, stays: Tensor, source: int) -> LongTerm:
+        following = super().without(memory, stays, source)
         if self.frequencies is None or not self.ranges:
             return following
         order, _ = self._order_without(source)

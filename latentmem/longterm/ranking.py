@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,37 @@ def numbered(births: Tensor, updates: int) -> tuple[Tensor, int]:
     present[shifted.flatten()] = True
     present[0] = False
     return torch.where(shifted > 0, present.cumsum(0)[shifted] - 1, -1), int(present.sum())
+
+
+def arranged(
+    how: str, orders: Sequence[Tensor] | Tensor, ranks: Sequence[Tensor] | Tensor, sizes: Tensor, R: int
+) -> list[Tensor]:
+    """In which order each layer reads [retrieved ; its own slots], or which of them.
+
+        written      as they were written
+        best-last    the best updates that have R slots together, at least one, stand last, the best one at the end
+        best-only    worst first, and as many at the end are read as any layer takes of the best update
+
+    Args:
+        how: `Memory.reading_order`.
+        orders: indices that put them as they were written, [m] of each layer.
+        ranks: of the update of each, 0 for the best, [m] of each layer.
+        sizes: slots of the updates, the best first.
+    """
+    last = 0  # so many updates stand last
+    if how == "best-last":
+        last = max(1, int((sizes.cumsum(0) <= R).sum()))
+    elif how == "best-only":
+        last = len(sizes)
+    arranged = []
+    for order, rank in zip(orders, ranks, strict=True):
+        lifted = (last - rank).clamp(min=0)[order]  # 0 of the others, `last` of the best
+        arranged.append(order[lifted.argsort(stable=True)])
+    if how == "best-only" and len(ranks[0]):  # the best update that some layer can take
+        best = min(int(rank.min()) for rank in ranks)
+        most = max(int((rank == best).sum()) for rank in ranks)
+        arranged = [order[-most:] for order in arranged]
+    return arranged
 
 
 def slots_of_best(rank: Tensor, updates: Tensor, orders: Tensor, R: int) -> Tensor:

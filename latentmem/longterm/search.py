@@ -4,9 +4,10 @@
                 tokens best there are taken whole in every layer, as R allows. Nothing is trained for it.
     by slot     the question passes all layers behind what it retrieves: each layer takes the R slots that fit best
 
-A fit is the likeness (cosine) of what a layer sees of slot and token, after its norm. Queries on unrotated keys, the
-layers' own attention, do not find the right text (docs/results/longterm.md). A trained retriever compares what its
-projectors make of both, by slot; it comes with the released M+, or can be trained.
+A fit is the likeness (cosine) of what a layer sees of slot and token, after its norm. Coded updates are searched by
+update, and a fit is that of a slot's sketch in one of these layers. Queries on unrotated keys, the layers' own
+attention, do not find the right text (docs/results/longterm.md). A trained retriever compares what its projectors make
+of both, by slot; it comes with the released M+, or can be trained.
 
 Source: M+ (arXiv 2502.00592) section 3.1 and the released `get_ltm`.
 """
@@ -23,6 +24,8 @@ from torch import Tensor
 from torch.nn.functional import linear, normalize, silu
 
 from latentmem import longterm
+from latentmem.coding.codec import codec_of, directions
+from latentmem.coding.decoding import Decoding
 from latentmem.core.memory import Memory
 from latentmem.decoder.attention import KV
 from latentmem.decoder.cache import KVPrefix, Prefix, attention_mask, memory_cache
@@ -30,7 +33,7 @@ from latentmem.decoder.decoder import Decoder
 from latentmem.decoder.hooks import layers_seen
 from latentmem.longterm.blocks import Block, BlockRange
 from latentmem.longterm.longterm import LongTerm
-from latentmem.longterm.ranking import NEVER, best_slots, marks, numbered, slots_of_best
+from latentmem.longterm.ranking import NEVER, arranged, best_slots, marks, numbered, slots_of_best
 
 SHARE = 10  # one layer of so many is searched by update, from the second on: the first sees words, not what they mean
 NEAR = 10_000  # likenesses are told apart up to one part in so many
@@ -96,6 +99,7 @@ class Retriever:
 
     def __init__(self, decoder: Decoder, projectors: Projectors | None = None) -> None:
         self.decoder, self.projectors = decoder, projectors
+        self.decoding = Decoding(decoder)
         self._seen: weakref.WeakKeyDictionary[Block, dict[int, tuple[int, Tensor]]] = weakref.WeakKeyDictionary()
 
     @property
@@ -104,9 +108,15 @@ class Retriever:
         L = self.decoder.L
         return range(min(1, L - 1), min(L, 1 + -(-L // SHARE)))
 
+    @property
+    def layer_sketched(self) -> int:
+        """The layer in which sketches are compared: the middle one of those that are searched."""
+        return self.layers_searched[len(self.layers_searched) // 2]
+
     def clear(self) -> None:
         """Forget what was computed with weights that have changed since."""
         self._seen.clear()
+        self.decoding.clear()
 
     @torch.no_grad()
     def new_keys(self, memory: Memory, dropped: Tensor) -> Tensor | None:
@@ -157,6 +167,8 @@ class Retriever:
             asking: which of the tokens say what is asked, and are no frame around it, [n] bool; for a trained
                 retriever all count, as it was trained.
         """
+        if memory.settings.by_update:
+            return self._by_number(memory, self._states(prefix, ids), asking)
         archive = longterm.searched(memory)
         if archive.settings.group == "update":
             return self._by_update(memory, archive, self._states(prefix, ids), asking)
@@ -172,7 +184,8 @@ class Retriever:
             retrieval.places.append(best_slots(fits, archive.occupied[i], archive.orders[i], archive.most))
             return hidden
 
-        layers = [partial(self.layer, prefix, archive, retrieval, i) for i in range(self.decoder.L)]
+        taken = self.taken(memory, retrieval)
+        layers = [partial(self.layer, prefix, taken, retrieval, i) for i in range(self.decoder.L)]
         self._pass(KVPrefix(prefix.P + archive.most, layers), ids, take)
         return retrieval
 
@@ -182,8 +195,7 @@ class Retriever:
             number   of each slot, archived or not, the number of its update, 0 .. U-1                        [L, S + M]
             mark     how far each update stands out for the tokens that ask, the mean over searched layers    [U]
             rank     0 for the best mark; in each layer the R slots of lowest rank are taken
-            order    oldest first; or the best updates that have R slots together, at least one, stand last; or
-                     worst first, and only as many at the end are read as any layer takes of the best update
+            order    oldest first, then as `arranged`
 
         Args:
             states: hidden states of the tokens at the input of each searched layer, [n, d].
@@ -191,28 +203,31 @@ class Retriever:
         S, (numbers, U) = archive.S, numbered(torch.cat([archive.writers, memory.births], dim=1), memory.updates)
         mark = self._marks(memory, archive, [hidden[asking] for hidden in states], numbers, U)
         best_first = mark.argsort(descending=True, stable=True)
-        rank, retrieval = best_first.argsort(), Retrieval([], [])
-        last = 0  # so many updates stand last
-        if memory.reading_order == "best-last":
-            seen = numbers[self.layers_searched[0]]
-            sizes = seen[seen >= 0].bincount(minlength=U)[best_first]
-            last = max(1, int((sizes.cumsum(0) <= archive.settings.R).sum()))
-        elif memory.reading_order == "best-only":
-            last = U
-        ranks_read = []
+        rank, places, orders, ranks = best_first.argsort(), [], [], []
         for i in range(self.decoder.L):
-            places = slots_of_best(rank, numbers[i, :S], archive.orders[i], archive.most)
-            ranks = rank[torch.cat([numbers[i, places], numbers[i, S:]])]
-            order = archive.reading_order(memory, i, places)
-            lifted = (last - ranks).clamp(min=0)[order]  # 0 of the others, `last` of the best
-            retrieval.places.append(places)
-            retrieval.order.append(order[lifted.argsort(stable=True)])
-            ranks_read.append(ranks)
-        if memory.reading_order == "best-only":  # the best update that some layer can take
-            best = min(int(ranks.min()) for ranks in ranks_read)
-            most = max(int((ranks == best).sum()) for ranks in ranks_read)
-            retrieval.order[:] = [order[-most:] for order in retrieval.order]
-        return retrieval
+            places.append(slots_of_best(rank, numbers[i, :S], archive.orders[i], archive.most))
+            ranks.append(rank[torch.cat([numbers[i, places[i]], numbers[i, S:]])])
+            orders.append(archive.reading_order(memory, i, places[i]))
+        seen = numbers[self.layers_searched[0]]
+        sizes = seen[seen >= 0].bincount(minlength=U)[best_first]
+        return Retrieval(places, arranged(memory.reading_order, orders, ranks, sizes, archive.settings.R))
+
+    def _by_number(self, memory: Memory, states: Sequence[Tensor], asking: Tensor) -> Retrieval:
+        """`_by_update` for coded updates: found by their sketches, in one layer; a slot is a number."""
+        archive, written = longterm.searched_updates(memory), list(memory.written.values())
+        births = torch.tensor(list(memory.written), dtype=torch.long)
+        sizes = torch.tensor([len(one) for one in written], dtype=torch.long)
+        hidden = states[self.layers_searched.index(self.layer_sketched)][asking]
+        asked = directions(self.decoder.normed(self.layer_sketched, hidden))
+        fits = (codec_of(memory.coder).likeness(asked, written) * NEAR).round() / NEAR
+        mark = marks(fits, torch.arange(len(written)).repeat_interleave(sizes), len(written))
+        best_first = mark.argsort(descending=True, stable=True)
+        places = archive.best(memory, births[best_first].tolist())
+        both = torch.cat([places, memory.slots[:, :, 0]], dim=1)
+        ranks = best_first.argsort()[torch.searchsorted(births, both >> 32)]
+        orders = both.argsort(dim=1, stable=True)
+        arrangement = arranged(memory.reading_order, orders, ranks, sizes[best_first], archive.settings.R)
+        return Retrieval(list(places), arrangement)
 
     def _marks(self, memory: Memory, archive: LongTerm, asked: list[Tensor], numbers: Tensor, U: int) -> Tensor:
         """The mark of each update, by the slots that were dropped and those that the memory still holds, [U]."""
@@ -249,6 +264,20 @@ class Retriever:
             except _LastSearched:
                 return
 
+    def taken(self, memory: Memory, retrieval: Retrieval) -> Callable[[int], KV]:
+        """Gives unrotated keys, and values, of what each layer has retrieved."""
+        if not memory.settings.by_update:
+            archive = longterm.searched(memory)
+            return lambda i: self.decoder.project(i, self.slots(archive, i, retrieval.places[i]))
+        all_layers: list[KV] = []
+
+        def layer(i: int) -> KV:
+            if not all_layers:
+                all_layers.extend(self.decoding.kv(memory, torch.stack(retrieval.places)))
+            return all_layers[i]
+
+        return layer
+
     def slots(self, archive: LongTerm, i: int, places: Tensor) -> Tensor:
         """Stored slots of layer i, [R, d], on the model's device."""
         like = torch.empty(0, self.decoder.d, dtype=self.decoder.dtype, device=self.decoder.device)
@@ -261,12 +290,15 @@ class Retriever:
         return torch.cat(parts)[order.argsort().to(like.device)]
 
     @torch.no_grad()
-    def layer(self, prefix: Prefix, archive: LongTerm, retrieval: Retrieval, i: int) -> KV:
-        """Rotated keys, and values, of layer i: [first ; retrieved and slots]."""
+    def layer(self, prefix: Prefix, taken: Callable[[int], KV], retrieval: Retrieval, i: int) -> KV:
+        """Rotated keys, and values, of layer i: [first ; retrieved and slots].
+
+        Args:
+            taken: gives unrotated keys, and values, of what a layer has retrieved.
+        """
         own, s = [old[i][:, :, prefix.s :] for old in (prefix.keys, prefix.values)], prefix.s
         if retrieval.R:
-            new = self.decoder.project(i, self.slots(archive, i, retrieval.places[i]))
-            own = [torch.cat(both, dim=2) for both in zip(new, own, strict=True)]
+            own = [torch.cat(both, dim=2) for both in zip(taken(i), own, strict=True)]
         order = retrieval.order[i].to(own[0].device)
         keys, values = (part.index_select(2, order) for part in own)
         positions = torch.arange(s, s + len(order), device=keys.device)[None]
@@ -299,13 +331,15 @@ class RetrievedPrefix(KVPrefix):
     def of(
         retriever: Retriever, memory: Memory, prefix: Prefix, retrieval: Retrieval, asked: Tensor
     ) -> RetrievedPrefix:
-        archive = longterm.searched(memory)
         computed: dict[int, KV] = {}
         now = Retrieval(list(retrieval.places), list(retrieval.order))
+        taken = [retriever.taken(memory, now)]
 
         def layer(i: int) -> KV:
+            if not computed:
+                taken[0] = retriever.taken(memory, now)
             if i not in computed:
-                computed[i] = retriever.layer(prefix, archive, now, i)
+                computed[i] = retriever.layer(prefix, taken[0], now, i)
             return computed[i]
 
         layers = [partial(layer, i) for i in range(memory.L)]
@@ -316,7 +350,7 @@ class RetrievedPrefix(KVPrefix):
         """Tokens of an answer after which is searched again; 0: never, as where one update only is read."""
         if self.memory.reading_order == "best-only":
             return 0
-        return longterm.searched(self.memory).settings.every
+        return longterm.every(self.memory)
 
     def reads_like(self, other: KVPrefix) -> bool:
         """Whether a prompt that was read behind this prefix reads the same behind another one of the same memory."""

@@ -16,13 +16,14 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from latentmem import longterm as longterms
+from latentmem.coding.codec import codec_of
 from latentmem.core.memory import Memory
 from latentmem.core.read import read
 from latentmem.core.settings import MemorySettings
 from latentmem.core.write import first_states
 from latentmem.decoder import attention, linear
 from latentmem.decoder.adapters import READ, Adapters, bits, changes
-from latentmem.decoder.cache import Prefix, functional_cache
+from latentmem.decoder.cache import KVPrefix, Prefix, functional_cache
 from latentmem.decoder.decoder import Decoder
 from latentmem.errors import OtherModelError, TooLongError
 from latentmem.longterm.search import Projectors, Retrieval, Retriever
@@ -107,6 +108,7 @@ class Backbone:
         trained: Trained | None = None,
         shape: MemorySettings | None = None,
         projectors: Projectors | None = None,
+        coder: str = "",
         first_token: int | None = None,
         identity: str | None = None,
     ) -> None:
@@ -117,7 +119,8 @@ class Backbone:
         attention.choose(base)
         linear.choose(base)
         self.decoder = Decoder(base)
-        self.adapters, self.trained, self.shape = adapters, trained, shape
+        self.adapters, self.trained, self.shape, self.coder = adapters, trained, shape, coder
+        self.defaults: MemorySettings | None = None  # of new memories, where a user chooses nothing
         self.retriever = Retriever(self.decoder, projectors)
         self.prompts = Prompts(tokenizer, style) if tokenizer is not None else None
         self.tokenizer_identity = self.prompts.identity if self.prompts else ""
@@ -152,11 +155,14 @@ class Backbone:
                     f"({self.name or 'unnamed'}, {mine[:12] or 'none'}). Load the model that wrote it, "
                     f"or write the text again."
                 )
-        if memory.slots.dtype != self.decoder.dtype:
+        mine = str(self.decoder.dtype)[6:]
+        if memory.dtype != mine:
             raise OtherModelError(
-                f"this memory holds {str(memory.slots.dtype)[6:]}, the model runs in {str(self.decoder.dtype)[6:]}. "
-                f"Load the model with dtype={str(memory.slots.dtype)[6:]!r}."
+                f"this memory holds {memory.dtype}, the model runs in {mine}. Load the model with "
+                f"dtype={memory.dtype!r}."
             )
+        if memory.coder:
+            codec_of(memory.coder)
 
     @property
     def identities(self) -> dict[str, str]:
@@ -290,13 +296,29 @@ class Backbone:
         prefix = self.prefixes.get(memory)
         if prefix is None:
             with torch.no_grad(), self.using(READ):
-                prefix = read(self.decoder, self.first, memory.slots.detach().to(self.decoder.device))
+                prefix = self._read(memory)
         self.prefixes.keep(memory, prefix)
         return prefix
 
+    def plain_front(self, memory: Memory) -> KVPrefix:
+        """[first ; slots] for a question that searches nothing; its rotated keys are kept for the next one."""
+        prefix = self.prefix(memory)
+        if not prefix.keeps_front:
+            _ = prefix.front
+            self.prefixes.keep(memory, prefix)  # it is larger now
+        return prefix.front
+
+    def _read(self, memory: Memory) -> Prefix:
+        """Keys and values of [first ; slots] from nothing."""
+        if not memory.settings.by_update:
+            return read(self.decoder, self.first, memory.slots.detach().to(self.decoder.device))
+        bare = read(self.decoder, self.first, self.first[:, :0])
+        kv = self.retriever.decoding.kv(memory, memory.slots[:, :, 0])
+        return bare.after(torch.zeros(memory.L, 0, dtype=torch.long), kv)
+
     def functional(self, memory: Memory, chosen: Retrieval | None = None) -> Cache | None:
         """The prefix with gradients, if there is anything to differentiate; `chosen` of the long-term slots in it."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or memory.settings.by_update:  # coded updates have no gradient
             return None
         if not (memory.slots.requires_grad or any(p.requires_grad for p in self.base.parameters())):
             return None

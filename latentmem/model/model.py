@@ -41,6 +41,7 @@ class MemoryModel(Reader):
         trained: bos, mark and pool of a released checkpoint, if any.
         shape: settings of the memory that the adapters of the preset "exact" were trained with, if they are known.
         projectors: a trained retriever of a long-term memory, if any.
+        coder: identity of the coder of the form "coded", if there is one; see `coding.codec.register`.
         first_token: id of the sink; by default bos, else the first id of the chat template.
         identity: hash of the weights; by default `fingerprint(base)`.
 
@@ -58,14 +59,17 @@ class MemoryModel(Reader):
         choice: str | None = None,
         longterm: int | Mapping[str, object] | LongTermSettings | None = None,
         order: str | None = None,
+        form: str | None = None,
         settings: MemorySettings | None = None,
     ) -> Memory:
         """A memory to begin with: one that holds nothing, or, for a released checkpoint, the checkpoint's own pool.
 
-        What is not given is as the adapters were trained; without adapters as follows.
+        A model of `latentmem.load` makes memories that remember: 1,536 slots, 512 more for what was dropped, kept coded
+        in 256 MiB. `longterm=0` forgets as the paper does, `form="exact"` keeps hidden states. What else is not given
+        is as the adapters were trained; without adapters as follows.
 
         Args:
-            N: slots that a layer can hold; by default 2048, or the largest power of two that fits the context.
+            N: slots that a layer can hold; by default as above, else 2048, or so much less that they fit the context.
             K: slots that one update may write per layer; by default 256, or an eighth of a smaller N.
             preset: "exact" (default) or "paper"; see `core.write`.
             compression: tokens per slot, by default 1, "exact" only; above 1 only a trained model reads them well.
@@ -73,13 +77,14 @@ class MemoryModel(Reader):
             choice: which token of c becomes a slot: "last" of each group (default), or "surprise", the least expected.
             longterm: R, slots that a question takes of what was dropped, or a mapping for `LongTermSettings`; 0: none.
             order: how a question reads the slots: "written", "best-last" (default with a long-term part), "best-only".
+            form: what is kept of an update: "exact" (hidden states), "int8" (keys and values in 8 bits), or "coded".
             settings: all of these and more in one object; what is given beside it goes before.
 
         Raises:
             ValueError: sizes that do not fit each other, the model's context, or the checkpoint.
         """
         sizes = {"N": N, "K": K, "preset": preset, "compression": compression}
-        ways = {"seed": seed, "choice": choice, "longterm": LongTermSettings.of(longterm), "order": order}
+        ways = {"seed": seed, "choice": choice, "longterm": LongTermSettings.of(longterm), "order": order, "form": form}
         return writing.empty(self, (settings or MemorySettings()).override(**sizes, **ways))
 
     def blank(self) -> Memory:

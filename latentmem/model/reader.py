@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache
 
 from latentmem import longterm
+from latentmem.coding.decoding import ids_of
 from latentmem.core.memory import Memory
 from latentmem.decoder.adapters import READ
 from latentmem.decoder.attention import watching
@@ -54,9 +55,13 @@ class Reader(Backbone):
             raise ValueError("no memory was given; give at least one.")
         for one in memories:
             self.check(one)
-        fronts = tuple(None if one.is_empty else self.prefix(one).front for one in memories)
+        fronts = tuple(None if one.is_empty else self._unsearched(one) for one in memories)
         searched = tuple(one if one.needs_search else None for one in memories)
         return Context(fronts, tuple(map(self.room, memories)), READ, searched if any(searched) else ())
+
+    def _unsearched(self, memory: Memory) -> KVPrefix:
+        """A memory without its long-term part; where a question will be searched for, no rotated keys are kept."""
+        return self.prefix(memory).passing() if memory.needs_search else self.plain_front(memory)
 
     @torch.no_grad()
     def text_context(self, ids: Sequence[int]) -> Context:
@@ -86,7 +91,7 @@ class Reader(Backbone):
             return None
         if ids is None and memory.needs_search:
             raise ValueError("this memory has a long-term part, which is searched for what is asked: give `ids`.")
-        front = self.prefix(memory).front if ids is None else self.front(memory, ids)
+        front = self.plain_front(memory) if ids is None else self.front(memory, ids)
         assert front is not None
         if isinstance(old, MemoryCache):
             there = old.fronts[0]
@@ -117,8 +122,9 @@ class Reader(Backbone):
 
     def front_with(self, memory: Memory, chosen: Retrieval | None, asked: Tensor) -> KVPrefix:
         """A memory that holds something, with the long-term slots that tokens `asked` [n] have chosen."""
-        prefix = self.prefix(memory)
-        return RetrievedPrefix.of(self.retriever, memory, prefix, chosen, asked) if chosen else prefix.front
+        if chosen is None:
+            return self.plain_front(memory)
+        return RetrievedPrefix.of(self.retriever, memory, self.prefix(memory), chosen, asked)
 
     def retrieve(self, memory: Memory, tokens: Tensor) -> Retrieval | None:
         """What tokens [n] take of the long-term memory; None: there is nothing to take."""
@@ -291,9 +297,9 @@ class Reader(Backbone):
             asked, said = prompts.chat(question, bare=True), prompts.text(answer if prompts.chats else f" {answer}")
         mass, chosen = self._attended(memory, asked, said)
         mass = mass / mass.sum(1, keepdim=True)
-        origins, store = memory.origins, longterm.of(memory)
-        if store is not None and chosen:
-            origins = torch.cat([store.origins.gather(1, torch.stack(chosen.places)), origins], dim=1)
+        origins = memory.origins
+        if memory.longterm is not None and chosen:
+            origins = torch.cat([longterm.sources_of(memory, torch.stack(chosen.places)), origins], dim=1)
         names = {i: source.name for i, source in enumerate(memory.sources)}
         older = {-1: ""} if (origins < 0).any() else {}
         return {name: (mass * (origins == i)).sum(1).mean().item() for i, name in {**older, **names}.items()}
@@ -302,9 +308,11 @@ class Reader(Backbone):
     def text_of(self, memory: Memory) -> Tensor:
         """The tokens that layer 0 still holds, [M] ids, oldest first; -1 for a slot that is no embedding.
 
-        A slot of layer 0 in the preset "exact" is the embedding of its token: a memory gives its text away.
+        A slot of layer 0 in the preset "exact" is the embedding of its token, or its id: a memory gives its text away.
         """
         self.check(memory)
+        if memory.settings.by_update:
+            return ids_of(memory, memory.slots[0, :, 0])
         table = normalize(self.base.get_input_embeddings().weight.float(), dim=1)
         nearest = [(part @ table.T).max(dim=1) for part in normalize(memory.slots[0].to(table), dim=1).split(256)]
         return torch.cat([ids.where(likeness > 0.99, -1) for likeness, ids in nearest])

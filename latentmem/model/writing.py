@@ -10,14 +10,18 @@ from torch import Tensor
 from transformers import Cache
 
 from latentmem import longterm as longterms
+from latentmem.coding.codec import EIGHT_BITS, codec_of, directions
 from latentmem.core import memory as memories
 from latentmem.core.memory import Memory, Update
-from latentmem.core.presets import WriteInputs
+from latentmem.core.presets import PRESETS, WriteInputs
 from latentmem.core.settings import OF_USE, LongTermSettings, MemorySettings, settings_of
 from latentmem.decoder.adapters import READ, WRITE
+from latentmem.decoder.attention import KV
 from latentmem.decoder.cache import memory_cache
+from latentmem.decoder.hooks import first_inputs
 from latentmem.model.backbone import Backbone, Ids
 from latentmem.model.context import by_tokens, placed
+from latentmem.written import Written
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 Updates = Callable[[Update], object]  # takes each update of a write, in order
@@ -30,9 +34,45 @@ def empty(llm: Backbone, asked: MemorySettings) -> Memory:
     """`MemoryModel.empty`."""
     if llm.trained is not None:
         return _pool(llm.trained.pool, asked)
+    asked = _with_defaults(llm, asked)
     memory = _sized(llm, asked)
-    longterm = longterms.empty(memory.L, asked.longterm) if asked.longterm is not None and asked.longterm.R else None
-    return replace(memory, longterm=longterm, **llm.identities, model_name=llm.name)  # type: ignore[arg-type]
+    about = llm.identities | {"coder": _coder(llm, memory), "dtype": str(llm.decoder.dtype)[6:]}
+    part, by_update = asked.longterm, memory.settings.by_update
+    longterm = longterms.empty(memory.L, part, by_update=by_update) if part is not None and part.R else None
+    return replace(memory, longterm=longterm, **about, model_name=llm.name)  # type: ignore[arg-type]
+
+
+def _with_defaults(llm: Backbone, asked: MemorySettings) -> MemorySettings:
+    """What is asked for, and for what is not given the model's own defaults: those of a memory that remembers.
+
+    They are for updates that are kept coded. Whoever asks for hidden states, or for what only these can do, gets the
+    paper's memory with what they ask for.
+    """
+    own, part = llm.defaults, asked.longterm
+    preset = asked.preset or (llm.shape.preset if llm.shape is not None else None) or "exact"
+    needs_states = part is not None and (part.int8 or part.group == "slot" or part.rule != "oldest")
+    if own is None or asked.form == "exact" or not PRESETS[preset].holds_inputs or (needs_states and not asked.form):
+        return asked
+    N, K = asked.N or own.N or 1, asked.K or (llm.shape.K if llm.shape is not None else None) or 256
+    kept = own.longterm if part is None else part
+
+    def retrieved(N: int) -> int:
+        return min(kept.R, N // 3) if kept is not None and part is None else kept.R if kept is not None else 0
+
+    while asked.N is None and N > 8 and 2 + N + max(retrieved(N), min(K, N) * (asked.compression or 1)) > llm.limit:
+        N //= 2
+    longterm = replace(kept, R=retrieved(N)) if kept is not None else None
+    return replace(asked, N=N, longterm=longterm, form=asked.form or own.form)
+
+
+def _coder(llm: Backbone, memory: Memory) -> str:
+    """What codes the updates of a new memory; a ValueError if the model has no coder and the form needs one."""
+    if memory.settings.form == "coded" and not llm.coder:
+        raise ValueError(
+            f"{llm.name or 'this model'} has no coder for the form 'coded': make one with `latentmem calibrate` and "
+            f"give it to `latentmem.load(coder=...)`, or take form='int8', which needs none."
+        )
+    return {"exact": "", "int8": EIGHT_BITS}.get(memory.settings.form or "exact", llm.coder)
 
 
 def _sized(llm: Backbone, asked: MemorySettings) -> Memory:
@@ -75,6 +115,8 @@ def _pool(pool: Memory, asked: MemorySettings) -> Memory:
     if asked.longterm is not None:
         pool = _with_longterm(pool, asked.longterm)
     changes = {name: value for name in OF_USE if name != "longterm" and (value := getattr(asked, name)) is not None}
+    if changes.get("form") == "exact":  # a pool holds hidden states
+        del changes["form"]
     same = all(getattr(pool.settings, name) == value for name, value in changes.items())
     return pool if same else pool.with_settings(**changes)
 
@@ -141,7 +183,7 @@ def write_all(
         for rows in _passes(after, waiting, [len(pieces[i][number]) for i in waiting], llm.tokens_at_once):
             read = [pieces[i][number] for i in rows]
             for i, new in zip(rows, _new_slots(llm, [after[i] for i in rows], read), strict=True):
-                after[i], update = _following(llm, after[i], new, source, len(pieces[i][number]))
+                after[i], update = _following(llm, after[i], new, source, pieces[i][number])
                 if updates:
                     updates(update)
             done += sum(map(len, read))
@@ -165,7 +207,7 @@ def _new_slots(llm: Backbone, before: Sequence[Memory], pieces: Sequence[Tensor]
     write_many = before[0].rules.write_many
     if len(before) == 1 or write_many is None:
         return [new_slots(llm, memory, piece) for memory, piece in zip(before, pieces, strict=True)]
-    fronts = [llm.prefix(memory).front for memory in before]
+    fronts = [llm.prefix(memory).passing() for memory in before]
     tokens = torch.nn.utils.rnn.pad_sequence(list(pieces), batch_first=True)
     with llm.using(WRITE):
         cache = memory_cache(fronts, llm.decoder, store=False)
@@ -174,14 +216,30 @@ def _new_slots(llm: Backbone, before: Sequence[Memory], pieces: Sequence[Tensor]
         return write_many(llm.decoder, cache, pieces, ways, **at)
 
 
-def _following(llm: Backbone, memory: Memory, new: Tensor, source: str, tokens: int) -> tuple[Memory, Update]:
-    """The memory after an update, with its prefix derived from the one before, and the update."""
-    change = Update.drawn(memory, new, source, tokens)
-    on_device = replace(memory, slots=memory.slots.to(new.device))
-    if memory.longterm is not None:
-        change = replace(change, keys=llm.retriever.new_keys(on_device, change.dropped))
-    following = memories.update(on_device, change)
+def _following(llm: Backbone, memory: Memory, new: Tensor, source: str, ids: Tensor) -> tuple[Memory, Update]:
+    """The memory after an update by new slots of a piece of text [n], with its prefix, and the update."""
     with llm.using(READ):
         fresh = llm.decoder.project_all(new)
-    llm.prefixes.keep(following, llm.prefix(memory).after(memories.kept(change.dropped, memory.M), fresh))
+        if memory.settings.by_update:
+            written, decoded = _written(llm, memory, new, fresh, source, ids)
+            change = Update.drawn(memory, written, source, len(ids))
+            fresh = [fresh[0], *decoded[1:]]
+        else:
+            memory = replace(memory, slots=memory.slots.to(new.device))
+            change = Update.drawn(memory, new, source, len(ids))
+            change = replace(change, keys=llm.retriever.new_keys(memory, change.dropped))
+        following, before = memories.update(memory, change), llm.prefix(memory)
+    llm.prefixes.keep(following, before.after(memories.kept(change.dropped, memory.M), fresh))
     return following, change
+
+
+def _written(
+    llm: Backbone, memory: Memory, new: Tensor, kv: Sequence[KV], source: str, ids: Tensor
+) -> tuple[Written, list[KV]]:
+    """New slots [L, k, d] of a piece of text as the memory keeps them, and their decoded keys and values."""
+    inputs = first_inputs(llm.decoder, ids)
+    at = torch.stack([(inputs == slot).all(1).int().argmax() for slot in new[0]])  # equal inputs are equal tokens
+    layer = llm.retriever.layer_sketched
+    seen = directions(llm.decoder.normed(layer, new[layer]))
+    tensors, decoded = codec_of(memory.coder).encode(ids[at], kv, seen)
+    return Written(source, tensors), decoded

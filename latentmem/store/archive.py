@@ -9,8 +9,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from latentmem.container import Buffer, check_folder, replacing
 from latentmem.files import snapshot
-from latentmem.files.container import Buffer, check_folder, replacing
 from latentmem.store.journal import BEGINNINGS, EVENTS, KINDS, STATES, Journal, Row
 from latentmem.store.objects import HASH, Objects
 from latentmem.store.states import States
@@ -45,10 +45,15 @@ def export(journal: Journal, objects: Objects, states: States, memory: int, path
     rows = sorted(journal.rows([memory]), key=lambda row: row.seq)  # after a replay they are stored in another order
     begun: dict[str, bytes] = {}
     if rows[0].event == "fork":  # as if it had begun with the version that it was forked from
-        data = snapshot.to_bytes(states.memory(rows[0]))
+        whole = states.memory(rows[0])
+        data = snapshot.to_bytes(whole)
         name = hashlib.sha256(data).hexdigest()
         begun[name] = data
-        rows[0] = replace(rows[0], event="import", base=None, kind="snapshot", object=name, bytes=len(data))
+        coders = {coder: len(objects.get(coder)) for coder in snapshot.coder_of(whole.coder)}
+        facts = rows[0].facts | ({"blocks": coders, "coder": whole.coder} if coders else {})
+        rows[0] = replace(
+            rows[0], event="import", base=None, kind="snapshot", object=name, bytes=len(data), facts=facts
+        )
     numbers, lines = {row.id: row.seq for row in rows}, []
     sizes: dict[str, int] = {}
     for row in rows:
@@ -198,7 +203,7 @@ class Reader:
                 raise ValueError(f"version {row.seq} needs one that was pruned")
             needed: set[str] = set()
             if row.kind == "snapshot" and row.object:
-                needed = snapshot.blocks_of(bytearray(self.read(row.object)), f"version {row.seq}")
+                needed = snapshot.parts_of(bytearray(self.read(row.object)), f"version {row.seq}")
             if set(_blocks(row)) != needed:
                 raise ValueError(f"version {row.seq} names other blocks than its snapshot")
 

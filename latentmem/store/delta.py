@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from latentmem import container
+from latentmem.container import Buffer
 from latentmem.core import memory as memories
 from latentmem.core.memory import Memory, Update
 from latentmem.errors import DamagedError
-from latentmem.files import container
-from latentmem.files.container import Buffer
+from latentmem.files import updates as updates_file
+from latentmem.written import Written
 
-FORMAT = "latentmem delta 1"
+FORMAT, WRITTEN = "latentmem delta 1", "latentmem updates 1"
+_NOTHING = torch.zeros(0, 0, 1, dtype=torch.long)
 
 
 def size(updates: list[Update]) -> int:
     """Bytes of the tensors of a delta."""
-    return sum(u.slots.numel() * u.slots.element_size() + u.dropped.numel() * 4 for u in updates)
+    return sum(u.written.nbytes if u.written else u.slots.nbytes + u.dropped.numel() * 4 for u in updates)
 
 
 def to_bytes(updates: list[Update]) -> bytes:
-    """A delta as a safetensors file; equal updates give equal bytes."""
+    """A delta as a safetensors file; equal updates give equal bytes.
+
+    Of coded updates it holds what they wrote: which slots they drop follows from the memory before them.
+    """
+    written = [update.written for update in updates if update.written is not None]
+    if written:
+        return written_to_bytes(written, [update.tokens for update in updates])
     tensors: dict[str, Tensor] = {}
     for i, update in enumerate(updates):
         tensors |= {f"new.{i}": update.slots, f"dropped.{i}": update.dropped.int()}
@@ -37,6 +46,11 @@ def to_bytes(updates: list[Update]) -> bytes:
 def from_bytes(data: Buffer, name: str) -> list[Update]:
     """Read a delta back, new slots as views of `data`; a DamagedError, which calls it `name`, if it is none."""
     tensors, header = container.from_bytes(data, name)
+    if header.get("format") == WRITTEN:
+        return [
+            Update(_NOTHING, _NOTHING[:, :, 0], one.source, tokens, written=one)
+            for one, tokens in _written(tensors, header, name)
+        ]
     if header.get("format") != FORMAT:
         raise DamagedError(f"{name} is no delta of this version: expected the format {FORMAT!r}, got {header!r}.")
     try:
@@ -49,6 +63,32 @@ def from_bytes(data: Buffer, name: str) -> list[Update]:
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedError(f"{name} is a damaged delta ({error}). Restore it from a copy.") from error
     return updates
+
+
+def written_to_bytes(written: Sequence[Written], tokens: Sequence[int]) -> bytes:
+    """Coded updates as a safetensors file, with the tokens of text behind each."""
+    tensors, accounts = updates_file.joined(written)
+    table = [account | {"tokens": n} for account, n in zip(accounts, tokens, strict=True)]
+    return container.to_bytes(tensors, {"format": WRITTEN, "updates": json.dumps(table, sort_keys=True)})
+
+
+def written_from_bytes(data: Buffer, name: str) -> list[Written]:
+    """Read coded updates back, their tensors views of `data`; errors as `from_bytes`."""
+    tensors, header = container.from_bytes(data, name)
+    if header.get("format") != WRITTEN:
+        raise DamagedError(f"{name} holds no coded updates: expected the format {WRITTEN!r}, got {header!r}.")
+    return [one for one, _ in _written(tensors, header, name)]
+
+
+def _written(tensors: dict[str, Tensor], header: dict[str, str], name: str) -> list[tuple[Written, int]]:
+    try:
+        table = json.loads(header["updates"])
+        tokens = [account["tokens"] for account in table]
+        if not all(type(n) is int for n in tokens):
+            raise ValueError(f"its updates have {tokens} tokens")
+        return list(zip(updates_file.parted(tensors, table), tokens, strict=True))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"{name} is a damaged delta ({error}). Restore it from a copy.") from error
 
 
 class Chain:
@@ -70,13 +110,17 @@ class Chain:
         self._begin(memory)
 
     def _begin(self, memory: Memory) -> None:
-        self._numbered = memory.longterm is None
+        self._numbered = memory.longterm is None and not memory.settings.by_update
         self._parts, self._bytes = [memory.slots], 0
         self._start = _numbers(memory.L, memory.M, 0) if self._numbered else memory.slots
         self._books = replace(memory, slots=self._start)
 
     def update(self, change: Update) -> None:
         """Apply an update; a ValueError if it does not fit."""
+        if change.written is not None:
+            change = Update.drawn(self._books, change.written, change.source, change.tokens)
+            self._books = memories.update(self._books, change)
+            return
         first, slots = self._parts[0], change.slots
         if slots.ndim != 3 or slots.shape[::2] != first.shape[::2] or slots.dtype != first.dtype:
             raise ValueError(

@@ -69,9 +69,10 @@ class Row:
         kind: what `object` is: a "snapshot", a "delta" to the base, "none" where the event says all, or "pruned":
             it is gone.
         object: hash of that object.
-        facts: as in `Version`; "ids": hash of the token ids that were written; "blocks": hash -> size of the long-term
-            memory's objects that a snapshot refers to; "pruned": the version can not be opened any more, though a
-            later one may need its object.
+        facts: as in `Version`; "ids": hash of the token ids that were written; "blocks": hash -> size of the objects
+            that a snapshot refers to, "coder": which of them is a coder; "size": of a snapshot of it, about; "shares":
+            such a snapshot refers to the objects of updates; "pruned": the version can not be opened any more, though
+            a later one may need its object.
         time: seconds since 1970.
         seq: number of the version within the memory, from 0.
         id: unique in the store and never used again; 0 = not stored yet. A base has a smaller one.
@@ -242,11 +243,16 @@ class Journal:
         return self._one("SELECT name FROM memories WHERE id = ?", memory)[0]
 
     def overview(self, names: Collection[str] | None) -> list[tuple[str, int, int, int, float, int]]:
-        """Memories, by default all, by name: (name, id, versions, pending ones, time of the newest, bytes)."""
+        """Memories, by default all, by name: (name, id, versions, pending ones, time of the newest, bytes).
+
+        Each object counts once. Coders do not count: a store keeps one for all memories of a model.
+        """
         where = "" if names is None else f"WHERE name IN ({', '.join('?' * len(names))})"
-        blocks = """SELECT COALESCE(SUM(value), 0) FROM (SELECT DISTINCT json_each.key, json_each.value AS value
-                    FROM versions, json_each(versions.facts, '$.blocks') WHERE versions.memory = memories.id)"""
-        sql = f"""SELECT name, memories.id, COUNT(*), SUM(state = 'pending'), MAX(time), SUM(bytes) + ({blocks})
+        size = """SELECT COALESCE(SUM(size), 0) FROM (
+                    SELECT object AS name, bytes AS size FROM versions WHERE memory = memories.id AND object IS NOT NULL
+                    UNION SELECT json_each.key, json_each.value FROM versions, json_each(versions.facts, '$.blocks')
+                    WHERE memory = memories.id AND json_each.key IS NOT json_extract(versions.facts, '$.coder'))"""
+        sql = f"""SELECT name, memories.id, COUNT(*), SUM(state = 'pending'), MAX(time), ({size})
                  FROM versions JOIN memories ON versions.memory = memories.id {where}
                  GROUP BY memories.id ORDER BY name"""
         return self._all(sql, *(names or ()))

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from fsspec.core import url_to_fs
 
+from latentmem.container import Buffer, Disk, replace_bytes
 from latentmem.errors import DamagedError
-from latentmem.files.container import Buffer, Disk, replace_bytes
 
 HASH = re.compile(r"[0-9a-f]{64}")
 SUFFIX = ".safetensors"
+SMALL = 1 << 16  # bytes up to which a file is read, not mapped: a process can not map more than some ten thousand
 
 
 class Objects(ABC):
@@ -95,13 +96,17 @@ class Local(Objects):
         self.disk.sync_folder(self.folder)
 
     def _read(self, name: str) -> Buffer:
-        with self._path(name).open("rb") as file:
-            if os.name != "posix":  # elsewhere a file that is mapped can not be removed
+        path = self._path(name)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= SMALL or os.name != "posix":  # elsewhere a file that is mapped can not be removed
                 return bytearray(file.read())
-            try:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            except ValueError:  # an empty file
-                return bytearray()
+        try:  # mapped so that no handle stays open: a memory may consist of thousands of files
+            return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy().data
+        except RuntimeError as error:
+            if not path.exists():  # removed meanwhile
+                raise FileNotFoundError(path) from error
+            raise OSError(f"{path} can not be mapped ({error}).") from error
 
     def __contains__(self, name: str) -> bool:
         return self._path(name).exists()

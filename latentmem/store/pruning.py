@@ -188,8 +188,14 @@ def _objects(rows: Iterable[Row]) -> dict[str, int]:
 
 
 def _as_if_written(rows: Rows, id: int) -> dict[str, int]:
-    """The objects of a snapshot that is not written yet, about: it shares the blocks of the snapshot before it."""
+    """The objects of a snapshot that is not written yet, about.
+
+    It shares the blocks of the snapshot before it; one of coded updates all of them, too.
+    """
     before = _with_bases(rows, [id], ())
+    if rows[id].facts.get("shares"):
+        shared = _objects(rows[one] for one in before if rows[one].kind == "delta")
+        return shared | rows[min(before)].facts.get("blocks", {}) | {f"snapshot of {id}": rows[id].facts["size"]}
     blocks = rows[min(before)].facts.get("blocks", {})
     known = rows[id].facts.get("size")
     size = known if known is not None else sum(_objects(rows[one] for one in before).values())

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from latentmem.core.memory import Memory
+from latentmem.core.memory import Memory, Update
 from latentmem.model.writing import Progress
 from latentmem.store.journal import BEGINNINGS, Journal, Row
 from latentmem.store.locks import Locks
@@ -177,7 +177,7 @@ class Replay:
             return row, State(memory, deltas)
         return self._put(row, memory), State(memory, 0)
 
-    def _put(self, row: Row, content: bytes | Memory) -> Row:
+    def _put(self, row: Row, content: Sequence[Update] | Memory) -> Row:
         with self._locks.objects():
             written = self._states.put(row, content)
             for name in [written.object or "", *written.facts.get("blocks", ())]:

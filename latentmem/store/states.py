@@ -10,7 +10,7 @@ import platform
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,16 +18,20 @@ import torch
 import transformers
 
 from latentmem import longterm as longterms
+from latentmem.coding.codec import coder_of, is_known, register
+from latentmem.coding.coder import Coder
 from latentmem.core import sources
-from latentmem.core.memory import Memory
+from latentmem.core.memory import Memory, Update
 from latentmem.errors import DamagedError, NotFoundError
 from latentmem.files import snapshot
 from latentmem.longterm.blocks import BLOCK, Block
+from latentmem.longterm.longterm import LongTerm
 from latentmem.store import delta
 from latentmem.store.delta import Chain
 from latentmem.store.journal import KINDS, Journal, Row
 from latentmem.store.objects import Objects
 from latentmem.version import __version__
+from latentmem.written import Written
 
 
 class State(NamedTuple):
@@ -48,8 +52,11 @@ class States:
     def __init__(self, journal: Journal, objects: Objects, snapshot_every: int, cache_bytes: int) -> None:
         self._journal, self._objects, self.snapshot_every = journal, objects, snapshot_every
         self.cache = Cache(cache_bytes)
-        self._block_names: weakref.WeakKeyDictionary[Block, tuple[str, int]] = weakref.WeakKeyDictionary()
+        self._block_names: weakref.WeakKeyDictionary[Block, str] = weakref.WeakKeyDictionary()
         self._blocks: weakref.WeakValueDictionary[str, Block] = weakref.WeakValueDictionary()
+        self._places: weakref.WeakKeyDictionary[Written, tuple[str, int]] = weakref.WeakKeyDictionary()
+        self._updates: weakref.WeakValueDictionary[tuple[str, int], Written] = weakref.WeakValueDictionary()
+        self._sizes: dict[str, int] = {}  # of objects that are parts of snapshots
 
     def memory(self, row: Row, *, cached: bool = True) -> Memory:
         """The memory at a version that waits for nothing; it is read again where somebody prunes meanwhile.
@@ -100,7 +107,10 @@ class States:
 
     def _snapshot(self, row: Row) -> Memory:
         data = self._objects.get(row.object or "")
-        memory = snapshot.from_bytes(data, f"the object {row.object}", verified=True, block=self._block)
+        memory = snapshot.from_bytes(data, f"the object {row.object}", verified=True, parts=self)
+        for name in snapshot.coder_of(memory.coder):
+            if not is_known(name):
+                register(Coder.from_bytes(self._objects.get(name), f"the object {name}"))
         return replace(memory, births=memory.births.clone(), origins=memory.origins.clone())
 
     def _follow(self, row: Row, chain: Chain) -> None:
@@ -112,54 +122,125 @@ class States:
         if row.state == "failed" or row.kind == "snapshot":
             return
         if row.kind == "delta":
-            for update in delta.from_bytes(self._objects.get(row.object or ""), f"the object {row.object}"):
+            name = row.object or ""
+            data = self._objects.get(name)
+            self._sizes[name] = len(data)
+            for i, update in enumerate(delta.from_bytes(data, f"the object {name}")):
+                if update.written is not None:
+                    update = replace(update, written=self._named(update.written, name, i))
                 chain.update(update)
         else:
             chain.change(lambda memory: after_event(row, memory))
 
-    def _block(self, name: str) -> Block:
+    # --- parts of snapshots that are objects of their own ------------------------------------------------------------
+
+    def block(self, name: str) -> Block:
         """A block of a long-term memory; its slots stay on the disk where the objects are on one."""
         block = self._blocks.get(name)
         if block is None:
             data = self._objects.get(name)
             block = snapshot.block_from_bytes(data, f"the object {name}")
-            self._blocks[name], self._block_names[block] = block, (name, len(data))
+            self._blocks[name], self._block_names[block], self._sizes[name] = block, name, len(data)
         return block
 
-    def put(self, row: Row, content: bytes | Memory) -> Row:
+    def updates(self, name: str) -> list[Written]:
+        """The coded updates of an object; those that some memory has already are the same."""
+        data = self._objects.get(name)
+        written = delta.written_from_bytes(data, f"the object {name}")
+        self._sizes[name] = len(data)
+        return [self._named(one, name, i) for i, one in enumerate(written)]
+
+    def _named(self, written: Written, name: str, i: int) -> Written:
+        """An update at a place of an object, as some memory has it already."""
+        one = self._updates.setdefault((name, i), written)
+        self._places[one] = name, i
+        return one
+
+    def put_block(self, block: Block) -> str:
+        """Make a full block an object; gives its name."""
+        name = self._block_names.get(block, "")
+        if not name or name not in self._objects:
+            data = snapshot.block_to_bytes(block)
+            name = self._objects.put(data)
+            self._blocks[name], self._block_names[block], self._sizes[name] = block, name, len(data)
+        return name
+
+    def put_updates(self, written: Sequence[Written]) -> list[tuple[str, int]]:
+        """Make updates that are in no object one for each source, so that a forgotten source leaves nothing behind.
+
+        Returns:
+            Of each update its object, and its place there.
+        """
+        names = {self._places[one][0] for one in written if one in self._places}
+        there = {name for name in names if name in self._objects}
+        fresh = [one for one in written if one not in self._places or self._places[one][0] not in there]
+        by_source: dict[str, list[Written]] = {}
+        for one in fresh:
+            by_source.setdefault(one.source, []).append(one)
+        for own in by_source.values():
+            self._put_written(own, [0] * len(own))
+        return [self._places[one] for one in written]
+
+    def _put_written(self, written: Sequence[Written], tokens: Sequence[int]) -> str:
+        """Make updates an object; gives its name."""
+        data = delta.written_to_bytes(written, tokens)
+        name = self._objects.put(data)
+        self._sizes[name] = len(data)
+        for i, one in enumerate(written):
+            self._updates[name, i], self._places[one] = one, (name, i)
+        return name
+
+    def _put_coder(self, identity: str) -> None:
+        for name in snapshot.coder_of(identity):
+            if name not in self._sizes or name not in self._objects:
+                data = coder_of(name).to_bytes()
+                self._sizes[self._objects.put(data)] = len(data)
+
+    def put(self, row: Row, content: Sequence[Update] | Memory) -> Row:
         """Write the object of a version, a delta or the snapshot of a memory; whoever calls holds the objects.
 
-        Full blocks of a long-term memory become objects of their own, which versions share.
+        Full blocks of a long-term memory, coded updates and their coder are objects of their own, which versions share.
 
         Returns:
             The row, which names the object.
         """
-        if isinstance(content, bytes):
-            return replace(row, kind="delta", object=self._objects.put(content), bytes=len(content))
-        blocks: dict[str, int] = {}
-
-        def put_block(block: Block) -> str:
-            name, size = self._block_names.get(block, ("", 0))
-            if not name or name not in self._objects:
-                data = snapshot.block_to_bytes(block)
-                name, size = self._objects.put(data), len(data)
-                self._block_names[block] = (name, size)
-                self._blocks[name] = block
-            blocks[name] = size
-            return name
-
-        data = snapshot.to_bytes(content, put_block)
-        facts = row.facts | ({"blocks": blocks} if blocks else {})
+        if not isinstance(content, Memory):
+            written = [update.written for update in content if update.written is not None]
+            if written:
+                name = self._put_written(written, [update.tokens for update in content])
+                return replace(row, kind="delta", object=name, bytes=self._sizes[name])
+            data = delta.to_bytes(list(content))
+            return replace(row, kind="delta", object=self._objects.put(data), bytes=len(data))
+        self._put_coder(content.coder)
+        data = snapshot.to_bytes(content, self)
+        parts = {name: self._sizes[name] for name in snapshot.parts_of(bytearray(data), "a snapshot")}
+        facts = row.facts | ({"blocks": parts} if parts else {})
+        if snapshot.coder_of(content.coder):
+            facts |= {"coder": content.coder}
         return replace(row, kind="snapshot", object=self._objects.put(data), bytes=len(data), facts=facts)
 
     def state(self, row: Row) -> State:
         """The memory at a version with its deltas; no more are counted than matter."""
-        count = 0
+        memory, count = self.memory(row), 0
+        due = self.due(memory)
         for here in self._journal.lineage(row):
-            if here.kind == "snapshot" or count == self.snapshot_every:
+            if here.kind == "snapshot" or count == due:
                 break
             count += here.kind == "delta"
-        return State(self.memory(row), count)
+        return State(memory, count)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memories that are open, with their coded updates, each counted once."""
+        written = {id(one): one.nbytes for memory in self.cache.memories for one in memory.written.values()}
+        return self.cache.bytes + sum(written.values())
+
+    def due(self, memory: Memory) -> int:
+        """Deltas after which a snapshot is due.
+
+        One of coded updates names all of them, so it comes the later the more there are: together they stay small.
+        """
+        return max(self.snapshot_every, len(memory.written) // 16)
 
     # --- what waits -------------------------------------------------------------------------------------------------
 
@@ -213,6 +294,12 @@ class Cache:
             while self.bytes > self._limit:
                 self.bytes -= size(self._memories.popitem(last=False)[1])
 
+    @property
+    def memories(self) -> list[Memory]:
+        """The memories that are kept."""
+        with self._lock:
+            return list(self._memories.values())
+
     def discard(self, versions: Iterable[int]) -> None:
         with self._lock:
             for version in versions:
@@ -228,13 +315,15 @@ class Cache:
 def size(memory: Memory) -> int:
     """Bytes of a memory's tensors; of its long-term part those that it does not share with others yet."""
     longterm = longterms.of(memory)
-    ranges = longterm.ranges[-1:] if longterm is not None else ()
+    ranges = longterm.ranges[-1:] if isinstance(longterm, LongTerm) else ()
     tail = sum(part.stored.slots.nbytes for part in ranges if not part.sealed)
     return tail + sum(t.numel() * t.element_size() for t in (memory.slots, memory.births, memory.origins))
 
 
 def largest(memory: Memory) -> int:
     """A `size` that no memory of these settings exceeds: N slots, and a block of the long-term part."""
+    if memory.settings.by_update:  # whose snapshot holds no update
+        return 1 << 62
     return memory.L * (memory.N + BLOCK) * (memory.d * memory.slots.itemsize + 8)
 
 
@@ -252,15 +341,23 @@ def after_event(row: Row, memory: Memory) -> Memory:
     return memory
 
 
+def _snapshot_size(memory: Memory) -> int:
+    """Bytes that a snapshot takes, about; of coded updates it holds one bit for each slot, and a line for each."""
+    if memory.settings.by_update:
+        return memory.L * sum(map(len, memory.written.values())) // 8 + 250 * len(memory.written) + 1000
+    longterm = longterms.of(memory)
+    return memory.slots.nbytes + (longterm.nbytes if longterm is not None else 0)
+
+
 def facts(memory: Memory) -> dict[str, Any]:
     """With what a version was computed, how full it is, and about how many bytes a snapshot of it takes."""
-    longterm = longterms.of(memory)
     return {
         "M": memory.M,
         "N": memory.N,
-        "size": memory.slots.nbytes + (longterm.nbytes if longterm is not None else 0),
+        "size": _snapshot_size(memory),
+        **({"shares": True} if memory.settings.by_update else {}),
         "model": memory.model_name,
-        "dtype": str(memory.slots.dtype)[6:],
+        "dtype": memory.dtype,
         "device": memory.slots.device.type,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),

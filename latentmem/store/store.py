@@ -2,8 +2,9 @@
 
 Every change of a memory is one row of its journal and one version of it: state = event applied to the state of its
 base. The base of most is the version before; a rollback goes on from an older one, a fork from another memory's.
-Tensors are objects: a snapshot of the whole memory now and then, and deltas in between. An object is on disk before the
-row that names it, so whatever a crash leaves behind, every row can be read.
+Tensors are objects: a snapshot of the whole memory now and then, and deltas in between. A delta of coded updates is
+what they wrote, and a snapshot refers to these objects and to their coder. An object is on disk before the row that
+names it, so whatever a crash leaves behind, every row can be read.
 
     store.py     the public face            locks.py     who may change what at one moment
     writing.py   acknowledge, compute       journal.py   the database
@@ -16,11 +17,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from latentmem.core.memory import Memory
+from latentmem.core.settings import LongTermSettings, MemorySettings
 from latentmem.errors import InUseError, NotFoundError
 from latentmem.model.model import MemoryModel
 from latentmem.model.writing import Progress
@@ -47,7 +50,7 @@ class Store:
         path: a folder of this machine, made if it is not there; SQLite's log needs a real disk, no network folder.
         objects: where tensors go: a folder or an fsspec URL such as "s3://bucket/folder". As the store was made, by
             default inside `path`.
-        snapshot_every: deltas after which a full snapshot is written.
+        snapshot_every: deltas after which a full snapshot is written; of many coded updates after more of them.
         cache_bytes: memories that were opened are kept up to this size, the last used ones. Keys and values that a
             model has derived from them come on top.
         timeout: seconds to wait for whoever holds a memory.
@@ -102,6 +105,10 @@ class Store:
     def overview(self, names: Collection[str] | None = None) -> list[Overview]:
         """The journal's numbers of memories, by default of all, by name; no memory is opened."""
         return views.overview(self._journal, names)
+
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes of the memories that are open, and of the objects that versions refer to, each counted once."""
+        return self._states.nbytes, self._journal.bytes()
 
     def create(self, name: str, memory: Memory) -> None:
         """Begin a named memory with one that there is, usually `llm.empty(...)`.
@@ -426,17 +433,27 @@ class Store:
         self.sweep()
         return rewritten
 
-    def rebuild(self, llm: MemoryModel, name: str, new: str, progress: Progress | None = None) -> None:
+    def rebuild(
+        self,
+        llm: MemoryModel,
+        name: str,
+        new: str,
+        progress: Progress | None = None,
+        settings: MemorySettings | None = None,
+    ) -> None:
         """Replay the journal of a memory up to its newest version into a new one, with another model or other adapters.
 
         Args:
-            new: the name of the memory that is made; its settings are those of the old one.
+            new: the name of the memory that is made.
+            settings: of the new memory; by default those of the old one.
 
         Raises:
             ValueError: the memory held something before its journal began, or the new name is taken.
         """
         path = self._replay.path(llm, name)
-        self.create(new, llm.empty(settings=self._states.memory(path[0]).settings))
+        asked = settings or self._states.memory(path[0]).settings
+        asked = replace(asked, form=asked.form or "exact", longterm=asked.longterm or LongTermSettings(0))
+        self.create(new, llm.empty(settings=asked))
         try:
             self._replay.repeat(llm, path, new, progress)
         except BaseException:

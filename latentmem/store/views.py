@@ -11,7 +11,6 @@ import torch
 
 from latentmem import longterm as longterms
 from latentmem.core.memory import Memory
-from latentmem.core.sources import forecast
 from latentmem.store.journal import Journal, Row
 from latentmem.store.pruning import prunable
 from latentmem.store.writing import Content, content_of
@@ -33,8 +32,9 @@ class Version:
         error: why it failed.
         key: the caller's idempotency key.
         bytes: what it takes on disk beside its row.
-        facts: how full it is (M, N, `size` in bytes), and with what it was computed (model, dtype, a hash of the token
-            ids, ...): where these are equal, a replay gives equal bits.
+        facts: how full it is (M, N, `size` in bytes), the slots of each layer that a write `lost` for good, and with
+            what it was computed (model, dtype, a hash of the token ids, ...): where these are equal, a replay gives
+            equal bits.
         time: when, with time zone.
     """
 
@@ -163,13 +163,25 @@ def changes(one: Memory, other: Memory) -> list[Change]:
 def stats(memory: Memory, expiries: Mapping[str, float], ahead: Sequence[int]) -> list[SourceStats]:
     """How much is left of each source of a memory, and the forecast for numbers of updates ahead."""
     survives = {t: forecast(memory, t) for t in ahead}
-    count, longterm = len(memory.sources), longterms.of(memory)
-    stored = torch.zeros(count, 1) if longterm is None else longterm.slots_left(count)
     lines = []
-    for source, own, dropped in zip(memory.sources, memory.slots_left(), stored, strict=True):
+    for source, own, dropped in zip(memory.sources, memory.slots_left(), longterms.stored(memory), strict=True):
         share, archived = (slots.double().mean().item() / source.slots for slots in (own, dropped))
         at = None if source.name not in expiries else _time(expiries[source.name])
         later = {t: share if source.pinned else share * survival for t, survival in survives.items()}
         about = source.name, source.tokens, source.slots
         lines.append(SourceStats(*about, share, archived, source.pinned, at, later))
     return lines
+
+
+def forecast(memory: Memory, t: int) -> float:
+    """The share of the unpinned slots of a memory that is expected to be left after t further updates of K slots.
+
+    Exactly 1 as long as the memory will not be full; then `survival` among the slots that are not pinned.
+    """
+    pinned = memory.pinned().sum(1).double()  # [L]
+    share, M = torch.ones(memory.L, dtype=torch.float64), memory.M
+    while t > 0 and memory.N > M:
+        drop = max(0, M + memory.K - memory.N)
+        share = share * (1 - drop / (M - pinned).clamp(min=1)).clamp(min=0)
+        M, t = min(M + memory.K, memory.N), t - 1
+    return float((share * (1 - memory.K / (memory.N - pinned).clamp(min=1)).clamp(min=0) ** t).mean())

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from latentmem.core.memory import Memory, Update
+from latentmem.longterm.losses import lost_between
 from latentmem.model.prompts import Message, Prompts
 from latentmem.model.writing import Progress, Updates
 from latentmem.store import delta
@@ -177,7 +178,7 @@ class Writer:
         with self._not_counted(row, OSError):
             return self._commit(*computed)
 
-    def _commit(self, row: Row, content: bytes | Memory, after: Memory) -> None:
+    def _commit(self, row: Row, content: Sequence[Update] | Memory, after: Memory) -> None:
         """Put the object of a write on disk, then its row."""
         with self._locks.objects():
             self._journal.change(self._states.put(row, content))
@@ -195,7 +196,7 @@ class Writer:
 
     def compute(
         self, llm: WritingModel, row: Row, before: State, tokens: Tokens, progress: Progress | None
-    ) -> tuple[Row, bytes | Memory, Memory]:
+    ) -> tuple[Row, Sequence[Update] | Memory, Memory]:
         """Compute a write.
 
         Returns:
@@ -210,10 +211,12 @@ class Writer:
                 updates.append(update)
 
         after = llm.write_ids(before.memory, ids, row.payload["source"], progress, keep)
-        small = before.deltas + 1 < self._states.snapshot_every and delta.size(updates) < size(after)
+        small = before.deltas + 1 < self._states.due(after)
+        small &= after.settings.by_update or delta.size(updates) < size(after)
         payload = row.payload | {"tokens": len(ids), "resolved": tokens.role}
-        row = replace(row, payload=payload, state="applied", facts=facts(after) | {"ids": _digest(ids)})
-        return row, delta.to_bytes(updates) if small else after, after
+        own = {"ids": _digest(ids), "lost": lost_between(before.memory, after)}
+        row = replace(row, payload=payload, state="applied", facts=facts(after) | own)
+        return row, updates if small else after, after
 
     # --- without a text ---------------------------------------------------------------------------------------------
 

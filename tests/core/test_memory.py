@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from latentmem.core.memory import Memory, Source, draw, empty, half_life, kept, survival
 from latentmem.core.settings import MemorySettings
-from latentmem.core.sources import forecast, forget, pin
+from latentmem.core.sources import forget, pin
+from latentmem.store.views import forecast
 from latentmem.testing import labelled_memory, updated
 
 

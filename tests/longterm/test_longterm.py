@@ -11,7 +11,8 @@ from margins import nearly_best
 from latentmem import longterm
 from latentmem.core import sources
 from latentmem.core.settings import LongTermSettings
-from latentmem.longterm import ranking
+from latentmem.loading.trained import remembering
+from latentmem.longterm import losses, ranking
 from latentmem.longterm.blocks import NO_SLOT
 from latentmem.longterm.search import Retrieval, RetrievedPrefix
 from latentmem.model.model import MemoryModel
@@ -554,8 +555,45 @@ def test_the_example_of_the_guide_runs(monkeypatch, capsys):
     monkeypatch.chdir(root)
     guide = (root / "docs" / "how-to" / "longterm.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
-    small = MemoryModel(tiny_model(max_position_embeddings=8192), byte_tokenizer())
+    small = remembering(MemoryModel(tiny_model(max_position_embeddings=8192), byte_tokenizer()), "small", None)
     monkeypatch.setattr("latentmem.loading.load.load", lambda: small)
     seen = {}
     exec(code, seen)
-    assert seen["memory"].longterm.S > 0 and str(seen["memory"].longterm.S) in capsys.readouterr().out
+    memory = seen["memory"]
+    assert longterm.stored_most(memory) > 0 and memory.slots_left()[0].sum() < memory.L * memory.sources[0].slots
+    assert capsys.readouterr().out.count("\n") >= 3
+
+
+# --- what is lost for good --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["exact", "int8"])
+def test_lost_slots_are_those_that_stand_nowhere(llm, form):
+    def after(longterm_, count=6):
+        return told(llm, llm.empty(N=16, K=8, form=form, longterm=longterm_), count)
+
+    plain, kept = after(0), after({"R": 4})
+    assert longterm.lost(plain) == 30 - 16 and longterm.lost(kept) == 0
+    bytes_ = kept.longterm.nbytes
+    bound = after({"R": 4, "limit": bytes_ // 2})
+    standing = bound.slots_left().sum(0) + longterm.stored(bound).sum(0)
+    assert longterm.lost(bound) == pytest.approx(30 - standing.double().mean().item()) and longterm.lost(bound) > 0
+    assert longterm.lost(sources.forget(kept, "text 0")) == pytest.approx(collateral(kept, "text 0"))
+
+
+def collateral(memory, name):
+    """Slots of other sources that go with a source, the mean over layers."""
+    after = sources.forget(memory, name)
+    rest = sum(source.slots for source in after.sources)
+    return rest - (after.slots_left().sum(0) + longterm.stored(after).sum(0)).double().mean().item()
+
+
+def test_a_loss_is_said_with_the_setting_that_would_have_kept_it(llm):
+    plain = told(llm, llm.empty(N=16, K=8, form="int8", longterm=0), 6)
+    said = losses.sentence(plain, losses.lost(plain), "notes")
+    assert "14 slots of each layer, 47% of what" in said and "rebuild NEW --memory notes --longterm 5`" in said
+    full = told(llm, llm.empty(N=16, K=8, form="int8", longterm={"R": 4, "limit": 1000}), 6)
+    assert (
+        "--longterm-limit 2000`" in losses.sentence(full, 0.04, "notes") and losses.sentence(full, 0.0, "notes") == ""
+    )
+    assert "0 slots of each layer, less than 1%" in losses.sentence(full, 0.04, "notes")

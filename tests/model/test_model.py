@@ -147,3 +147,42 @@ def test_tokens_of_a_text_and_of_turns_are_what_is_written(llm):
     for nothing in ("", []):
         with pytest.raises(ValueError, match="at least one"):
             llm.tokens(nothing)
+
+
+def two_tensors(prefix):
+    """Bytes of keys and values of all positions, with nothing beside them."""
+    return sum(keys.nbytes + values.nbytes for keys, values in zip(prefix.keys, prefix.values, strict=True))
+
+
+@pytest.mark.parametrize("searching", [{"form": "int8", "longterm": 4}, {"form": "exact", "longterm": 4}])
+def test_rotated_keys_of_a_searched_memory_are_held_by_nobody(llm, searching):
+    before = llm.write(llm.empty(N=32, K=16, **searching), "the door is blue and the roof is red")
+    after = llm.write([before, before], ["the cat is old", "the dog is new"])[0]
+    llm.ask(after, "which door?", max_new_tokens=3)
+    llm.context(after)
+    for memory in (before, after):
+        prefix = llm.prefix(memory)
+        assert not prefix.keeps_front and prefix.nbytes == two_tensors(prefix)
+
+
+def test_a_plain_read_keeps_rotated_keys_and_its_bits_do_not_change(llm):
+    memory = llm.write(llm.empty(N=32, K=16), "the door is blue")
+    prefix = llm.prefix(memory)
+    assert prefix.nbytes == two_tensors(prefix)
+    cache = prefix.cache(store=False)
+    layers = [cache.fronts[0].layers[i]() for i in range(memory.L)]
+    first = llm.logits(memory, [5, 6])
+    assert prefix.keeps_front and prefix.nbytes == 1.5 * two_tensors(prefix) and llm.prefixes.nbytes >= prefix.nbytes
+    for made, kept in zip(layers, prefix.passing().layers, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(made, kept(), strict=True))
+    assert torch.equal(llm.logits(memory, [5, 6]), first)
+
+
+def test_keys_and_values_of_a_coded_memory_take_two_tensors_a_slot(trained):
+    memory = trained.write(trained.empty(N=96, K=64), "The door of the old mill by the river is blue. " * 10)
+    assert memory.settings.form == "coded" and memory.needs_search
+    answer = trained.ask(memory, "Which door is blue?", max_new_tokens=4)
+    prefix = trained.prefix(memory)
+    assert prefix.nbytes == prefix.P * 2 * 30 * 3 * 64 * 4  # so a slot takes 23,040 bytes in bfloat16
+    trained.prefixes.clear()
+    assert trained.ask(memory, "Which door is blue?", max_new_tokens=4) == answer

@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+from latentmem.core.settings import MemorySettings
 from latentmem.model.model import MemoryModel
 from latentmem.store import Store, Turns
 from latentmem.testing import byte_tokenizer, tiny_model
@@ -72,6 +73,7 @@ def work(llm: MemoryModel, folder: str, seed: int) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     llm = MemoryModel(tiny_model(), byte_tokenizer(), name="tiny")
+    llm.defaults = MemorySettings(form=sys.argv[2])
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

@@ -18,7 +18,7 @@ from filelock import FileLock
 from latentmem.core import memory as core_memory
 from latentmem.core.memory import Memory, draw, empty
 from latentmem.core.settings import MemorySettings
-from latentmem.core.sources import forecast, forget, pin
+from latentmem.core.sources import forget, pin
 from latentmem.errors import InUseError, NameTakenError, NotFoundError
 from latentmem.files import snapshot
 from latentmem.model.model import MemoryModel
@@ -26,6 +26,7 @@ from latentmem.store import Store, Turns, archive
 from latentmem.store.delta import Chain, Update
 from latentmem.store.objects import Disk
 from latentmem.store.states import States
+from latentmem.store.views import forecast
 from latentmem.store.writing import Writer
 from latentmem.testing import byte_tokenizer, tiny_model, updated
 

@@ -1,0 +1,140 @@
+"""Coded updates in a file: there and back to the bit, and what does not fit is said."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from latentmem import container
+from latentmem.core.memory import Memory
+from latentmem.errors import DamagedError
+from latentmem.files import snapshot
+from latentmem.model.model import MemoryModel
+from latentmem.store import delta
+from latentmem.testing import byte_tokenizer, tiny_model
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_coder):
+    llm = MemoryModel(tiny_model(), byte_tokenizer(), name="tiny")
+    llm.coder = tiny_coder
+    return llm
+
+
+def written(llm, form="int8", **changes):
+    memory = llm.empty(**{"N": 12, "K": 5, "form": form, "longterm": 4, "order": "best-only"} | changes)
+    for i in range(4):
+        memory = llm.write_ids(memory, list(range(10 + 9 * i, 15 + 9 * i)), f"s{i % 2}")
+    return memory
+
+
+@pytest.fixture
+def file(llm, tmp_path):
+    path = tmp_path / "memory.safetensors"
+    written(llm).save(path)
+    return path
+
+
+def changed(path, tensors=None, **values):
+    """The file of a memory with other tensors or values, and a checksum that fits them."""
+    old, header = container.read(path)
+    new = {name: tensor for name, tensor in {**old, **(tensors or {})}.items() if tensor is not None}
+    text = json.dumps({**json.loads(header["memory"]), **values}, sort_keys=True)
+    container.write(path, new, {**header, "memory": text, "checksum": snapshot._checksum(text, new)})
+
+
+def refused(path, *words):
+    with pytest.raises(DamagedError) as error:
+        Memory.load(path)
+    for word in (str(path), "Restore it from a copy", *words):
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["int8", "coded"])
+@pytest.mark.parametrize("longterm", [0, 4])
+def test_every_field_of_a_coded_memory_comes_back_to_the_bit(llm, tmp_path, form, longterm):
+    memory = written(llm, form, longterm=longterm)
+    memory.save(tmp_path / "a")
+    loaded = Memory.load(tmp_path / "a")
+    for name in [field.name for field in fields(Memory) if field.name not in ("written", "longterm", "version")]:
+        mine, theirs = getattr(memory, name), getattr(loaded, name)
+        assert (torch.equal(mine, theirs) and mine.dtype == theirs.dtype) if torch.is_tensor(mine) else mine == theirs
+    assert memory.coder and list(memory.written) == list(loaded.written)
+    for mine, theirs in zip(memory.written.values(), loaded.written.values(), strict=True):
+        assert mine.source == theirs.source and set(mine.tensors) == set(theirs.tensors)
+        assert all(torch.equal(mine.tensors[name], theirs.tensors[name]) for name in mine.tensors)
+    assert (vars(memory.longterm) if longterm else None) == (vars(loaded.longterm) if longterm else None)
+    assert snapshot.to_bytes(memory) == snapshot.to_bytes(replace(loaded, version=""))
+    ids = [7, 8, 9]
+    before = llm.logits(memory, ids)
+    llm.prefixes.clear()
+    llm.retriever.clear()
+    assert torch.equal(llm.logits(loaded, ids), before)
+
+
+def test_an_empty_coded_memory_comes_back(llm, tmp_path):
+    for form in ("int8", "coded"):
+        memory = llm.empty(N=12, K=4, form=form, longterm=4).save(tmp_path / "a")
+        loaded = Memory.load(tmp_path / "a")
+        assert (loaded.M, loaded.L, loaded.coder, loaded.version) == (0, memory.L, memory.coder, memory.version)
+        assert loaded.is_empty and llm.write_ids(loaded, [5, 6, 7]).M == 3
+
+
+def test_stands_that_do_not_fit_are_damage(file):
+    stands = container.read(file)[0]["stands"]
+    for other, words in (
+        (stands[:, :-1].contiguous(), "`stands` is"),
+        (torch.cat([stands, stands], 1), "`stands` is"),
+        (stands.to(torch.int32), "`stands` is"),
+        (stands[0], "`stands` is"),
+        (torch.cat([stands[:1] * 0, stands[1:]]), "different numbers of slots"),
+        (torch.full_like(stands, 255), "different numbers of slots"),
+        (None, "stands"),
+    ):
+        data = file.read_bytes()
+        changed(file, {"stands": other})
+        refused(file, words)
+        file.write_bytes(data)
+
+
+def test_updates_that_do_not_fit_are_damage(file):
+    tensors, header = container.read(file)
+    values = json.loads(header["memory"])
+    table, data = values["written"], file.read_bytes()
+
+    def row(i, column, value):
+        return [[value if (n, c) == (i, column) else old for c, old in enumerate(one)] for n, one in enumerate(table)]
+
+    cases = {
+        "not all there": {"written": row(0, 2, {**table[0][2], "ids": 4})},
+        "its updates are not in their order": {"written": [*table[1:], table[0]]},
+        "unknown source 'nobody'": {"written": row(0, 1, "nobody")},
+        "lie elsewhere": {"written": [[*one[:3], ["a" * 64, i]] for i, one in enumerate(table)]},
+        "an update has the tensors": {"written": row(0, 2, {"ids": 5})},
+        "its long-term memory says None": {"longterm": None},
+        "its header": {"written": None} | {"more": 1},
+    }
+    for words, change in cases.items():
+        changed(file, None if words != "lie elsewhere" else dict.fromkeys(set(tensors) - {"stands"}), **change)
+        refused(file, words)
+        file.write_bytes(data)
+    changed(file, {"ids": tensors["ids"][:-1].contiguous()})
+    refused(file)
+
+
+def test_a_file_of_updates_that_is_damaged_is_said(llm):
+    memory = written(llm)
+    data = delta.written_to_bytes(list(memory.written.values()), [5] * len(memory.written))
+    again = delta.written_from_bytes(bytearray(data), "x")
+    assert [one.source for one in again] == [one.source for one in memory.written.values()]
+    tensors, header = container.from_bytes(bytearray(data), "x")
+    table = json.loads(header["updates"])
+    for change in ([*table, table[0]], table[1:], [{**table[0], "tokens": "5"}, *table[1:]], {}, 5, [None]):
+        bytes_ = container.to_bytes(tensors, {**header, "updates": json.dumps(change)})
+        with pytest.raises(DamagedError, match=r"^the object x is a damaged delta"):
+            delta.written_from_bytes(bytearray(bytes_), "the object x")
+    with pytest.raises(DamagedError, match=r"^the object x"):
+        delta.written_from_bytes(bytearray(data[:-3]), "the object x")
+    with pytest.raises(DamagedError, match="holds no coded updates"):
+        delta.written_from_bytes(bytearray(container.to_bytes(tensors, {"format": "other"})), "the object x")
