@@ -10,7 +10,7 @@ from latentmem.decoder import linear
 from latentmem.loading import released
 from latentmem.loading.hub import PACKAGED, config_of, from_transformers, path_of
 from latentmem.loading.packaged import load_packaged
-from latentmem.loading.trained import adapters_of, with_adapters
+from latentmem.loading.trained import adapters_of, remembering, with_adapters
 from latentmem.model.model import MemoryModel
 
 
@@ -21,6 +21,7 @@ def load(
     device: str | torch.device | None = None,
     adapters: str | None = "auto",
     quantize: str | None = None,
+    coder: str | None = "auto",
 ) -> MemoryModel:
     """Load a language model that can read and write memories.
 
@@ -33,17 +34,21 @@ def load(
             the package, or lies in the model's folder as `adapters.safetensors`. None is the untrained model; else
             the path of a pair that `latentmem train` made.
         quantize: "int8" for linear layers in 8 bits, float32 on the CPU only; its memories are its own.
+        coder: what keeps updates in few bytes, the form "coded". "auto" takes the one that belongs to model and
+            adapters, if there is one: it comes with the package, or lies in the model's folder as `coder.safetensors`.
+            None: new memories keep 8 bits; else the path of one that `latentmem calibrate` made.
 
     Raises:
         ValueError: an unknown name, an architecture that is not supported, a damaged file; the message says what to do.
     """
     if quantize is not None:
-        return _quantized(load(name, dtype=dtype or "float32", device=device or "cpu", adapters=adapters), quantize)
+        exact = load(name, dtype=dtype or "float32", device=device or "cpu", adapters=adapters, coder=None)
+        return remembering(_quantized(exact, quantize), name, coder)
     own = adapters_of(name) if adapters == "auto" else None if adapters is None else path_of(adapters)
     where = _device(device) if device is not None else _fastest()
     kind = _dtype(dtype) if dtype is not None else (torch.float32 if where.type == "cpu" else torch.bfloat16)
     llm = _plain(name, kind, where, adapters=adapters)
-    return llm if own is None else with_adapters(llm, own)
+    return remembering(llm if own is None else with_adapters(llm, own), name, coder)
 
 
 def _quantized(llm: MemoryModel, how: str) -> MemoryModel:

@@ -15,7 +15,7 @@ import platformdirs
 import torch
 from filelock import FileLock
 
-from latentmem.files.container import replace_folder
+from latentmem.container import replace_folder
 from latentmem.loading.hub import PACKAGED, dequantised, from_transformers, quiet
 from latentmem.model.model import MemoryModel
 

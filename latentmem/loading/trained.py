@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentmem.coding.codec import register
+from latentmem.coding.coder import Coder
 from latentmem.core import memory as memories
 from latentmem.core.memory import Memory
 from latentmem.core.presets import PRESETS
-from latentmem.core.settings import MemorySettings
+from latentmem.core.settings import LongTermSettings, MemorySettings
 from latentmem.decoder import adapters, linear
 from latentmem.decoder.decoder import Decoder
 from latentmem.files import adapters as files
@@ -21,13 +23,46 @@ from latentmem.longterm.search import Projectors
 from latentmem.model.backbone import Trained
 from latentmem.model.model import MemoryModel
 
-TRAINED, ADAPTERS = Path(__file__).parent.parent / "trained", "adapters.safetensors"
+TRAINED, ADAPTERS, CODER = Path(__file__).parent.parent / "trained", "adapters.safetensors", "coder.safetensors"
+DEFAULTS = MemorySettings(N=1536, longterm=LongTermSettings(R=512, limit=256 << 20), form="int8")  # of new memories
 
 
 def adapters_of(name: str) -> Path | None:
     """The trained adapters that belong to a model: those of the package, or `adapters.safetensors` in its folder."""
-    path = (TRAINED / name if name == PACKAGED else path_of(name)) / ADAPTERS
+    return _beside(name, ADAPTERS)
+
+
+def _beside(name: str, file: str) -> Path | None:
+    """A file that belongs to a model, if there is one."""
+    path = (TRAINED / name if name == PACKAGED else path_of(name)) / file
     return path if path.is_file() else None
+
+
+def remembering(llm: MemoryModel, name: str, coder: str | None) -> MemoryModel:
+    """The model with the defaults of new memories, and with its coder.
+
+    Args:
+        name: by which it was loaded.
+        coder: as in `load`.
+
+    Raises:
+        ValueError: the coder can not be read, or was made for another model or other adapters.
+    """
+    llm.defaults = DEFAULTS
+    path = _beside(name, CODER) if coder == "auto" else None if coder is None else path_of(coder)
+    if path is None:
+        return llm
+    known = Coder.load(path)
+    theirs, mine = known.about, {key: llm.identities[key] for key in ("model", "adapters")}
+    if all(theirs.get(key) == value for key, value in mine.items()):
+        llm.coder, llm.defaults = register(known), replace(DEFAULTS, form="coded")
+    elif coder != "auto":
+        raise ValueError(
+            f"the coder {path} was made for the model {theirs.get('model', '')[:12]} with the adapters "
+            f"{theirs.get('adapters', '')[:12] or 'none'}, and this is {mine['model'][:12]} with "
+            f"{mine['adapters'][:12] or 'none'}. Make one with `latentmem calibrate`, or leave it out."
+        )
+    return llm
 
 
 def with_adapters(llm: MemoryModel, path: Path) -> MemoryModel:

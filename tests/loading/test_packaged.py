@@ -35,7 +35,7 @@ def test_the_law_on_a_real_text_in_one_piece_and_in_ten(packaged, text_ids, ques
     plain = packaged.base(torch.tensor([[first, *text_ids, *question]])).logits[0, -len(question) :]
     n = len(text_ids)
     for pieces in (1, 10):
-        memory = packaged.write_ids(packaged.empty(N=2048, K=-(-n // pieces)), text_ids)
+        memory = packaged.write_ids(packaged.empty(N=2048, K=-(-n // pieces), form="exact"), text_ids)
         assert n == memory.M and memory.updates == pieces
         assert (packaged.logits(memory, question) - plain).abs().max() < 1e-4
 
@@ -49,9 +49,10 @@ def test_the_empty_memory_is_the_plain_model_to_the_bit(packaged, trained, quest
         assert torch.equal(llm.generate_ids(llm.empty(), question, max_new_tokens=12), plain)
 
 
-def test_the_same_writes_give_the_same_bits_also_after_loading(packaged, text_ids, tmp_path):
+@pytest.mark.parametrize("form", ["exact", None], ids=["exact", "default"])
+def test_the_same_writes_give_the_same_bits_also_after_loading(packaged, text_ids, tmp_path, form):
     def write(save):
-        memory = packaged.empty(N=300, K=128, seed=7)
+        memory = packaged.empty(N=300, K=128, seed=7, form=form)
         for i in range(4):
             memory = packaged.write_ids(memory, text_ids[i * 100 : i * 100 + 100], source=str(i))
             if save:
@@ -84,8 +85,18 @@ def test_the_packaged_adapters_are_what_the_packaged_configs_make(trained):
     assert facts["memory"] == {name: value for name, value in settings.items() if name not in OF_USE}
     assert {k: facts[k] for k in ("r", "alpha")} == {"r": made.lora.r, "alpha": made.lora.alpha}
     assert facts["steps"] == made.steps.total and facts["model"] == trained.identity
-    memory = trained.empty()
+    memory = trained.empty(form="exact")
     assert (memory.N, memory.K, memory.compression, memory.choice) == (2048, 256, 1, "surprise")
+
+
+def test_a_memory_remembers_by_default(packaged, trained):
+    for llm in (packaged, trained):
+        memory, paper = llm.empty(), llm.empty(form="exact")
+        assert (memory.N, memory.settings.form) == (1536, llm.defaults.form) and memory.settings.by_update
+        assert (memory.longterm.settings.R, memory.longterm.settings.limit) == (512, 256 << 20)
+        assert (memory.R, memory.reading_order) == (0, "best-last")
+        assert paper.longterm is None and not paper.settings.by_update and paper.reading_order == "written"
+        assert llm.empty(longterm={"R": 0}).longterm is None
 
 
 def test_a_text_is_read_back_from_layer_0(packaged):
