@@ -132,7 +132,7 @@ def load(
     import latentmem
 
     name = model or (memory.model_name if memory is not None else "") or PACKAGED
-    adapters_name = adapters or os.environ.get("LATENTMEM_ADAPTERS") or "auto"
+    adapters_name = chosen(adapters)
     if memory is None:
         return latentmem.load(name, device=device, quantize=quantize, adapters=pair(adapters_name))
     if adapters is None and not memory.adapters:
@@ -143,7 +143,12 @@ def load(
             f"the memory was written by a model with {f'--quantize {own}' if own else 'exact weights'}, "
             f"not --quantize {quantize}. Leave it out, or choose a new name."
         )
-    return latentmem.load(name, device=device, dtype=memory.slots.dtype, quantize=own, adapters=pair(adapters_name))
+    return latentmem.load(name, device=device, dtype=memory.dtype, quantize=own, adapters=pair(adapters_name))
+
+
+def chosen(adapters: str | None) -> str:
+    """The value of `--adapters`, else of `LATENTMEM_ADAPTERS`, else "auto"."""
+    return adapters or os.environ.get("LATENTMEM_ADAPTERS") or "auto"
 
 
 def quantized_as(memory: Memory) -> str | None:

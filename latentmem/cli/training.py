@@ -1,14 +1,17 @@
-"""`latentmem train`."""
+"""`latentmem train` and `latentmem calibrate`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from latentmem.cli import printing
-from latentmem.cli.base import app
+from latentmem.cli.base import MODELS, PACKAGED, Device, OwnAdapters, app, chosen, pair
+
+if TYPE_CHECKING:
+    from latentmem.train.calibrate import Result
 
 
 @app.command(rich_help_panel="Training and measuring")
@@ -64,3 +67,54 @@ def _rehearsed(facts: dict[str, Any]) -> Any:
     table.add_row("time", f"about {facts['seconds'] / 60:,.0f} minutes here, without the points of the curve")
     table.add_row("memory", f"{facts['bytes'] / 2**30:.1f} GiB")
     return table
+
+
+@app.command(rich_help_panel="Training and measuring")
+def calibrate(
+    texts: Annotated[
+        list[Path],
+        typer.Option("--texts", help="A file of texts: .jsonl or .jsonl.gz with a key text, or .txt. Give several."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File of the coder; the same file continues.")],
+    model: Annotated[str, typer.Argument(help=f"{MODELS}.")] = PACKAGED,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read, at least.")] = 100_000,
+    step: Annotated[float, typer.Option(help="Smaller: more bytes, smaller errors.")] = 0.005,
+    dtype: Annotated[str, typer.Option(help="In which the model runs.")] = "bfloat16",
+    bits: Annotated[int, typer.Option(help="Bits of a sketch, by which a slot is searched; a multiple of 8.")] = 192,
+    adapters: OwnAdapters = None,
+    device: Device = None,
+) -> None:
+    """Make a coder: with it, memories of this model keep each token in a small code of its keys and values.
+
+    A coder belongs to one model with one pair of adapters. The same command continues a run that was stopped.
+    """
+    import latentmem
+    from latentmem.train import calibrate as calibrating
+    from latentmem.train import pieces
+
+    pieces.check(texts)
+    llm = latentmem.load(model, dtype=dtype, device=device, adapters=pair(chosen(adapters)), coder=None)
+    sums = calibrating.sums_path(out)
+    try:
+        with printing.progress("tokens", seconds=600) as bar:
+            show = printing.tokens(bar, "calibrating", tokens)
+            result = calibrating.calibrate(llm, texts, out, tokens, step, bits, show, bar.console.print)
+    except KeyboardInterrupt:
+        kept = f"{sums} holds what was seen" if sums.exists() else "nothing was kept yet"
+        printing.error(f"stopped; {kept}, and the same command goes on from there.")
+        raise typer.Exit(130) from None
+    for line in _calibrated(result, out, sums):
+        typer.echo(line)
+
+
+def _calibrated(result: Result, out: Path, sums: Path) -> list[str]:
+    """What was made, in sentences."""
+    about = result.coder.about
+    return [
+        f"{out} is the coder of {about['name']}: {printing.size(result.size)}, {result.coefficients:,} coefficients, "
+        f"from {int(about['tokens']):,} tokens and {int(about['answers']):,} answers.",
+        f"A token takes about {result.nbytes:,.0f} bytes, and {result.coder.sketch.nbytes} more for its sketch.",
+        f"Decoded keys and values differ by {result.error:.0%} on average, least where answers depend on them.",
+        f"{sums} ({printing.size(sums.stat().st_size)}) holds what was seen: the same command with more --tokens, "
+        f"another --step or other --bits goes on from there. The coder does not need that file.",
+    ]

@@ -9,4 +9,6 @@ build.py                       a config -> model, learner, pool, optimizer; and 
 loop.py                        steps, on one process or many
 checkpoint.py, log.py          what a run leaves on disk: state, one line per step, a picture
 probe.py                       the live retention curve
+calibrate.py, pieces.py        files of texts -> a coder of the model's updates; a run that is stopped goes on
+calibration.py                 what a coder is made of: sums over memories, and the fit
 """

@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from latentmem import container
 from latentmem.core.memory import Memory
 from latentmem.errors import DamagedError
-from latentmem.files import container
 from latentmem.train.config import Config
 
 STATE, KEY = "state.safetensors", "run"  # the file of weights and optimizer; of its header: the counts, as JSON

@@ -72,7 +72,7 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_command(config, tmp_path):
     with pytest.raises(ValueError, match="nowhere holds no log"):
         draw({"none": tmp_path / "nowhere"}, tmp_path / "none.png")
     llm = load(json.loads((out / "config.json").read_text())["config"]["model"], adapters=out / "adapters.safetensors")
-    memory = llm.write(llm.empty(), "House 4 belongs to Ada4.")
+    memory = llm.write(llm.empty(form="exact"), "House 4 belongs to Ada4.")
     assert (memory.N, memory.K, memory.compression) == (64, 64, 2) and memory.adapters == llm.adapters.identity
     assert isinstance(llm.ask(memory, "Whose is 4?", max_new_tokens=3), str)
 

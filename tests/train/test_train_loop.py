@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from test_train_learner import NAMES
 
 import latentmem
+from latentmem import container
 from latentmem.core.memory import Memory
 from latentmem.decoder import adapters as pairs
 from latentmem.files import adapters as files
-from latentmem.files import container
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Prompts
 from latentmem.model.reader import Score
@@ -746,7 +746,7 @@ def test_saving_and_loading_give_the_same(trained, tmp_path):
 def test_a_trained_model_loads_and_remembers(trained, tiny_folder):
     llm = latentmem.load(str(tiny_folder), adapters=str(trained.out), device="cpu")
     assert llm.adapters.identity == trained.llm.adapters.identity
-    memory = llm.empty()
+    memory = llm.empty(form="exact")
     assert (memory.N, memory.preset) == (trained.config.memory.N, trained.config.memory.preset)
     memory = llm.write(memory, "Quill of Lower Veld built mill 7.")
     assert llm.ask(memory, "Who built mill 7?", max_new_tokens=3) is not None
