@@ -10,13 +10,15 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypedDict, TypeVar, Unpack
 
+import torch
+
+from latentmem.container import replace_bytes
 from latentmem.core.memory import Memory
 from latentmem.core.settings import LongTermSettings, MemorySettings
 from latentmem.evaluate import runner
 from latentmem.evaluate.asking import written
 from latentmem.evaluate.settings import Settings
 from latentmem.evaluate.stats import Estimate, perplexity
-from latentmem.files.container import replace_bytes
 from latentmem.model.model import MemoryModel
 
 Record = runner.Record
@@ -86,6 +88,15 @@ def perplexities(read: Mapping[str, Mapping[str, Record]]) -> Numbers:
 def empty(llm: MemoryModel, memory: MemorySettings) -> Memory:
     """An empty memory; of a checkpoint, the checkpoint's own pool."""
     return llm.empty(settings=replace(memory, N=None, K=None) if llm.born_full else memory)
+
+
+def zeros(llm: MemoryModel, memory: Memory) -> Memory:
+    """As many slots, all of them zero: what a memory does by being there. They are hidden states in every form."""
+    if not memory.settings.by_update:
+        return replace(memory, slots=torch.zeros_like(memory.slots))
+    slots = torch.zeros(memory.L, memory.M, llm.decoder.d, dtype=llm.decoder.dtype, device=llm.decoder.device)
+    exact = replace(memory.settings, form="exact", longterm=None)
+    return replace(memory, slots=slots, settings=exact, coder="", written={}, longterm=None)
 
 
 def shared(llm: MemoryModel, memory: MemorySettings, longterm: LongTermSettings) -> MemorySettings:

@@ -15,8 +15,8 @@ NEW_TOKENS = 10  # of an answer, as in the paper
 LONGEST = 512  # tokens of a text that is asked about: one update of the paper
 OWN_RUN = 50  # steps of retention up to which every sample has its own run
 SETS = ("blimp", "piqa", "mmlu")
-MEMORY = MemorySettings(N=2048)
-ONE_UPDATE = MemorySettings(K=LONGEST)  # every text is one update
+MEMORY = MemorySettings(N=2048, form="exact")  # the paper's memory, of hidden states; not the default of a model
+ONE_UPDATE = MemorySettings(K=LONGEST, form="exact")  # every text is one update
 
 
 @dataclass(frozen=True)

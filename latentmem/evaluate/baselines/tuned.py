@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from latentmem.files import container
+from latentmem import container
 from latentmem.model.model import MemoryModel
 
 KEPT = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each weight, beside its number of steps

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
+from latentmem import container
 from latentmem.evaluate.asking import seed_of
 from latentmem.evaluate.baselines.editors import ENOUGH, Editor, answer_ids, prompt_ids
 from latentmem.evaluate.data.edits import Edit
-from latentmem.files import container
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import dataclass
 
 from latentmem.core.memory import Memory
+from latentmem.evaluate import protocol
 from latentmem.model.model import MemoryModel
 
 THINGS = ("blue door", "old safe", "garden gate", "night train")
@@ -50,7 +49,7 @@ def planted(llm: MemoryModel) -> Iterator[Case]:
 
 def ask(llm: MemoryModel, memory: Memory, other: Memory, question: str, gold: str = "") -> Case:
     """One question with `memory`, the same memory zeroed, `other`, and none."""
-    zeroed = replace(memory, slots=torch.zeros_like(memory.slots))
+    zeroed = protocol.zeros(llm, memory)
     memories = dict(zip(ROWS, (memory, zeroed, other, llm.blank()), strict=True))
     prompts = llm.prompts_or_raise()
     logprobs = {}
@@ -76,6 +75,7 @@ def law(llm: MemoryModel) -> float | None:
         return None
     prompts = llm.prompts_or_raise()
     text, question = prompts.text(" ".join(fact(i) for i in range(len(THINGS)))), prompts.text(" And the old safe?")
-    memory = llm.write_ids(llm.empty(), text)
-    plain = llm.logits(llm.empty(), [prompts.first_token, *text, *question])[-len(question) :]
+    empty = llm.empty(form="exact")
+    memory = llm.write_ids(empty, text)
+    plain = llm.logits(empty, [prompts.first_token, *text, *question])[-len(question) :]
     return (llm.logits(memory, question) - plain).abs().max().item()

@@ -70,7 +70,7 @@ class Forget(Worker):
         memories["control"] = control
         for way in WAYS:
             after = memories[way]
-            same = after.slots.shape == control.slots.shape and torch.equal(after.slots, control.slots.to(after.slots))
+            same = _is_same(after, control)
             facts = {"kind": "memory", "state": way, "text": target.id, "same": int(same), "M": after.M}
             yield {**facts, "gone": int(all(s.name != TARGET for s in after.sources)), "seconds": seconds[way]}
         for state, memory in memories.items():
@@ -159,3 +159,11 @@ def measure(
     """Run the protocol, or go on with it; arguments as in `protocol.measure`."""
     about = {"source": data.source, "sha256": data.identity}
     return protocol.measure(Forget(llm, data, settings), lines, out, data=about, args=(data, settings), **how)
+
+
+def _is_same(one: Memory, other: Memory) -> bool:
+    """Whether two memories hold the same slots, to the bit."""
+    if one.slots.shape != other.slots.shape or not torch.equal(one.slots, other.slots.to(one.slots)):
+        return False
+    pairs = zip(one.written.values(), other.written.values(), strict=True)
+    return all(torch.equal(mine.tensors[name], theirs.tensors[name]) for mine, theirs in pairs for name in mine.tensors)

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from latentmem.container import replace_bytes
 from latentmem.core.memory import Memory
 from latentmem.core.presets import PAPER_PIECE
 from latentmem.core.settings import MemorySettings, settings_of
 from latentmem.evaluate.protocols.longbench import cut
-from latentmem.files.container import replace_bytes
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel
 

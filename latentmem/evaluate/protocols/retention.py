@@ -243,17 +243,16 @@ class Retention(Worker):
 
     def _found(self, memory: Memory, question: Question, source: str) -> dict[str, float]:
         """The share of a source's stored slots, or of R where they are more, that a question takes; mean of layers."""
-        store = longterm.of(memory)
-        if store is None or not memory.R:
+        if not memory.R:
             return {}
         number = [s.name for s in memory.sources].index(source)
-        mine = (store.origins == number) & store.occupied
+        mine = longterm.stored(memory)[number]
         if not mine.any():
             return {}
         front = self.llm.front(memory, self.llm.prompts_or_raise().question(question.question, bare=True))
         assert isinstance(front, RetrievedPrefix)
-        layers = [i for i in range(memory.L) if mine[i].any()]
-        shares = [int(mine[i][front.retrieval.places[i]].sum()) / min(memory.R, int(mine[i].sum())) for i in layers]
+        taken = (longterm.sources_of(memory, torch.stack(front.retrieval.places)) == number).sum(1)
+        shares = [int(n) / min(memory.R, int(all_)) for n, all_ in zip(taken, mine, strict=True) if all_]
         return {"found": sum(shares) / len(shares)}
 
     def _ask(self, context: Context, questions: Sequence[Question]) -> list[Answer]:
@@ -283,8 +282,7 @@ class Retention(Worker):
         return self.llm.write_ids(memory, self._ids(text), source)
 
     def _zeroed(self, N: int) -> Memory:
-        memory = self._full(N)
-        return replace(memory, slots=torch.zeros_like(memory.slots))
+        return protocol.zeros(self.llm, self._full(N))
 
     def _ask_all(
         self,

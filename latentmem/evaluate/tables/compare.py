@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from latentmem.container import replace_bytes
 from latentmem.evaluate.runner import Folder, Record
 from latentmem.evaluate.stats import Estimate, difference, mean_of, quotient
 from latentmem.evaluate.tables import plots
 from latentmem.evaluate.tables.summary import METRICS, NAMES, as_json, table
 from latentmem.evaluate.tables.summary import StepLine as Line
-from latentmem.files.container import replace_bytes
 
 Cells = dict[int, dict[str, Record]]  # step -> question -> record
 SHARED = ("floor", "oracle", "window", "bm25")

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 
+from latentmem.container import replace_bytes
 from latentmem.evaluate.data.sets import QuestionSet
 from latentmem.evaluate.runner import Folder, Record
 from latentmem.evaluate.stats import Estimate
 from latentmem.evaluate.tables.summary import OURS, Line, cell_text, grid, label, part_name, sections
-from latentmem.files.container import replace_bytes
 
 EXAMPLES = 12
 STYLE = """
