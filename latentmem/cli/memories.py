@@ -16,8 +16,9 @@ from latentmem.cli import base, options, printing
 from latentmem.cli.base import Device, Json, ModelName, Name, NewTokens, OwnAdapters, Quantize, Version, app
 
 if TYPE_CHECKING:
+    from latentmem.core.memory import Memory
     from latentmem.model.model import MemoryModel
-    from latentmem.store import Store, Turns
+    from latentmem.store import Turns
 
 PANEL = "Memories"
 LIKE_A_PATH = re.compile(r"^(/|~|\.\.?/)|\.[A-Za-z]\w{0,4}$")
@@ -54,6 +55,7 @@ def write(
     if before is None:
         store.create(memory, start)
     base.finish(store, memory, llm)
+    start = store.open(memory)
     with printing.progress() as bar:
         task = bar.add_task("writing", total=sum(counts))
         for i, (name, text) in enumerate(sources):
@@ -62,8 +64,7 @@ def write(
             version = store.write(llm, memory, text, name, role=role, key=own_key, progress=show)
     for (name, _), count in zip(sources, counts, strict=True):
         typer.echo(f"{name}: {count} tokens")
-    now = store.open(memory)
-    typer.echo(f"{memory}, version {version}: {printing.state(now)}{printing.forgetting(now)}")
+    printing.written(memory, version, start, store.open(memory))
 
 
 @app.command(rich_help_panel=PANEL)
@@ -116,20 +117,20 @@ def chat(
         lines = itertools.chain([first], lines)
         store.create(memory, llm.empty())
     with Turns(store, memory) as turns:
-        count = _converse(store, memory, llm, turns, lines, max_new_tokens)
+        base.finish(store, memory, llm)
+        start = store.open(memory)
+        count = _converse(start, llm, turns, lines, max_new_tokens)
     if sys.stdin.isatty():
         typer.echo()
     typer.echo(f"(wrote {count} turns into the memory {memory!r})" if count else "(nothing to write)", err=True)
+    printing.losses(memory, start, store.open(memory))
 
 
-def _converse(
-    store: Store, memory: str, llm: MemoryModel, turns: Turns, lines: Iterable[str], max_new_tokens: int
-) -> int:
+def _converse(memory: Memory, llm: MemoryModel, turns: Turns, lines: Iterable[str], max_new_tokens: int) -> int:
     """Answer each line, then write what is left; how many turns that were."""
     from latentmem.model.chat import Conversation
 
-    base.finish(store, memory, llm)
-    conversation = Conversation(llm, store.open(memory), turns.pending(), journal=turns)
+    conversation = Conversation(llm, memory, turns.pending(), journal=turns)
     if conversation.messages:
         typer.echo(f"(going on with {len(conversation.messages)} turns of a chat that was cut off)", err=True)
     for line in lines:

@@ -18,6 +18,12 @@ Values = dict[str, Any]  # name of an option -> its value
 Flags = Mapping[str, Sequence[str]]  # name of an option -> how it is written, where that is not --name
 FLAGS: Flags = {"N": ("--capacity", "-N"), "K": ("--per-update", "-K")}
 PART = "longterm"  # begins the names of the settings of a long-term part; alone it is R
+REMEMBERING = {  # `loading.trained.DEFAULTS` of new memories, as help shows them
+    "N": "1536",
+    "form": "coded, without a coder int8",
+    PART: "512",
+    f"{PART}_limit": "268435456, with --longterm 1073741824",
+}
 
 
 class Group(NamedTuple):
@@ -76,6 +82,8 @@ def of_memory(
     flags: Flags = FLAGS,
     help: Mapping[str, str] | None = None,
     title: str = "",
+    shown_defaults: Mapping[str, str] | None = None,
+    shown: str = "",
 ) -> Group:
     """An option for each setting of a memory; a command gets the values that are given, by the names of the options.
 
@@ -84,6 +92,8 @@ def of_memory(
         leave_out: names of options; "longterm" stands for the whole long-term part.
         help: by the name of a setting, in the place of its own.
         title: begins the help.
+        shown_defaults: by the name of an option, shown in the place of its own.
+        shown: in the place of all of them.
     """
     options = []
     for (name, one, default), (_, _, own) in zip(_settings(defaults.complete()), _settings(defaults), strict=True):
@@ -92,8 +102,9 @@ def of_memory(
         part = ["long-term part"] if name.startswith(f"{PART}_") else []
         begin = "".join(f"{', '.join([title, *part] if title else part)}: " if title or part else "")
         one = replace(one, help=(help or {}).get(name, one.help))
-        shown = default if own is not None else f"as the adapters were trained, else {default}"
-        options.append(_option(name, one, flags, begin, default=None, shown=shown))
+        usual = default if own is not None else f"as the adapters were trained, else {default}"
+        shown_here = shown or (shown_defaults or {}).get(name, usual)
+        options.append(_option(name, one, flags, begin, default=None, shown=shown_here))
 
     def build(**values: Any) -> Values:
         return {name: value for name, value in values.items() if value is not None}
@@ -103,7 +114,23 @@ def of_memory(
 
 def of_a_new_memory(command: Command) -> Command:
     """A command with an option for each setting of a new memory in the place of its parameter `chosen`."""
-    return replaced(command, "chosen", of_memory(MemorySettings(), title="New memory"))
+    return replaced(command, "chosen", of_memory(MemorySettings(), title="New memory", shown_defaults=REMEMBERING))
+
+
+def of_a_rebuilt_memory(command: Command) -> Command:
+    """The same for a memory that is written again: what is not given is as it was."""
+    return replaced(command, "chosen", of_memory(MemorySettings(), title="New memory", shown="as it was"))
+
+
+def settings_over(settings: MemorySettings, chosen: Mapping[str, Any]) -> MemorySettings:
+    """The settings of a memory, with those that options stand for in their place."""
+    parts = {f"{PART}_R" if name == PART else name: value for name, value in chosen.items() if name.startswith(PART)}
+    if settings.longterm is None or not parts:
+        asked = settings_from(chosen).longterm or settings.longterm
+    else:
+        asked = replace(settings.longterm, **{name.removeprefix(f"{PART}_"): value for name, value in parts.items()})
+    own = {name: value for name, value in chosen.items() if not name.startswith(PART)}
+    return replace(settings, longterm=asked, **own)
 
 
 def settings_from(chosen: Mapping[str, Any]) -> MemorySettings:
@@ -120,7 +147,7 @@ def settings_from(chosen: Mapping[str, Any]) -> MemorySettings:
 
 def require_same(name: str, settings: MemorySettings, chosen: Mapping[str, Any]) -> None:
     """Refuse options that are not as the memory was made."""
-    for option, _, value in _settings(replace(settings, order=settings.reading_order)):
+    for option, _, value in _settings(replace(settings, order=settings.reading_order, form=settings.form or "exact")):
         if option in chosen and chosen[option] != value:
             raise ValueError(
                 f"the memory {name!r} was made with {option}={value}, not {chosen[option]}. Leave it out, or choose a "

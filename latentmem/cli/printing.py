@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from latentmem.core.memory import Memory
-    from latentmem.longterm.longterm import LongTerm
+    from latentmem.longterm import Archive
     from latentmem.model.model import MemoryModel
     from latentmem.model.writing import Progress
     from latentmem.store import Overview, SourceStats
@@ -76,10 +76,22 @@ def state(memory: Memory) -> str:
 # --- a memory ---------------------------------------------------------------------------------------------------------
 
 
-def _longterm(memory: Memory) -> LongTerm | None:
+def _longterm(memory: Memory) -> Archive | None:
     from latentmem import longterm
 
     return longterm.of(memory)
+
+
+def _stored(memory: Memory) -> int:
+    """Slots of each layer that were dropped and can be found again."""
+    from latentmem import longterm
+
+    return longterm.stored_most(memory)
+
+
+def _bytes(memory: Memory) -> int:
+    """Bytes of a memory's slots, and of the coded updates that they stand in."""
+    return memory.slots.nbytes + sum(one.nbytes for one in memory.written.values())
 
 
 def facts_of(memory: Memory, stats: list[SourceStats]) -> dict[str, Any]:
@@ -87,8 +99,9 @@ def facts_of(memory: Memory, stats: list[SourceStats]) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(memory.settings).items() if name != "longterm"}
     names = ("M", "L", "d", "updates", "tokens", "half_life", "model_name", "model", "adapters")
     facts = settings | {name: getattr(memory, name) for name in names} | {"order": memory.reading_order}
+    facts |= {"form": memory.settings.form or "exact", "size": _bytes(memory)}
     if (longterm := _longterm(memory)) is not None:
-        facts["longterm"] = asdict(longterm.settings) | {"S": longterm.S, "bytes": longterm.nbytes}
+        facts["longterm"] = asdict(longterm.settings) | {"S": _stored(memory), "bytes": longterm.nbytes}
     facts["sources"] = [
         {
             **{name: getattr(source, name) for name in ("tokens", "slots", "stored", "pinned", "forecast")},
@@ -103,11 +116,25 @@ def facts_of(memory: Memory, stats: list[SourceStats]) -> dict[str, Any]:
 
 def forgetting(memory: Memory) -> str:
     """What a memory forgets next, as the end of a sentence."""
-    if (longterm := _longterm(memory)) is not None and longterm.S:
-        return f", and {longterm.S} that were dropped in its long-term part"
+    if slots := _stored(memory):
+        return f", and {slots} that were dropped in its long-term part"
     if memory.M < memory.N:
         return f", forgets nothing until {memory.N - memory.M} more slots are filled"
     return f", full: half of what is in it is left after {memory.half_life:.1f} more updates"
+
+
+def written(name: str, version: int, before: Memory, now: Memory) -> None:
+    """How full a memory is after writes, what it forgets next, and what the writes have lost for good."""
+    typer.echo(f"{name}, version {version}: {state(now)}{forgetting(now)}")
+    losses(name, before, now)
+
+
+def losses(name: str, before: Memory, now: Memory) -> None:
+    """What the writes between two memories have lost for good, if anything."""
+    from latentmem.longterm import losses
+
+    if said := losses.sentence(now, losses.lost_between(before, now), name):
+        typer.echo(said)
 
 
 def show_facts(title: str, memory: Memory, disk: Overview) -> None:
@@ -122,20 +149,21 @@ def show_facts(title: str, memory: Memory, disk: Overview) -> None:
         "half-life", f"{memory.half_life:.1f} updates of {memory.K} slots once it is full" if memory.half_life else "0"
     )
     if (longterm := _longterm(memory)) is not None:
-        facts.add_row("long-term", _longterm_fact(longterm))
+        facts.add_row("long-term", _longterm_fact(memory, longterm))
     facts.add_row("read", memory.reading_order)
     per_slot = f"{memory.compression} token(s) per slot" + f" ({memory.choice})" * (memory.compression > 1)
     facts.add_row("kind", f"{memory.preset}, {per_slot}, seed {memory.seed}")
     facts.add_row("model", text(f"{memory.model_name} {memory.model[:12]}"))
-    facts.add_row("bytes", f"{size(memory.slots.nbytes)} in {str(memory.slots.dtype)[6:]}")
+    form = memory.settings.form or "exact"
+    facts.add_row("bytes", f"{size(_bytes(memory))}, {form}, written in {memory.dtype}")
     prunable = f", about {size(disk.prunable)} prunable" if disk.prunable else ""
     facts.add_row("on disk", f"{size(disk.bytes)} in {disk.versions} version{'s' * (disk.versions != 1)}{prunable}")
     show(facts)
 
 
-def _longterm_fact(longterm: LongTerm) -> str:
-    slots = int(longterm.occupied.sum(1).min())
-    stored = f"{slots} slots in each layer, {size(longterm.nbytes)}" if longterm.S else "empty"
+def _longterm_fact(memory: Memory, longterm: Archive) -> str:
+    slots = _stored(memory)
+    stored = f"{slots} slots in each layer, {size(longterm.nbytes)}" if slots else "empty"
     return f"{stored}; a question takes {longterm.settings.R} of them at most"
 
 

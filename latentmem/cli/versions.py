@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentmem.cli import base, printing
+from latentmem.cli import base, options, printing
 from latentmem.cli.base import Adapters, Device, Json, ModelName, Name, app
 
 if TYPE_CHECKING:
@@ -253,22 +253,26 @@ def import_(
 
 
 @app.command(rich_help_panel=FILES)
+@options.of_a_rebuilt_memory
 def rebuild(
     new: Annotated[str, typer.Argument(help="Name of the new memory.")],
     memory: Name = "default",
+    *,
+    chosen: options.Values,
     model: ModelName = None,
     adapters: Adapters = "auto",
     device: Device = None,
 ) -> None:
-    """Write all texts of a memory again, into a new one, with another model or other adapters."""
+    """Write all texts of a memory again, into a new one, with another model, other adapters or other settings."""
     import latentmem
 
     store = base.settled(memory)
     now = store.open(memory)
-    dtype = None if model else now.slots.dtype
+    dtype = None if model else now.dtype
     quantize = None if model else base.quantized_as(now)
     name = model or now.model_name or base.PACKAGED
     llm = latentmem.load(name, device=device, dtype=dtype, quantize=quantize, adapters=base.pair(adapters))
     with printing.progress() as bar:
-        store.rebuild(llm, memory, new, printing.tokens(bar, "writing"))
+        settings = options.settings_over(now.settings, chosen)
+        store.rebuild(llm, memory, new, printing.tokens(bar, "writing"), settings)
     typer.echo(f"{new}: {memory} again, by {llm.name}, {printing.state(store.open(new))}")

@@ -11,6 +11,7 @@ from mcp.server import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 
 from latentmem.errors import NameTakenError, NotFoundError
+from latentmem.longterm import losses
 from latentmem.serve.engine.answer import Sampling
 from latentmem.serve.engine.service import BusyError, Service
 from latentmem.store import Store, check_name
@@ -42,15 +43,18 @@ class _Tools:
     def memory_write(self, memory_id: str, text: str, source: str = "text") -> Facts:
         """Write a text into a memory; the memory is made if it is not there.
 
-        `source` is a name under which the text can be forgotten later.
+        `source` is a name under which the text can be forgotten later. `lost` says what the write dropped for good.
         """
         check_name(memory_id)
         if memory_id not in self._service.store:
             with contextlib.suppress(NameTakenError):  # by somebody else meanwhile
                 self._service.create(memory_id).result()
         version = self._service.write(memory_id, text, source).done.result()
-        facts = {"version": version.version, "source": source, "tokens": version.tokens}
-        return {"memory_id": memory_id, **facts, "slots": version.facts.get("M"), "capacity": version.facts.get("N")}
+        facts: Facts = {"version": version.version, "source": source, "tokens": version.tokens}
+        facts |= {"slots": version.facts.get("M"), "capacity": version.facts.get("N")}
+        if slots := version.facts.get("lost"):
+            facts["lost"] = losses.sentence(self._service.store.latest(memory_id)[1], slots, memory_id)
+        return {"memory_id": memory_id, **facts}
 
     def memory_ask(self, memory_id: str, question: str) -> Facts:
         """Answer a question with what a memory holds."""

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import latentmem
-from latentmem import cli
+from latentmem import cli, longterm
 from latentmem.store import Store, Turns
 from latentmem.store import home as files
 from latentmem.store.objects import Disk
@@ -137,7 +137,7 @@ def test_undo_goes_one_step_back_each_time_and_rollback_anywhere(run):
 
 def test_list_show_and_rm(run, home):
     assert "No memories yet" in run("list")[1]
-    run("write", "some [bold]text[/bold] of forty-odd characters", "-m", "work", "-N", 32, "-K", 8)
+    run("write", "some [bold]text[/bold] of forty-odd characters", "-m", "work", "-N", 32, "-K", 8, "--longterm", 0)
     _, out, _ = run("list")
     assert re.search(r"work +32 of 32 +2 +20\d\d-.* KiB", out)
     code, out, _ = run("show", "-m", "work")
@@ -155,7 +155,7 @@ def test_list_show_and_rm(run, home):
 
 def test_prune_removes_old_versions_and_list_says_what_it_would_free(run, home):
     for i in range(5):
-        run("write", f"text number {i} of some length", "-m", "work", "-N", 64, "-K", 16)
+        run("write", f"text number {i} of some length", "-m", "work", "-N", 64, "-K", 16, "--form", "exact")
     _, out, _ = run("list")
     assert re.search(r"work +64 of 64 +6 +20\d\d-\S+ \S+ +[\d.]+ KiB +[\d.]+ KiB", out)
     assert re.search(r"Pruning to the newest versions would free about [\d.]+ KiB:\n`latentmem prune --keep 1", out)
@@ -273,6 +273,25 @@ def test_a_long_term_memory_is_made_shown_and_kept(run, tiny_folder):
     assert code == 2 and "was made with longterm=8, not 9" in plain(err)
 
 
+def test_what_a_write_loses_is_said_and_a_rebuilt_memory_keeps_it(run):
+    options = ["-m", "work", "-N", 32, "-K", 16, "--longterm", 0]
+    assert "Lost for good" not in run("write", "the first text of all", *options)[1]
+    code, out, _ = run("write", "another one of forty characters or so ...", "-m", "work")
+    said = "Lost for good by this write: 30 slots of each layer, 48% of what the memory was given."
+    assert code == 0 and said in plain(out)
+    remedy = re.search(r"latentmem (rebuild) (NEW) (--memory) (work) (--longterm) (10)`", plain(out))
+    code, out, _ = run("chat", "-m", "work", "--max-new-tokens", 2, stdin="hello\n")
+    assert code == 0 and re.search(r"Lost for good by this write: \d+ slots", plain(out))
+    assert run(*remedy.groups())[0] == 0
+    kept = stored("NEW")
+    assert (kept.settings.longterm.R, kept.N, kept.sources) == (10, 32, stored().sources) and longterm.lost(kept) == 0
+    assert run("rebuild", "same", "-m", "work")[0] == 0 and stored("same").settings == stored().settings
+    assert run("rebuild", "raw", "-m", "work", "--form", "exact")[0] == 0
+    assert run("rebuild", "again", "-m", "raw")[0] == 0 and stored("again").settings == stored("raw").settings
+    assert run("rebuild", "less", "-m", "NEW", "--longterm-limit", 9000)[0] == 0
+    assert (stored("less").settings.longterm.R, stored("less").settings.longterm.limit) == (10, 9000)
+
+
 def test_ask_says_what_an_answer_drew_on(run):
     run("write", "the door is blue", "-m", "work", "-N", 64, "-K", 16)
     run("write", "-", "-m", "work", stdin="the gate is red")
@@ -286,7 +305,7 @@ def test_ask_says_what_an_answer_drew_on(run):
 
 
 def test_pins_and_times_are_shown_and_taken_off(run, monkeypatch):
-    run("write", "the door is blue", "-m", "work", "-N", 64, "-K", 16)
+    run("write", "the door is blue", "-m", "work", "-N", 64, "-K", 16, "--longterm", 0)
     assert "'text' is pinned; 16 of at most 32 slots are" in run("pin", "text", "-m", "work")[1]
     assert "is forgotten by whoever opens it after 20" in run("expire", "text", "--after", "30d", "-m", "work")[1]
     assert re.search(r"text .*100%  pinned, until 20", run("show", "-m", "work")[1])
@@ -348,7 +367,9 @@ def test_a_memory_is_exported_imported_and_rebuilt(run, home, tmp_path, tmp_path
     tiny_model(seed=1).save_pretrained(other)
     byte_tokenizer().save_pretrained(other)
     assert run("rebuild", "other", "-m", "work", "--model", other)[0] == 0
-    assert stored("other").sources == stored().sources and not torch.equal(stored("other").slots, stored().slots)
+    assert stored("other").sources == stored().sources and torch.equal(stored("other").slots, stored().slots)
+    mine, theirs = (memory.written[1].tensors["heads"] for memory in (stored(), stored("other")))
+    assert mine.shape == theirs.shape and not torch.equal(mine, theirs)
     assert run("ask", "why?", "-m", "other", "--max-new-tokens", 2)[0] == 0
 
 

@@ -31,7 +31,7 @@ def test_every_setting_has_an_option_with_its_help():
             assert one.help in parameters[one.name].help
     for one in fields.settings_of(LongTermSettings):
         assert one.help in parameters["longterm" if one.name == "R" else f"longterm_{one.name}"].help
-    assert parameters["N"].opts == ["--capacity", "-N"] and parameters["N"].show_default.endswith("trained, else 2048")
+    assert parameters["N"].opts == ["--capacity", "-N"] and parameters["N"].show_default == "1536"
     assert "last, surprise" in parameters["choice"].help
 
 

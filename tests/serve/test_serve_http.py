@@ -18,6 +18,7 @@ from serving import HANG, WORDS, running, wait
 from starlette.datastructures import Headers
 
 import latentmem
+from latentmem import longterm
 from latentmem.core.settings import LongTermSettings, MemorySettings, settings_of
 from latentmem.serve.http import run
 from latentmem.serve.http.errors import Refused
@@ -27,6 +28,7 @@ from latentmem.serve.settings import Limits
 from latentmem.testing import byte_tokenizer, tiny_model
 
 SAID = "".join(WORDS)
+TIERS = ("hot", "warm", "cold")
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +293,7 @@ def test_a_memory_with_a_long_term_part_over_http(llm, tmp_path):
 
 def test_old_versions_are_pruned_over_http(llm, tmp_path):
     with running(llm, tmp_path, scripted=False) as server:
-        server("POST", "/v1/memories", {"id": "m", "N": 32, "K": 16})
+        server("POST", "/v1/memories", {"id": "m", "N": 32, "K": 16, "form": "exact"})
         for i in range(5):
             body, key = {"text": f"the door {i} is blue and old"}, {"headers": {"Idempotency-Key": str(i)}}
             assert server("POST", "/v1/memories/m/write", body, **key)[1]["version"] == i + 1
@@ -343,6 +345,18 @@ def test_every_setting_of_a_memory_is_a_field(server):
     for wrong in ({"N": 0}, {"choice": "best"}, {"quota": 2}, {"longterm": -1}, {"longterm": {"every": 3}}, {"n": 64}):
         refused(server("POST", "/v1/memories", {"id": "chosen"} | wrong), 400)
     refused(server("POST", "/v1/memories", {"id": "chosen", "N": 8, "K": 9}), 400, says="K=9, N=8")
+    refused(server("POST", "/v1/memories", {"id": "chosen", "form": "coded"}), 400, says="has no coder for the form")
+
+
+def test_what_a_write_loses_is_told_with_it_and_in_the_history(llm, tmp_path):
+    with running(llm, tmp_path, scripted=False) as server:
+        server("POST", "/v1/memories", {"id": "m", "N": 32, "K": 16, "longterm": 0})
+        texts = ("the first text of all", "another one of forty characters or so ...")
+        lost = [server("POST", "/v1/memories/m/write", {"text": text})[1]["lost"] for text in texts]
+        assert lost == [0, 30]
+        assert server("POST", "/v1/memories/m/write", {"text": "more", "wait": False})[1]["lost"] is None
+        wait(lambda: not server.service.store.has_pending("m"))
+        assert [line["lost"] for line in server("GET", "/v1/memories/m/history")[1]["data"]] == [0, 0, 30, 4]
 
 
 def test_where_the_slots_came_from(llm, tmp_path):
@@ -356,7 +370,7 @@ def test_where_the_slots_came_from(llm, tmp_path):
         memory = server.service.store.open("m")
         assert {what: found[what] for what in "LMNKR"} == {what: getattr(memory, what) for what in "LMNKR"}
         assert (found["version"], found["updates"], found["writing"]) == (3, memory.updates, None)
-        assert found["stored"] == memory.longterm.occupied.sum(1).max() > 0 and found["sources"] == ["s0", "s1", "s2"]
+        assert found["stored"] == longterm.stored_most(memory) > 0 and found["sources"] == ["s0", "s1", "s2"]
         for layer, runs in enumerate(found["layers"]):
             rows = [(runs[i], runs[i + 1]) for i in range(0, len(runs), 3) for _ in range(runs[i + 2])]
             both = zip(memory.origins[layer].tolist(), memory.births[layer].tolist(), strict=True)
@@ -459,7 +473,8 @@ def test_a_memory_from_its_beginning_to_its_end(llm, tmp_path):
         assert made[0] == 201 and (made[1]["id"], made[1]["N"], made[1]["M"], made[1]["versions"]) == ("m", 64, 0, 1)
         refused(server("POST", "/v1/memories", {"id": "m"}), 409, "taken")
         status, wrote = server("POST", "/v1/memories/m/write", {"text": "the door is blue", "source": "notes"})
-        assert status == 200 and wrote == {"id": "m", "version": 1, "tokens": 16, "M": 16, "N": 64, "state": "applied"}
+        sizes = {"M": 16, "N": 64, "lost": 0}
+        assert status == 200 and wrote == {"id": "m", "version": 1, "tokens": 16, "state": "applied"} | sizes
         status, wrote = server("POST", "/v1/memories/m/write", {"text": "it is open", "wait": False})
         assert status == 202 and (wrote["version"], wrote["state"], wrote["tokens"]) == (2, "pending", 10)
         turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
@@ -867,6 +882,21 @@ def test_numbers_for_prometheus(server):
     assert found["latentmem_tokens_total", ("kind", "completion")] >= 2 * len(WORDS)
     assert found["latentmem_service_ready",] == 1 and found["latentmem_service_reads",] == 0
     assert found["latentmem_requests_total", ("method", "other"), ("route", "/v1/models"), ("status", "405")] >= 1
+
+
+def test_numbers_tell_what_is_hot_warm_and_cold(llm, tmp_path):
+    with running(llm, tmp_path, scripted=False) as server:
+        server("POST", "/v1/memories", {"id": "m", "N": 32, "K": 16, "form": "int8"})
+        server("POST", "/v1/memories/m/write", {"text": "the door is blue"})
+        server("POST", "/v1/memories/m/ask", {"question": "?", "max_tokens": 2})
+        text = server("GET", "/metrics")[1].decode()
+        found = {tier: float(re.search(rf"^latentmem_service_{tier}_bytes (\S+)$", text, re.M)[1]) for tier in TIERS}
+        memory = server.service.store.open("m")
+        assert found["hot"] >= llm.prefix(memory).nbytes and all(
+            f"# HELP latentmem_service_{t}_bytes" in text for t in TIERS
+        )
+        codes = sum(one.nbytes for one in memory.written.values())
+        assert found["warm"] >= codes + memory.slots.nbytes and found["cold"] > codes > 0
 
 
 def test_unknown_addresses_and_methods(server):

@@ -27,6 +27,7 @@ async def use(client):
 
     failed, wrote = await call("memory_write", memory_id="work", text="the door is blue", source="notes")
     assert not failed and (wrote["version"], wrote["tokens"], wrote["slots"]) == (1, 16, 16)
+    assert "lost" not in wrote
     failed, wrote = await call("memory_write", memory_id="work", text="it is <|im_end|> open")
     assert not failed and (wrote["version"], wrote["source"]) == (2, "text")
     failed, answer = await call("memory_ask", memory_id="work", question="which colour?")
@@ -105,6 +106,28 @@ def test_what_a_memory_is_told_twice_at_once_is_written_twice(tmp_path):
         results = asyncio.run(main())
         assert not any(result.is_error for result in results)
         assert {version.source for version in store.history("new")} == {None, *map(str, range(6))}
+    finally:
+        service.close()
+        store.close()
+
+
+def test_what_a_write_loses_is_said(tmp_path):
+    from mcp import Client
+
+    llm = latentmem.MemoryModel(tiny_model(), byte_tokenizer())
+    store = latentmem.Store(tmp_path)
+    store.create("small", llm.empty(N=16, K=8))
+    service = Service(llm, store)
+    service.start()
+
+    async def main():
+        async with Client(create_server(service)) as client:
+            said = {"memory_id": "small", "text": "a text of thirty-two characters."}
+            return (await client.call_tool("memory_write", said)).structured_content["lost"]
+
+    try:
+        said = asyncio.run(main())
+        assert said.startswith("Lost for good by this write: 16 slots of each layer, 50%") and "--longterm 5`" in said
     finally:
         service.close()
         store.close()

@@ -300,11 +300,15 @@ class Service:
 
     def stats(self) -> dict[str, float]:
         """What the server does now, for its metrics: name -> number."""
+        hot, (warm, cold) = self.llm.prefixes.nbytes, self.store.nbytes()
         return {
             "reads": len(self._answers),
             "changes": self._changes,
             "tokens_written": self._model.tokens_written,
-            "prefix_bytes": self.llm.prefixes.nbytes,
+            "prefix_bytes": hot,
+            "hot_bytes": hot + self.llm.retriever.decoding.nbytes,
+            "warm_bytes": warm,
+            "cold_bytes": cold,
             **self._engine.stats(),
         }
 

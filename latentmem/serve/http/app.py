@@ -74,7 +74,7 @@ def _add_own_routes(app: FastAPI, metrics: Metrics) -> None:
         return schema.State()
 
     @app.get("/metrics", tags=["server"], dependencies=[BEARER], response_class=Response, responses=METRICS)
-    async def numbers() -> Response:
+    def numbers() -> Response:
         """Numbers for Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 

@@ -233,6 +233,14 @@ class Metrics:
         return generate_latest(self.registry)
 
 
+HELP = {  # of what the service does now
+    "prefix_bytes": "Keys and values of whole memories on the model's device.",
+    "hot_bytes": "Keys and values on the model's device: of whole memories, and of updates that questions have found.",
+    "warm_bytes": "Memories that are open: slots, births, origins, and codes of updates.",
+    "cold_bytes": "Objects in the store, which hold all memories.",
+}
+
+
 class _Now(Collector):
     """What the server does when Prometheus asks."""
 
@@ -241,4 +249,5 @@ class _Now(Collector):
 
     def collect(self) -> Iterator[Metric]:
         for name, value in self._now().items():
-            yield GaugeMetricFamily(f"latentmem_service_{name}", "Of the service, now.", value=value)
+            about = HELP.get(name, "Of the service, now.")
+            yield GaugeMetricFamily(f"latentmem_service_{name}", about, value=value)

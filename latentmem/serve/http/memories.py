@@ -126,7 +126,7 @@ async def write(
 
 
 def _written(name: str, version: int, tokens: int, state: Any, facts: dict[str, Any]) -> Json:
-    sizes = {what: facts.get(what) for what in ("M", "N")}
+    sizes = {what: facts.get(what) for what in ("M", "N")} | {"lost": facts.get("lost", 0) if facts else None}
     body = schema.Written(id=name, version=version, tokens=tokens, state=state, **sizes)
     return Json(body.model_dump(), 202 if state == "pending" else 200)
 

@@ -260,13 +260,17 @@ class Write(Strict):
 
 
 class Written(BaseModel):
-    """A write that no crash loses; its version and sizes once they are known."""
+    """A write that no crash loses; its version and sizes once they are known.
+
+    `lost` is how many slots of each layer the write dropped for good, the mean over layers.
+    """
 
     id: str
     version: int | None
     tokens: int
     M: int | None
     N: int | None
+    lost: float | None
     state: Literal["applied", "pending"]
 
 
@@ -303,6 +307,7 @@ class HistoryLine(BaseModel):
     bytes: int
     M: int | None
     N: int | None
+    lost: float
     time: datetime
     text: str | list[dict[str, str]] | list[int] | None = None
 

@@ -61,12 +61,14 @@ async def history(
 
 def _line(version: Version, key: Key, text: bool) -> schema.HistoryLine:
     """What a key may know of a version."""
-    facts = {what: getattr(version, what) for what in schema.HistoryLine.model_fields if hasattr(version, what)}
+    names = [what for what in schema.HistoryLine.model_fields if hasattr(version, what)]
+    facts: dict[str, Any] = {what: getattr(version, what) for what in names}
     base = version.base if version.base is not None and key.may_touch(version.base[0]) else None
     facts["base"] = schema.VersionOf(id=base[0], version=base[1]) if base is not None else None
     facts["text"] = version.text if text else None
     facts["key"] = None if (version.key or "").startswith(OWN_KEY) else version.key
-    return schema.HistoryLine(**facts, M=version.facts.get("M"), N=version.facts.get("N"))
+    facts |= {what: version.facts.get(what) for what in ("M", "N")}
+    return schema.HistoryLine(**facts, lost=version.facts.get("lost", 0))
 
 
 @router.get("/{id}/stats")
@@ -106,12 +108,11 @@ async def slots(request: Request, id: str, version: VersionQuery = None) -> sche
 
 
 def _slots(name: str, version: int, memory: Memory, writing: schema.Underway | None) -> schema.Slots:
-    archive = longterm.of(memory)
     return schema.Slots(
         id=name,
         version=version,
         **{what: getattr(memory, what) for what in ("L", "M", "N", "K", "R", "updates")},
-        stored=int(archive.occupied.sum(1).max()) if archive is not None else 0,
+        stored=longterm.stored_most(memory),
         sources=[source.name for source in memory.sources],
         layers=[_runs(*rows) for rows in zip(memory.origins, memory.births, strict=True)],
         writing=writing,
