@@ -38,6 +38,15 @@ def test_the_page_of_the_command_line_has_every_command_and_option(pages):
             assert all(re.search(rf"`[^`]*{re.escape(name)}\b", section) for name in names), (path, names)
 
 
+def test_the_options_of_a_new_memory_show_its_defaults():
+    from latentmem.loading.trained import DEFAULTS
+
+    shown = {one.name: one.show_default for one in get_command(cli.app).commands["write"].params}
+    assert shown["N"] == f"{DEFAULTS.N}" and DEFAULTS.form in shown["form"]
+    part = shown["longterm"], shown["longterm_limit"].split(",")[0]
+    assert part == (f"{DEFAULTS.longterm.R}", f"{DEFAULTS.longterm.limit}")
+
+
 def test_the_page_of_the_interface_has_every_address_and_object(pages):
     page = pages.http_page()
     for address in ("POST /v1/chat/completions", "POST /v1/memories/{id}/write", "GET /metrics"):
