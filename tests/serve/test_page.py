@@ -149,7 +149,7 @@ def test_from_nothing_to_an_answer_and_its_source(trained, opened, tmp_path):
         page.get_by_label("Name").fill("alice")
         button(page, "Make it").click()
         page.get_by_role("heading", name="Chat with alice").wait_for()
-        page.get_by_role("img", name="An empty memory of 30 layers with room for 2,048 slots each.").wait_for()
+        page.get_by_role("img", name="An empty memory of 30 layers with room for 1,536 slots each.").wait_for()
         for source, text in (("secret", SAFE), ("boat", BOAT)):
             page.get_by_label("Text", exact=True).fill(text)
             page.get_by_role("textbox", name="Source").fill(source)
@@ -161,7 +161,7 @@ def test_from_nothing_to_an_answer_and_its_source(trained, opened, tmp_path):
         assert 1 > ahead[10] > ahead[100] > 0
         of_secret = page.locator(".source", has_text="secret").locator("dd").all_inner_texts()
         assert of_secret == ["100%", f"{100 * ahead[1]:.0f}%", f"{100 * ahead[10]:.0f}%", "<1%"]
-        page.get_by_role("img", name="30 layers with 42 of 2,048 slots each; of these 60% boat, 40% secret.").wait_for()
+        page.get_by_role("img", name="30 layers with 42 of 1,536 slots each; of these 60% boat, 40% secret.").wait_for()
         behind, plain = ask(page, "What is the code of the safe?", beside=True)
         assert "4711" in behind and plain and "4711" not in plain
         button(page, "What it drew on").click()
@@ -428,14 +428,14 @@ def test_history_is_looked_at_gone_back_to_and_forked(server, memory, opened):
     lines.nth(1).get_by_text(SAFE).wait_for()
     button(lines.nth(1), "Look").click()
     page.get_by_role("status").get_by_text("You see version 1, and answers come from it.").wait_for()
-    page.get_by_role("img", name="30 layers with 17 of 2,048 slots each; of these 100% secret.").wait_for()
+    page.get_by_role("img", name="30 layers with 17 of 1,536 slots each; of these 100% secret.").wait_for()
     page.locator(".source", has_text="boat").wait_for(state="detached")
     assert page.locator(".write").is_hidden() and button(page, "Pin").count() == 0
     (said,) = ask(page, "What is the code of the safe?")
     assert "4711" in said
     assert page.get_by_label("write what is said into the memory").is_disabled()
     button(page, "Back to the newest").click()
-    page.get_by_role("img", name="30 layers with 42 of 2,048 slots each; of these 60% boat, 40% secret.").wait_for()
+    page.get_by_role("img", name="30 layers with 42 of 1,536 slots each; of these 60% boat, 40% secret.").wait_for()
     button(lines.nth(1), "Go back …").click()
     button(page, "Go back").click()
     page.locator(".history li", has_text="back to version 1").wait_for()
