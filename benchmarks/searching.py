@@ -9,13 +9,11 @@ does not matter here.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 
 import torch
+from longterm import timed  # the script beside this one
 
 import latentmem
 from latentmem.core.memory import Memory
@@ -24,18 +22,6 @@ from latentmem.evaluate.data import synthetic
 from latentmem.longterm.updates import UpdateArchive
 from latentmem.model.model import MemoryModel
 from latentmem.written import Written, numbered
-
-
-def timed(runs: int, *ways: Callable[[], object]) -> list[float]:
-    """Median seconds of each way, taken in turns, after one that does not count."""
-    seconds: list[list[float]] = [[] for _ in ways]
-    for run in range(runs + 1):
-        for way, times in zip(ways, seconds, strict=True):
-            start = time.perf_counter()
-            way()
-            if run:
-                times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in seconds]
 
 
 def written(llm: MemoryModel, memory: Memory, tokens: int) -> Memory:

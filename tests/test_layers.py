@@ -10,6 +10,9 @@ import pytest
 import latentmem
 
 ROOT = Path(latentmem.__file__).parent
+USING_MODELS = set(
+    "version errors fields data container decoder core longterm files model loading".split()  # noqa: SIM905
+)
 ROOMS = {  # room -> the rooms below that it may import, next to its own; the order is from the bottom up
     "version": set(),
     "errors": set(),
@@ -27,34 +30,8 @@ ROOMS = {  # room -> the rooms below that it may import, next to its own; the or
     "model": {"errors", "written", "decoder", "core", "coding", "longterm", "files"},
     "loading": {"errors", "container", "decoder", "core", "coding", "longterm", "files", "model"},
     "store": {"version", "errors", "container", "written", "core", "coding", "longterm", "files", "model"},
-    "train": {
-        "version",
-        "errors",
-        "fields",
-        "data",
-        "container",
-        "decoder",
-        "core",
-        "longterm",
-        "files",
-        "coding",
-        "model",
-        "loading",
-    },
-    "evaluate": {
-        "version",
-        "errors",
-        "fields",
-        "data",
-        "container",
-        "decoder",
-        "core",
-        "longterm",
-        "files",
-        "model",
-        "loading",
-        "store",
-    },
+    "train": {*USING_MODELS, "coding"},
+    "evaluate": {*USING_MODELS, "store"},
     "serve": {"version", "errors", "fields", "container", "core", "longterm", "files", "model", "loading", "store"},
     "__init__": {"version", "core", "files", "model", "loading", "store"},
     "cli": {

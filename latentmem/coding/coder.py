@@ -218,9 +218,14 @@ class Coder:
         return container.to_bytes(*self._parts())
 
     @cached_property
+    def file(self) -> tuple[str, int]:
+        """The sha256 of its file, and the file's bytes."""
+        return _hashed(self.to_bytes())
+
+    @property
     def identity(self) -> str:
         """The sha256 of its file."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        return self.file[0]
 
     def save(self, path: Path) -> None:
         """Write the coder to a file, atomically."""
@@ -245,7 +250,9 @@ class Coder:
             if len(tables.kinds) != sum(len(group.scale) for group in groups):
                 raise ValueError("its tables are of another number of coefficients")
             sketch = Sketch(int(values["searched"]), *(tensors[f"sketch.{name}"] for name in NAMES))
-            return Coder(groups, float(values["step"]), tables, sketch, values["about"])
+            coder = Coder(groups, float(values["step"]), tables, sketch, values["about"])
+            coder.file = _hashed(data)  # equal coders give equal bytes, so nothing is written to be hashed
+            return coder
         except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
             raise DamagedError(f"{name} is a damaged coder ({error}). Restore it from a copy.") from error
 
@@ -255,6 +262,10 @@ class Coder:
         if not path.is_file():
             raise DamagedError(f"{path}: no such file. `latentmem calibrate` makes a coder.")
         return Coder.from_bytes(bytearray(path.read_bytes()), str(path))
+
+
+def _hashed(data: container.Buffer | bytes) -> tuple[str, int]:
+    return hashlib.sha256(data).hexdigest(), len(data)
 
 
 def _group(tensors: Mapping[str, Tensor], g: int, layers: Sequence[int]) -> Group:

@@ -54,15 +54,16 @@ def _with_defaults(llm: Backbone, asked: MemorySettings) -> MemorySettings:
     if own is None or asked.form == "exact" or not PRESETS[preset].holds_inputs or (needs_states and not asked.form):
         return asked
     N, K = asked.N or own.N or 1, asked.K or (llm.shape.K if llm.shape is not None else None) or 256
-    kept = own.longterm if part is None else part
+    most = own.longterm.R if own.longterm is not None else 0
 
-    def retrieved(N: int) -> int:
-        return min(kept.R, N // 3) if kept is not None and part is None else kept.R if kept is not None else 0
+    def R(N: int) -> int:
+        return part.R if part is not None else min(most, N // 3)
 
-    while asked.N is None and N > 8 and 2 + N + max(retrieved(N), min(K, N) * (asked.compression or 1)) > llm.limit:
+    while asked.N is None and N > 8 and 2 + N + max(R(N), min(K, N) * (asked.compression or 1)) > llm.limit:
         N //= 2
-    longterm = replace(kept, R=retrieved(N)) if kept is not None else None
-    return replace(asked, N=N, longterm=longterm, form=asked.form or own.form)
+    if part is None and own.longterm is not None:
+        part = replace(own.longterm, R=R(N))
+    return replace(asked, N=N, longterm=part, form=asked.form or own.form)
 
 
 def _coder(llm: Backbone, memory: Memory) -> str:
@@ -237,9 +238,10 @@ def _written(
     llm: Backbone, memory: Memory, new: Tensor, kv: Sequence[KV], source: str, ids: Tensor
 ) -> tuple[Written, list[KV]]:
     """New slots [L, k, d] of a piece of text as the memory keeps them, and their decoded keys and values."""
-    inputs = first_inputs(llm.decoder, ids)
-    at = torch.stack([(inputs == slot).all(1).int().argmax() for slot in new[0]])  # equal inputs are equal tokens
+    if len(ids) > new.shape[1]:  # some of the tokens became slots
+        inputs = first_inputs(llm.decoder, ids)
+        ids = ids[torch.stack([(inputs == slot).all(1).int().argmax() for slot in new[0]])]  # equal: the same token
     layer = llm.retriever.layer_sketched
     seen = directions(llm.decoder.normed(layer, new[layer]))
-    tensors, decoded = codec_of(memory.coder).encode(ids[at], kv, seen)
+    tensors, decoded = codec_of(memory.coder).encode(ids, kv, seen)
     return Written(source, tensors), decoded

@@ -178,12 +178,11 @@ class States:
         for one in fresh:
             by_source.setdefault(one.source, []).append(one)
         for own in by_source.values():
-            self._put_written(own, [0] * len(own))
+            self._put_named(delta.written_to_bytes(own, [0] * len(own)), own)
         return [self._places[one] for one in written]
 
-    def _put_written(self, written: Sequence[Written], tokens: Sequence[int]) -> str:
-        """Make updates an object; gives its name."""
-        data = delta.written_to_bytes(written, tokens)
+    def _put_named(self, data: bytes, written: Sequence[Written]) -> str:
+        """Put an object of these updates; gives its name."""
         name = self._objects.put(data)
         self._sizes[name] = len(data)
         for i, one in enumerate(written):
@@ -192,9 +191,10 @@ class States:
 
     def _put_coder(self, identity: str) -> None:
         for name in snapshot.coder_of(identity):
-            if name not in self._sizes or name not in self._objects:
-                data = coder_of(name).to_bytes()
-                self._sizes[self._objects.put(data)] = len(data)
+            coder = coder_of(name)
+            self._sizes[name] = coder.file[1]
+            if name not in self._objects:
+                self._objects.put(coder.to_bytes())
 
     def put(self, row: Row, content: Sequence[Update] | Memory) -> Row:
         """Write the object of a version, a delta or the snapshot of a memory; whoever calls holds the objects.
@@ -206,11 +206,8 @@ class States:
         """
         if not isinstance(content, Memory):
             written = [update.written for update in content if update.written is not None]
-            if written:
-                name = self._put_written(written, [update.tokens for update in content])
-                return replace(row, kind="delta", object=name, bytes=self._sizes[name])
             data = delta.to_bytes(list(content))
-            return replace(row, kind="delta", object=self._objects.put(data), bytes=len(data))
+            return replace(row, kind="delta", object=self._put_named(data, written), bytes=len(data))
         self._put_coder(content.coder)
         data = snapshot.to_bytes(content, self)
         parts = {name: self._sizes[name] for name in snapshot.parts_of(bytearray(data), "a snapshot")}
