@@ -656,7 +656,7 @@ def test_with_the_keyboard_alone(server, memory, opened):
         page.keyboard.press(key)
     wait(lambda: place.inner_text() == "Layer 2, slot 1: secret, 1 update ago")
     page.keyboard.press("End")
-    wait(lambda: place.inner_text() == "Layer 2, place 2,048: empty")
+    wait(lambda: place.inner_text() == "Layer 2, place 1,536: empty")
     page.keyboard.press("Escape")
     wait(lambda: place.inner_text().startswith("30 layers"))
 
