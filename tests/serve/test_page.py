@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from itertools import count
@@ -87,22 +88,29 @@ def holding(server):
 
 @pytest.fixture
 def opened(browser):
-    """Opens the page of a server; fails if a script of it does, or if anything asks another server."""
+    """Opens the page of a server; fails if a script of it does, or if anything asks another server.
+
+    A test that fails is reported with what its pages showed, and with what they asked for in vain.
+    """
     pages = []
 
     def open_(server, name="", **options):
         context = browser.new_context(**{"viewport": {"width": 1440, "height": 900}, **options})
-        page, asked, errors = context.new_page(), [], []
+        page, asked, errors, waiting = context.new_page(), [], [], set()
         page.set_default_timeout(PATIENCE)
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("request", lambda request: (asked.append(request.url), waiting.add(request)))
+        for end in ("requestfinished", "requestfailed"):
+            page.on(end, lambda request: waiting.discard(request))
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(f"{server.url}/#{name}")
-        pages.append((context, server, asked, errors))
+        pages.append((page, server, asked, errors, waiting))
         return page
 
     yield open_
-    for context, server, asked, errors in pages:
-        context.close()
+    for page, server, asked, errors, waiting in pages:
+        shown = page.locator("body").inner_text()
+        sys.stdout.write(f"{page.url} waits for {[request.url for request in waiting]} and shows:\n{shown}\n")
+        page.context.close()
         assert not errors
         assert asked and all(url.startswith((f"{server.url}/", "data:", f"blob:{server.url}")) for url in asked)
 
@@ -283,9 +291,9 @@ def test_a_dropped_file_is_written_and_one_sees_how(server, trained, opened, mon
     server.service.store.create("dropped", trained.empty(N=512, K=64))
     write, updates, seen = trained.write_ids, count(1), threading.Event()
 
-    def slowly(*args, **more):
-        assert next(updates) != 3 or seen.wait(HANG)
-        return write(*args, **more)
+    def slowly(memory, ids, source, **more):
+        assert source != "paper.md" or next(updates) != 3 or seen.wait(HANG)
+        return write(memory, ids, source, **more)
 
     monkeypatch.setattr(trained, "write_ids", slowly)
     page = opened(server, "dropped")
