@@ -30,7 +30,7 @@ SUPPORTED = tuple(
     """
     cohere cohere2 exaone4 gemma gemma2 gemma3_text glm4 gpt_oss granite hunyuan_v1_dense llama ministral ministral3
     mistral mixtral olmo olmo2 olmo3 phi phi3 qwen2 qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2
-    """.split()  # noqa: SIM905 - shorter to read than 27 quoted words
+    """.split()  # noqa: SIM905 - shorter to read than quoted words
 )
 
 

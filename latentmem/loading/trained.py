@@ -1,4 +1,4 @@
-"""Trained adapters, retriever and pool that belong to a model."""
+"""The default memory of a loaded model, and what belongs to a model: trained adapters, retriever, pool, coder."""
 
 from __future__ import annotations
 

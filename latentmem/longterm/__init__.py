@@ -3,6 +3,7 @@
 longterm.py, blocks.py    the archive of a memory of hidden states: dropped slots are copied into blocks
 updates.py                the archive of a memory of coded updates: nothing is moved
 search.py, ranking.py     which archived slots a question takes, and in which order it reads
+losses.py                 what a write lost for good, with a long-term part or without one, and how it is said
 """
 
 from __future__ import annotations

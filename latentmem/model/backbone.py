@@ -120,7 +120,7 @@ class Backbone:
         linear.choose(base)
         self.decoder = Decoder(base)
         self.adapters, self.trained, self.shape, self.coder = adapters, trained, shape, coder
-        self.defaults: MemorySettings | None = None  # of new memories, where a user chooses nothing
+        self.defaults: MemorySettings | None = None  # of new memories: `loading.trained.DEFAULTS`
         self.retriever = Retriever(self.decoder, projectors)
         self.prompts = Prompts(tokenizer, style) if tokenizer is not None else None
         self.tokenizer_identity = self.prompts.identity if self.prompts else ""

@@ -27,7 +27,9 @@ class Row(NamedTuple):
 
 
 OTHER_MODEL = "this memory was written by another model, or in another precision, than this server runs."
-STATUSES = (  # the first row that fits counts; what fits none is 500, without a word about it
+# The first row that fits counts; what fits none is 500, without a word about it. A write that stands in the journal has
+# no error here: it is 202, whatever its computing meets (`memories.LATER`).
+STATUSES = (
     Row(BusyError, 429, "rate_limit_exceeded"),
     Row(NotFoundError, 404, "not_found"),
     Row(NameTakenError, 409, "taken"),
