@@ -10,7 +10,8 @@ from latentmem import cli
 from latentmem.loading.hub import SUPPORTED
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "docs/how-to/shell.md", "docs/reference/models.md")
+README, SHELL, MODELS = ((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
@@ -24,10 +25,9 @@ def test_the_python_block_runs(page, trained, tmp_path, monkeypatch, capsys):
 
 def test_every_command_and_option_that_is_shown_exists():
     commands = get_command(cli.app).commands
-    shown = [line.split() for line in README.splitlines() if line.startswith("latentmem ")]
-    shown = [words for words in shown if not words[0].endswith("/")]
-    assert {words[1] for words in shown} == set(commands)
-    for words in shown:
+    pages = [[line.split() for line in page.splitlines() if line.startswith("latentmem ")] for page in (README, SHELL)]
+    assert pages[0] and {words[1] for words in pages[1]} == set(commands)
+    for words in [*pages[0], *pages[1]]:
         command = commands[words[1]]
         command = command.commands[words[2]] if hasattr(command, "commands") else command
         options = {option for parameter in command.params for option in parameter.opts}
@@ -35,8 +35,13 @@ def test_every_command_and_option_that_is_shown_exists():
 
 
 def test_the_supported_decoders_are_listed():
-    listed = re.search(r"Supported decoders \(`model_type`\): (.*?)\. For each", README, re.DOTALL)
+    listed = re.search(r"Supported decoders \(`model_type`\): (.*?)\. For each", MODELS, re.DOTALL)
     assert tuple(listed[1].replace("\n", " ").split(", ")) == SUPPORTED
+    assert f"[{len(SUPPORTED)} families]" in README
+
+
+def test_the_readme_can_be_read_at_once():
+    assert len(README.split()) <= 900
 
 
 def test_the_lowest_transformers_that_is_tested_is_the_lowest_that_is_allowed():

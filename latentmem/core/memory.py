@@ -147,8 +147,8 @@ class Memory:
             self.longterm.check(self)
 
     def __repr__(self) -> str:
-        sizes = f"L={self.L}, M={self.M}/{self.N}, d={self.d}, {self.preset}"
-        return f"Memory({sizes}, {self.updates} updates, {len(self.sources)} sources)"
+        form = self.settings.form if self.settings.by_update else f"d={self.d}, {self.preset}"
+        return f"Memory(L={self.L}, M={self.M}/{self.N}, {form}, {self.updates} updates, {len(self.sources)} sources)"
 
     def with_settings(self, **changes: object) -> Memory:
         """The same slots under changed settings, for example another seed."""

@@ -564,6 +564,11 @@ def test_the_example_of_the_guide_runs(monkeypatch, capsys):
     assert capsys.readouterr().out.count("\n") >= 3
 
 
+def test_a_memory_that_keeps_updates_shows_its_form(llm):
+    memory = told(llm, llm.empty(N=16, K=8, form="int8", longterm=4), 1)
+    assert repr(memory) == f"Memory(L={memory.L}, M={memory.M}/16, int8, 1 updates, 1 sources)"
+
+
 # --- what is lost for good --------------------------------------------------------------------------------------------
 
 
