@@ -219,6 +219,7 @@ def _new_slots(llm: Backbone, before: Sequence[Memory], pieces: Sequence[Tensor]
 
 def _following(llm: Backbone, memory: Memory, new: Tensor, source: str, ids: Tensor) -> tuple[Memory, Update]:
     """The memory after an update by new slots of a piece of text [n], with its prefix, and the update."""
+    before = llm.prefix(memory)
     with llm.using(READ):
         fresh = llm.decoder.project_all(new)
         if memory.settings.by_update:
@@ -229,7 +230,7 @@ def _following(llm: Backbone, memory: Memory, new: Tensor, source: str, ids: Ten
             memory = replace(memory, slots=memory.slots.to(new.device))
             change = Update.drawn(memory, new, source, len(ids))
             change = replace(change, keys=llm.retriever.new_keys(memory, change.dropped))
-        following, before = memories.update(memory, change), llm.prefix(memory)
+        following = memories.update(memory, change)
     llm.prefixes.keep(following, before.after(memories.kept(change.dropped, memory.M), fresh))
     return following, change
 

@@ -48,6 +48,14 @@ def kl(one, other):
     return (p.exp() * (p - q)).sum(-1).mean()
 
 
+@pytest.mark.parametrize("form", ["exact", *FORMS])
+def test_a_write_goes_on_with_the_keys_and_values_that_are_there(llm, form, monkeypatch):
+    memory = written(llm, form)
+    monkeypatch.setattr(llm, "_read", None)  # of a whole memory, from nothing
+    memory = llm.write_ids(llm.write_ids(memory, ASKED), ASKED)
+    assert memory.updates == 8 and len(llm.logits(memory, ASKED)) == 3
+
+
 @pytest.mark.parametrize("changes", [{}, {"N": 64}, {"longterm": 8}, {"order": "best-only"}], ids=str)
 def test_an_answer_is_near_that_of_hidden_states(llm, form, changes):
     exact, other = written(llm, "exact", **changes), written(llm, form, **changes)
