@@ -3,8 +3,8 @@
 Each checkout has a process of its own with the packaged model, and both do the same work in turns. What counts is the
 processor time of the work on one thread, which other programs disturb least; the ratios are of pairs that ran one after
 the other. Two processes of one checkout differ by up to 7% where memory is read (weights lie elsewhere), so several
-processes follow each other. The memories are of hidden states, without a long-term part, which every checkout has. A
-start is a whole new process of `latentmem ask`, which answers from the default memory of its checkout.
+processes follow each other. The memories are of hidden states, without a long-term part, which every checkout has, but
+for the default memory, which is what `llm.empty()` makes there. A start is a whole new process of `latentmem ask`.
 
     git worktree add ../before COMMIT
     python benchmarks/before.py ../before
@@ -51,6 +51,7 @@ def filled(M):
 
 held, full, empty, text, asked = filled(1024), filled(2048), filled(0), ids(256), ids(20)
 notes = [llm.write_ids(empty, ids(128)) for _ in range(8)]
+usual = llm.write_ids(llm.empty(), ids(2560))
 options = {"max_new_tokens": 16, "min_new_tokens": 16}
 WORK = {
     "write 256 tokens behind 1,024 slots": lambda: llm.write_ids(held, text),
@@ -59,6 +60,8 @@ WORK = {
     "16 tokens behind 1,024 slots": lambda: llm.generate_ids(held, asked, **options),
     "16 tokens behind nothing": lambda: llm.generate_ids(empty, asked, **options),
     "16 tokens behind each of 8 memories": lambda: llm.generate_ids(notes, [asked] * 8, **options),
+    "write 256 tokens into the default memory": lambda: llm.write_ids(usual, text),
+    "first token behind the default memory": lambda: llm.generate_ids(usual, asked, max_new_tokens=1),
     "one answer, text to text": lambda: llm.ask(held, "Who signed the lease?", max_new_tokens=8),
 }
 print(json.dumps(list(WORK)), flush=True)
