@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -146,19 +147,22 @@ def _converse(memory: Memory, llm: MemoryModel, turns: Turns, lines: Iterable[st
 
 
 @app.command("list", rich_help_panel=PANEL)
-def list_() -> None:
+def list_(json_: Json = False) -> None:
     """List all memories, their bytes, and the bytes that `latentmem prune --keep 1` would free."""
     from latentmem.store.home import opened
 
     right = ("fill", "versions", "on disk", "prunable")
-    table = printing.table("memory", "fill", "versions", "changed", "on disk", "prunable", "model", right=right)
+    table = printing.table("memory", "fill", "versions", "changed", "on disk", "prunable", "form", "model", right=right)
     overviews = opened().overview()
+    if json_:
+        typer.echo(json.dumps([asdict(one) | {"changed": one.changed.isoformat()} for one in overviews]))
+        return
     for one in overviews:
         versions = f"{one.versions}, {one.pending} to be applied" if one.pending else str(one.versions)
         changed = f"{one.changed:%Y-%m-%d %H:%M}"
         fill = f"{one.M} of {one.N}" if one.N else ""
         sizes = printing.size(one.bytes), printing.size(one.prunable) if one.prunable else ""
-        table.add_row(one.name, fill, versions, changed, *sizes, printing.text(one.model))
+        table.add_row(one.name, fill, versions, changed, *sizes, one.form or "", printing.text(one.model))
     if not overviews:
         typer.echo("No memories yet. `latentmem write notes.txt --memory work` makes one.")
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from latentmem.container import Buffer, check_folder, replacing
+from latentmem.core.settings import MemorySettings
 from latentmem.files import snapshot
 from latentmem.store.journal import BEGINNINGS, EVENTS, KINDS, STATES, Journal, Row
 from latentmem.store.objects import HASH, Objects
@@ -36,6 +37,7 @@ BY_STATE = {  # state of a write -> the kinds of its row
     "applied": ("snapshot", "delta", "pruned"),
     "failed": ("none", "snapshot", "pruned"),
 }
+SETTINGS = ("N", "form", "order", "longterm")  # of a version's facts
 NEEDED = {"write": {"source", "role", "sha256"}} | {key: {"source"} for key in ("pin", "unpin", "forget", "expire")}
 
 
@@ -226,9 +228,11 @@ def _row(i: int, line: dict[str, Any]) -> Row:
         row.kind in BY_STATE[row.state] if write else row.kind != "delta" and row.state != "pending",
         row.facts.get("pruned", True) is True and row.pruned >= (row.kind == "pruned"),
         not (row.pruned and row.state == "pending"),
+        type(row.facts.get("M", 0)) is int and type(row.facts.get("model", "")) is str,
     )
     if not all(sound):
         raise ValueError(f"line {i} of its journal does not belong there")
+    MemorySettings.of({what: row.facts[what] for what in SETTINGS if what in row.facts})
     return row
 
 

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -347,10 +347,13 @@ def _snapshot_size(memory: Memory) -> int:
 
 
 def facts(memory: Memory) -> dict[str, Any]:
-    """With what a version was computed, how full it is, and about how many bytes a snapshot of it takes."""
+    """With what a version was computed, how full it is, what it keeps, and about how many bytes a snapshot takes."""
     return {
         "M": memory.M,
         "N": memory.N,
+        "form": memory.settings.form or "exact",
+        "order": memory.reading_order,
+        "longterm": None if memory.settings.longterm is None else asdict(memory.settings.longterm),
         "size": _snapshot_size(memory),
         **({"shares": True} if memory.settings.by_update else {}),
         "model": memory.model_name,

@@ -11,6 +11,7 @@ import torch
 
 from latentmem import longterm as longterms
 from latentmem.core.memory import Memory
+from latentmem.core.settings import LongTermSettings
 from latentmem.store.journal import Journal, Row
 from latentmem.store.pruning import prunable
 from latentmem.store.writing import Content, content_of
@@ -32,9 +33,9 @@ class Version:
         error: why it failed.
         key: the caller's idempotency key.
         bytes: what it takes on disk beside its row.
-        facts: how full it is (M, N, `size` in bytes), the slots of each layer that a write `lost` for good, and with
-            what it was computed (model, dtype, a hash of the token ids, ...): where these are equal, a replay gives
-            equal bits.
+        facts: how full it is (M, N, `size` in bytes), what it keeps (form, order, longterm), the slots of each layer
+            that a write `lost` for good, and with what it was computed (model, dtype, a hash of the token ids, ...):
+            where these are equal, a replay gives equal bits.
         time: when, with time zone.
     """
 
@@ -70,6 +71,8 @@ class Overview:
         prunable: bytes of them that pruning it to its newest version frees, about.
         M, N: slots per layer that it holds, and can hold; 0 if it is not known.
         model: name of the model that wrote it; "" if it is not known.
+        form, order: what it keeps of an update, and how a question reads it; None if it is not known.
+        longterm: how it keeps what it drops, if it does.
     """
 
     name: str
@@ -81,6 +84,9 @@ class Overview:
     M: int
     N: int
     model: str
+    form: str | None
+    order: str | None
+    longterm: LongTermSettings | None
 
 
 @dataclass(frozen=True)
@@ -145,8 +151,9 @@ def overview(journal: Journal, names: Collection[str] | None) -> list[Overview]:
     lines = []
     for name, memory, versions, pending, changed, size in journal.overview(names):
         facts = next((row.facts for row in journal.lineage(journal.head(memory)) if "M" in row.facts), {})
-        full = facts.get("M", 0), facts.get("N", 0), facts.get("model", "")
-        lines.append(Overview(name, versions, pending, _time(changed), size, prunable(journal, memory), *full))
+        full = facts.get("M", 0), facts.get("N", 0), facts.get("model", ""), facts.get("form"), facts.get("order")
+        part = LongTermSettings.of(facts.get("longterm"))
+        lines.append(Overview(name, versions, pending, _time(changed), size, prunable(journal, memory), *full, part))
     return lines
 
 

@@ -139,7 +139,9 @@ def test_list_show_and_rm(run, home):
     assert "No memories yet" in run("list")[1]
     run("write", "some [bold]text[/bold] of forty-odd characters", "-m", "work", "-N", 32, "-K", 8, "--longterm", 0)
     _, out, _ = run("list")
-    assert re.search(r"work +32 of 32 +2 +20\d\d-.* KiB", out)
+    assert re.search(r"work +32 of 32 +2 +20\d\d-.* KiB +int8 +\S", out)
+    (one,) = json.loads(run("list", "--json")[1])
+    assert (one["name"], one["M"], one["form"], one["order"], one["longterm"]) == ("work", 32, "int8", "written", None)
     code, out, _ = run("show", "-m", "work")
     assert code == 0 and "32 of 32 slots in each of 3 layers (100%)" in out and "half-life" in out
     assert re.search(r"text +46 +46 +70% +52% +4% +0% *\n", out) and "work, version 1" in out
@@ -260,10 +262,14 @@ def test_a_long_term_memory_is_made_shown_and_kept(run, tiny_folder):
     code, out, _ = run("write", "another one of forty characters or so ...", "-m", "work", "--longterm", 8)
     assert code == 0 and re.search(r"32 of 32 slots.*, and 53 that were dropped in its long-term part", plain(out))
     shown = plain(run("show", "-m", "work")[1])
-    assert re.search(r"long-term 53 slots in each layer, .* KiB; a question takes 8 of them at most", shown)
+    part = r"long-term 53 slots in each layer, .* KiB of at most 1024.0 MiB; a question takes 8 of them at most"
+    assert re.search(part, shown)
     assert re.search(r"source +tokens +slots +left +long-term +\+1", shown)
     facts = json.loads(run("show", "-m", "work", "--json")[1])
     assert (facts["longterm"]["R"], facts["longterm"]["S"]) == (8, 53)
+    (one,) = json.loads(run("list", "--json")[1])
+    part = {name: value for name, value in facts["longterm"].items() if name not in ("S", "bytes")}
+    assert one["longterm"] == part and one["order"] == facts["order"] == "best-last"
     (source,) = facts["sources"]
     assert source["stored"] + sum(source["left"]) / 3 / source["slots"] == pytest.approx(1)
     llm = latentmem.load(str(tiny_folder), device="cpu")

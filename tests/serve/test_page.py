@@ -158,6 +158,7 @@ def test_from_nothing_to_an_answer_and_its_source(trained, opened, tmp_path):
         button(page, "Make it").click()
         page.get_by_role("heading", name="Chat with alice").wait_for()
         page.get_by_role("img", name="An empty memory of 30 layers with room for 1,536 slots each.").wait_for()
+        page.get_by_text("coded, 1,536 slots, 512 searched", exact=True).wait_for()
         for source, text in (("secret", SAFE), ("boat", BOAT)):
             page.get_by_label("Text", exact=True).fill(text)
             page.get_by_role("textbox", name="Source").fill(source)

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import httpx
 import pytest
@@ -19,7 +19,7 @@ from starlette.datastructures import Headers
 
 import latentmem
 from latentmem import longterm
-from latentmem.core.settings import LongTermSettings, MemorySettings, settings_of
+from latentmem.core.settings import FORMS, LongTermSettings, MemorySettings, settings_of
 from latentmem.serve.http import run
 from latentmem.serve.http.errors import Refused
 from latentmem.serve.http.gate import Gate
@@ -280,7 +280,10 @@ def test_text_of_clients_never_becomes_a_control_token(server):
 
 def test_a_memory_with_a_long_term_part_over_http(llm, tmp_path):
     with running(llm, tmp_path, scripted=False) as server:
-        assert server("POST", "/v1/memories", {"id": "m", "N": 32, "K": 16, "longterm": 8})[0] == 201
+        status, made = server("POST", "/v1/memories", {"id": "m", "N": 32, "K": 16, "longterm": 8})
+        assert status == 201 and (made["form"], made["order"]) == ("int8", "best-last")
+        assert made["longterm"] == asdict(server.service.store.open("m").settings.longterm)
+        assert server("GET", "/v1/memories/m")[1] == made == server("GET", "/v1/memories")[1]["data"][0]
         for i, text in enumerate(("the door is blue", "the roof is red, and old", "the key is under the mat")):
             assert server("POST", "/v1/memories/m/write", {"text": text, "source": f"s{i}"})[0] == 200
         asked = {"question": "colour?", "max_tokens": 8, "sources": True}
@@ -336,6 +339,9 @@ def test_every_setting_of_a_memory_is_a_field(server):
         for one in settings_of(kind):
             assert fields[one.name]["description"] == one.help
             assert not one.choices or fields[one.name]["anyOf"][0]["enum"] == list(one.choices)
+    info, part = schemas["MemoryInfo"]["properties"], schemas["LongTermInfo"]["properties"]
+    assert info["form"]["anyOf"][0]["enum"] == list(FORMS) and info["longterm"]["anyOf"][1] == {"type": "null"}
+    assert list(part) == [one.name for one in settings_of(LongTermSettings)]
     part = {"R": 8, "group": "slot", "int8": True}
     body = {"id": "chosen", "N": 64, "K": 16, "preset": "exact", "quota": 0.25, "longterm": part}
     assert server("POST", "/v1/memories", body)[0] == 201
@@ -470,6 +476,7 @@ def test_the_page_is_there_while_the_model_is_loaded():
 def test_a_memory_from_its_beginning_to_its_end(llm, tmp_path):
     with running(llm, tmp_path, scripted=False) as server:
         made = server("POST", "/v1/memories", {"id": "m", "N": 64, "K": 16, "seed": 3, "choice": "last"})
+        assert (made[1]["form"], made[1]["order"], made[1]["longterm"]["R"]) == ("int8", "best-last", 21)
         assert made[0] == 201 and (made[1]["id"], made[1]["N"], made[1]["M"], made[1]["versions"]) == ("m", 64, 0, 1)
         refused(server("POST", "/v1/memories", {"id": "m"}), 409, "taken")
         status, wrote = server("POST", "/v1/memories/m/write", {"text": "the door is blue", "source": "notes"})

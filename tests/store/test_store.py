@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from latentmem.core import memory as core_memory
 from latentmem.core.memory import Memory, draw, empty
-from latentmem.core.settings import MemorySettings
+from latentmem.core.settings import LongTermSettings, MemorySettings
 from latentmem.core.sources import forget, pin
 from latentmem.errors import InUseError, NameTakenError, NotFoundError
 from latentmem.files import snapshot
@@ -218,6 +218,22 @@ def test_an_overview_says_what_the_journal_knows(llm, store):
     for change in (lambda: store.forget("m", store.open("m").sources[0].name), lambda: store.rollback("m", 1)):
         change()
         assert store.overview()[1].M == store.open("m").M and store.overview()[1].N == store.open("m").N
+
+
+@pytest.mark.parametrize("asked", [{}, {"longterm": 8}, {"longterm": {"R": 4, "limit": 5000}, "form": "int8"}], ids=str)
+def test_an_overview_says_what_a_memory_keeps(llm, store, tmp_path, asked):
+    store.create("m", start(llm, **asked))
+    store.write(llm, "m", "a short text", "s")
+    store.pin("m", "s")
+    store.fork("m", "f")
+    store.export("m", tmp_path / "m.zip")
+    store.import_(tmp_path / "m.zip", "i")
+    settings = store.open("m").settings
+    for one in store.overview():
+        assert (one.form, one.order) == (asked.get("form", "exact"), settings.reading_order)
+        assert one.longterm == settings.longterm == LongTermSettings.of(asked.get("longterm"))
+    store._journal._do("UPDATE versions SET facts = json_remove(facts, '$.form', '$.order', '$.longterm')")
+    assert {(one.form, one.order, one.longterm) for one in store.overview()} == {(None, None, None)}  # of old stores
 
 
 def test_a_memory_can_begin_with_texts_that_its_journal_does_not_hold(llm, store, tmp_path):
@@ -1300,6 +1316,11 @@ HOSTILE = {
     "a delta of another version": lines(lambda rows: rows[2].update(kind="snapshot")),
     "a key twice": lines(lambda rows: [row.update(key="k") for row in rows] and None),
     "an unknown object": lines(lambda rows: rows[1].update(object="0" * 64)),
+    "slots that are no number": lines(lambda rows: rows[1]["facts"].update(M="3")),
+    "another form": lines(lambda rows: rows[1]["facts"].update(form="lossless")),
+    "another order": lines(lambda rows: rows[1]["facts"].update(order=3)),
+    "a long-term part without R": lines(lambda rows: rows[1]["facts"].update(longterm={"limit": 3})),
+    "a long-term part that is none": lines(lambda rows: rows[1]["facts"].update(longterm=[3])),
     "a line that is no object": lines(lambda rows: [*rows[:-1], 5]),
 }
 

@@ -8,7 +8,7 @@ import { forgetAll, forgetOf, useKept } from "./kept";
 import { KeyForm, Memories } from "./Memories";
 import { useMemory } from "./memory";
 import { Pool } from "./Pool";
-import { plural } from "./pool";
+import { kind, plural } from "./pool";
 import { bytes, decoded, sleep, useWork, words } from "./util";
 import { Sources } from "./Sources";
 import { Write } from "./Write";
@@ -235,6 +235,7 @@ function One(props: {
               Delete …
             </button>
           </div>
+          {info && <p class="quiet">{kind(info)}</p>}
           {info && <p class="quiet">{plural(info.versions, "version")}, {bytes(info.bytes)} on disk</p>}
           <Problem text={work.error} />
           {slots && <Pool slots={slots} only={place < 0 ? null : place} />}

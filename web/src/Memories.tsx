@@ -92,13 +92,13 @@ function NewMemory({ choose, changed, onClose }: Making) {
       <Name value={name} set={setName} />
       <label>
         Slots in each layer
-        <input type="number" min={1} max={1 << 24} placeholder="as the model's memory was trained" value={room} onInput={(e) => setRoom(e.currentTarget.value)} />
+        <input type="number" min={1} max={1 << 24} placeholder="as the model makes them" value={room} onInput={(e) => setRoom(e.currentTarget.value)} />
         <small>About a token each. When they are full, old ones are dropped at random.</small>
       </label>
       <label>
         Slots that a question takes back from what was dropped
-        <input type="number" min={0} max={1 << 24} placeholder="0: what is dropped is lost" value={longterm} onInput={(e) => setLongterm(e.currentTarget.value)} />
-        <small>More than 0 keeps dropped slots in a long-term memory, for example 512.</small>
+        <input type="number" min={0} max={1 << 24} placeholder="as the model makes them" value={longterm} onInput={(e) => setLongterm(e.currentTarget.value)} />
+        <small>More than 0 keeps dropped slots in a long-term memory, for example 512. With 0 they are lost.</small>
       </label>
     </Dialog>
   );

@@ -9,6 +9,8 @@ export interface MemoryInfo {
   M: number;
   N: number;
   model: string;
+  form: string | null;
+  longterm: { R: number } | null;
 }
 
 export interface Slots {

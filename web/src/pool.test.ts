@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
 import type { Slots } from "./api";
-import { ageColour, described, named, pixels, plural, slotAt, sourceColour, updates } from "./pool";
+import { ageColour, described, kind, named, pixels, plural, slotAt, sourceColour, updates } from "./pool";
 
 const made = (more: Partial<Slots> = {}): Slots => ({
   id: "a", version: 3, L: 2, M: 6, N: 8, K: 4, R: 0, updates: 5, stored: 0, sources: ["x", "y"],
@@ -84,6 +84,12 @@ describe("in words", () => {
   it("says how full it is and of what", () => {
     expect(described(made())).toBe("2 layers with 6 of 8 slots each; of these 67% y, 25% x.");
     expect(described(made({ M: 0, layers: [[], []] }))).toBe("An empty memory of 2 layers with room for 8 slots each.");
+  });
+
+  it("says in one line what a memory is", () => {
+    expect(kind({ form: "coded", N: 1536, longterm: { R: 512 } })).toBe("coded, 1,536 slots, 512 searched");
+    expect(kind({ form: "exact", N: 2048, longterm: null })).toBe("exact, 2,048 slots, what is dropped is lost");
+    expect(kind({ form: null, N: 1, longterm: null })).toBe("1 slot");
   });
 
   it("counts one and many, and keeps names that turn text round to themselves", () => {

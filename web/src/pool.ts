@@ -1,6 +1,6 @@
 // The pool as a picture: a row of pixels for each layer, a colour for each slot's source or age.
 
-import type { Slots } from "./api";
+import type { MemoryInfo, Slots } from "./api";
 
 export type Colouring = "source" | "age";
 export type Colour = [number, number, number];
@@ -110,6 +110,12 @@ export function described(slots: Slots): string {
     .map((one) => `${percent(one.share)} ${one.name}`);
   const filled = `${plural(slots.L, "layer")} with ${count(slots.M)} of ${count(slots.N)} slots each`;
   return `${filled}; of these ${most.join(", ")}.`;
+}
+
+/** What a memory is, in one line; an older version of it does not say its form. */
+export function kind({ form, N, longterm }: Pick<MemoryInfo, "form" | "N" | "longterm">): string {
+  if (!form) return plural(N, "slot");
+  return `${form}, ${plural(N, "slot")}, ${longterm ? `${count(longterm.R)} searched` : "what is dropped is lost"}`;
 }
 
 export const count = (n: number) => n.toLocaleString("en");

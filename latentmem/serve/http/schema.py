@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Query
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from latentmem.core.settings import LARGEST, LongTermSettings, MemorySettings, settings_of
+from latentmem.core.settings import LARGEST, LongTermSettings, MemorySettings, Setting, settings_of
 from latentmem.serve.engine.answer import Sampling
 
 SOURCE_LENGTH = 256  # characters of the name of a source
@@ -189,11 +189,15 @@ class _Named(Strict):
     id: Name
 
 
+def _type(one: Setting) -> Any:
+    return Literal.__getitem__(one.choices) if one.choices else one.type
+
+
 def _fields(kind: Any) -> dict[str, Any]:
     """A field for each setting of a class, with its help, bounds and choices; one with a default may be left out."""
     fields: dict[str, Any] = {}
     for one in settings_of(kind):
-        value: Any = Literal.__getitem__(one.choices) if one.choices else one.type
+        value = _type(one)
         if one.type is LongTermSettings:
             value = Annotated[int, Field(ge=0, le=LARGEST)] | LongTerm
         elif one.type in (int, float):
@@ -216,7 +220,7 @@ class Create(_Create):
         return MemorySettings.of(self.model_dump(exclude={"id"}, exclude_none=True))
 
 
-class MemoryInfo(BaseModel):
+class _Info(BaseModel):
     id: str
     object: Literal["memory"] = "memory"
     versions: int
@@ -227,6 +231,20 @@ class MemoryInfo(BaseModel):
     M: int
     N: int
     model: str
+
+
+_PART: dict[str, Any] = {one.name: (_type(one), Field(description=one.help)) for one in settings_of(LongTermSettings)}
+_KEPT: dict[str, Any] = {
+    one.name: (_type(one) | None, Field(description=f"{one.help}; null: an older version, which does not say"))
+    for one in settings_of(MemorySettings)
+    if one.name in ("order", "form")
+}
+LongTermInfo = create_model("LongTermInfo", **_PART)
+_MemoryInfo: Any = create_model("MemoryInfo", __base__=_Info, longterm=(LongTermInfo | None, ...), **_KEPT)
+
+
+class MemoryInfo(_MemoryInfo):
+    """A memory as its journal has it; without `longterm` a memory keeps nothing of what it drops."""
 
 
 class MemoryList(BaseModel):
