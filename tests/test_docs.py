@@ -40,11 +40,14 @@ def test_the_page_of_the_command_line_has_every_command_and_option(pages):
 
 def test_the_options_of_a_new_memory_show_its_defaults():
     from latentmem.loading.trained import DEFAULTS
+    from latentmem.longterm.longterm import LongTerm
+    from latentmem.longterm.updates import UpdateArchive
 
     shown = {one.name: one.show_default for one in get_command(cli.app).commands["write"].params}
     assert shown["N"] == f"{DEFAULTS.N}" and DEFAULTS.form in shown["form"]
-    part = shown["longterm"], shown["longterm_limit"].split(",")[0]
-    assert part == (f"{DEFAULTS.longterm.R}", f"{DEFAULTS.longterm.limit}")
+    assert shown["longterm"] == f"{DEFAULTS.longterm.R}"
+    (limit,) = [one for one in get_command(cli.app).commands["write"].params if one.name == "longterm_limit"]
+    assert f"by default {UpdateArchive.LIMIT >> 20} MiB, of hidden states {LongTerm.LIMIT >> 30} GiB" in limit.help
 
 
 def test_the_page_of_the_interface_has_every_address_and_object(pages):

@@ -22,7 +22,6 @@ REMEMBERING = {  # `loading.trained.DEFAULTS` of new memories, as help shows the
     "N": "1536",
     "form": "coded, without a coder int8",
     PART: "512",
-    f"{PART}_limit": "268435456, with --longterm 1073741824",
 }
 
 
@@ -103,6 +102,7 @@ def of_memory(
         begin = "".join(f"{', '.join([title, *part] if title else part)}: " if title or part else "")
         one = replace(one, help=(help or {}).get(name, one.help))
         usual = default if own is not None else f"as the adapters were trained, else {default}"
+        usual = "" if default is None else usual  # the help says it
         shown_here = shown or (shown_defaults or {}).get(name, usual)
         options.append(_option(name, one, flags, begin, default=None, shown=shown_here))
 

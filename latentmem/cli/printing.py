@@ -164,7 +164,7 @@ def show_facts(title: str, memory: Memory, disk: Overview) -> None:
 def _longterm_fact(memory: Memory, longterm: Archive) -> str:
     slots = _stored(memory)
     stored = f"{slots} slots in each layer, {size(longterm.nbytes)} of" if slots else "empty,"
-    most, R = size(longterm.settings.limit), longterm.settings.R
+    most, R = size(longterm.limit), longterm.settings.R
     return f"{stored} at most {most}; a question takes {R} of them at most"
 
 

@@ -28,7 +28,7 @@ class LongTermSettings:
     """
 
     R: int = setting("slots that a question takes of what was dropped; 0: it is lost", least=0, most=LARGEST)
-    limit: int = setting("bytes of what is kept; what came first goes first", 1 << 30, least=1)
+    limit: int | None = setting("bytes of what is kept; by default 256 MiB, of hidden states 1 GiB", None, least=1)
     int8: bool = setting("keep slots in 8 bits, with a scale for every 32 numbers", False)
     group: str = setting("what is retrieved together: whole updates or slots", "update", choices=("update", "slot"))
     every: int = setting("tokens of an answer after which is searched again; 0: never", 64, least=0)

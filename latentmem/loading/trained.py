@@ -24,7 +24,7 @@ from latentmem.model.backbone import Trained
 from latentmem.model.model import MemoryModel
 
 TRAINED, ADAPTERS, CODER = Path(__file__).parent.parent / "trained", "adapters.safetensors", "coder.safetensors"
-DEFAULTS = MemorySettings(N=1536, longterm=LongTermSettings(R=512, limit=256 << 20), form="int8")  # of new memories
+DEFAULTS = MemorySettings(N=1536, longterm=LongTermSettings(R=512), form="int8")  # of new memories
 
 
 def adapters_of(name: str) -> Path | None:

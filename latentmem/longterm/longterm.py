@@ -41,8 +41,11 @@ class LongTerm:
     places: Tensor
     ranges: tuple[BlockRange, ...] = ()
     first: ClassVar[int] = 0  # what earlier updates wrote is not here
+    LIMIT: ClassVar[int] = 1 << 30  # bytes, where the settings have none
 
     def __post_init__(self) -> None:
+        if self.settings.limit is None:
+            object.__setattr__(self, "settings", replace(self.settings, limit=self.limit))
         if self.settings.R < 1:
             raise ValueError(f"a long-term memory retrieves at least one slot, got R={self.settings.R}.")
 
@@ -59,6 +62,11 @@ class LongTerm:
     def S(self) -> int:
         """Places in each layer, empty ones included."""
         return sum(map(len, self.ranges))
+
+    @property
+    def limit(self) -> int:
+        """Bytes beyond which the oldest slots go."""
+        return self.settings.limit or self.LIMIT
 
     @property
     def nbytes(self) -> int:
@@ -146,7 +154,7 @@ class LongTerm:
         return self._within_limit()
 
     def _within_limit(self) -> LongTerm:
-        surplus = self.S - self.settings.limit // self._slot_bytes if self.ranges else 0
+        surplus = self.S - self.limit // self._slot_bytes if self.ranges else 0
         return self._without_first(surplus) if surplus > 0 else self
 
     def _without_first(self, count: int) -> LongTerm:

@@ -24,12 +24,16 @@ def lost(memory: Memory) -> float:
     if not memory.L:
         return 0.0
     own = int((memory.origins >= 0).sum())
-    archive = cast("LongTerm | UpdateArchive | None", memory.longterm)
+    archive = _archive(memory)
     if isinstance(archive, UpdateArchive):
         archived = memory.L * archive.slots - int((memory.births >= archive.first).sum())
     else:
         archived = int(((archive.origins >= 0) & archive.occupied).sum()) if archive is not None else 0
     return slots_given(memory) - (own + archived) / memory.L
+
+
+def _archive(memory: Memory) -> LongTerm | UpdateArchive | None:
+    return cast("LongTerm | UpdateArchive | None", memory.longterm)
 
 
 def lost_between(before: Memory, after: Memory) -> float:
@@ -57,12 +61,13 @@ def sentence(memory: Memory, slots: float, name: str) -> str:
 
 
 def _remedy(memory: Memory, name: str) -> str:
-    part = memory.settings.longterm
-    if part is not None and part.rule != "oldest":
-        return f"The checkpoint's own long-term part drops by the rule {part.rule!r}, which can not be changed."
-    if part is None:
+    archive = _archive(memory)
+    if archive is not None and archive.settings.rule != "oldest":
+        rule = archive.settings.rule
+        return f"The checkpoint's own long-term part drops by the rule {rule!r}, which can not be changed."
+    if archive is None:
         cause, option = "The memory has no long-term part", f"--longterm {min(R, max(1, memory.N // 3))}"
     else:
-        cause, option = f"Its long-term part is full ({part.limit} bytes)", f"--longterm-limit {2 * part.limit}"
+        cause, option = f"Its long-term part is full ({archive.limit} bytes)", f"--longterm-limit {2 * archive.limit}"
     rebuild = f"latentmem rebuild NEW --memory {name} {option}"
     return f"{cause}: `{rebuild}` writes all its texts into a new memory that keeps more."

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,13 +38,21 @@ class UpdateArchive:
     slots: int = 0
     nbytes: int = 0
     most: int = 0
+    LIMIT: ClassVar[int] = 256 << 20  # bytes, where the settings have none
 
     def __post_init__(self) -> None:
+        if self.settings.limit is None:
+            object.__setattr__(self, "settings", replace(self.settings, limit=self.limit))
         if (self.settings.int8, self.settings.group, self.settings.rule) != (False, "update", "oldest"):
             raise ValueError(
                 "where updates are kept coded, a long-term part keeps and finds whole updates: leave out int8, group "
                 "and rule, or choose form='exact'."
             )
+
+    @property
+    def limit(self) -> int:
+        """Bytes beyond which the oldest updates go."""
+        return self.settings.limit or self.LIMIT
 
     def check(self, memory: Memory) -> None:
         """A ValueError where it belongs to a memory of hidden states."""
@@ -55,7 +64,7 @@ class UpdateArchive:
         new, number, first = change.written, memory.updates + 1, self.first
         assert new is not None
         slots, nbytes = self.slots + len(new), self.nbytes + new.nbytes
-        while nbytes > self.settings.limit and first < number:
+        while nbytes > self.limit and first < number:
             if (oldest := memory.written.get(first)) is not None:
                 slots, nbytes = slots - len(oldest), nbytes - oldest.nbytes
             first += 1

@@ -262,7 +262,7 @@ def test_a_long_term_memory_is_made_shown_and_kept(run, tiny_folder):
     code, out, _ = run("write", "another one of forty characters or so ...", "-m", "work", "--longterm", 8)
     assert code == 0 and re.search(r"32 of 32 slots.*, and 53 that were dropped in its long-term part", plain(out))
     shown = plain(run("show", "-m", "work")[1])
-    part = r"long-term 53 slots in each layer, .* KiB of at most 1024.0 MiB; a question takes 8 of them at most"
+    part = r"long-term 53 slots in each layer, .* KiB of at most 256.0 MiB; a question takes 8 of them at most"
     assert re.search(part, shown)
     assert re.search(r"source +tokens +slots +left +long-term +\+1", shown)
     facts = json.loads(run("show", "-m", "work", "--json")[1])

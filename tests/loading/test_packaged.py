@@ -94,6 +94,7 @@ def test_a_memory_remembers_by_default(packaged, trained):
         memory, paper = llm.empty(), llm.empty(form="exact")
         assert (memory.N, memory.settings.form) == (1536, llm.defaults.form) and memory.settings.by_update
         assert (memory.longterm.settings.R, memory.longterm.settings.limit) == (512, 256 << 20)
+        assert llm.empty(longterm=512).settings == memory.settings
         assert (memory.R, memory.reading_order) == (0, "best-last")
         assert paper.longterm is None and not paper.settings.by_update and paper.reading_order == "written"
         assert llm.empty(longterm={"R": 0}).longterm is None

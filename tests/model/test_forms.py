@@ -67,6 +67,16 @@ def test_an_answer_is_near_that_of_hidden_states(llm, form, changes):
     assert torch.equal(llm.text_of(other), torch.tensor(_text(other)))
 
 
+@pytest.mark.parametrize("asked", [8, {"R": 8, "every": 3}], ids=str)
+def test_the_bound_of_a_long_term_part_is_that_of_the_form(llm, tmp_path, form, asked):
+    for name, limit in ((form, 256 << 20), ("exact", 1 << 30)):
+        memory = llm.empty(N=24, longterm=asked, form=name)
+        memory.save(tmp_path / "m")
+        for one in (memory, llm.write_ids(memory, ASKED), Memory.load(tmp_path / "m")):
+            assert one.settings.longterm.limit == one.longterm.settings.limit == limit
+        assert llm.empty(N=24, longterm={"R": 8, "limit": 3}, form=name).longterm.settings.limit == 3
+
+
 def _text(memory):
     """The tokens that stand in layer 0: of update n those of `written`."""
     return [10 + 7 * ((int(n) >> 32) - 1) + (int(n) & 0xFFFFFFFF) for n in memory.slots[0, :, 0]]
