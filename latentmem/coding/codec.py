@@ -9,7 +9,7 @@ slot, by which a search finds it: what one layer sees of it, in few bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -17,12 +17,62 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from latentmem.coding.coder import Code, Coder
+from latentmem.coding.rans import STRIDE
 from latentmem.decoder.attention import KV
-from latentmem.errors import OtherModelError
+from latentmem.errors import DamagedError, OtherModelError
 from latentmem.written import Written
 
 ROWS = 1024  # sketches of one product, so that equal sketches fit equally wherever they stand
 CODE = ("ids", "states", "words", "escapes")
+Layout = Mapping[str, tuple[torch.dtype, tuple[int | None, ...] | None]]
+LAYOUTS: Mapping[str, Layout] = {  # form -> of each tensor the type, and the shape of one slot's part; None: any
+    "int8": {
+        "ids": (torch.int32, ()),
+        "heads": (torch.int8, (None,)),
+        "scales": (torch.float16, (None,)),
+        "sketch": (torch.int8, (None,)),
+        "lengths": (torch.float16, (1,)),
+    },
+    "coded": {
+        "ids": (torch.int32, ()),
+        "states": (torch.int32, (STRIDE,)),
+        "words": (torch.int16, None),
+        "escapes": (torch.int32, None),
+        "sketch": (torch.uint8, (None,)),
+    },
+}
+
+
+def form_of(tensors: Iterable[str]) -> str | None:
+    """The form of an update by the names of its tensors; None: it is of no form."""
+    names = set(tensors)
+    return next((form for form, layout in LAYOUTS.items() if set(layout) == names), None)
+
+
+def rows_of(tensors: Mapping[str, Tensor]) -> set[str]:
+    """The tensors of updates that have a row for each slot.
+
+    Args:
+        tensors: of one update, or of several, one behind the other.
+
+    Raises:
+        ValueError: these are no updates; with the tensor, what was expected, and what came.
+    """
+    form = form_of(tensors)
+    if form is None:
+        raise ValueError(f"updates of the forms {', '.join(LAYOUTS)} have other tensors than {sorted(tensors)}")
+    layout = LAYOUTS[form]
+    rows = {name for name, (_, part) in layout.items() if part is not None}
+    for name, (dtype, part) in layout.items():
+        tensor, count = tensors[name], len(tensors["ids"]) if name in rows else None
+        wanted = (count, *(part or ()))
+        fits = [want in (None, size) for want, size in zip(wanted, tensor.shape, strict=False)]
+        if tensor.dtype != dtype or tensor.ndim != len(wanted) or not all(fits):
+            came = f"{tensor.dtype}, {list(tensor.shape)}"
+            raise ValueError(f"`{name}` of {len(tensors['ids'])} slots must be {dtype}, {list(wanted)}, got {came}")
+    if len(tensors["ids"]) and int(tensors["ids"].min()) < 0:
+        raise ValueError("a token of a slot is none")
+    return rows
 
 
 class Codec(Protocol):
@@ -69,8 +119,10 @@ class EightBits:
 
     def decode(self, written: Sequence[Written], like: Sequence[KV]) -> list[KV]:
         sides = [side for pair in like[1:] for side in pair]
-        whole = torch.cat([one.tensors["heads"] for one in written]).split([s.shape[1] * s.shape[3] for s in sides], 1)
-        scales = torch.cat([one.tensors["scales"] for one in written]).split([s.shape[1] for s in sides], 1)
+        widths = {"heads": [s.shape[1] * s.shape[3] for s in sides], "scales": [s.shape[1] for s in sides]}
+        for name, parts in widths.items():
+            _check_width(written, name, sum(parts))
+        whole, scales = (torch.cat([one.tensors[name] for one in written]).split(widths[name], 1) for name in widths)
         decoded = []
         for side, numbers, scale in zip(sides, whole, scales, strict=True):
             heads = numbers.unflatten(1, (side.shape[1], side.shape[3])).float() * scale.float()[..., None]
@@ -79,6 +131,7 @@ class EightBits:
 
     def likeness(self, asked: Tensor, written: Sequence[Written]) -> Tensor:
         asked = asked.float().cpu()
+        _check_width(written, "sketch", asked.shape[1])
         parts = [asked.new_empty(len(asked), 0)]
         for one in written:
             sketch = torch.nn.functional.pad(one.tensors["sketch"], (0, 0, 0, -len(one) % ROWS)).float()
@@ -101,8 +154,19 @@ class Coded:
         return self.coder.decode([Code(*(one.tensors[name] for name in CODE)) for one in written], like)
 
     def likeness(self, asked: Tensor, written: Sequence[Written]) -> Tensor:
+        _check_width(written, "sketch", self.coder.sketch.nbytes)
         sketches = [one.tensors["sketch"] for one in written]
         return self.coder.sketch.likeness(asked.float().cpu(), torch.cat(sketches))
+
+
+def _check_width(written: Sequence[Written], name: str, width: int) -> None:
+    """Refuse updates whose rows of a tensor are not as wide as the model needs them."""
+    for one in written:
+        if one.tensors[name].shape[1] != width:
+            raise DamagedError(
+                f"an update is damaged: a row of `{name}` must have {width} numbers, got {one.tensors[name].shape[1]}. "
+                f"Restore it from a copy."
+            )
 
 
 def in_eight_bits(numbers: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from latentmem.core.memory import Memory
 from latentmem.decoder.attention import KV
 from latentmem.decoder.decoder import Decoder
 from latentmem.decoder.hooks import first_inputs
+from latentmem.errors import DamagedError
 from latentmem.written import Written
 
 LIMIT = 64 << 20  # bytes of decoded updates that are kept
@@ -78,8 +79,12 @@ class Decoding:
 
     def _decoded(self, memory: Memory, written: Sequence[Written]) -> list[list[KV]]:
         kv = codec_of(memory.coder).decode(written, self.like)
-        ids = torch.cat([one.tensors["ids"] for one in written]).long().to(self.decoder.device)
-        kv[0] = self.decoder.project(0, first_inputs(self.decoder, ids))
+        ids = torch.cat([one.tensors["ids"] for one in written]).long()
+        if int(ids.max()) >= self.decoder.vocabulary:
+            raise DamagedError(
+                f"an update is damaged: the model has no token {int(ids.max())}. Restore it from a copy."
+            )
+        kv[0] = self.decoder.project(0, first_inputs(self.decoder, ids.to(self.decoder.device)))
         sizes = [len(one) for one in written]
         cut = [(keys.split(sizes, 2), values.split(sizes, 2)) for keys, values in kv]
         return [[(keys[n], values[n]) for keys, values in cut] for n in range(len(written))]

@@ -54,6 +54,7 @@ class Decoder:
             raise ValueError(f"{self._name}: a decoder with `layers` and `rotary_emb` was expected.")
         self.layers: torch.nn.ModuleList = self.body.layers
         self.L = len(self.layers)
+        self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self.d: int = model.get_input_embeddings().weight.shape[1]
         self._by_layer_type = "layer_type" in inspect.signature(self.body.rotary_emb.forward).parameters
         kinds = [self._kind(i) for i in range(self.L)]

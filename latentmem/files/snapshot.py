@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from latentmem import container, longterm
-from latentmem.coding.codec import EIGHT_BITS
+from latentmem.coding.codec import EIGHT_BITS, form_of
 from latentmem.container import Buffer
 from latentmem.core.memory import Memory, Source
 from latentmem.core.settings import LongTermSettings, MemorySettings, settings_of
@@ -301,6 +301,8 @@ def _coded(
         if (one.source, {key: len(tensor) for key, tensor in one.tensors.items()}) != (source, sizes):
             raise ValueError(f"the update {number} is another one than was written")
         written[number] = one
+    if any(form_of(one.tensors) != settings.form for one in written.values()):
+        raise ValueError(f"its updates are not all of its form {settings.form}")
     if list(written) != sorted(written) or not all(type(number) is int and number > 0 for number in written):
         raise ValueError("its updates are not in their order")
     own: dict[str, Any] = updates.columns(stands, written, sources)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentmem.coding.codec import rows_of
 from latentmem.core.memory import Memory, Source
 from latentmem.written import Written, numbered
 
@@ -29,10 +30,13 @@ def joined(written: Sequence[Written]) -> tuple[dict[str, Tensor], list[dict[str
 def parted(tensors: Mapping[str, Tensor], accounts: Iterable[Mapping[str, Any]]) -> list[Written]:
     """The inverse of `joined`; a ValueError where tensors and sizes do not fit."""
     updates, at = [], dict.fromkeys(tensors, 0)
+    rows = rows_of(tensors) if tensors else set()
     for account in accounts:
         source, sizes = account["source"], account["sizes"]
         if type(source) is not str or set(sizes) != set(tensors) or not all(type(n) is int for n in sizes.values()):
             raise ValueError(f"an update has the tensors {sorted(sizes)}, and the file {sorted(tensors)}")
+        if not tensors or {sizes[name] for name in rows} != {max(1, sizes["ids"])} or min(sizes.values()) < 0:
+            raise ValueError(f"the slots of an update are not all there in each tensor, {sizes}")
         parts = {name: tensor[at[name] : at[name] + sizes[name]] for name, tensor in tensors.items()}
         updates.append(Written(source, parts))
         at = {name: start + sizes[name] for name, start in at.items()}

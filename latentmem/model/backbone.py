@@ -189,10 +189,9 @@ class Backbone:
             tokens = tokens[0]
         if tokens.ndim != 1 or tokens.shape[0] == 0:
             raise ValueError(f"token ids must be [n] with n >= 1, got the shape {list(tokens.shape)}.")
-        vocabulary = self.base.get_input_embeddings().weight.shape[0]
-        if tokens.min() < 0 or tokens.max() >= vocabulary:
+        if tokens.min() < 0 or tokens.max() >= self.decoder.vocabulary:
             raise ValueError(
-                f"token ids must lie between 0 and {vocabulary - 1}, got {tokens.min()} to {tokens.max()}."
+                f"token ids must lie between 0 and {self.decoder.vocabulary - 1}, got {tokens.min()} to {tokens.max()}."
             )
         return tokens
 

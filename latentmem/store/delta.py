@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from latentmem import container
+from latentmem.coding.codec import form_of
 from latentmem.container import Buffer
 from latentmem.core import memory as memories
 from latentmem.core.memory import Memory, Update
@@ -117,6 +118,11 @@ class Chain:
 
     def update(self, change: Update) -> None:
         """Apply an update; a ValueError if it does not fit."""
+        form = None if change.written is None else form_of(change.written.tensors)
+        if (form or "exact") != (self._books.settings.form or "exact"):
+            raise DamagedError(
+                f"an update of the form {form} is damaged: its memory is of another form. Restore a copy."
+            )
         if change.written is not None:
             change = Update.drawn(self._books, change.written, change.source, change.tokens)
             self._books = memories.update(self._books, change)

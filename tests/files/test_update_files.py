@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from latentmem import container
-from latentmem.core.memory import Memory
+from latentmem.coding import codec
+from latentmem.core.memory import Memory, Update
 from latentmem.errors import DamagedError
-from latentmem.files import snapshot
+from latentmem.files import snapshot, updates
 from latentmem.model.model import MemoryModel
 from latentmem.store import delta
 from latentmem.testing import byte_tokenizer, tiny_model
+from latentmem.written import Written
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +140,81 @@ def test_a_file_of_updates_that_is_damaged_is_said(llm):
         delta.written_from_bytes(bytearray(data[:-3]), "the object x")
     with pytest.raises(DamagedError, match="holds no coded updates"):
         delta.written_from_bytes(bytearray(container.to_bytes(tensors, {"format": "other"})), "the object x")
+
+
+def shorter(tensor):
+    return tensor[:-1].contiguous()
+
+
+def longer(tensor):
+    return torch.cat([tensor, tensor[-1:]])
+
+
+WRONG = {
+    "a row less": shorter,
+    "a row more": longer,
+    "another type": lambda tensor: tensor.double(),
+    "a dimension more": lambda tensor: tensor[:, None].contiguous(),
+    "a number": lambda tensor: tensor.flatten()[0].clone(),
+    "none": lambda tensor: tensor[:0],
+}
+PARTS = [(form, name) for form, layout in codec.LAYOUTS.items() for name in layout]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize(("form", "name"), PARTS)
+def test_updates_whose_tensors_are_of_different_slots_are_refused_when_they_are_read(llm, tmp_path, form, name, wrong):
+    memory = written(llm, form)
+    tensors, accounts = updates.joined(list(memory.written.values()))
+    if wrong in ("a row less", "a row more", "none") and codec.LAYOUTS[form][name][1] is None:
+        return  # it has any number of rows; the code does not add up then, which decoding says
+    tensors[name] = WRONG[wrong](tensors[name])
+    if tensors[name].ndim:
+        accounts[-1]["sizes"][name] += len(tensors[name]) - sum(one["sizes"][name] for one in accounts)
+    table = json.dumps([account | {"tokens": 5} for account in accounts])
+    data = container.to_bytes(tensors, {"format": "latentmem updates 1", "updates": table})
+    with pytest.raises(DamagedError, match=r"the object x is a damaged delta .* Restore it from a copy"):
+        delta.written_from_bytes(bytearray(data), "the object x")
+    memory.save(tmp_path / "m")
+    values = json.loads(container.read(tmp_path / "m")[1]["memory"])
+    values["written"][-1][2] = accounts[-1]["sizes"]
+    changed(tmp_path / "m", {name: tensors[name]}, written=values["written"])
+    refused(tmp_path / "m")
+
+
+@pytest.mark.parametrize(("form", "name"), PARTS)
+def test_an_update_that_takes_rows_of_the_next_is_refused(llm, tmp_path, form, name):
+    memory = written(llm, form)
+    tensors, accounts = updates.joined(list(memory.written.values()))
+    for i, step in ((0, 1), (1, -1)):
+        accounts[i]["sizes"][name] += step
+    table = json.dumps([account | {"tokens": 5} for account in accounts])
+    data = bytearray(container.to_bytes(tensors, {"format": "latentmem updates 1", "updates": table}))
+    if codec.LAYOUTS[form][name][1] is not None:
+        with pytest.raises(DamagedError, match="the slots of an update are not all there"):
+            delta.written_from_bytes(data, "x")
+    else:
+        with pytest.raises(DamagedError, match=r"a damaged delta|a code is damaged"):
+            llm.retriever.decoding._decoded(memory, delta.written_from_bytes(data, "x"))
+
+
+@pytest.mark.parametrize("form", ["int8", "coded"])
+def test_updates_of_another_form_or_model_are_refused(llm, tmp_path, form):
+    memory, other = written(llm, form), written(llm, "coded" if form == "int8" else "int8")
+    with pytest.raises(DamagedError, match="its memory is of another form"):
+        delta.Chain(memory).update(Update.drawn(memory, other.written[1], "s0", 5))
+    exact = written(llm, "exact")
+    for one, piece in ((exact, memory.written[1]), (memory, torch.zeros_like(memory.slots[:, :2]))):
+        with pytest.raises(DamagedError, match="its memory is of another form"):
+            delta.Chain(one).update(Update.drawn(one, piece, "s0", 5))
+    replace(memory, written=other.written).save(tmp_path / "m")
+    refused(tmp_path / "m", f"its updates are not all of its form {form}")
+    for name, change in {"ids": lambda t: t + 5000, "sketch": lambda t: t[:, 1:], "heads": lambda t: t[:, 1:]}.items():
+        if name in codec.LAYOUTS[form]:
+            spoiled = {
+                n: Written(one.source, one.tensors | {name: change(one.tensors[name])})
+                for n, one in memory.written.items()
+            }
+            with pytest.raises(DamagedError, match="an update is damaged"):
+                fresh = replace(memory, written=spoiled)
+                llm.logits(fresh, [7, 8, 9])

@@ -1,16 +1,20 @@
 """A store of memories whose updates are kept coded: each update lies there once, and every version is to the bit."""
 
 import contextlib
+import hashlib
+import json
 import random
 import subprocess
 import sys
 import threading
+import zipfile
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from latentmem import container
 from latentmem.coding import codec
 from latentmem.core import sources
 from latentmem.core.memory import Memory
@@ -322,6 +326,34 @@ def test_a_coder_that_is_missing_or_damaged_is_said_and_put_down_again(llm, tmp_
     assert path.read_bytes() == data
     unknown()
     same(Store(store.path).open("m"), llm.write(live[-1], "one more", "z"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["ids", "sketch"])
+def test_an_exported_file_with_updates_of_different_lengths_is_refused(llm, tmp_path, form, name):
+    """The hashes of such a file are right: only the tensors do not belong together."""
+    store, _ = filled(llm, tmp_path / "s", form, every=100, texts=1)
+    store.export("m", tmp_path / "m.zip")
+    with zipfile.ZipFile(tmp_path / "m.zip") as file:
+        entries = {info.filename: file.read(info) for info in file.infolist()}
+    old = store.history("m")[1]
+    hashed = json.loads(entries["journal.jsonl"].decode().splitlines()[1])["object"]
+    tensors, header = container.from_bytes(bytearray(entries.pop(f"objects/{hashed}.safetensors")), "x")
+    table = json.loads(header["updates"])
+    tensors[name], table[-1]["sizes"][name] = tensors[name][:-1].contiguous(), table[-1]["sizes"][name] - 1
+    data = container.to_bytes(tensors, header | {"updates": json.dumps(table)})
+    fresh = hashlib.sha256(data).hexdigest()
+    entries[f"objects/{fresh}.safetensors"] = data
+    for book in ("manifest.json", "journal.jsonl"):
+        text = entries[book].decode().replace(hashed, fresh).replace(f": {old.bytes}", f": {len(data)}")
+        entries[book] = text.encode()
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as file:
+        for entry, content in entries.items():
+            file.writestr(zipfile.ZipInfo(entry), content)
+    there = Store(tmp_path / "there")
+    with pytest.raises(DamagedError, match=rf"the object {fresh} is a damaged delta .*`{name}`|damaged delta .*slots"):
+        there.import_(tmp_path / "m.zip", "m")
+    assert not there.names() and not on_disk(there)
 
 
 def test_another_process_reads_what_this_one_has_coded(llm, tmp_path):
