@@ -7,7 +7,7 @@
     n tokens become         ceil(n / c) slots          K slots
     a trained model has     an empty memory            a pool that is full
 
-A layer's keys and values are computed from its input, so slots of "exact" lose nothing between writing and reading.
+Keys and values are computed from a layer's input, so "exact" loses nothing where the form "exact" keeps that input.
 
 Source: MemoryLLM (arXiv 2402.04624) section 3.1.2 and figure 3; the preset "exact" is ours.
 """

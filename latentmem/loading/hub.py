@@ -24,8 +24,8 @@ PACKAGED = "smollm2-135m"
 # How texts and questions are put to a model by default, where it was measured: docs/results/prompts.md.
 STYLES = {PACKAGED: Style(wrap="user", system="", question="{question} Answer briefly.")}
 
-# Decoders, by `model_type`, for which tests/decoder/test_families.py proves the law: a memory that is not full answers
-# as the text in the context does. Anything else is refused.
+# Decoders, by `model_type`, for which tests/decoder/test_families.py proves the law: a memory of the form "exact" that
+# is not full answers as the text in the context does. Anything else is refused.
 SUPPORTED = tuple(
     """
     cohere cohere2 exaone4 gemma gemma2 gemma3_text glm4 gpt_oss granite hunyuan_v1_dense llama ministral ministral3
