@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import threading
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
@@ -46,7 +46,7 @@ class States:
 
     Args:
         snapshot_every: deltas after which a snapshot is due.
-        cache_bytes: states that were read are kept up to this size.
+        cache_bytes: states that were read are kept up to this size, with their coded updates.
     """
 
     def __init__(self, journal: Journal, objects: Objects, snapshot_every: int, cache_bytes: int) -> None:
@@ -228,9 +228,8 @@ class States:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the memories that are open, with their coded updates, each counted once."""
-        written = {id(one): one.nbytes for memory in self.cache.memories for one in memory.written.values()}
-        return self.cache.bytes + sum(written.values())
+        """Bytes of the memories that are open; see `Cache`."""
+        return self.cache.bytes
 
     def due(self, memory: Memory) -> int:
         """Deltas after which a snapshot is due.
@@ -271,11 +270,15 @@ class States:
 
 
 class Cache:
-    """The memories that were used last, up to a number of bytes; memories are immutable, so they can be shared."""
+    """The memories that were used last, up to a number of bytes; memories are immutable, so they can be shared.
+
+    A coded update that several of them hold counts once.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit, self.bytes, self._lock = limit, 0, threading.Lock()
         self._memories: OrderedDict[int, Memory] = OrderedDict()
+        self._holders: Counter[Written] = Counter()  # how many of these memories hold a coded update
 
     def get(self, version: int) -> Memory | None:
         with self._lock:
@@ -286,31 +289,38 @@ class Cache:
     def put(self, version: int, memory: Memory) -> None:
         with self._lock:
             if version not in self._memories:
-                self.bytes += size(memory)
                 self._memories[version] = memory
+                self.bytes += size(memory)
+                for one in memory.written.values():
+                    self.bytes += 0 if self._holders[one] else one.nbytes
+                    self._holders[one] += 1
             while self.bytes > self._limit:
-                self.bytes -= size(self._memories.popitem(last=False)[1])
+                self._remove(next(iter(self._memories)))
 
-    @property
-    def memories(self) -> list[Memory]:
-        """The memories that are kept."""
-        with self._lock:
-            return list(self._memories.values())
+    def _remove(self, version: int) -> None:
+        memory = self._memories.pop(version)
+        self.bytes -= size(memory)
+        for one in memory.written.values():
+            self._holders[one] -= 1
+            if not self._holders[one]:
+                self.bytes -= one.nbytes
+                del self._holders[one]
 
     def discard(self, versions: Iterable[int]) -> None:
         with self._lock:
             for version in versions:
                 if version in self._memories:
-                    self.bytes -= size(self._memories.pop(version))
+                    self._remove(version)
 
     def clear(self) -> None:
         with self._lock:
             self._memories.clear()
+            self._holders.clear()
             self.bytes = 0
 
 
 def size(memory: Memory) -> int:
-    """Bytes of a memory's tensors; of its long-term part those that it does not share with others yet."""
+    """Bytes of a memory's tensors without coded updates; of a long-term part those that it shares with nobody yet."""
     longterm = longterms.of(memory)
     ranges = longterm.ranges[-1:] if isinstance(longterm, LongTerm) else ()
     tail = sum(part.stored.slots.nbytes for part in ranges if not part.sealed)

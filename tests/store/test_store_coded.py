@@ -279,6 +279,33 @@ def test_a_delta_of_many_updates(llm, tmp_path):
     assert [one.kind for one in store._journal.rows([store._journal.id("m")])] == ["snapshot", "delta"]
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_updates_of_opened_memories_count_once_for_the_bound(llm, tmp_path, form):
+    store = Store(tmp_path / "s", snapshot_every=3)
+    for i in range(4):
+        store.create(f"m{i}", start(llm, form))
+        for n in range(4):
+            store.write(llm, f"m{i}", f"a text of its own, {n} of {i}", "s")
+    names = [(f"m{i}", version) for i in range(4) for version in range(5)]
+
+    def held(memories):
+        updates = {id(one): one.nbytes for memory in memories for one in memory.written.values()}
+        numbers = sum(t.nbytes for memory in memories for t in (memory.slots, memory.births, memory.origins))
+        return numbers + sum(updates.values())
+
+    whole = held([store.open("m0", version) for version in range(5)])
+    for limit in (0, whole - 1, whole, 3 * whole):
+        bounded = Store(store.path, cache_bytes=limit)
+        for name in (*names, *names[:7], *names[::-1]):
+            opened, kept = bounded.open(*name), list(bounded._states.cache._memories.values())
+            assert bounded.nbytes()[0] == held(kept) <= limit
+            assert kept[-1] is opened if kept else held([opened]) > limit
+    assert all(bounded.open("m2", version) is bounded.open("m2", version) for version in range(5))
+    bounded.prune("m2", keep=1)
+    bounded.write(llm, "m1", "one more", "s")
+    assert bounded.nbytes()[0] == held(bounded._states.cache._memories.values()) <= limit
+
+
 # --- the coder ------------------------------------------------------------------------------------------------------
 
 
