@@ -125,6 +125,7 @@ class Coder:
     ) -> None:
         self.groups, self.step, self.tables = tuple(groups), step, tables
         self.sketch, self.about = sketch, dict(about)
+        self._data: container.Buffer | None = None  # of the file that it was read from
 
     # --- code -------------------------------------------------------------------------------------------------------
 
@@ -214,8 +215,8 @@ class Coder:
         return tensors, {"format": FORMAT, "coder": json.dumps(values, sort_keys=True)}
 
     def to_bytes(self) -> bytes:
-        """The coder as a safetensors file; equal coders give equal bytes."""
-        return container.to_bytes(*self._parts())
+        """The coder as a safetensors file: as it was read; of coders that were made here, equal ones give equal bytes."""
+        return container.to_bytes(*self._parts()) if self._data is None else bytes(self._data)
 
     @cached_property
     def file(self) -> tuple[str, int]:
@@ -229,7 +230,7 @@ class Coder:
 
     def save(self, path: Path) -> None:
         """Write the coder to a file, atomically."""
-        container.write(path, *self._parts())
+        container.replace_bytes(path, self.to_bytes())
 
     @staticmethod
     def from_bytes(data: container.Buffer, name: str) -> Coder:
@@ -251,7 +252,7 @@ class Coder:
                 raise ValueError("its tables are of another number of coefficients")
             sketch = Sketch(int(values["searched"]), *(tensors[f"sketch.{name}"] for name in NAMES))
             coder = Coder(groups, float(values["step"]), tables, sketch, values["about"])
-            coder.file = _hashed(data)  # equal coders give equal bytes, so nothing is written to be hashed
+            coder._data, coder.file = data, _hashed(data)  # its tensors are views of these bytes
             return coder
         except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
             raise DamagedError(f"{name} is a damaged coder ({error}). Restore it from a copy.") from error

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from latentmem import container
 from latentmem.coding import codec
+from latentmem.coding.coder import Coder
 from latentmem.core import sources
 from latentmem.core.memory import Memory
 from latentmem.errors import DamagedError
@@ -334,6 +336,25 @@ def test_a_store_brings_its_coder_along(llm, tmp_path, unknown):
         assert llm.coder in on_disk(other)
         other.delete(name)
     assert not on_disk(other)
+
+
+def test_a_coder_whose_file_another_program_has_written_comes_along(llm, tmp_path, unknown):
+    tensors, header = container.from_bytes(bytearray(codec.coder_of(llm.coder).to_bytes()), "a coder")
+    path, again = tmp_path / "coder", tmp_path / "again"
+    save_file(tensors, path, header | {"more": "from elsewhere"})
+    resaved = codec.register(Coder.load(path))
+    Coder.load(path).save(again)
+    assert resaved != llm.coder and again.read_bytes() == path.read_bytes()
+    other = MemoryModel(tiny_model(), byte_tokenizer(), name="tiny")
+    other.coder = resaved
+    store, live = filled(other, tmp_path / "s", "coded")
+    store.export("m", tmp_path / "m")
+    unknown()
+    imported = Store(tmp_path / "imported")
+    imported.import_(tmp_path / "m", "m")
+    for one in (Store(store.path), imported):
+        same(one.open("m"), live[-1])
+        assert resaved in on_disk(one)
 
 
 def test_a_coder_that_is_missing_or_damaged_is_said_and_put_down_again(llm, tmp_path, unknown):
