@@ -39,6 +39,14 @@ TYPES = {"int": int, "str": str, "bool": bool, "float": float, "dict": dict, "No
 ARCHIVED = tuple(f"longterm.{name}" for name in ("slots", "births", "origins", "orders"))
 REQUIRED = {"N", "K", "preset", "compression", "choice"}  # settings that no file leaves out
 COUNTS = ("clock", "since")  # of the rule "frequency"
+MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)  # what altered values raise
 
 
 class Writer(Protocol):
@@ -135,7 +143,7 @@ def parts_of(data: Buffer, name: str) -> set[str]:
         updates = {place[0] for _, _, _, place in values["written"] if place is not None}
         blocks = {block for block, *_ in (values["longterm"] or {}).get("blocks", ())}
         return updates | blocks | coder_of(values["coder"])
-    except (AttributeError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise _damaged(name, error) from error
 
 
@@ -248,10 +256,10 @@ def _memory(
         memory = Memory(**plain, settings=settings, sources=sources)
         if any(getattr(memory.settings, name) != getattr(settings, name) for name in asked):
             raise ValueError(f"the settings {settings} are not complete")
-        _check_range(memory.origins, -1, len(sources) - 1, "a slot has an unknown source")
+        _check_numbers(memory)
         if isinstance(memory.longterm, LongTerm):
             _check_archive(memory.longterm, memory)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except MALFORMED as error:
         raise _damaged(name, error) from error
     return memory
 
@@ -293,7 +301,7 @@ def _coded(
             one = next(here)
         else:
             name, at = place
-            if parts is None:
+            if parts is None or at < 0:
                 raise ValueError("its updates lie elsewhere")
             if name not in files:
                 files[name] = parts.updates(name)
@@ -409,6 +417,21 @@ def _check_archive(archive: LongTerm, memory: Memory) -> None:
         or not frequencies.is_floating_point()
     ):
         raise ValueError("its frequencies are not those of its stored slots")
+
+
+def _check_numbers(memory: Memory) -> None:
+    """A ValueError where a slot, or a coded update, is of a source or an update that the memory does not have."""
+    newest, archive = max(memory.written, default=0), memory.longterm
+    if not newest <= memory.updates < 1 << 31:
+        raise ValueError(f"it has had {memory.updates} updates, and its newest has the number {newest}")
+    if isinstance(archive, UpdateArchive) and not (type(archive.first) is int and 0 < archive.first <= newest + 1):
+        raise ValueError(f"its long-term memory begins with the update {archive.first}, and the newest is {newest}")
+    if any(source.slots < 1 or source.tokens < 0 for source in memory.sources):
+        raise ValueError(f"of a source nothing was written: {memory.sources}")
+    if {memory.births.dtype, memory.origins.dtype} != {torch.int32}:
+        raise ValueError(f"births and origins must be int32, got {memory.births.dtype} and {memory.origins.dtype}")
+    _check_range(memory.births, 0, memory.updates, "a slot was written by no update")
+    _check_range(memory.origins, -1, len(memory.sources) - 1, "a slot has an unknown source")
 
 
 def _check_range(values: Tensor, least: int, most: int, reason: str) -> None:

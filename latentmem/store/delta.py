@@ -88,7 +88,7 @@ def _written(tensors: dict[str, Tensor], header: dict[str, str], name: str) -> l
         if not all(type(n) is int for n in tokens):
             raise ValueError(f"its updates have {tokens} tokens")
         return list(zip(updates_file.parted(tensors, table), tokens, strict=True))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise DamagedError(f"{name} is a damaged delta ({error}). Restore it from a copy.") from error
 
 

@@ -480,7 +480,7 @@ class Store:
         try:
             with archive.Reader(Path(path)) as file, self._locks.objects():
                 archive.add(self._journal, self._objects, self._states, file, name)
-        except (ValueError, OSError, RuntimeError):
+        except BaseException:
             self.sweep()  # of the objects that were put down before the fault was found
             raise
 

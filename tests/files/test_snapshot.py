@@ -322,6 +322,26 @@ def test_changed_tensors_are_noticed(file):
     refused(file, "births", "slots")
 
 
+def test_slots_of_updates_and_sources_that_there_are_not_are_refused(file):
+    data, tensors, text = file.read_bytes(), load_file(file), container.read(file)[1]["memory"]
+    for name, value, words in (
+        ("births", 99, "written by no update"),
+        ("births", -1, "written by no update"),
+        ("births", torch.int64, "int32"),
+        ("births", torch.float32, "int32"),
+        ("origins", 2, "unknown source"),
+        ("origins", -2, "unknown source"),
+        ("origins", torch.int64, "int32"),
+    ):
+        changed = tensors[name].clone()
+        if isinstance(value, int):
+            changed[1, 2] = value
+        new = tensors | {name: changed if isinstance(value, int) else changed.to(value)}
+        rewritten(file, new, checksum=snapshot._checksum(text, new))
+        refused(file, "altered or damaged", words)
+        file.write_bytes(data)
+
+
 def test_a_tensor_too_many_is_refused(file):
     rewritten(file, {"more": torch.zeros(1)})
     refused(file, "more")

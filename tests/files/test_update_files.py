@@ -1,5 +1,6 @@
 """Coded updates in a file: there and back to the bit, and what does not fit is said."""
 
+import contextlib
 import json
 from dataclasses import fields, replace
 
@@ -123,6 +124,82 @@ def test_updates_that_do_not_fit_are_damage(file):
         file.write_bytes(data)
     changed(file, {"ids": tensors["ids"][:-1].contiguous()})
     refused(file)
+
+
+def places(value, at=()):
+    """Where something stands in JSON."""
+    yield at
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in inside:
+        yield from places(one, (*at, key))
+
+
+def with_other(value, at, other):
+    """The same JSON with something else at a place."""
+    if not at:
+        return other
+    copy = value.copy()
+    copy[at[0]] = with_other(value[at[0]], at[1:], other)
+    return copy
+
+
+@pytest.mark.parametrize("form", ["int8", "exact"])
+@pytest.mark.parametrize("longterm", [0, 4])
+def test_a_header_with_another_value_anywhere_is_refused_or_is_a_memory(llm, form, longterm):
+    tensors, header = snapshot._parts(written(llm, form, longterm=longterm, order=None))
+    values = json.loads(header["memory"])
+    for at in places(values):
+        for other in (None, -1, 0, 99, 10**30, 1.5, "x", [], [1], {}, True):
+            text = json.dumps(with_other(values, at, other))
+            new = {**header, "memory": text, "checksum": snapshot._checksum(text, tensors)}
+            data = bytearray(container.to_bytes(tensors, new))
+            with contextlib.suppress(DamagedError):
+                snapshot.parts_of(data, "m")
+            try:
+                memory = snapshot.from_bytes(data, "m")
+                if at[0] != "settings":
+                    llm.check(memory)
+            except ValueError:
+                continue
+            if at[0] != "settings":
+                ids = [7, 8]
+                llm.logits(llm.write_ids(memory, [5, 6, 7, 8, 9], "z"), ids)
+
+
+def test_numbers_of_updates_that_the_memory_did_not_have_are_damage(file):
+    data = file.read_bytes()
+    for change, words in (
+        ({"updates": 2}, "it has had 2 updates, and its newest has the number 4"),
+        ({"updates": -1}, "it has had -1 updates"),
+        ({"updates": 1 << 31}, "updates"),
+        ({"longterm": {"first": 6}}, "begins with the update 6"),
+        ({"longterm": {"first": 0}}, "begins with the update 0"),
+        ({"longterm": {"first": 10**30}}, "damaged"),
+    ):
+        changed(file, **change)
+        refused(file, words)
+        file.write_bytes(data)
+
+
+@pytest.mark.parametrize("place", [[], ["NAME"], ["NAME", 99], ["NAME", -1], ["NAME", "0"], ["NAME", 0, 0], "x", 5, {}])
+def test_a_place_where_no_update_lies_is_damage(llm, place):
+    class Files:
+        def put_updates(self, updates):
+            self.lie = list(updates)
+            return [("NAME", i) for i in range(len(updates))]
+
+        def updates(self, name):
+            return self.lie
+
+    files = Files()
+    data = snapshot.to_bytes(written(llm), files)
+    assert snapshot.from_bytes(bytearray(data), "m", parts=files).updates == 4
+    tensors, header = container.from_bytes(bytearray(data), "m")
+    values = json.loads(header["memory"])
+    values["written"][-1][3] = place
+    bytes_ = container.to_bytes(tensors, {**header, "memory": json.dumps(values)})
+    with pytest.raises(DamagedError, match=r"^m was altered or damaged"):
+        snapshot.from_bytes(bytearray(bytes_), "m", verified=True, parts=files)
 
 
 def test_a_file_of_updates_that_is_damaged_is_said(llm):

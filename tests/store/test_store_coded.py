@@ -460,6 +460,34 @@ def test_an_update_object_that_is_gone_is_put_down_again_by_a_process_that_has_i
     same(Store(store.path).open("copy"), live[-1])
 
 
+@pytest.mark.parametrize("place", [["NAME", 99], [], 5, ["NAME", "x"]])
+def test_an_export_whose_snapshot_names_no_update_is_refused_and_leaves_nothing(llm, tmp_path, place):
+    store, _ = filled(llm, tmp_path / "s", every=1, texts=2)
+    store.export("m", tmp_path / "m")
+    with zipfile.ZipFile(tmp_path / "m") as file:
+        entries = {info.filename: file.read(info) for info in file.infolist()}
+    lines = [json.loads(line) for line in entries["journal.jsonl"].splitlines()]
+    old = lines[-1]["object"]
+    tensors, header = container.from_bytes(bytearray(entries.pop(f"objects/{old}.safetensors")), "x")
+    values = json.loads(header["memory"])
+    name = values["written"][-1][3][0]
+    values["written"][-1][3] = [name if one == "NAME" else one for one in place] if isinstance(place, list) else place
+    data = container.to_bytes(tensors, header | {"memory": json.dumps(values)})
+    new, manifest = hashlib.sha256(data).hexdigest(), json.loads(entries["manifest.json"])
+    lines[-1] |= {"object": new, "bytes": len(data)}
+    del manifest["objects"][old]
+    manifest["objects"][new] = len(data)
+    entries |= {"manifest.json": json.dumps(manifest).encode(), f"objects/{new}.safetensors": data}
+    entries["journal.jsonl"] = "\n".join(map(json.dumps, lines)).encode()
+    with zipfile.ZipFile(tmp_path / "m", "w") as file:
+        for entry, content in entries.items():
+            file.writestr(zipfile.ZipInfo(entry), content)
+    there = Store(tmp_path / "there")
+    with pytest.raises(ValueError, match="damaged"):
+        there.import_(tmp_path / "m", "m")
+    assert there.names() == [] and on_disk(there) == {}
+
+
 # --- several at once ------------------------------------------------------------------------------------------------
 
 
