@@ -32,6 +32,13 @@ PAYLOAD: dict[str, tuple[type, ...]] = {
     "ids": (list,),
     "tokens": (int,),
 }
+FACTS: dict[str, tuple[type, ...]] = {  # of others any word or number is taken
+    **dict.fromkeys(("M", "N", "size", "threads"), (int,)),
+    **dict.fromkeys(("model", "dtype", "device", "machine", "torch", "transformers", "latentmem"), (str,)),
+    **dict.fromkeys(("ids", "coder", "form", "order"), (str,)),
+    **dict.fromkeys(("shares", "pruned"), (bool,)),
+    **{"lost": (int, float), "blocks": (dict,), "longterm": (dict, type(None))},
+}
 BY_STATE = {  # state of a write -> the kinds of its row
     "pending": ("none",),
     "applied": ("snapshot", "delta", "pruned"),
@@ -192,7 +199,7 @@ class Reader:
         if any(row.bytes != self.objects.get(row.object or "", 0) for row in self.rows):
             raise ValueError("an object has another size in its journal")
         blocks = [_blocks(row) for row in self.rows]
-        if any(type(sizes) is not dict or not sizes.items() <= self.objects.items() for sizes in blocks):
+        if any(not sizes.items() <= self.objects.items() for sizes in blocks):
             raise ValueError("a block has another size in its journal")
         if {row.object for row in self.rows if row.object}.union(*blocks) != set(self.objects):
             raise ValueError("its objects are not those that its journal names")
@@ -226,14 +233,25 @@ def _row(i: int, line: dict[str, Any]) -> Row:
         first == (i == 0) and (not first or row.kind == "snapshot"),
         (row.object is None) == (row.kind in ("none", "pruned")),
         row.kind in BY_STATE[row.state] if write else row.kind != "delta" and row.state != "pending",
-        row.facts.get("pruned", True) is True and row.pruned >= (row.kind == "pruned"),
+        _are_facts(row.facts) and row.pruned >= (row.kind == "pruned"),
         not (row.pruned and row.state == "pending"),
-        type(row.facts.get("M", 0)) is int and type(row.facts.get("model", "")) is str,
     )
     if not all(sound):
         raise ValueError(f"line {i} of its journal does not belong there")
     MemorySettings.of({what: row.facts[what] for what in SETTINGS if what in row.facts})
     return row
+
+
+def _are_facts(facts: dict[str, Any]) -> bool:
+    """Whether a version can have these facts; its blocks are compared with the objects."""
+    if "shares" in facts and "size" not in facts:
+        return False
+    return all(
+        type(value) in FACTS.get(name, (str, bool, int, float))
+        and value is not False
+        and (type(value) not in (int, float) or 0 <= value < 1 << 62)
+        for name, value in facts.items()
+    )
 
 
 def _is_payload(event: str, payload: dict[str, Any]) -> bool:

@@ -1321,6 +1321,15 @@ HOSTILE = {
     "another order": lines(lambda rows: rows[1]["facts"].update(order=3)),
     "a long-term part without R": lines(lambda rows: rows[1]["facts"].update(longterm={"limit": 3})),
     "a long-term part that is none": lines(lambda rows: rows[1]["facts"].update(longterm=[3])),
+    "a size that is none": lines(lambda rows: rows[1]["facts"].update(size="x")),
+    "a size below 0": lines(lambda rows: rows[1]["facts"].update(size=-1)),
+    "a number of slots that is none": lines(lambda rows: [row["facts"].update(M=None) for row in rows] and None),
+    "a name of a model that is none": lines(lambda rows: [row["facts"].update(model=5) for row in rows] and None),
+    "a loss that is none": lines(lambda rows: rows[1]["facts"].update(lost=float("nan"))),
+    "a fact that is a list": lines(lambda rows: rows[1]["facts"].update(more=[1])),
+    "blocks that are none": lines(lambda rows: rows[1]["facts"].update(blocks=[])),
+    "what shares without a size": lines(lambda rows: rows[1].update(facts={"shares": True})),
+    "a share that is none": lines(lambda rows: rows[1]["facts"].update(shares="x")),
     "a line that is no object": lines(lambda rows: [*rows[:-1], 5]),
 }
 
