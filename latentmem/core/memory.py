@@ -134,10 +134,10 @@ class Memory:
     def __post_init__(self) -> None:
         longterm = self.longterm.settings if self.longterm is not None else None
         object.__setattr__(self, "settings", replace(self.settings, longterm=longterm).complete())
-        if not self.settings.by_update:
-            object.__setattr__(self, "dtype", str(self.slots.dtype)[6:])
-        if self.slots.ndim != 3:
-            raise ValueError(f"slots must be [L, M, d], got the shape {list(self.slots.shape)}.")
+        by_update, dtype = self.settings.by_update, str(self.slots.dtype)[6:]
+        object.__setattr__(self, "dtype", self.dtype if by_update else dtype)
+        if self.slots.ndim != 3 or (by_update and (self.d, dtype) != (1, "int64")):
+            raise ValueError(f"slots must be [L, M, d], coded [L, M, 1] int64: got {[*self.slots.shape]} {dtype}.")
         if self.M > self.N:
             raise ValueError(f"a memory of capacity N={self.N} can not hold M={self.M} slots.")
         for name, column in {"births": self.births, "origins": self.origins}.items():

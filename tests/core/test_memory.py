@@ -82,6 +82,17 @@ def test_the_old_memory_stays_as_it_was_and_shares_nothing_with_the_next():
         assert torch.equal(new, labels(2, 4, 100))
 
 
+@pytest.mark.parametrize("form", ["int8", "coded"])
+def test_slots_of_coded_updates_are_numbers(form):
+    numbers = empty(2, 8, MemorySettings(8, 4, form=form))
+    assert (numbers.slots.dtype, numbers.d) == (torch.int64, 1)
+    for slots in (torch.zeros(2, 0, 8), torch.zeros(2, 0, 1), torch.zeros(2, 0, 8).long(), torch.zeros(2, 0).long()):
+        with pytest.raises(ValueError, match=r"coded \[L, M, 1\] int64: got \["):
+            replace(numbers, slots=slots)
+    with pytest.raises(ValueError, match="coded"):
+        empty(2, 8, MemorySettings(8, 4)).with_settings(form=form)
+
+
 def test_a_memory_shows_itself_in_one_line():
     memory = updated(labelled_memory(3, N=12, K=4), labels(3, 4, 0), source="a")
     assert repr(memory) == "Memory(L=3, M=4/12, d=1, exact, 1 updates, 1 sources)"
