@@ -138,6 +138,9 @@ class Coder:
 
         Returns:
             The code, and what `decode` makes of it, to the bit.
+
+        Raises:
+            ValueError: keys or values that are not finite, or far larger than those of the calibration.
         """
         whole = torch.cat([self._whole(group, _rows(group, kv)) for group in self.groups], 1)
         numbers = whole.T.numpy()  # [c, k]
@@ -150,7 +153,13 @@ class Coder:
 
     def _whole(self, group: Group, rows: Tensor) -> Tensor:
         """Whole coefficients of keys and values [k, D], [k, r] int32."""
-        return (in_blocks(rows - group.mean, group.analysis) / self.step).round().int()
+        whole = (in_blocks(rows - group.mean, group.analysis) / self.step).round()
+        if not bool((whole.abs() < 1 << 31).all()):
+            raise ValueError(
+                "keys or values are not finite, or too large for this coder: load the model with dtype='bfloat16' or "
+                "'float32', or keep updates in another form."
+            )
+        return whole.int()
 
     @cached_property
     def _limits(self) -> NDArray[np.int32]:
@@ -215,7 +224,7 @@ class Coder:
         return tensors, {"format": FORMAT, "coder": json.dumps(values, sort_keys=True)}
 
     def to_bytes(self) -> bytes:
-        """The coder as a safetensors file: as it was read; of coders that were made here, equal ones give equal bytes."""
+        """The coder as a safetensors file: the one that was read; equal coders that were made give equal bytes."""
         return container.to_bytes(*self._parts()) if self._data is None else bytes(self._data)
 
     @cached_property

@@ -59,6 +59,8 @@ class Decoding:
         """
         births, places = numbers >> 32, numbers & 0xFFFFFFFF
         needed = [int(n) for n in births.unique()]
+        if missing := set(needed) - set(memory.written):
+            raise DamagedError(f"the memory does not hold its update {min(missing)}. Restore the memory from a copy.")
         parts = self.updates(memory, [memory.written[n] for n in needed])
         starts = torch.tensor([0, *(len(memory.written[n]) for n in needed)]).cumsum(0)
         at = starts[torch.searchsorted(torch.tensor(needed, dtype=torch.long), births)] + places if needed else births

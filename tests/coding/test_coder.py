@@ -131,6 +131,23 @@ def test_sums_go_on_from_a_file(tmp_path, tiny_llm, calibrated):
     )
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf"), 1e30])
+def test_keys_and_values_that_no_coefficient_holds_are_refused(tiny_llm, coder, number):
+    ids, kv = written(tiny_llm, 30, seed=5)
+    for side in range(2):
+        pair = [part.clone() for part in kv[1]]
+        pair[side][0, 0, 7, 1] = number
+        with pytest.raises(ValueError, match="not finite, or too large for this coder"):
+            coder.encode(ids, [kv[0], tuple(pair), *kv[2:]])
+
+
+def test_an_update_that_is_not_there_is_damage(tiny_llm):
+    memory = tiny_llm.write_ids(tiny_llm.empty(N=8, K=4, form="int8"), [5, 6, 7, 8])
+    for numbers in (memory.slots[:, :, 0] + (1 << 32), memory.slots[:, :, 0] - (1 << 32)):
+        with pytest.raises(DamagedError, match="does not hold its update"):
+            tiny_llm.retriever.decoding.kv(memory, numbers)
+
+
 def test_escapes_come_back(tiny_llm, coder):
     ids, kv = written(tiny_llm, 30, seed=5)
     large = [kv[0], *((100 * k, 100 * v) for k, v in kv[1:])]
