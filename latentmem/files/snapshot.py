@@ -39,14 +39,7 @@ TYPES = {"int": int, "str": str, "bool": bool, "float": float, "dict": dict, "No
 ARCHIVED = tuple(f"longterm.{name}" for name in ("slots", "births", "origins", "orders"))
 REQUIRED = {"N", "K", "preset", "compression", "choice"}  # settings that no file leaves out
 COUNTS = ("clock", "since")  # of the rule "frequency"
-MALFORMED = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)  # what altered values raise
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # of altered values
 
 
 class Writer(Protocol):
