@@ -46,7 +46,7 @@ def remembering(llm: MemoryModel, name: str, coder: str | None) -> MemoryModel:
         coder: as in `load`.
 
     Raises:
-        ValueError: the coder can not be read, or was made for another model or other adapters.
+        ValueError: the coder can not be read, or was made for another model, other adapters or another search.
     """
     llm.defaults = DEFAULTS
     path = _beside(name, CODER) if coder == "auto" else None if coder is None else path_of(coder)
@@ -54,8 +54,15 @@ def remembering(llm: MemoryModel, name: str, coder: str | None) -> MemoryModel:
         return llm
     known = Coder.load(path)
     theirs, mine = known.about, {key: llm.identities[key] for key in ("model", "adapters")}
+    layers = known.sketch.layer, llm.retriever.layer_sketched
     if all(theirs.get(key) == value for key, value in mine.items()):
-        llm.coder, llm.defaults = register(known), replace(DEFAULTS, form="coded")
+        if layers[0] == layers[1]:
+            llm.coder, llm.defaults = register(known), replace(DEFAULTS, form="coded")
+        elif coder != "auto":
+            raise ValueError(
+                f"the coder {path} sketches layer {layers[0]}, and this version of latentmem searches layer "
+                f"{layers[1]}. Make it again with `latentmem calibrate`, or leave it out."
+            )
     elif coder != "auto":
         raise ValueError(
             f"the coder {path} was made for the model {theirs.get('model', '')[:12]} with the adapters "

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 import latentmem
+from latentmem.coding.codec import coder_of
+from latentmem.coding.coder import Coder
 from latentmem.loading import packaged
 
 
@@ -61,3 +64,16 @@ def test_a_damaged_cache_is_noticed(tmp_path):
     assert packaged._intact(tmp_path)
     (tmp_path / "weights").write_bytes(b"abd")
     assert not packaged._intact(tmp_path)
+
+
+def test_a_coder_that_sketches_another_layer_is_not_taken(tiny_folder, tiny_coder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    known, llm = coder_of(tiny_coder), latentmem.load(str(tiny_folder))
+    for layer in (known.sketch.layer, known.sketch.layer + 1):
+        sketch = replace(known.sketch, layer=layer)
+        Coder(known.groups, known.step, known.tables, sketch, llm.identities).save(folder / "coder.safetensors")
+        own = latentmem.load(str(folder))
+        assert own.empty().settings.form == ("coded" if layer == known.sketch.layer else "int8")
+    with pytest.raises(ValueError, match=rf"sketches layer {layer}, and this version of latentmem searches layer"):
+        latentmem.load(str(tiny_folder), coder=str(folder / "coder.safetensors"))
