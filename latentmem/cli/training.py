@@ -90,9 +90,8 @@ def calibrate(
     """
     import latentmem
     from latentmem.train import calibrate as calibrating
-    from latentmem.train import pieces
 
-    pieces.check(texts)
+    calibrating.check_files(texts, out)
     llm = latentmem.load(model, dtype=dtype, device=device, adapters=pair(chosen(adapters)), coder=None)
     sums = calibrating.sums_path(out)
     try:
@@ -100,8 +99,9 @@ def calibrate(
             show = printing.tokens(bar, "calibrating", tokens)
             result = calibrating.calibrate(llm, texts, out, tokens, step, bits, show, bar.console.print)
     except KeyboardInterrupt:
-        kept = f"{sums} holds what was seen" if sums.exists() else "nothing was kept yet"
-        printing.error(f"stopped; {kept}, and the same command goes on from there.")
+        lost = f"but for the last {calibrating.EVERY} seconds at most, and the same command goes on from there"
+        kept = f"{sums} holds what was seen, {lost}" if sums.exists() else "nothing is kept yet"
+        printing.error(f"stopped; {kept}.")
         raise typer.Exit(130) from None
     for line in _calibrated(result, out, sums):
         typer.echo(line)

@@ -17,10 +17,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from latentmem import container
-from latentmem.coding.coder import Coder
+from latentmem.coding.coder import FORMAT, Coder
 from latentmem.coding.sketch import BITS
 from latentmem.errors import OtherModelError
 from latentmem.model.model import MemoryModel
@@ -77,11 +78,12 @@ def calibrate(
         note: called with sentences on what is not as expected.
 
     Raises:
-        ValueError: a model that writes no memories of the preset "exact", files that can not be read or are too short.
+        ValueError: a model that writes no memories of the preset "exact", files that can not be read or are too short,
+            something else than a coder at `out`, or a step that is larger than all coefficients.
         OtherModelError: the sums beside `out` are of another model.
         DamagedError: the sums beside `out` are damaged.
     """
-    _check(llm, files, out, step, bits)
+    _check(llm, files, out, tokens, step, bits)
     sums = sums_path(out)
     calibration = _begun(llm, files, sums)
     _see(calibration, files, sums, tokens, progress, note)
@@ -95,17 +97,36 @@ def sums_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.sums")
 
 
-def _check(llm: MemoryModel, files: Sequence[Path], out: Path, step: float, bits: int) -> None:
+def check_files(files: Sequence[Path], out: Path) -> None:
+    """Refuse what is no file of texts, and a place of a coder where something else lies; a ValueError."""
     pieces.check(files)
     container.check_folder(out)
+    if out.exists() and not _is_coder(out):
+        raise ValueError(f"{out} exists and is no coder of this version. Choose another file, or remove {out}.")
+
+
+def _is_coder(path: Path) -> bool:
+    """Whether a file says that it is a coder of this version; only its header is read."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
+
+
+def _check(llm: MemoryModel, files: Sequence[Path], out: Path, tokens: int, step: float, bits: int) -> None:
+    check_files(files, out)
     llm.prompts_or_raise()
     if llm.born_full or llm.decoder.L < 2:
         raise ValueError(
             "a coder is for memories of the preset 'exact' of a model with two layers or more, and this model has "
             f"{'a pool of the preset paper' if llm.born_full else 'one layer'}. Load another model."
         )
-    if not 0 < step < float("inf") or bits < 8 or bits % 8:
-        raise ValueError(f"step must be above 0, and bits a multiple of 8: got step={step} and bits={bits}.")
+    if tokens < 1 or not 0 < step < float("inf") or bits < 8 or bits % 8:
+        raise ValueError(
+            f"tokens must be 1 or more, step above 0, and bits a multiple of 8: got tokens={tokens}, step={step} and "
+            f"bits={bits}."
+        )
 
 
 def _begun(llm: MemoryModel, files: Sequence[Path], path: Path) -> Calibration:

@@ -62,10 +62,10 @@ class Sums:
     Args:
         first: of each group's keys and values, [D] float64.
         second: of their products, [D, D] float64.
-        fisher: of each layer, sum of g g', [width, width] float64; that of layer 0 is empty.
+        fisher: of each layer, sum of g g', [width, width] float32; that of layer 0 is empty.
         sample: keys and values of some slots, [m, sum of all widths] bfloat16.
         direction: of the directions by which slots are searched, [d] float64.
-        directions: of their products, [d, d].
+        directions: of their products, [d, d] float64.
         searched: some of them, [m, d] bfloat16.
         tokens: slots seen.
         answers: tokens drawn.
@@ -112,7 +112,8 @@ class Sums:
             return [tensors[f"{name}.{i}"] for i in range(sum(key.startswith(f"{name}.") for key in tensors))]
 
         others: dict[str, Any] = {name: tensors[name] for name in WHOLE} | json.loads(header["sums"])
-        return Sums(listed("first"), listed("second"), listed("fisher"), **others)
+        others["directions"] = others["directions"].double()  # float32 in older files, as `second`
+        return Sums(listed("first"), [t.double() for t in listed("second")], listed("fisher"), **others)
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -164,12 +165,12 @@ class Calibration:
     def _nothing(self) -> Sums:
         wide = [sum(self.widths[i] for i in group) for group in self.groups]
         zeros = [torch.zeros(w, dtype=torch.float64) for w in wide]
-        squares = [torch.zeros(w, w) for w in wide]
+        squares = [torch.zeros(w, w, dtype=torch.float64) for w in wide]
         fisher = [torch.zeros(w if i else 0, w if i else 0) for i, w in enumerate(self.widths)]
         none = torch.zeros(0, sum(self.widths[1:]), dtype=torch.bfloat16)
         d = self.llm.decoder.d
-        searched = torch.zeros(d, dtype=torch.float64), torch.zeros(d, d), torch.zeros(0, d, dtype=torch.bfloat16)
-        return Sums(zeros, squares, fisher, none, *searched)
+        direction, directions = torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
+        return Sums(zeros, squares, fisher, none, direction, directions, torch.zeros(0, d, dtype=torch.bfloat16))
 
     def see(self, texts: Sequence[Tensor], following: Tensor) -> None:
         """Take one memory of some texts, and the text that comes after them, into the sums."""
@@ -181,7 +182,7 @@ class Calibration:
         for group, first, second in zip(self.groups, self.sums.first, self.sums.second, strict=True):
             x = torch.cat([rows[i] for i in group], 1)
             first += x.double().sum(0)
-            second += x.T @ x
+            _add_products(second, x)
         generator = torch.Generator().manual_seed(self.sums.memories)
         chosen = torch.randperm(memory.M, generator=generator)[: min(SAMPLE, MOST - len(self.sums.sample))]
         fresh = torch.cat(rows[1:], 1)[chosen].bfloat16()
@@ -189,7 +190,7 @@ class Calibration:
         layer = llm.retriever.layer_sketched
         directions = normalize(llm.decoder.normed(layer, memory.slots[layer]).float(), dim=-1).cpu()
         self.sums.direction += directions.double().sum(0)
-        self.sums.directions += directions.T @ directions
+        _add_products(self.sums.directions, directions)
         self.sums.searched = torch.cat([self.sums.searched, directions[chosen].bfloat16()])
         parts = [ids[at : at + ASKED] for ids, at in self._parts(texts, following, generator)]
         for start in range(0, len(parts), ROWS):
@@ -225,6 +226,15 @@ class Calibration:
         self.sums.answers += int(there.sum())
 
 
+def _add_products(total: Tensor, x: Tensor) -> None:
+    """Add x'x of rows [m, D] to a total [D, D] float64; float32 multiplies what is left of the rows less their mean."""
+    mean = x.mean(0)
+    rest, products = x - mean, torch.outer(mean.double(), x.double().sum(0))
+    total += (rest.T @ rest).double()
+    total += products + products.T
+    total -= len(x) * torch.outer(mean.double(), mean.double())
+
+
 def _rows(keys: Sequence[Tensor], values: Sequence[Tensor], s: int) -> list[Tensor]:
     """Keys and values of the slots in each layer, [M, width] float32."""
     pairs = zip(keys, values, strict=True)
@@ -244,6 +254,8 @@ def fit(calibration: Calibration, step: float, about: dict[str, str], bits: int 
         groups.append(group)
         samples.append((z / step).round())
     whole = torch.cat(samples, 1)
+    if not whole.shape[1]:
+        raise ValueError(f"no coefficient is as large as the step {step}: choose a smaller one. No text is read again.")
     return Coder(groups, step, tables_of(whole), sketch_of(sums, calibration.llm.retriever.layer_sketched, bits), about)
 
 

@@ -79,25 +79,28 @@ def fillings(llm: MemoryModel, files: Sequence[Path], slots: int, note: Callable
     """
     streams = [pieces(llm, file) for file in files]
     ended: set[int] = set()
-    used = 0  # memories since all files began
+    used_of: set[int] = set()  # files of which a memory has been filled
     for number in count():
         filling = None
         while filling is None:
             if len(ended) == len(files):
-                if not used:
+                if not used_of:
                     raise ValueError(
                         f"the texts are too short: a memory takes {slots} tokens of one file, and a piece that comes "
                         f"after them. Give longer files, or join them."
                     )
                 note("All texts are read. They are read again from the beginning; more texts would be better.")
-                streams, ended, used = [pieces(llm, file) for file in files], set(), 0
+                streams = [pieces(llm, file) for file in files]
+                ended = set(range(len(files))) - used_of
             i = next(i % len(files) for i in count(number) if i % len(files) not in ended)
             filling = _filling(streams[i], slots)
             if filling is None:
                 ended.add(i)
-                if len(ended) < len(files):
+                if i not in used_of:
+                    note(f"{files[i]} is too short: a memory takes {slots} tokens and a piece more. It is left out.")
+                elif len(ended) < len(files):
                     note(f"{files[i]} has ended; the calibration goes on with the other files.")
-        used += 1
+        used_of.add(i)
         yield filling
 
 

@@ -91,6 +91,17 @@ def test_a_file_that_has_ended_is_passed_over_until_all_have(llm, tmp_path):
     assert sorted(one[begin : begin + 2].index(True) for one in same) == [0, 1]
 
 
+def test_a_file_that_is_too_short_for_one_memory_is_said_once(llm, tmp_path):
+    (tmp_path / "tiny.txt").write_text("far too short to fill a memory")
+    (tmp_path / "long.txt").write_text("".join(f"line {i} of a text file\n" for i in range(60)))
+    both = [tmp_path / "tiny.txt", tmp_path / "long.txt"]
+    alone, _ = told(llm, both[1:], 40)
+    taken, notes = told(llm, both, 40)
+    assert notes[0].startswith(f"{both[0]} is too short: a memory takes {SLOTS} tokens") and "left out" in notes[0]
+    assert len(notes) > 2 and all(note.startswith("All texts are read") for note in notes[1:])
+    assert all(torch.equal(torch.cat(one[0]), torch.cat(other[0])) for one, other in zip(taken, alone, strict=True))
+
+
 def test_short_pieces_and_blank_texts_are_left_out(llm, tmp_path):
     file = tmp_path / "texts.jsonl"
     texts = ["", "  \n", "a", "word " * 200]
@@ -214,9 +225,72 @@ def test_what_a_coder_can_not_be_made_of_is_refused(llm, files, tmp_path):
         calibrating.calibrate(one, files, tmp_path / "c", 100)
     with pytest.raises(ValueError, match="without a tokenizer"):
         calibrating.calibrate(latentmem.MemoryModel(tiny_model(), first_token=1), files, tmp_path / "c", 100)
-    for step, bits in ((0, 192), (float("inf"), 192), (0.005, 100), (0.005, 0)):
+    for tokens, step, bits in (
+        (100, 0, 192),
+        (100, float("inf"), 192),
+        (100, 0.005, 100),
+        (100, 0.005, 0),
+        (0, 0.005, 8),
+    ):
         with pytest.raises(ValueError, match="multiple of 8"):
-            calibrating.calibrate(llm, files, tmp_path / "c", 100, step=step, bits=bits)
+            calibrating.calibrate(llm, files, tmp_path / "c", tokens, step=step, bits=bits)
+    assert not (tmp_path / "c.sums").exists()
+
+
+def test_a_step_above_all_coefficients_is_refused_and_keeps_what_was_seen(llm, files, tmp_path, monkeypatch):
+    for step in (1e3, 1e30):
+        with pytest.raises(ValueError, match="no coefficient is as large as the step"):
+            calibrating.calibrate(llm, files, tmp_path / "c", 100, step=step)
+    assert not (tmp_path / "c").exists()
+    monkeypatch.setattr(calibration.Calibration, "see", None)
+    steps, made = [0.005 * 1.3**i for i in range(60)], 0
+    for step in steps:  # up to one that leaves few coefficients, none of some layers
+        try:
+            coder = calibrating.calibrate(llm, files, tmp_path / "c", 100, step=step).coder
+        except ValueError as error:
+            assert "no coefficient" in str(error)
+            break
+        made += 1
+        assert Coder.load(tmp_path / "c").identity == coder.identity
+    assert 3 < made < len(steps)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "mills.jsonl", "model.safetensors", "folder", "empty"])
+def test_a_file_that_is_no_coder_is_not_replaced(llm, tiny_folder, files, tmp_path, monkeypatch, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty").touch()
+    (tmp_path / "model.safetensors").write_bytes((tiny_folder / "model.safetensors").read_bytes())
+    out = tmp_path / name
+    before = None if out.is_dir() else out.read_bytes()
+    with pytest.raises(ValueError, match=f"{name} exists and is no coder of this version. Choose another file"):
+        calibrating.calibrate(llm, files, out, 100)
+    monkeypatch.setattr(latentmem, "load", None)  # nothing is loaded for it
+    result = run(tiny_folder, "--texts", files[0], "--out", out)
+    assert isinstance(result.exception, ValueError) and "is no coder" in str(result.exception)
+    assert out.is_dir() if before is None else out.read_bytes() == before
+    assert not (tmp_path / f"{name}.sums").exists()
+
+
+def test_products_do_not_lose_small_differences_of_large_keys():
+    generator = torch.Generator().manual_seed(0)
+    bias = 1000 * torch.randn(12, generator=generator)
+    total, exact = torch.zeros(12, 12, dtype=torch.float64), torch.zeros(12, 12, dtype=torch.float64)
+    first = torch.zeros(12, dtype=torch.float64)
+    for _ in range(20):
+        x = torch.randn(64, 12, generator=generator) + bias
+        calibration._add_products(total, x)
+        exact += x.double().T @ x.double()
+        first += x.double().sum(0)
+    mean = first / 1280
+    mine, theirs = (one / 1280 - torch.outer(mean, mean) for one in (total, exact))
+    assert (mine - theirs).abs().max() < 1e-3 and (theirs - torch.eye(12)).abs().max() < 0.2
+
+
+def test_the_sums_are_of_the_types_that_they_say(llm, files, tmp_path):
+    calibrating.calibrate(llm, files, tmp_path / "c", 100)
+    sums = calibration.Sums.load(tmp_path / "c.sums")
+    wide = [*sums.first, *sums.second, sums.direction, sums.directions]
+    assert {t.dtype for t in wide} == {torch.float64} and {t.dtype for t in sums.fisher} == {torch.float32}
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -249,7 +323,7 @@ def test_ctrl_c_says_how_to_go_on(tiny_folder, files, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration.Calibration, "see", stopped)
     args = (tiny_folder, "--texts", files[0], "--out", tmp_path / "c", "--tokens", 150)
     result = run(*args)
-    assert result.exit_code == 130 and "c.sums holds what was seen" in result.output
+    assert result.exit_code == 130 and "c.sums holds what was seen, but for the last 0 seconds" in result.output
     assert run(*args).exit_code == 0 and Coder.load(tmp_path / "c").about["tokens"] == "192"
 
 
