@@ -51,7 +51,7 @@ def sentence(memory: Memory, slots: float, name: str) -> str:
     """
     if not slots:
         return ""
-    number = f"{slots:,.1f}".removesuffix(".0")
+    number = f"{slots:,.1f}".removesuffix(".0") if slots >= 0.1 else "less than 0.1"
     share = slots / max(1, slots_given(memory))
     percent = f"{share:.0%}" if share >= 0.01 else "less than 1%"
     return (

@@ -235,6 +235,7 @@ class Retriever:
         for i, hidden in zip(self.layers_searched, asked, strict=True):
             own = normalize(self.decoder.normed(i, memory.slots[i].to(hidden.device)), dim=-1)
             near = (normalize(self.decoder.normed(i, hidden), dim=-1) @ own.T).float().cpu()
+            near = (near * NEAR).round() / NEAR  # as `_likeness`: a slot fits equally in the memory and in its archive
             mark = marks(torch.cat([self._likeness(i, archive, hidden), near], dim=1), numbers[i], U)
             held = mark > NEVER
             total += mark.where(held, 0)

@@ -569,6 +569,18 @@ def test_a_memory_that_keeps_updates_shows_its_form(llm):
     assert repr(memory) == f"Memory(L={memory.L}, M={memory.M}/16, int8, 1 updates, 1 sources)"
 
 
+def test_equal_slots_fit_equally_in_the_memory_and_in_its_archive(llm):
+    memory = llm.empty(N=8, K=8, form="exact", longterm=4)
+    for first in (5, 50):
+        memory = llm.write_ids(memory, list(range(first, first + 8)))
+    archive = memory.longterm
+    twice = replace(memory, slots=archive.ranges[0].stored.slots.clone())  # what the archive holds stands there, too
+    numbers, U = ranking.numbered(torch.cat([archive.writers, twice.births], dim=1), twice.updates)
+    asked = [torch.randn(9, twice.d, generator=torch.Generator().manual_seed(i)) for i in llm.retriever.layers_searched]
+    mark = llm.retriever._marks(twice, archive, asked, numbers, U)
+    assert U == 2 and mark[0] == mark[1]
+
+
 # --- what is lost for good --------------------------------------------------------------------------------------------
 
 
@@ -601,4 +613,7 @@ def test_a_loss_is_said_with_the_setting_that_would_have_kept_it(llm):
     assert (
         "--longterm-limit 2000`" in losses.sentence(full, 0.04, "notes") and losses.sentence(full, 0.0, "notes") == ""
     )
-    assert "0 slots of each layer, less than 1%" in losses.sentence(full, 0.04, "notes")
+    for slots, number in ((0.001, "less than 0.1"), (1 / 30, "less than 0.1"), (0.1, "0.1"), (0.96, "1"), (1.5, "1.5")):
+        said = losses.sentence(full, slots, "notes")
+        assert f": {number} slots of each layer, " in said
+    assert "less than 0.1 slots of each layer, less than 1%" in losses.sentence(full, 0.04, "notes")
