@@ -132,18 +132,20 @@ def load(
     import latentmem
 
     name = model or (memory.model_name if memory is not None else "") or PACKAGED
-    adapters_name = chosen(adapters)
     if memory is None:
-        return latentmem.load(name, device=device, quantize=quantize, adapters=pair(adapters_name))
-    if adapters is None and not memory.adapters:
-        adapters_name = "none"
+        return latentmem.load(name, device=device, quantize=quantize, adapters=pair(chosen(adapters)))
     own = quantized_as(memory)
     if quantize not in (None, own):
         raise ValueError(
             f"the memory was written by a model with {f'--quantize {own}' if own else 'exact weights'}, "
             f"not --quantize {quantize}. Leave it out, or choose a new name."
         )
-    return latentmem.load(name, device=device, dtype=memory.dtype, quantize=own, adapters=pair(adapters_name))
+    return latentmem.load(name, device=device, dtype=memory.dtype, quantize=own, adapters=adapters_of(memory, adapters))
+
+
+def adapters_of(memory: Memory, adapters: str | None) -> str | None:
+    """The adapters of the model that wrote a memory, or those that are asked for, as `latentmem.load` takes them."""
+    return pair("none" if adapters is None and not memory.adapters else chosen(adapters))
 
 
 def chosen(adapters: str | None) -> str:

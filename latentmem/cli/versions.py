@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from latentmem.cli import base, options, printing
-from latentmem.cli.base import Adapters, Device, Json, ModelName, Name, app
+from latentmem.cli.base import Device, Json, ModelName, Name, OwnAdapters, app
 
 if TYPE_CHECKING:
     from latentmem.store import Store
@@ -260,7 +260,7 @@ def rebuild(
     *,
     chosen: options.Values,
     model: ModelName = None,
-    adapters: Adapters = "auto",
+    adapters: OwnAdapters = None,
     device: Device = None,
 ) -> None:
     """Write all texts of a memory again, into a new one, with another model, other adapters or other settings."""
@@ -271,7 +271,8 @@ def rebuild(
     dtype = None if model else now.dtype
     quantize = None if model else base.quantized_as(now)
     name = model or now.model_name or base.PACKAGED
-    llm = latentmem.load(name, device=device, dtype=dtype, quantize=quantize, adapters=base.pair(adapters))
+    asked = base.pair(base.chosen(adapters)) if model else base.adapters_of(now, adapters)
+    llm = latentmem.load(name, device=device, dtype=dtype, quantize=quantize, adapters=asked)
     with printing.progress() as bar:
         settings = options.settings_over(now.settings, chosen)
         store.rebuild(llm, memory, new, printing.tokens(bar, "writing"), settings)

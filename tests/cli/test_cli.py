@@ -404,6 +404,19 @@ def test_a_memory_of_other_adapters_is_read_and_written_with_them(run, home, tin
     assert run("chat", "-m", "other", "--max-new-tokens", 2, stdin="hello\n")[0] == 0
     assert run("forget", "text", "--exact", "--yes", "-m", "other")[0] == 0
     assert run("ask", "why?", "-m", "work", "--max-new-tokens", 2)[0] == 0  # of the untrained model, as it was written
+    for name in ("work", "other"):  # a memory again is a memory of the same adapters
+        assert run("rebuild", f"{name}-again", "-m", name, "--longterm", 4)[0] == 0
+        assert stored(f"{name}-again").adapters == stored(name).adapters
+    assert run("rebuild", "untaught", "-m", "other", "--adapters", "none")[0] == 0 and not stored("untaught").adapters
+    own = tmp_path / "own"
+    shutil.copytree(tiny_folder, own)
+    shutil.copy(file, own / "adapters.safetensors")
+    monkeypatch.delenv("LATENTMEM_ADAPTERS")
+    assert (
+        run("write", "the door is red", "-m", "bare", "--model", own, "--adapters", "none", "-N", 64, "-K", 16)[0] == 0
+    )
+    assert run("rebuild", "bare-again", "-m", "bare")[0] == 0 and not stored("bare-again").adapters
+    assert run("rebuild", "taught", "-m", "bare", "--model", own)[0] == 0 and stored("taught").adapters
     assert stored("other").adapters and not stored("work").adapters
 
 
