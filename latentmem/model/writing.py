@@ -241,7 +241,13 @@ def _written(
     """New slots [L, k, d] of a piece of text as the memory keeps them, and their decoded keys and values."""
     if len(ids) > new.shape[1]:  # some of the tokens became slots
         inputs = first_inputs(llm.decoder, ids)
-        ids = ids[torch.stack([(inputs == slot).all(1).int().argmax() for slot in new[0]])]  # equal: the same token
+        equal = torch.stack([(inputs == slot).all(1) for slot in new[0]])  # the same embedding: the same token
+        if not bool(equal.any(1).all()):
+            raise ValueError(
+                f"the input of layer 0 of {llm.name or 'the model'} is no embedding of a token, so no token stands for "
+                f"a slot: take compression=1, or form='exact'."
+            )
+        ids = ids[equal.int().argmax(1)]
     layer = llm.retriever.layer_sketched
     seen = directions(llm.decoder.normed(layer, new[layer]))
     tensors, decoded = codec_of(memory.coder).encode(ids, kv, seen)

@@ -8,6 +8,7 @@ import torch
 from latentmem.coding import codec
 from latentmem.core import sources
 from latentmem.core.memory import Memory
+from latentmem.decoder.hooks import first_inputs
 from latentmem.errors import OtherModelError
 from latentmem.model.chat import Conversation
 from latentmem.model.model import MemoryModel
@@ -142,6 +143,14 @@ def test_an_empty_memory_and_one_of_which_all_was_forgotten_are_the_plain_model(
         assert empty.is_empty and not empty.written and torch.equal(llm.logits(empty, ASKED), plain)
         assert llm.text_of(empty).tolist() == [] and llm.sources_of(empty, "who?", "me") == {}
     assert llm.write_ids(memory, [5, 6], "again").M == 2
+
+
+def test_a_slot_that_is_no_token_is_refused(llm, form, monkeypatch):
+    memory = llm.empty(N=16, K=8, form=form, compression=2, choice="surprise")
+    llm.write_ids(memory, list(range(5, 21)))
+    monkeypatch.setattr("latentmem.model.writing.first_inputs", lambda decoder, ids: first_inputs(decoder, ids) + 1)
+    with pytest.raises(ValueError, match=r"is no embedding of a token, so no token stands for a slot: take"):
+        llm.write_ids(memory, list(range(5, 21)))
 
 
 def test_what_can_not_be_read_or_made_is_refused_in_a_sentence(llm, form, monkeypatch):
