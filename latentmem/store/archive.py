@@ -69,7 +69,7 @@ def export(journal: Journal, objects: Objects, states: States, memory: int, path
         line = {name: getattr(row, name) for name in FIELDS}
         line["base"] = None if row.base is None else numbers[row.base]
         lines.append(json.dumps(line, sort_keys=True))
-        sizes |= ({row.object: row.bytes} if row.object else {}) | _blocks(row)
+        sizes |= row.objects
     form = FORMAT if any(row.pruned for row in rows) else UNPRUNED
     manifest = {"format": form, "expiries": journal.expiries(memory), "objects": sizes}
     with replacing(path, private=True) as temporary, zipfile.ZipFile(temporary, "w") as file:
@@ -98,11 +98,6 @@ def add(journal: Journal, objects: Objects, states: States, file: Reader, name: 
         for row in journal.rows([first.memory]):
             if row.state != "pending" and row.kind != "pruned":
                 states.memory(row, cached=False)
-
-
-def _blocks(row: Row) -> dict[str, int]:
-    """The blocks of a long-term memory that a version refers to, and their sizes."""
-    return row.facts.get("blocks", {})
 
 
 def _add_entry(file: zipfile.ZipFile, name: str, data: Buffer | bytes) -> None:
@@ -198,10 +193,9 @@ class Reader:
             raise ValueError("two lines of its journal have the same key")
         if any(row.bytes != self.objects.get(row.object or "", 0) for row in self.rows):
             raise ValueError("an object has another size in its journal")
-        blocks = [_blocks(row) for row in self.rows]
-        if any(not sizes.items() <= self.objects.items() for sizes in blocks):
+        if any(not row.parts.items() <= self.objects.items() for row in self.rows):
             raise ValueError("a block has another size in its journal")
-        if {row.object for row in self.rows if row.object}.union(*blocks) != set(self.objects):
+        if set[str]().union(*(row.objects for row in self.rows)) != set(self.objects):
             raise ValueError("its objects are not those that its journal names")
         if self.rows[0].pruned or self.rows[-1].pruned:
             raise ValueError("its first or newest version was pruned")
@@ -213,7 +207,7 @@ class Reader:
             needed: set[str] = set()
             if row.kind == "snapshot" and row.object:
                 needed = snapshot.parts_of(bytearray(self.read(row.object)), f"version {row.seq}")
-            if set(_blocks(row)) != needed:
+            if set(row.parts) != needed:
                 raise ValueError(f"version {row.seq} names other blocks than its snapshot")
 
 

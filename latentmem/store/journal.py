@@ -95,6 +95,16 @@ class Row:
     id: int = 0
 
     @property
+    def parts(self) -> dict[str, int]:
+        """The objects that its snapshot refers to, name -> bytes."""
+        return self.facts.get("blocks", {})
+
+    @property
+    def objects(self) -> dict[str, int]:
+        """All objects that it refers to, name -> bytes."""
+        return ({self.object: self.bytes} if self.object else {}) | self.parts
+
+    @property
     def pruned(self) -> bool:
         return bool(self.facts.get("pruned"))
 

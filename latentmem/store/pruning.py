@@ -98,11 +98,7 @@ class Pruner:
         """The row of a delta with a snapshot in its place, which is on disk and which no sweep takes."""
         content = self._states.memory(row)
         with self._locks.objects():
-            self._journal.needs_sweep()  # a crash may come before the journal knows the objects
-            written = self._states.put(replace(row, kind="none", object=None, bytes=0), content)
-            for name in [written.object or "", *written.facts.get("blocks", ())]:
-                self._journal.build(row.memory, name)
-        return written
+            return self._states.build(replace(row, kind="none", object=None, bytes=0), content)
 
 
 def outline(journal: Journal, memory: int) -> Rows:
@@ -183,7 +179,7 @@ def _objects(rows: Iterable[Row]) -> dict[str, int]:
     """The objects of versions, name -> bytes."""
     sizes: dict[str, int] = {}
     for row in rows:
-        sizes |= ({row.object: row.bytes} if row.object else {}) | row.facts.get("blocks", {})
+        sizes |= row.objects
     return sizes
 
 
@@ -195,8 +191,8 @@ def _as_if_written(rows: Rows, id: int) -> dict[str, int]:
     before = _with_bases(rows, [id], ())
     if rows[id].facts.get("shares"):
         shared = _objects(rows[one] for one in before if rows[one].kind == "delta")
-        return shared | rows[min(before)].facts.get("blocks", {}) | {f"snapshot of {id}": rows[id].facts["size"]}
-    blocks = rows[min(before)].facts.get("blocks", {})
+        return shared | rows[min(before)].parts | {f"snapshot of {id}": rows[id].facts["size"]}
+    blocks = rows[min(before)].parts
     known = rows[id].facts.get("size")
     size = known if known is not None else sum(_objects(rows[one] for one in before).values())
     return blocks | {f"snapshot of {id}": max(0, size - sum(blocks.values()))}

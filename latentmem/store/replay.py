@@ -179,10 +179,7 @@ class Replay:
 
     def _put(self, row: Row, content: Sequence[Update] | Memory) -> Row:
         with self._locks.objects():
-            written = self._states.put(row, content)
-            for name in [written.object or "", *written.facts.get("blocks", ())]:
-                self._journal.build(row.memory, name)
-        return written
+            return self._states.build(row, content)
 
     def _exchange(self, family: list[int], new: New, back: dict[int, Row], source: str) -> list[str]:
         """Put the new rows in the place of the old ones, in one transaction; gives the names of changed memories."""

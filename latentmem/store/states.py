@@ -216,6 +216,14 @@ class States:
             facts |= {"coder": content.coder}
         return replace(row, kind="snapshot", object=self._objects.put(data), bytes=len(data), facts=facts)
 
+    def build(self, row: Row, content: Sequence[Update] | Memory) -> Row:
+        """`put` for a replay or pruning, whose row comes later: until `Journal.built` no sweep takes the objects."""
+        self._journal.needs_sweep()  # a crash may come before the journal knows them
+        written = self.put(row, content)
+        for name in written.objects:
+            self._journal.build(row.memory, name)
+        return written
+
     def state(self, row: Row) -> State:
         """The memory at a version with its deltas; no more are counted than matter."""
         memory, count = self.memory(row), 0

@@ -427,7 +427,7 @@ class Store:
         """
         try:
             rewritten = self._replay.forget(llm, name, source, progress)
-        except ValueError:
+        except BaseException:
             self._sweeper.sweep_objects(due=True)  # the objects of new versions, which take no place
             raise
         self.sweep()
