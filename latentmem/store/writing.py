@@ -95,7 +95,7 @@ class Writer:
             return _succeeded(known)
         pending = self._acknowledge(memory, payload, key, tokens or tokenised(llm, payload))
         try:
-            self.settle(llm, memory, progress)
+            self.settle(llm, memory, progress, pending.seq)
             return _succeeded(self._journal.row(pending.id))
         except BaseException as error:
             self._withdraw(pending, error)
@@ -151,9 +151,9 @@ class Writer:
         for source in self.expired(memory):
             self.event(memory, "expire", source)
 
-    def settle(self, llm: WritingModel, memory: int, progress: Progress | None = None) -> None:
-        """Apply the writes that wait, in order."""
-        rows = self._journal.pending(memory)
+    def settle(self, llm: WritingModel, memory: int, progress: Progress | None = None, last: int | None = None) -> None:
+        """Apply the writes that wait, in order, up to version `last`; one behind it would fail for the one before."""
+        rows = [row for row in self._journal.pending(memory) if last is None or row.seq <= last]
         texts = [self._tokens_of(llm, row) for row in rows]
         for row, tokens, step in zip(rows, texts, in_all(progress, texts), strict=True):
             self._apply(llm, row, tokens, step)

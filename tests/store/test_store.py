@@ -1203,6 +1203,29 @@ def seen(store, name):
     return [replace(v, base=v.base and v.base[1]) for v in store.history(name)]
 
 
+def test_a_write_that_is_applied_does_not_fail_for_one_that_came_behind_it(llm, store, monkeypatch):
+    live = filled(llm, store, sources="a")
+    put = store._states.put
+
+    def full(row, content):
+        if row.payload.get("source") == "later":
+            raise OSError(28, "no space left")
+        return put(row, content)
+
+    def acknowledged(*_):
+        if not store.pending_count("m") > 1:
+            store.append("m", "a later text", "later")
+
+    monkeypatch.setattr(store._states, "put", full)
+    version = store.write(llm, "m", "an earlier text", "b", progress=acknowledged)
+    assert version == 2 and store.version("m", 2).state == "applied" and store.pending_count("m") == 1
+    with pytest.raises(OSError, match="no space left"):
+        store.apply(llm, "m")
+    monkeypatch.undo()
+    assert store.apply(llm, "m") == 3
+    same(store.open("m"), llm.write(llm.write(live[-1], "an earlier text", "b"), "a later text", "later"))
+
+
 @pytest.mark.parametrize("killed", [False, True])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, MemoryError])
 def test_a_replay_that_is_broken_off_leaves_no_object(llm, store, monkeypatch, killed, error):
