@@ -166,11 +166,13 @@ def _parts(memory: Memory, apart: Writer | None = None) -> tuple[dict[str, Tenso
 def _update_parts(memory: Memory, apart: Writer | None) -> tuple[dict[str, Tensor], list[Any]]:
     """Tensors of coded updates, and of each update: number, source, tensors' sizes and, if it lies apart, where."""
     written = list(memory.written.values())
-    tensors, accounts = updates.joined(written)
+    tensors: dict[str, Tensor] = {}
     places: list[Any] = [None] * len(written)
-    if apart is not None:
-        tensors, places = {}, apart.put_updates(written)
-    rows = zip(memory.written, accounts, places, strict=True)
+    if apart is None:
+        tensors, _ = updates.joined(written)
+    else:
+        places = apart.put_updates(written)
+    rows = zip(memory.written, updates.accounts(written), places, strict=True)
     table = [[number, account["source"], account["sizes"], place] for number, account, place in rows]
     return tensors | {"stands": updates.standing(memory)}, table
 

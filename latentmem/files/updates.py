@@ -21,10 +21,15 @@ from latentmem.written import Written, numbered
 
 
 def joined(written: Sequence[Written]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The tensors of updates in one of each kind, and of each update its source and its part of each tensor."""
+    """The tensors of updates in one of each kind, and `accounts`."""
     names = list(written[0].tensors) if written else []
     tensors = {name: torch.cat([one.tensors[name] for one in written]).contiguous() for name in names}
-    return tensors, [{"source": one.source, "sizes": {n: len(one.tensors[n]) for n in names}} for one in written]
+    return tensors, accounts(written)
+
+
+def accounts(written: Sequence[Written]) -> list[dict[str, Any]]:
+    """Of each update its source and its part of each tensor."""
+    return [{"source": one.source, "sizes": {name: len(t) for name, t in one.tensors.items()}} for one in written]
 
 
 def parted(tensors: Mapping[str, Tensor], accounts: Iterable[Mapping[str, Any]]) -> list[Written]:

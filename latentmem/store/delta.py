@@ -22,9 +22,14 @@ FORMAT, WRITTEN = "latentmem delta 1", "latentmem updates 1"
 _NOTHING = torch.zeros(0, 0, 1, dtype=torch.long)
 
 
-def size(updates: list[Update]) -> int:
-    """Bytes of the tensors of a delta."""
-    return sum(u.written.nbytes if u.written else u.slots.nbytes + u.dropped.numel() * 4 for u in updates)
+def size(update: Update) -> int:
+    """Bytes that the tensors of an update take in a delta."""
+    return update.written.nbytes if update.written else update.slots.nbytes + update.dropped.numel() * 4
+
+
+def kept(update: Update) -> Update:
+    """What a delta holds of an update: of a coded one what it wrote, and no numbers of slots."""
+    return update if update.written is None else replace(update, slots=_NOTHING, dropped=_NOTHING[:, :, 0])
 
 
 def to_bytes(updates: list[Update]) -> bytes:

@@ -209,8 +209,9 @@ class States:
             data = delta.to_bytes(list(content))
             return replace(row, kind="delta", object=self._put_named(data, written), bytes=len(data))
         self._put_coder(content.coder)
-        data = snapshot.to_bytes(content, self)
-        parts = {name: self._sizes[name] for name in snapshot.parts_of(bytearray(data), "a snapshot")}
+        writer = _Parts(self)
+        data = snapshot.to_bytes(content, writer)
+        parts = {name: self._sizes[name] for name in writer.names | snapshot.coder_of(content.coder)}
         facts = row.facts | ({"blocks": parts} if parts else {})
         if snapshot.coder_of(content.coder):
             facts |= {"coder": content.coder}
@@ -275,6 +276,23 @@ class States:
             f"version {row.seq} of {name!r} was pruned: its text is in the history, its slots are gone. The history "
             f"says which versions are left."
         )
+
+
+class _Parts:
+    """A `snapshot.Writer` that notes which objects a snapshot refers to."""
+
+    def __init__(self, states: States) -> None:
+        self._states, self.names = states, set[str]()
+
+    def put_block(self, block: Block) -> str:
+        name = self._states.put_block(block)
+        self.names.add(name)
+        return name
+
+    def put_updates(self, updates: Sequence[Written]) -> list[tuple[str, int]]:
+        places = self._states.put_updates(updates)
+        self.names.update(name for name, _ in places)
+        return places
 
 
 class Cache:

@@ -204,15 +204,17 @@ class Writer:
             the memory with the write.
         """
         ids, limit = list(tokens.checked().ids), largest(before.memory)
-        updates: list[Update] = []
+        updates, nbytes = list[Update](), 0
 
         def keep(update: Update) -> None:  # a delta that is larger than the memory gives way to a snapshot
-            if delta.size(updates) < limit:
-                updates.append(update)
+            nonlocal nbytes
+            if nbytes < limit:
+                updates.append(delta.kept(update))
+                nbytes += delta.size(update)
 
         after = llm.write_ids(before.memory, ids, row.payload["source"], progress, keep)
         small = before.deltas + 1 < self._states.due(after)
-        small &= after.settings.by_update or delta.size(updates) < size(after)
+        small &= after.settings.by_update or nbytes < size(after)
         payload = row.payload | {"tokens": len(ids), "resolved": tokens.role}
         own = {"ids": _digest(ids), "lost": lost_between(before.memory, after)}
         row = replace(row, payload=payload, state="applied", facts=facts(after) | own)

@@ -21,8 +21,10 @@ from latentmem.coding.coder import Coder
 from latentmem.core import sources
 from latentmem.core.memory import Memory
 from latentmem.errors import DamagedError
+from latentmem.files import snapshot
 from latentmem.model.model import MemoryModel
 from latentmem.store import Store, objects
+from latentmem.store.states import States
 from latentmem.testing import byte_tokenizer, tiny_model
 
 SECRET = "the safe opens with heliotrope"
@@ -279,6 +281,33 @@ def test_a_delta_of_many_updates(llm, tmp_path):
     assert opened.updates == len(opened.written) == 200 and steps[-1] == (200, 200)
     same(opened, store.open("m"))
     assert [one.kind for one in store._journal.rows([store._journal.id("m")])] == ["snapshot", "delta"]
+
+
+def test_a_write_holds_of_its_updates_what_a_delta_takes(llm, tmp_path, monkeypatch):
+    store, put, numbers = Store(tmp_path / "s"), States.put, []
+
+    def seen(self, row, content):
+        numbers.extend((one.slots.numel(), one.dropped.numel()) for one in content)
+        return put(self, row, content)
+
+    store.create("m", start(llm))
+    monkeypatch.setattr(States, "put", seen)
+    store.write(llm, "m", list(range(5, 105)), "long")
+    assert numbers == [(0, 0)] * 13
+    same(Store(store.path).open("m"), llm.write_ids(start(llm), list(range(5, 105)), "long"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_snapshot_neither_copies_its_updates_nor_reads_itself(llm, tmp_path, form, monkeypatch):
+    store, _ = filled(llm, tmp_path / "s", form, every=1, texts=3)
+    memory = store.open("m")
+    monkeypatch.setattr("latentmem.files.snapshot.parts_of", None)
+    monkeypatch.setattr("latentmem.files.snapshot.updates.joined", None)
+    store.create("again", memory)
+    monkeypatch.undo()
+    row, old = (store._journal.version(name) for name in ("again", "m"))
+    assert row.parts == old.parts and len(row.parts) == 3 + (form == "coded")
+    assert set(row.parts) == snapshot.parts_of(store._objects.get(row.object), "again")
 
 
 @pytest.mark.parametrize("form", FORMS)
