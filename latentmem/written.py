@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class Written:
     tensors: Mapping[str, Tensor]
 
     def __len__(self) -> int:
-        return len(self.tensors["ids"])
+        return self.tensors["ids"].shape[0]
 
     @property
     def nbytes(self) -> int:
@@ -54,10 +55,15 @@ def needed(written: Mapping[int, Written], births: Tensor, first: int) -> Mappin
     """The updates of which a slot is there, and those from number `first` on, which a long-term part keeps.
 
     Args:
-        written: by number.
+        written: by number, ascending.
         births: the update of each slot, [L, M].
     """
-    if not any(number < first for number in written):
+    old = list(takewhile(lambda number: number < first, written))
+    if not old:
         return written
     there = set(births.unique().tolist())
-    return {number: one for number, one in written.items() if number >= first or number in there}
+    needed = dict(written)
+    for number in old:
+        if number not in there:
+            del needed[number]
+    return needed

@@ -103,13 +103,14 @@ class UpdateArchive:
             best_first: numbers of the memory's updates.
         """
         own = memory.slots[:, :, 0]
-        candidates: list[Tensor] = [own.new_zeros(0)]
+        candidates, count = [own.new_zeros(0)], 0
         for n in best_first:
-            if sum(map(len, candidates)) >= self.most + memory.M:  # enough, even if all that stand were among them
+            if count >= self.most + memory.M:  # enough, even if all that stand were among them
                 break
             if n >= self.first:
                 places = torch.arange(len(memory.written[n]))
                 candidates.append(numbered(torch.full_like(places, n), places)[:, 0])
+                count += len(places)
         every = torch.cat(candidates)
         archived = [every[~torch.isin(every, layer)][: self.most].sort().values for layer in own]
         return torch.stack(archived) if archived else own[:, :0]

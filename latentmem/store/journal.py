@@ -148,6 +148,11 @@ class Journal:
         with self._lock:
             self._connection.close()
 
+    @property
+    def stamp(self) -> tuple[int, int]:
+        """Another one after each change, by whomever."""
+        return self._one("PRAGMA data_version")[0], self._connection.total_changes
+
     def transaction(self) -> AbstractContextManager[None]:
         """All or nothing, durable when it ends, alone among processes and threads.
 
@@ -261,7 +266,8 @@ class Journal:
         size = """SELECT COALESCE(SUM(size), 0) FROM (
                     SELECT object AS name, bytes AS size FROM versions WHERE memory = memories.id AND object IS NOT NULL
                     UNION SELECT json_each.key, json_each.value FROM versions, json_each(versions.facts, '$.blocks')
-                    WHERE memory = memories.id AND json_each.key IS NOT json_extract(versions.facts, '$.coder'))"""
+                    WHERE memory = memories.id AND kind = 'snapshot'
+                    AND json_each.key IS NOT json_extract(versions.facts, '$.coder'))"""
         sql = f"""SELECT name, memories.id, COUNT(*), SUM(state = 'pending'), MAX(time), ({size})
                  FROM versions JOIN memories ON versions.memory = memories.id {where}
                  GROUP BY memories.id ORDER BY name"""
@@ -364,6 +370,15 @@ class Journal:
         while row.base is not None:
             row = self.row(row.base)
             yield row
+
+    def deltas(self, row: Row, most: int) -> int:
+        """Deltas between a version and the snapshot before it, its own among them; so many at most."""
+        sql = """WITH RECURSIVE path(base, kind, count) AS (
+                   SELECT base, kind, kind = 'delta' FROM versions WHERE id = ?
+                   UNION ALL SELECT versions.base, versions.kind, count + (versions.kind = 'delta')
+                   FROM versions JOIN path ON versions.id = path.base WHERE path.kind != 'snapshot' AND count < ?)
+                 SELECT MAX(count) FROM path"""
+        return self._one(sql, row.id, most)[0]
 
     def version(self, name: str, seq: int | None = None) -> Row:
         """A version of a memory, by default the newest.

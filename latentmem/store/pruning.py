@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 from latentmem.store.journal import Journal, Row
 from latentmem.store.locks import Locks
@@ -22,6 +23,7 @@ from latentmem.store.states import States
 from latentmem.store.sweeping import Sweeper
 
 Rows = dict[int, Row]  # id -> version of one memory, oldest first
+_known: WeakKeyDictionary[Journal, dict[int, tuple[tuple[int, int], int]]] = WeakKeyDictionary()  # see `prunable`
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,13 @@ def outline(journal: Journal, memory: int) -> Rows:
 
 
 def prunable(journal: Journal, memory: int) -> int:
-    """Bytes that pruning a memory to its newest version frees, about."""
-    rows = outline(journal, memory)
-    return max(0, plan(rows, journal.fork_bases(memory), 1, None).bytes) if rows else 0
+    """Bytes that pruning a memory to its newest version frees, about; its versions are read after a change only."""
+    stamp, known = journal.stamp, _known.setdefault(journal, {})
+    if memory not in known or known[memory][0] != stamp:
+        rows = outline(journal, memory)
+        freed = max(0, plan(rows, journal.fork_bases(memory), 1, None).bytes) if rows else 0
+        known[memory] = stamp, freed
+    return known[memory][1]
 
 
 def plan(rows: Rows, forked: Iterable[int], keep: int | None, since: float | None) -> Plan:

@@ -12,6 +12,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from latentmem.errors import DamagedError, NotFoundError
 from latentmem.files import snapshot
 from latentmem.longterm.blocks import BLOCK, Block
 from latentmem.longterm.longterm import LongTerm
+from latentmem.longterm.updates import UpdateArchive
 from latentmem.store import delta
 from latentmem.store.delta import Chain
 from latentmem.store.journal import KINDS, Journal, Row
@@ -227,13 +229,8 @@ class States:
 
     def state(self, row: Row) -> State:
         """The memory at a version with its deltas; no more are counted than matter."""
-        memory, count = self.memory(row), 0
-        due = self.due(memory)
-        for here in self._journal.lineage(row):
-            if here.kind == "snapshot" or count == due:
-                break
-            count += here.kind == "delta"
-        return State(memory, count)
+        memory = self.memory(row)
+        return State(memory, self._journal.deltas(row, self.due(memory)))
 
     @property
     def nbytes(self) -> int:
@@ -377,9 +374,17 @@ def after_event(row: Row, memory: Memory) -> Memory:
 def _snapshot_size(memory: Memory) -> int:
     """Bytes that a snapshot takes, about; of coded updates it holds one bit for each slot, and a line for each."""
     if memory.settings.by_update:
-        return memory.L * sum(map(len, memory.written.values())) // 8 + 250 * len(memory.written) + 1000
+        return memory.L * _slots_written(memory) // 8 + 250 * len(memory.written) + 1000
     longterm = longterms.of(memory)
     return memory.slots.nbytes + (longterm.nbytes if longterm is not None else 0)
+
+
+def _slots_written(memory: Memory) -> int:
+    """Slots of all coded updates of a memory; those that its archive keeps are counted there."""
+    archive = longterms.of(memory)
+    counted, first = (archive.slots, archive.first) if isinstance(archive, UpdateArchive) else (0, memory.updates + 1)
+    older = takewhile(lambda one: one[0] < first, memory.written.items())
+    return counted + sum(len(one) for _, one in older)
 
 
 def facts(memory: Memory) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from latentmem.errors import DamagedError
 from latentmem.files import snapshot
 from latentmem.model.model import MemoryModel
 from latentmem.store import Store, objects
+from latentmem.store.journal import Journal
 from latentmem.store.states import States
 from latentmem.testing import byte_tokenizer, tiny_model
+from latentmem.written import Written
 
 SECRET = "the safe opens with heliotrope"
 FORMS = ("int8", "coded")
@@ -107,6 +110,55 @@ def test_every_version_is_the_live_memory_to_the_bit(llm, tmp_path, form, kind):
         same(cold.open("m", i), expected)
         same(store.open("m", i), expected)
     answers_alike(llm, live[-1], cold.open("m"))
+
+
+def test_the_work_of_a_write_does_not_grow_with_the_updates_that_are_kept(llm, tmp_path, monkeypatch):
+    store, count = Store(tmp_path / "s", snapshot_every=1000), Counter()
+    store.create("m", start(llm, N=16))
+
+    def counted(kind, name):
+        plain = getattr(kind, name)
+        asked = plain.fget if isinstance(plain, property) else plain
+
+        def call(*given):
+            count[name] += 1
+            return asked(*given)
+
+        monkeypatch.setattr(kind, name, property(call) if isinstance(plain, property) else call)
+
+    for kind, name in ((Written, "__len__"), (Written, "nbytes"), (Journal, "_all")):
+        counted(kind, name)
+    work = []
+    for _ in range(60):
+        count.clear()
+        store.write(llm, "m", "eight by", "s")
+        work.append(dict(count))
+    assert work[10] == work[59] and len(store.open("m").written) == 60
+
+
+@pytest.mark.parametrize("kind", [{}, {"longterm": 0}, {"longterm": {"R": 8, "limit": 3_000}}], ids=str)
+def test_the_size_of_a_snapshot_counts_all_updates(llm, tmp_path, kind):
+    store, live = filled(llm, tmp_path / "s", every=100, **kind)
+    for version, memory in zip(store.history("m"), live, strict=True):
+        slots = sum(map(len, memory.written.values()))
+        assert version.facts["size"] == memory.L * slots // 8 + 250 * len(memory.written) + 1000
+
+
+def test_deltas_are_counted_back_to_the_snapshot(llm, tmp_path):
+    store, _ = filled(llm, tmp_path / "s", every=4)
+    store.pin("m", "s1")
+    store.rollback("m", 6)
+    store.fork("m", "f", 3)
+    store.write(llm, "f", "more", "z")
+    for name in "mf":
+        for row in store._journal.rows([store._journal.id(name)]):
+            walked = 0
+            for here in store._journal.lineage(row):
+                if here.kind == "snapshot":
+                    break
+                walked += here.kind == "delta"
+            for most in (1, 2, 100):
+                assert store._journal.deltas(row, most) == min(walked, most)
 
 
 class Twins:

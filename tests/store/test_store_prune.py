@@ -17,7 +17,7 @@ from test_store import same as same_fields
 from latentmem.core.sources import forget, pin
 from latentmem.errors import InUseError, NotFoundError
 from latentmem.model.model import MemoryModel
-from latentmem.store import Pruned, Store
+from latentmem.store import Pruned, Store, pruning
 from latentmem.store.objects import Disk
 from latentmem.store.states import after_event
 from latentmem.store.writing import Writer, payload
@@ -279,6 +279,19 @@ def test_an_overview_says_what_pruning_would_free(llm, store):
     freed = store.prune("m", keep=1).bytes
     assert freed == before - disk(store) and abs(freed - said.prunable) < 0.05 * before
     assert store.overview()[0].prunable == 0 and store.overview()[0].bytes == disk(store)
+
+
+def test_an_overview_reads_all_versions_after_a_change_only(llm, store, monkeypatch):
+    filled(llm, store)
+    other, outline, read = again(store), pruning.outline, []
+    first = store.overview(), other.overview()
+    monkeypatch.setattr(pruning, "outline", lambda *asked: read.append(asked) or outline(*asked))
+    assert first == (store.overview(), other.overview()) and not read
+    other.write(llm, "m", "a text of forty bytes, more or less", "x")
+    assert store.overview() == other.overview() != first[0] and len(read) == 2
+    for change in (lambda: store.prune("m", keep=1), lambda: other.fork("m", "f", 0), lambda: store.delete("f")):
+        change()
+        assert store.overview() == other.overview() == again(store).overview()
 
 
 def test_rows_from_before_sizes_were_kept_are_pruned_too(llm, store):
