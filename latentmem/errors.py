@@ -47,3 +47,7 @@ class OtherModelError(LatentmemError):
 
 class TooLongError(LatentmemError):
     """A text and its answer do not fit into the model's context, behind the memory."""
+
+
+class UnreadableError(LatentmemError):
+    """A file holds no text that can be read: broken, encrypted, scanned, too large, or no text at all."""

@@ -48,9 +48,12 @@ def python_page() -> str:
     names = [name for name in latentmem.__all__ if not name.startswith("__")]
     names.sort(key=lambda name: (not name[0].islower(), name != "MemoryModel", name))  # `load` first, then the model
     blocks = [f"::: latentmem.{name}\n" for name in names]
+    blocks.append("::: latentmem.documents.read\n")
     if importlib.util.find_spec("latentmem.errors"):
         blocks.append("::: latentmem.errors\n")
-    intro = "These names are public: `import latentmem` gives them. All other modules may change without notice."
+    intro = (
+        "These names are public: `import latentmem` gives those without a module. All others may change without notice."
+    )
     return "\n".join(["# Python", "", intro, "", *blocks])
 
 

@@ -1,0 +1,74 @@
+"""Text in any encoding: byte order mark, then UTF-8, then what the text declares, then a guess."""
+
+from __future__ import annotations
+
+import codecs
+import re
+
+from latentmem.documents import guessing
+from latentmem.errors import UnreadableError
+
+MARKS = (  # the marks of 32 bits begin like those of 16
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x84\x86-\x9f\ufffe\uffff]")  # no text has them
+
+# An encoding, and the one with more characters that is meant by its name, as browsers take it.
+WIDER = {"iso8859-1": "cp1252", "shift_jis": "cp932", "euc_kr": "cp949", "gb2312": "gb18030", "gbk": "gb18030"}
+
+
+def decoded(data: bytes, encoding: str, errors: str = "strict") -> str:
+    """Text in an encoding, or in the wider one that is meant by its name.
+
+    Raises:
+        LookupError: there is no such encoding of texts.
+        UnicodeError: the bytes are no text in it.
+    """
+    try:
+        return data.decode(WIDER[codecs.lookup(encoding).name])
+    except (KeyError, UnicodeError):
+        return data.decode(encoding, errors)
+
+
+def decode(data: bytes, encoding: str | None = None, declared: str | None = None) -> tuple[str, str]:
+    """The text, and the encoding that was guessed or "".
+
+    Raises:
+        UnreadableError: the bytes are no text of the encoding, or no text at all.
+        ValueError: there is no such encoding.
+    """
+    if encoding is not None:
+        return _named(data, encoding), ""
+    for mark, name in MARKS:
+        if data.startswith(mark):
+            return _named(data, name), ""
+    for each in ("iso2022_jp" if b"\x1b$" in data else "utf-8", "utf-8", declared):
+        if each and (text := _tried(data, each)) is not None:
+            return text, ""
+    return guessing.guess(data)
+
+
+def _named(data: bytes, encoding: str) -> str:
+    try:
+        text = decoded(data, encoding).removeprefix("\ufeff")
+    except LookupError:
+        examples = "utf-8, utf-16, cp1252, shift_jis, gb18030, koi8-r"
+        raise ValueError(f"there is no text encoding {encoding!r}; there are, for example, {examples}.") from None
+    except UnicodeError:
+        raise UnreadableError(f"is not text in {encoding}; name its true encoding.") from None
+    if "\0" in text:
+        raise UnreadableError(f"is not text in {encoding}: it has zero bytes; name its true encoding.")
+    return text
+
+
+def _tried(data: bytes, encoding: str) -> str | None:
+    """The text in an encoding; None if it is none, or full of control characters."""
+    try:
+        text = decoded(data, encoding)
+    except (LookupError, UnicodeError):
+        return None
+    return None if "\0" in text or len(CONTROLS.findall(text)) * 100 > len(text) else text

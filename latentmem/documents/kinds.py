@@ -1,0 +1,57 @@
+"""What kind of file bytes are: the content decides, and the name only where the content can not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePath
+
+MAIL = {".eml", ".mht", ".mhtml"}
+OF_TEXTS = {  # kinds of texts that only the name tells
+    "html": {".html", ".htm", ".xhtml", ".xht", ".shtml"},
+    "xml": {".xml", ".svg", ".rss", ".atom", ".opml", ".fb2"},
+    "csv": {".csv", ".tsv", ".tab"},
+    "markdown": {".md", ".markdown", ".mdown", ".mkd"},
+}
+MAGIC = (  # the first bytes of files that are no text
+    (b"PK\x03\x04", "zip"),
+    (b"PK\x05\x06", "zip"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "ole"),  # Office before 2007, and encrypted Office
+    (b"{\\rtf", "rtf"),
+)
+FIELD = re.compile(rb"[A-Za-z][A-Za-z0-9-]*:")
+OF_MAIL = re.compile(rb"^(Received|Return-Path|Message-ID|MIME-Version|Delivered-To):", re.I | re.M)
+HTML = re.compile(r"\s*(<\?xml[^>]*>\s*)?(<!--.{0,2000}?-->\s*)*<(!doctype\s+html|html|head|body)\b", re.I | re.S)
+DECLARED = re.compile(
+    rb"""<meta[^>]{0,200}\bcharset\s*=\s*["']?\s*([\w.:-]{2,40})|<\?xml[^>]{0,200}\bencoding\s*=\s*["']([\w.:-]{2,40})""",
+    re.I,
+)
+
+
+def of_bytes(data: bytes, name: str) -> str | None:
+    """The kind of a file that is no text: "pdf", "zip", "ole", "rtf" or "mail"; None for a text."""
+    head, suffix = data[:4096].lstrip(b"\xef\xbb\xbf \t\r\n"), PurePath(name).suffix.lower()
+    if head.startswith(b"%PDF-") or (suffix == ".pdf" and b"%PDF-" in head):
+        return "pdf"
+    for magic, kind in MAGIC:
+        if head.startswith(magic):
+            return kind
+    fields = re.split(rb"\r?\n\r?\n", data[:65536], maxsplit=1)[0]
+    begins = FIELD.match(fields) or fields.startswith(b"From ")
+    return "mail" if begins and (suffix in MAIL or OF_MAIL.search(fields)) else None
+
+
+def of_text(text: str, name: str) -> str:
+    """The kind of a text: "html", "xml", "csv", "markdown" or "text"."""
+    suffix = PurePath(name).suffix.lower()
+    if HTML.match(text[:8192]):
+        return "html"
+    if text[:100].lstrip().startswith("<?xml"):
+        return "xml"
+    return next((kind for kind, suffixes in OF_TEXTS.items() if suffix in suffixes), "text")
+
+
+def declared(data: bytes) -> str | None:
+    """The encoding that HTML or XML declares; None for another text."""
+    head = data[:2048]
+    match = DECLARED.search(head) if head.lstrip().startswith(b"<") else None
+    return (match[1] or match[2]).decode("ascii") if match else None
