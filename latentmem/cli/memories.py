@@ -8,12 +8,11 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentmem.cli import base, options, printing
+from latentmem.cli import base, inputs, options, printing
 from latentmem.cli.base import Device, Json, ModelName, Name, NewTokens, OwnAdapters, Quantize, Version, app
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ LIKE_A_PATH = re.compile(r"^(/|~|\.\.?/)|\.[A-Za-z]\w{0,4}$")
 @app.command(rich_help_panel=PANEL)
 @options.of_a_new_memory
 def write(
-    texts: Annotated[list[str], typer.Argument(help="Files, a text in quotes, or - for standard input.")],
+    texts: inputs.Texts,
     memory: Name = "default",
     role: Annotated[
         str | None, typer.Option(help="raw, system, user or assistant; by default what the model was measured with.")
@@ -38,13 +37,14 @@ def write(
     key: Annotated[
         str | None, typer.Option(help="Idempotency key: the same command with the same key writes once.")
     ] = None,
+    encoding: inputs.Encoding = None,
     quantize: Quantize = None,
     model: ModelName = None,
     adapters: OwnAdapters = None,
     device: Device = None,
 ) -> None:
     """Write texts into a memory; it is made if it does not exist."""
-    sources = _texts_of(texts)
+    sources = _texts_of(texts, encoding)
     store = base.opened(memory)
     before = base.applied(store, memory)
     if before is not None:
@@ -286,9 +286,12 @@ def _versions() -> str:
 # --- what commands take in --------------------------------------------------------------------------------------------
 
 
-def _texts_of(arguments: list[str]) -> list[tuple[str, str]]:
+def _texts_of(arguments: list[str], encoding: str | None = None) -> list[tuple[str, str]]:
     """The arguments of `write` -> (source, text) each; files of one name in different folders keep their paths."""
-    texts = [(argument, *_read(argument)) for argument in arguments]
+    texts: list[tuple[str, str, str]] = []
+    for one in arguments:
+        from_files = inputs.from_files(one, encoding)
+        texts += [(one, *_read(one))] if from_files is None else from_files
     paths: dict[str, set[str]] = {}
     for argument, name, _ in texts:
         paths.setdefault(name, set()).add(argument)
@@ -297,21 +300,7 @@ def _texts_of(arguments: list[str]) -> list[tuple[str, str]]:
 
 
 def _read(argument: str) -> tuple[str, str]:
-    """An argument of `write` -> (source, text): standard input, a file, or the argument itself if it is a sentence."""
-    if argument == "-":
-        return "standard input", _decoded("standard input", sys.stdin.buffer.read())
-    path = Path(argument)
-    try:
-        exists, is_folder = path.exists(), path.is_dir()
-    except OSError:  # too long for a path: it is a text
-        exists = is_folder = False
-    if is_folder:
-        raise ValueError(f"{argument} is a folder; name its files, for example {argument.rstrip('/')}/*.txt.")
-    if exists:
-        try:
-            return path.name, _decoded(argument, path.read_bytes())
-        except OSError as error:
-            raise ValueError(f"{argument} can not be read: {error.strerror}.") from None
+    """An argument of `write` that names no file -> (source, text), if it is a sentence."""
     if not argument.strip():
         raise ValueError("the text to be written is empty; give a file, a text in quotes, or - for standard input.")
     if len(argument.split()) == 1 or LIKE_A_PATH.search(argument):
@@ -320,18 +309,6 @@ def _read(argument: str) -> tuple[str, str]:
             f"any text can be piped: give - for standard input.)"
         )
     return "text", argument
-
-
-def _decoded(name: str, data: bytes) -> str:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise ValueError(f"{name} is not UTF-8 text; turn it into plain text first.")
-    if not text.strip():
-        raise ValueError(f"{name} is empty: there is nothing to write.")
-    return text
 
 
 def _typed_lines() -> Iterator[str]:

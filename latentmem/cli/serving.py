@@ -26,7 +26,7 @@ keys = typer.Typer(help="Keys for `latentmem serve`: who may read and write whic
 app.add_typer(keys, name="keys", rich_help_panel=PANEL)
 
 Model = Annotated[str, typer.Argument(help=f"{base.MODELS}.")]
-FLAGS = {name: (f"--max-{name}",) for name in ("body", "upload", "text", "n")}
+FLAGS = {name: (f"--max-{name}",) for name in ("body", "file", "upload", "text", "n")}
 
 
 def sized(command: options.Command) -> options.Command:
