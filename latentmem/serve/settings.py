@@ -24,6 +24,7 @@ class Limits:
     """What one request may ask for."""
 
     body: int = setting("bytes of a request", 4 << 20, least=1024)
+    file: int = setting("bytes of a request that uploads a file to be written", 64 << 20, least=1024)
     upload: int = setting("bytes of a memory that is imported", 1 << 30, least=1024)
     text: int = setting("characters of text in a request", 1_000_000, least=1)
     max_tokens: int = setting("longest answer that may be asked for, in tokens", 4096, least=1)

@@ -14,6 +14,7 @@ import time
 from itertools import count
 from pathlib import Path
 
+import office
 import pytest
 from serving import HANG, running, wait
 
@@ -324,13 +325,13 @@ def test_one_goes_on_typing_while_a_text_is_written(server, trained, opened):
     box.fill(SAFE)
     page.get_by_label("Files to write").set_input_files(
         [
-            {"name": name, "mimeType": "text/plain", "buffer": data}
-            for name, data in (("a.txt", b"\xff"), ("b.txt", b"b"))
+            {"name": name, "mimeType": "application/octet-stream", "buffer": data}
+            for name, data in (("a.txt", b"\xff\0\xfe"), ("b.docx", office.docx("b")))
         ]
     )
-    page.get_by_role("alert").filter(has_text="a.txt: The file is empty or no UTF-8 text.").wait_for()
-    page.locator(".source", has_text="b.txt").wait_for()
-    assert [s.source for s in server.service.store.stats("typing")] == ["text", "b.txt"]
+    page.get_by_role("alert").filter(has_text="a.txt: The file is not text that can be read").wait_for()
+    page.locator(".source", has_text="b.docx").wait_for()
+    assert [s.source for s in server.service.store.stats("typing")] == ["text", "b.docx"]
     assert box.input_value() == SAFE
 
 
@@ -344,9 +345,9 @@ def test_what_can_not_be_written_is_said(trained, opened, tmp_path):
         page.get_by_role("alert").filter(has_text="A request may hold 100 characters of text, got 101").wait_for()
         assert page.get_by_label("Text", exact=True).input_value() == "x" * 101  # it is not lost
         page.get_by_label("Files to write").set_input_files(
-            {"name": "a.bin", "mimeType": "text/plain", "buffer": b"\xff"}
+            {"name": "a.bin", "mimeType": "text/plain", "buffer": b"\xff\0\xfe"}
         )
-        page.get_by_role("alert").filter(has_text="no UTF-8 text").wait_for()
+        page.get_by_role("alert").filter(has_text="is not text that can be read").wait_for()
         server.close()
         page.get_by_role("alert").filter(has_text="The server does not answer.").first.wait_for()
 

@@ -13,6 +13,7 @@ import zipfile
 from dataclasses import asdict, replace
 
 import httpx
+import office
 import pytest
 from serving import HANG, WORDS, running, wait
 from starlette.datastructures import Headers
@@ -41,7 +42,7 @@ def llm(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(llm, tmp_path_factory):
-    limits = Limits(body=20_000, upload=200_000, text=2000, messages=8, n=3, max_tokens=64)
+    limits = Limits(body=20_000, file=30_000, upload=200_000, text=2000, messages=8, n=3, max_tokens=64)
     path = tmp_path_factory.mktemp("store")
     with running(llm, path, limits=limits, memories=["house", "other", "alice"]) as server:
         yield server
@@ -565,11 +566,44 @@ def test_an_uploaded_file_is_written_under_its_name_without_any_path(server, nam
     assert (version.source, version.text) == (source, "the door")
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "text"),
+    [
+        ("a.pdf", office.pdf("The lease."), "The lease."),
+        ("a.docx", office.docx("The lease &amp; the house."), "The lease & the house."),
+        ("a.html", b"<p>The <b>lease</b><script>no()</script>", "The lease"),
+        ("a.eml", office.eml("The lease.", subject="House"), "Subject: House"),
+        ("a.txt", "Die T\u00fcr ist gr\u00fcn".encode("cp1252"), "Die T\u00fcr ist gr\u00fcn"),
+    ],
+)
+def test_an_uploaded_document_is_written_as_a_person_reads_it(server, name, data, text):
+    status, wrote = server("POST", "/v1/memories/other/write", files={"file": (name, data)})
+    version = server.service.store.version("other")
+    assert status == 200 and version.version == wrote["version"] and version.source == name
+    assert version.text.startswith(text) and "<" not in version.text.replace("<ada@example.org>", "")
+
+
+def test_an_upload_may_name_its_encoding(server):
+    files = {"file": ("a.txt", "caf\u00e9".encode("cp1252"))}
+    assert server("POST", "/v1/memories/other/write", files=files, data={"encoding": "cp1251"})[0] == 200
+    assert server.service.store.version("other").text == "caf\u0439"
+
+
 def test_uploads_that_are_no_text_are_refused(server):
     before = server.service.store.version("other").version
     send = ("POST", "/v1/memories/other/write")
-    for data in (b"\xff\xfe", b"a\0b", b"", b"  \n"):
-        refused(server(*send, files={"file": ("x", data)}), 400, "invalid_value", "UTF-8")
+    for data, sentence in (
+        (b"\xff\xfe", "the file is empty"),
+        (b"a\0b", "the file is not text that can be read"),
+        (b"", "the file is empty"),
+        (b"  \n", "the file is empty"),
+        (office.pdf("x", trailer=office.ENCRYPTED), "the file is encrypted"),
+        (office.pdf(), "the file has no text, only pictures"),
+        (office.docx("x" * 99)[:-60], "the file is broken"),
+        (office.docx("x" * 3000), "2000 characters"),
+    ):
+        refused(server(*send, files={"file": ("x", data)}), 400, says=sentence)
+    refused(server(*send, files={"file": ("x", b"x")}, data={"encoding": "klingon"}), 400, says="no text encoding")
     refused(server(*send, files={"document": ("x", b"text")}), 400, says="field `file`")
     refused(server(*send, files={"file": ("x", b"text")}, data={"role": "robot"}), 400)
     refused(server(*send, files=[("file", ("x", b"a")), ("file", ("y", b"b"))]), 400)

@@ -143,7 +143,7 @@ export function Write(props: { id: string; slots: api.Slots | null; info: api.Me
         type="file"
         multiple
         hidden
-        accept="text/*,.md,.txt,.csv,.json,.py,.log"
+        accept="text/*,.md,.txt,.csv,.json,.py,.log,.pdf,.docx,.pptx,.xlsx,.html,.epub,.eml,.rtf,.odt,.ods,.odp,.xls"
         aria-label="Files to write"
         onChange={(event) => {
           files(event.currentTarget.files);

@@ -33,6 +33,7 @@ OPEN = ("/health", "/ready")  # no key, at any time
 LOADING = (*OPEN, "/metrics", "/openapi.json")  # also while the server is not ready
 LOCAL = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?")
 ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+WRITE = re.compile(r"/v1/memories/[^/]+/write")
 IMPORT = re.compile(r"/v1/memories/[^/]+/import")
 BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 METHODS = ("GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS")
@@ -119,6 +120,8 @@ class Gate:
         """
         limits = self.state.limits
         most = limits.upload if IMPORT.fullmatch(scope["path"]) else limits.body
+        if WRITE.fullmatch(scope["path"]) and media_type(headers) == "multipart/form-data":
+            most = max(most, limits.file)
         too_large = Refused(413, f"the body may have {most} bytes; send less.", "too_large")
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > most:

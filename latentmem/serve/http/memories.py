@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 
-from latentmem.errors import InUseError, NotFoundError
+from latentmem import documents
+from latentmem.errors import InUseError, NotFoundError, UnreadableError
 from latentmem.serve.http import schema
 from latentmem.serve.http.errors import Json, Refused
 from latentmem.serve.http.openai import collected, usage
@@ -37,7 +38,7 @@ from latentmem.store.writing import Content
 router = APIRouter(prefix="/v1/memories", tags=["memories"])
 WORD = {"type": "string"}
 FILE: dict[str, Any] = {"type": "object", "properties": {"file": WORD | {"format": "binary"}}, "required": ["file"]}
-FORM = FILE | {"properties": FILE["properties"] | dict.fromkeys(("source", "role", "wait"), WORD)}
+FORM = FILE | {"properties": FILE["properties"] | dict.fromkeys(("source", "role", "wait", "encoding"), WORD)}
 LATER = (TimeoutError, OSError, InUseError, RuntimeError, MemoryError)  # errors after which a write waits
 
 
@@ -108,8 +109,10 @@ def body_of(kinds: dict[str, Any]) -> dict[str, Any]:
 async def write(
     request: Request, id: str, idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None
 ) -> Response:
-    """Write a text, turns of a conversation or an uploaded text file; the response says that no crash loses it.
+    """Write a text, turns of a conversation or an uploaded file; the response says that no crash loses it.
 
+    A file may be text in any encoding (`encoding` names it), PDF, Word, PowerPoint, Excel, HTML, EPUB, CSV, Markdown or
+    e-mail.
     With `wait: false`, or where it takes longer than a request may, the memory has it later.
     """
     authorize(request, id, write=True)
@@ -169,20 +172,25 @@ def _validated(body: Any) -> schema.Write:
 
 
 async def _uploaded(request: Request) -> schema.Write:
-    """A file of text; its name without any path is the source, unless another is given."""
+    """The text of a file; its name without any path is the source, unless another is given."""
     async with request.form(max_files=1, max_fields=8) as form:
         file = file_of(form)
+        name = PurePosixPath((file.filename or "").replace("\\", "/")).name
+        name = "".join(c for c in name if c.isprintable())[-schema.SOURCE_LENGTH :] or "file"
+        text = await with_timeout(request, _text_of(request, file, name, str(form.get("encoding") or "") or None))
+        fields: dict[str, Any] = {"text": text, "source": name, "wait": form.get("wait", "true") != "false"}
+        return _validated(fields | {what: form[what] for what in ("source", "role") if form.get(what)})
+
+
+async def _text_of(request: Request, file: UploadFile, name: str, encoding: str | None) -> str:
+    """The plain text of a file; few are read at once, because each may take much memory."""
+    async with app_state(request).readers:
         data = await file.read()
         try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            text = "\0"
-        if "\0" in text or not text.strip():
-            raise Refused(400, "the file is empty or no UTF-8 text.", "invalid_value", "file")
-        name = PurePosixPath((file.filename or "").replace("\\", "/")).name
-        name = "".join(c for c in name if c.isprintable())[-schema.SOURCE_LENGTH :]
-        fields: dict[str, Any] = {"text": text, "source": name or "file", "wait": form.get("wait", "true") != "false"}
-        return _validated(fields | {what: form[what] for what in ("source", "role") if form.get(what)})
+            return (await run_in_threadpool(documents.from_bytes, data, name, encoding)).text
+        except UnreadableError as error:
+            message = str(error).removeprefix(f"{name} ")
+            raise Refused(400, f"the file {message}", "invalid_value", "file") from None
 
 
 def file_of(form: FormData) -> UploadFile:

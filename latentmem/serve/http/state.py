@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,6 +31,7 @@ class AppState:
     service: Service
     limits: Limits
     closing: bool = False  # whether the server is about to end
+    readers: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))  # files that are read at once
 
     def __post_init__(self) -> None:
         self.model = Path(self.service.llm.name).name.replace("@", "-") or "latentmem"  # the name that clients know
