@@ -119,10 +119,11 @@ class Adapters:
 def changes(module: nn.Module) -> int:
     """How often a module's weights were changed in place so far; weights of the inference mode do not count it."""
     count, inside = 0, [module]
-    while inside:  # many times faster than `parameters()`
-        part = inside.pop()
-        inside += [child for child in part._modules.values() if child is not None]
-        count += sum(w._version for w in part._parameters.values() if w is not None and not w.is_inference())
+    for part in inside:  # grows meanwhile; many times faster than `parameters()`
+        inside += filter(None, part._modules.values()) if part._modules else ()
+        for weight in part._parameters.values():
+            if weight is not None and not weight.is_inference():
+                count += weight._version
     return count
 
 

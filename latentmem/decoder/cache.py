@@ -43,6 +43,10 @@ def _pair(keys: Tensor, values: Tensor) -> KV:
     return keys, values
 
 
+def _rotated(rotate: Callable[[int, Tensor], Tensor], i: int, keys: Tensor, values: Tensor) -> KV:
+    return rotate(i, keys), values
+
+
 class MemoryCache(Cache):
     """A cache whose layers are `MemoryLayer`s.
 
@@ -115,19 +119,18 @@ class Prefix:
     @property
     def rotated(self) -> list[Tensor]:
         """The keys of each layer at positions 0 .. P-1; made anew each time."""
-        return [self._layer(i)[0] for i in range(len(self.keys))]
+        rotate = self._rotation(self.P)
+        return [rotate(i, keys) for i, keys in enumerate(self.keys)]
 
-    def _layer(self, i: int) -> KV:
-        """Rotated keys, and values, of layer i."""
-        positions = torch.arange(self.P, device=self.keys[i].device)[None]
-        return self.decoder.rotate(i, self.keys[i], positions), self.values[i]
+    def _rotation(self, P: int) -> Callable[[int, Tensor], Tensor]:
+        """Rotates keys of each layer to positions 0 .. P-1."""
+        return self.decoder.rotation(torch.arange(P, device=self.keys[0].device)[None])
 
     @cached_property
     def first(self) -> list[KV]:
         """Rotated keys, and values, of the leading positions of each layer."""
-        at = torch.arange(self.s, device=self.keys[0].device)[None]
-        pairs = zip(self.keys, self.values, strict=True)
-        return [(self.decoder.rotate(i, k[:, :, : self.s], at), v[:, :, : self.s]) for i, (k, v) in enumerate(pairs)]
+        rotate, pairs = self._rotation(self.s), zip(self.keys, self.values, strict=True)
+        return [(rotate(i, keys[:, :, : self.s]), values[:, :, : self.s]) for i, (keys, values) in enumerate(pairs)]
 
     def after(self, kept: Tensor, new: list[KV]) -> Prefix:
         """The prefix of the next memory: slots `kept` [L, m] stay, `new` keys and values come behind; no projection."""
@@ -162,11 +165,11 @@ class Prefix:
 
     def passing(self) -> KVPrefix:
         """`front` for one pass: unless that is kept, each layer's keys are rotated when the layer reads them."""
-        return (
-            self.front
-            if self.keeps_front
-            else KVPrefix(self.P, [partial(self._layer, i) for i in range(len(self.keys))])
-        )
+        if self.keeps_front:
+            return self.front
+        rotate = self._rotation(self.P)
+        pairs = enumerate(zip(self.keys, self.values, strict=True))
+        return KVPrefix(self.P, [partial(_rotated, rotate, i, keys, values) for i, (keys, values) in pairs])
 
     def cache(self, *, store: bool = True) -> Cache:
         """A fresh cache over this prefix: for `generate` if it stores the text, else for one pass."""

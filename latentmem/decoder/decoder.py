@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,10 +102,24 @@ class Decoder:
 
     def rotate(self, i: int, keys: Tensor, positions: Tensor) -> Tensor:
         """Rotate keys of layer i to positions [B or 1, m], as far as the model rotates them."""
-        return self._rotate(i, keys, positions, self._rotated_widths[i]) if self._rotated_widths[i] else keys
+        return self.rotation(positions)(i, keys)
 
-    def _rotate(self, i: int, keys: Tensor, positions: Tensor, r: int) -> Tensor:
-        cos, sin = self._cos_sin(i, keys, positions)
+    def rotation(self, positions: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """`rotate` for many layers at the same positions: the angles of layers of one type are computed once."""
+        known: dict[tuple[Any, ...], KV] = {}
+
+        def rotate(i: int, keys: Tensor) -> Tensor:
+            if not self._rotated_widths[i]:
+                return keys
+            kind = self._layer_type(i), keys.device, keys.dtype
+            if kind not in known:
+                known[kind] = self._cos_sin(i, keys, positions)
+            return self._rotate(i, keys, known[kind], self._rotated_widths[i])
+
+        return rotate
+
+    def _rotate(self, i: int, keys: Tensor, cos_sin: KV, r: int) -> Tensor:
+        cos, sin = cos_sin
         apply = sys.modules[type(self.layers[i].self_attn).__module__].apply_rotary_pos_emb
         turned = apply(keys[:, :0, :, :r], keys[..., :r], cos, sin)[1]  # of no queries
         return turned if r == keys.shape[-1] else torch.cat([turned, keys[..., r:]], dim=-1)
@@ -184,7 +199,8 @@ class Decoder:
         x = torch.randn(1, 3, self.d, generator=generator).to(self.device, self.dtype)
         positions = torch.tensor([[1, 5, 11]], device=self.device)
         try:
-            keys = self._probed(i, x, self._cos_sin(i, x, positions))[0]
+            cos_sin = self._cos_sin(i, x, positions)
+            keys = self._probed(i, x, cos_sin)[0]
             plain, values = self._unrotated(i, x)
             direct = False
             with contextlib.suppress(AttributeError, RuntimeError):
@@ -193,10 +209,10 @@ class Decoder:
             tolerance = 1e-2 * keys.abs().max()
             if (keys - plain).abs().max() <= 1e-3 * tolerance:
                 return 0, direct
-            width = self._cos_sin(i, x, positions)[0].shape[-1]
+            width = cos_sin[0].shape[-1]
             for r in (width, 2 * width):  # most repeat their angles for both halves, some (gpt-oss) do not
                 with contextlib.suppress(RuntimeError):
-                    if (keys - self._rotate(i, plain, positions, r)).abs().max() <= tolerance:
+                    if (keys - self._rotate(i, plain, cos_sin, r)).abs().max() <= tolerance:
                         return r, direct
             reason = "its keys are not rotated in a known way"
         except (AttributeError, TypeError, RuntimeError, ValueError, KeyError) as error:
