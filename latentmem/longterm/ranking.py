@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,9 +64,12 @@ def numbered(births: Tensor, updates: int) -> tuple[Tensor, int]:
     return torch.where(shifted > 0, present.cumsum(0)[shifted] - 1, -1), int(present.sum())
 
 
-def arranged(
-    how: str, orders: Sequence[Tensor] | Tensor, ranks: Sequence[Tensor] | Tensor, sizes: Tensor, R: int
-) -> list[Tensor]:
+def ordered(rows: Tensor) -> Tensor:
+    """Stable order of each row of [L, m]: numpy's sort is many times faster where a row is a few ascending runs."""
+    return torch.from_numpy(np.argsort(rows.numpy(), axis=1, kind="stable"))
+
+
+def arranged(how: str, orders: Tensor, ranks: Tensor, sizes: Tensor, R: int) -> list[Tensor]:
     """In which order each layer reads [retrieved ; its own slots], or which of them.
 
         written      as they were written
@@ -76,8 +78,8 @@ def arranged(
 
     Args:
         how: `Memory.reading_order`.
-        orders: indices that put them as they were written, [m] of each layer.
-        ranks: of the update of each, 0 for the best, [m] of each layer.
+        orders: indices that put them as they were written, [L, m].
+        ranks: of the update of each, 0 for the best, [L, m].
         sizes: slots of the updates, the best first.
     """
     last = 0  # so many updates stand last
@@ -85,15 +87,11 @@ def arranged(
         last = max(1, int((sizes.cumsum(0) <= R).sum()))
     elif how == "best-only":
         last = len(sizes)
-    arranged = []
-    for order, rank in zip(orders, ranks, strict=True):
-        lifted = (last - rank).clamp(min=0)[order]  # 0 of the others, `last` of the best
-        arranged.append(order[lifted.argsort(stable=True)])
-    if how == "best-only" and len(ranks[0]):  # the best update that some layer can take
-        best = min(int(rank.min()) for rank in ranks)
-        most = max(int((rank == best).sum()) for rank in ranks)
-        arranged = [order[-most:] for order in arranged]
-    return arranged
+    lifted = (last - ranks).clamp(min=0).gather(1, orders)  # 0 of the others, `last` of the best
+    arranged = orders.gather(1, ordered(lifted))
+    if how == "best-only" and ranks.shape[1]:  # the best update that some layer can take
+        arranged = arranged[:, -int((ranks == ranks.min()).sum(1).max()) :]
+    return list(arranged)
 
 
 def slots_of_best(rank: Tensor, updates: Tensor, orders: Tensor, R: int) -> Tensor:

@@ -33,7 +33,7 @@ from latentmem.decoder.decoder import Decoder
 from latentmem.decoder.hooks import layers_seen
 from latentmem.longterm.blocks import Block, BlockRange
 from latentmem.longterm.longterm import LongTerm
-from latentmem.longterm.ranking import NEVER, arranged, best_slots, marks, numbered, slots_of_best
+from latentmem.longterm.ranking import NEVER, arranged, best_slots, marks, numbered, ordered, slots_of_best
 
 SHARE = 10  # one layer of so many is searched by update, from the second on: the first sees words, not what they mean
 NEAR = 10_000  # likenesses are told apart up to one part in so many
@@ -168,10 +168,11 @@ class Retriever:
                 retriever all count, as it was trained.
         """
         if memory.settings.by_update:
-            return self._by_number(memory, self._states(prefix, ids), asking)
+            (hidden,) = self._states(prefix, ids, [self.layer_sketched])
+            return self._by_number(memory, hidden[asking])
         archive = longterm.searched(memory)
         if archive.settings.group == "update":
-            return self._by_update(memory, archive, self._states(prefix, ids), asking)
+            return self._by_update(memory, archive, self._states(prefix, ids, self.layers_searched), asking)
         return self._by_slot(memory, archive, prefix, ids, asking)
 
     def _by_slot(self, memory: Memory, archive: LongTerm, prefix: Prefix, ids: Tensor, asking: Tensor) -> Retrieval:
@@ -184,8 +185,8 @@ class Retriever:
             retrieval.places.append(best_slots(fits, archive.occupied[i], archive.orders[i], archive.most))
             return hidden
 
-        taken = self.taken(memory, retrieval)
-        layers = [partial(self.layer, prefix, taken, retrieval, i) for i in range(self.decoder.L)]
+        layer = self.layers(memory, prefix, retrieval)
+        layers = [partial(layer, i) for i in range(self.decoder.L)]
         self._pass(KVPrefix(prefix.P + archive.most, layers), ids, take)
         return retrieval
 
@@ -210,14 +211,18 @@ class Retriever:
             orders.append(archive.reading_order(memory, i, places[i]))
         seen = numbers[self.layers_searched[0]]
         sizes = seen[seen >= 0].bincount(minlength=U)[best_first]
-        return Retrieval(places, arranged(memory.reading_order, orders, ranks, sizes, archive.settings.R))
+        arrangement = arranged(memory.reading_order, torch.stack(orders), torch.stack(ranks), sizes, archive.settings.R)
+        return Retrieval(places, arrangement)
 
-    def _by_number(self, memory: Memory, states: Sequence[Tensor], asking: Tensor) -> Retrieval:
-        """`_by_update` for coded updates: found by their sketches, in one layer; a slot is a number."""
+    def _by_number(self, memory: Memory, hidden: Tensor) -> Retrieval:
+        """`_by_update` for coded updates: found by their sketches, in one layer; a slot is a number.
+
+        Args:
+            hidden: of the tokens that ask, at the input of the layer that is sketched, [n, d].
+        """
         archive, written = longterm.searched_updates(memory), list(memory.written.values())
         births = torch.tensor(list(memory.written), dtype=torch.long)
         sizes = torch.tensor([len(one) for one in written], dtype=torch.long)
-        hidden = states[self.layers_searched.index(self.layer_sketched)][asking]
         asked = directions(self.decoder.normed(self.layer_sketched, hidden))
         fits = (codec_of(memory.coder).likeness(asked, written) * NEAR).round() / NEAR
         mark = marks(fits, torch.arange(len(written)).repeat_interleave(sizes), len(written))
@@ -225,8 +230,7 @@ class Retriever:
         places = archive.best(memory, births[best_first].tolist())
         both = torch.cat([places, memory.slots[:, :, 0]], dim=1)
         ranks = best_first.argsort()[torch.searchsorted(births, both >> 32)]
-        orders = both.argsort(dim=1, stable=True)
-        arrangement = arranged(memory.reading_order, orders, ranks, sizes[best_first], archive.settings.R)
+        arrangement = arranged(memory.reading_order, ordered(both), ranks, sizes[best_first], archive.settings.R)
         return Retrieval(list(places), arrangement)
 
     def _marks(self, memory: Memory, archive: LongTerm, asked: list[Tensor], numbers: Tensor, U: int) -> Tensor:
@@ -242,14 +246,14 @@ class Retriever:
             layers += held
         return (total / layers).where(layers > 0, NEVER)
 
-    def _states(self, prefix: Prefix, ids: Tensor) -> list[Tensor]:
-        """Hidden states of tokens [n] at the input of the searched layers, behind the first position alone."""
+    def _states(self, prefix: Prefix, ids: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Hidden states of tokens [n] at the input of layers, ascending, behind the first position alone."""
         states: list[Tensor] = []
 
         def collect(i: int, hidden: Tensor) -> Tensor:
-            if i in self.layers_searched:
+            if i in layers:
                 states.append(hidden[0])
-            if i == self.layers_searched[-1]:
+            if i == layers[-1]:
                 raise _LastSearched
             return hidden
 
@@ -265,17 +269,31 @@ class Retriever:
             except _LastSearched:
                 return
 
-    def taken(self, memory: Memory, retrieval: Retrieval) -> Callable[[int], KV]:
+    def layers(self, memory: Memory, prefix: Prefix, retrieval: Retrieval) -> Callable[[int], KV]:
+        """Gives rotated keys, and values, of each layer: [first ; retrieved and slots]."""
+        taken, s, P = self._taken(memory, retrieval), prefix.s, prefix.s + retrieval.length
+        rotate = self.decoder.rotation(torch.arange(P, device=self.decoder.device)[None])
+
+        @torch.no_grad()
+        def layer(i: int) -> KV:
+            R, order, own = retrieval.R, retrieval.order[i], (prefix.keys[i], prefix.values[i])  # [first ; slots]
+            whole = [torch.cat(both, dim=2) for both in zip(taken(i), own, strict=True)] if R else own
+            keys, values = _picked(whole, torch.cat([torch.arange(R, R + s), order + s * (order >= R)]))
+            return rotate(i, keys), values
+
+        return layer
+
+    def _taken(self, memory: Memory, retrieval: Retrieval) -> Callable[[int], KV]:
         """Gives unrotated keys, and values, of what each layer has retrieved."""
         if not memory.settings.by_update:
             archive = longterm.searched(memory)
             return lambda i: self.decoder.project(i, self.slots(archive, i, retrieval.places[i]))
-        all_layers: list[KV] = []
+        rest: dict[int, KV] = {}  # decoded for all layers at once; each asks once
 
         def layer(i: int) -> KV:
-            if not all_layers:
-                all_layers.extend(self.decoding.kv(memory, torch.stack(retrieval.places)))
-            return all_layers[i]
+            if i not in rest:
+                rest.update(enumerate(self.decoding.kv(memory, torch.stack(retrieval.places))))
+            return rest.pop(i)
 
         return layer
 
@@ -289,23 +307,6 @@ class Retriever:
             parts.append(archive.slots(one, i, mine, like))
             start += len(one)
         return torch.cat(parts)[order.argsort().to(like.device)]
-
-    @torch.no_grad()
-    def layer(self, prefix: Prefix, taken: Callable[[int], KV], retrieval: Retrieval, i: int) -> KV:
-        """Rotated keys, and values, of layer i: [first ; retrieved and slots].
-
-        Args:
-            taken: gives unrotated keys, and values, of what a layer has retrieved.
-        """
-        own, s = [old[i][:, :, prefix.s :] for old in (prefix.keys, prefix.values)], prefix.s
-        if retrieval.R:
-            own = [torch.cat(both, dim=2) for both in zip(taken(i), own, strict=True)]
-        order = retrieval.order[i].to(own[0].device)
-        keys, values = (part.index_select(2, order) for part in own)
-        positions = torch.arange(s, s + len(order), device=keys.device)[None]
-        first_keys, first_values = prefix.first[i]
-        keys = torch.cat([first_keys, self.decoder.rotate(i, keys, positions)], dim=2)
-        return keys, torch.cat([first_values, values], dim=2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,13 +335,13 @@ class RetrievedPrefix(KVPrefix):
     ) -> RetrievedPrefix:
         computed: dict[int, KV] = {}
         now = Retrieval(list(retrieval.places), list(retrieval.order))
-        taken = [retriever.taken(memory, now)]
+        maker: list[Callable[[int], KV]] = []
 
         def layer(i: int) -> KV:
             if not computed:
-                taken[0] = retriever.taken(memory, now)
+                maker[:] = [retriever.layers(memory, prefix, now)]
             if i not in computed:
-                computed[i] = retriever.layer(prefix, taken[0], now, i)
+                computed[i] = maker[0](i)
             return computed[i]
 
         layers = [partial(layer, i) for i in range(memory.L)]
@@ -364,3 +365,10 @@ class RetrievedPrefix(KVPrefix):
         self.retrieval.places[:], self.retrieval.order[:] = retrieval.places, retrieval.order
         self.computed.clear()
         return True
+
+
+def _picked(whole: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+    """Positions by index [m] of keys and values, [1, heads, n, head width], picked as rows: that is faster."""
+    _, heads, n, _ = whole[0].shape
+    rows = (torch.arange(0, heads * n, n)[:, None] + index).flatten().to(whole[0].device)
+    return [part.reshape(heads * n, -1).index_select(0, rows).view(1, heads, -1, part.shape[3]) for part in whole]

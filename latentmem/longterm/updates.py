@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latentmem.core.memory import Memory, Update
 from latentmem.core.settings import LongTermSettings
-from latentmem.written import Written, numbered
+from latentmem.written import Written
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,18 +102,21 @@ class UpdateArchive:
         Args:
             best_first: numbers of the memory's updates.
         """
-        own = memory.slots[:, :, 0]
-        candidates, count = [own.new_zeros(0)], 0
+        starts, count = torch.full((memory.updates + 2,), -1), 0  # where each update begins among the candidates
+        candidates = [torch.zeros(0, dtype=torch.long)]
         for n in best_first:
             if count >= self.most + memory.M:  # enough, even if all that stand were among them
                 break
             if n >= self.first:
-                places = torch.arange(len(memory.written[n]))
-                candidates.append(numbered(torch.full_like(places, n), places)[:, 0])
-                count += len(places)
-        every = torch.cat(candidates)
-        archived = [every[~torch.isin(every, layer)][: self.most].sort().values for layer in own]
-        return torch.stack(archived) if archived else own[:, :0]
+                starts[n] = count
+                candidates.append((n << 32) + torch.arange(len(memory.written[n])))
+                count += len(candidates[-1])
+        own = memory.slots[:, :, 0]
+        first = starts[own >> 32]
+        archived = torch.ones(memory.L, count + 1, dtype=torch.bool)
+        archived.scatter_(1, torch.where(first < 0, count, first + (own & 0xFFFFFFFF)), False)
+        taken = archived[:, :count] & (archived[:, :count].cumsum(1) <= self.most)
+        return torch.cat(candidates).expand(memory.L, -1)[taken].view(memory.L, self.most).sort(dim=1).values
 
 
 def sources_of(memory: Memory, numbers: Tensor) -> Tensor:

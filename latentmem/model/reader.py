@@ -124,7 +124,8 @@ class Reader(Backbone):
         """A memory that holds something, with the long-term slots that tokens `asked` [n] have chosen."""
         if chosen is None:
             return self.plain_front(memory)
-        return RetrievedPrefix.of(self.retriever, memory, self.prefix(memory), chosen, asked)
+        prefix = self.prefixes.get(memory) or self.prefix(memory)  # the search has looked whether weights changed
+        return RetrievedPrefix.of(self.retriever, memory, prefix, chosen, asked)
 
     def retrieve(self, memory: Memory, tokens: Tensor) -> Retrieval | None:
         """What tokens [n] take of the long-term memory; None: there is nothing to take."""

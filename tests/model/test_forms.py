@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from latentmem import longterm
 from latentmem.coding import codec
 from latentmem.core import sources
 from latentmem.core.memory import Memory
@@ -132,6 +133,42 @@ def test_streams_and_conversations_are_those_of_an_answer(llm, form, order, long
         anew._cache, anew._read = None, []
         assert kept.say("What?", max_new_tokens=4) == anew.say("What?", max_new_tokens=4)
     assert kept.close().tokens > memory.tokens
+
+
+@pytest.mark.parametrize("order", ["written", "best-last", "best-only"])
+@pytest.mark.parametrize("kept", ["exact", *FORMS])
+@torch.no_grad()
+def test_a_question_reads_what_a_slow_twin_puts_together(llm, kept, order):
+    memory = written(llm, kept, order=order, longterm=8, count=8)
+    front, prefix = llm.front(memory, ASKED), llm.prefix(memory)
+    archive, decoder, reads = longterm.of(memory), llm.decoder, front.retrieval
+    assert memory.R == 8 and (order == "best-only" or front.P == 1 + 8 + memory.M)
+    for i, (places, at) in enumerate(zip(reads.places, reads.order, strict=True)):
+        if kept == "exact":
+            taken = decoder.project(i, llm.retriever.slots(archive, i, places))
+        else:
+            taken = [
+                torch.cat(side, 2) for side in zip(*(_decoded(llm, memory, int(n), i) for n in places), strict=True)
+            ]
+        slots = [torch.cat([t, own[:, :, 1:]], 2)[:, :, at] for t, own in zip(taken, _sides(prefix, i), strict=True)]
+        keys, values = (torch.cat([own[:, :, :1], part], 2) for part, own in zip(slots, _sides(prefix, i), strict=True))
+        rotated = decoder.rotate(i, keys, torch.arange(front.P)[None])
+        mine = front.layers[i]()
+        assert torch.equal(mine[1], values) and (mine[0] - rotated).abs().max() < 1e-5 * rotated.abs().max()
+
+
+def _sides(prefix, i):
+    return prefix.keys[i], prefix.values[i]
+
+
+def _decoded(llm, memory, number, i):
+    """Keys and values of one slot in one layer, its update decoded by itself."""
+    one, place = memory.written[number >> 32], number & 0xFFFFFFFF
+    if i == 0:
+        kv = llm.decoder.project(0, first_inputs(llm.decoder, one.tensors["ids"].long()))
+    else:
+        kv = codec.codec_of(memory.coder).decode([one], llm.retriever.decoding.like)[i]
+    return [side[:, :, place : place + 1] for side in kv]
 
 
 def test_an_empty_memory_and_one_of_which_all_was_forgotten_are_the_plain_model(llm, form):
