@@ -191,11 +191,12 @@ class Coder:
         decoded = list(like)
         parts = whole.split([len(group.scale) for group in self.groups], 1)
         for group, z in zip(self.groups, parts, strict=True):
-            rows = group.keys_values(z, self.step, like[group.layers[0]][0].dtype)
+            first = like[group.layers[0]][0]
+            rows = group.keys_values(z, self.step, first.dtype).to(first.device, first.dtype)
             for i, row in zip(group.layers, rows.chunk(len(group.layers), 1), strict=True):
                 keys, values = like[i]
-                both = row.split([_width(keys), _width(values)], 1)
-                decoded[i] = (_headed(both[0], keys), _headed(both[1], values))
+                both = row.split([width(keys), width(values)], 1)
+                decoded[i] = (headed(both[0], keys), headed(both[1], values))
         return decoded
 
     def _numbers(self, symbols: NDArray[np.uint8], code: Code) -> NDArray[np.int32]:
@@ -291,16 +292,21 @@ def _group(tensors: Mapping[str, Tensor], g: int, layers: Sequence[int]) -> Grou
 
 def _rows(group: Group, kv: Sequence[KV]) -> Tensor:
     """Keys and values of a group's layers, [k, D] float32."""
-    parts = [part[0].transpose(0, 1).flatten(1) for i in group.layers for part in kv[i]]
-    return torch.cat(parts, 1).float().cpu()
+    return torch.cat([rowed(part) for i in group.layers for part in kv[i]], 1).float().cpu()
 
 
-def _headed(rows: Tensor, like: Tensor) -> Tensor:
+def rowed(side: Tensor) -> Tensor:
+    """[1, heads, k, head width] as [k, heads * head width]."""
+    return side[0].transpose(0, 1).flatten(1)
+
+
+def headed(rows: Tensor, like: Tensor) -> Tensor:
     """[k, heads * head width] as [1, heads, k, head width]."""
     return rows.unflatten(1, (like.shape[1], like.shape[3])).transpose(0, 1)[None].to(like.device, like.dtype)
 
 
-def _width(like: Tensor) -> int:
+def width(like: Tensor) -> int:
+    """Keys or values of one token: heads * head width."""
     return like.shape[1] * like.shape[3]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from latentmem.coding.codec import codec_of
+from latentmem.coding.coder import headed, rowed, width
 from latentmem.core.memory import Memory
 from latentmem.decoder.attention import KV
 from latentmem.decoder.decoder import Decoder
@@ -33,7 +34,7 @@ class Decoding:
 
     def __init__(self, decoder: Decoder, limit: int = LIMIT) -> None:
         self.decoder, self.limit = decoder, limit
-        self._kept: weakref.WeakKeyDictionary[Written, list[KV]] = weakref.WeakKeyDictionary()
+        self._kept: weakref.WeakKeyDictionary[Written, Tensor] = weakref.WeakKeyDictionary()
         self._like: list[KV] = []
         self._lock = threading.Lock()
 
@@ -48,7 +49,7 @@ class Decoding:
         """Unrotated keys, and values, of slots by number; to be called under the adapter that reads.
 
         Args:
-            numbers: as `Memory.slots`, [L, m].
+            numbers: as `Memory.slots`, [L, m], ascending in each layer.
 
         Returns:
             [1, heads, m, head width] each, of each layer.
@@ -57,18 +58,26 @@ class Decoding:
             DamagedError: an update was altered, or is not there.
             OtherModelError: its coder is not known.
         """
-        births, places = numbers >> 32, numbers & 0xFFFFFFFF
-        needed = [int(n) for n in births.unique()]
+        needed = (numbers >> 32).unique().tolist()
+        if not needed:
+            return self.like
         if missing := set(needed) - set(memory.written):
             raise DamagedError(f"the memory does not hold its update {min(missing)}. Restore the memory from a copy.")
-        parts = self.updates(memory, [memory.written[n] for n in needed])
-        starts = torch.tensor([0, *(len(memory.written[n]) for n in needed)]).cumsum(0)
-        at = starts[torch.searchsorted(torch.tensor(needed, dtype=torch.long), births)] + places if needed else births
-        whole = [_joined([part[i] for part in parts]) if parts else self.like[i] for i in range(self.decoder.L)]
-        return [_picked(pair, index) for pair, index in zip(whole, at, strict=True)]
+        rows = self.updates(memory, [memory.written[n] for n in needed])
+        widths = [width(keys) + width(values) for keys, values in self.like]
+        counts = torch.stack([(numbers >> 32 == n).sum(1) for n in needed], dim=1).tolist()
+        places = (numbers & 0xFFFFFFFF).to(self.decoder.device)
+        of_layers = zip(*(row.split(widths, 1) for row in rows), strict=True)
+        layers = []
+        for i, (parts, like) in enumerate(zip(of_layers, self.like, strict=True)):
+            pairs = zip(parts, places[i].split(counts[i]), strict=True)
+            both = torch.cat([part.index_select(0, index) for part, index in pairs])
+            sides = both.split(list(map(width, like)), 1)
+            layers.append((headed(sides[0], like[0]), headed(sides[1], like[1])))
+        return layers
 
-    def updates(self, memory: Memory, written: Sequence[Written]) -> list[list[KV]]:
-        """Keys and values of whole updates, of each layer."""
+    def updates(self, memory: Memory, written: Sequence[Written]) -> list[Tensor]:
+        """Keys and values of whole updates, of all layers side by side, [k, width]."""
         with self._lock:
             decoded = {one: self._kept[one] for one in written if one in self._kept}
         missing = [one for one in written if one not in decoded]
@@ -79,7 +88,7 @@ class Decoding:
                 self._keep(one, decoded[one])
         return [decoded[one] for one in written]
 
-    def _decoded(self, memory: Memory, written: Sequence[Written]) -> list[list[KV]]:
+    def _decoded(self, memory: Memory, written: Sequence[Written]) -> list[Tensor]:
         kv = codec_of(memory.coder).decode(written, self.like)
         ids = torch.cat([one.tensors["ids"] for one in written]).long()
         if int(ids.max()) >= self.decoder.vocabulary:
@@ -87,24 +96,24 @@ class Decoding:
                 f"an update is damaged: the model has no token {int(ids.max())}. Restore it from a copy."
             )
         kv[0] = self.decoder.project(0, first_inputs(self.decoder, ids.to(self.decoder.device)))
-        sizes = [len(one) for one in written]
-        cut = [(keys.split(sizes, 2), values.split(sizes, 2)) for keys, values in kv]
-        return [[(keys[n], values[n]) for keys, values in cut] for n in range(len(written))]
+        cut = zip(*(rowed(side).split([len(one) for one in written]) for pair in kv for side in pair), strict=True)
+        return [torch.cat(parts, 1) for parts in cut]
 
-    def _keep(self, one: Written, kv: list[KV]) -> None:
+    def _keep(self, one: Written, rows: Tensor) -> None:
         """Keep an update as the one that was used last; beyond the limit those go that were used longest ago."""
         known = self._kept.pop(one, None)  # a dictionary orders its keys by when they came
-        self._kept[one] = known or [(keys.clone(), values.clone()) for keys, values in kv]
+        self._kept[one] = rows if known is None else known
         surplus = self.nbytes - self.limit
-        for oldest in list(self._kept)[:-1]:
+        for oldest, dropped in list(self._kept.items())[:-1]:
             if surplus <= 0:
                 return
-            surplus -= _size(self._kept.pop(oldest, []))
+            self._kept.pop(oldest, None)
+            surplus -= dropped.nbytes
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values that are kept."""
-        return sum(map(_size, list(self._kept.values())))
+        return sum(rows.nbytes for rows in list(self._kept.values()))
 
     @property
     def like(self) -> list[KV]:
@@ -123,16 +132,3 @@ def ids_of(memory: Memory, numbers: Tensor) -> Tensor:
     starts = torch.tensor([0, *map(len, memory.written.values())]).cumsum(0)
     ids = torch.cat([one.tensors["ids"] for one in memory.written.values()]).long()
     return ids[starts[torch.searchsorted(births, numbers >> 32)] + (numbers & 0xFFFFFFFF)]
-
-
-def _joined(pairs: Sequence[KV]) -> KV:
-    return torch.cat([keys for keys, _ in pairs], 2), torch.cat([values for _, values in pairs], 2)
-
-
-def _picked(pair: KV, index: Tensor) -> KV:
-    index = index.to(pair[0].device)
-    return pair[0].index_select(2, index), pair[1].index_select(2, index)
-
-
-def _size(kv: Sequence[KV]) -> int:
-    return sum(keys.nbytes + values.nbytes for keys, values in kv)
