@@ -274,11 +274,7 @@ class Journal:
         return self._all(sql, *(names or ()))
 
     def add(self, name: str, first: Row) -> Row:
-        """A new memory with its first version.
-
-        Raises:
-            ValueError: the name is taken.
-        """
+        """A new memory with its first version; a NameTakenError if the name is taken."""
         with self.transaction():
             if self.find(name) is not None:
                 raise NameTakenError(f"there is a memory {name!r} already; choose another name, or delete it.")
@@ -381,11 +377,7 @@ class Journal:
         return self._one(sql, row.id, most)[0]
 
     def version(self, name: str, seq: int | None = None) -> Row:
-        """A version of a memory, by default the newest.
-
-        Raises:
-            NotFoundError: no such memory or version.
-        """
+        """A version of a memory, by default the newest; a NotFoundError if there is no such memory or version."""
         memory = self.id(name)
         if seq is None:
             return self.head(memory)
