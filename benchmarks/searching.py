@@ -3,9 +3,9 @@
     python benchmarks/searching.py --stored 1000 10000 100000
 
 Beside it the first token behind a memory that searches nothing and shows an answer as many slots, N + R, its keys and
-values in RAM as those of the searched memory. *new* is a question about other updates each time, *again* one whose
-updates are still decoded. A text of 4,000 tokens is written; more tokens are copies of its updates, since what they say
-does not matter here.
+values in RAM as those of the searched memory. *new* is a question about other updates each time, *again* the same
+question once more, whose updates are still decoded. A text of 4,000 tokens is written; more tokens are copies of its
+updates, since what they say does not matter here.
 """
 
 import argparse
@@ -71,24 +71,26 @@ def main() -> None:
     print("| tokens stored | plain | searched, new | ratio | searched, again | ratio | of it the search |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for tokens in options.stored:
-        now, turn = with_stored(memory, tokens), iter(range(10_000))
+        now, turn = with_stored(memory, tokens), 0
         llm.prefix(now)
 
         def new() -> None:
+            nonlocal turn
+            turn += 1
             llm.retriever.decoding.clear()
-            first_token(llm, now, asked[next(turn) % len(asked)])  # noqa: B023
+            first_token(llm, now, asked[turn % len(asked)])  # noqa: B023
 
         def search() -> None:
             ids = torch.tensor(llm.prompts_or_raise().question(asked[0], bare=True))
             with llm.using(READ):
                 llm.retriever.retrieve(now, llm.prefix(now), ids, llm.question_mask(ids))  # noqa: B023
 
-        ways = (lambda: first_token(llm, plain, asked[0]), new, lambda: first_token(llm, now, asked[0]), search)  # noqa: B023
-        base, fresh, again, alone = timed(options.runs, *ways)
+        def again() -> None:
+            first_token(llm, now, asked[turn % len(asked)])  # noqa: B023
+
+        base, fresh, more, alone = timed(options.runs, lambda: first_token(llm, plain, asked[0]), new, again, search)
         stored = sum(map(len, now.written.values()))
-        cells = (
-            f"{base:.3f} s | {fresh:.3f} s | {fresh / base:.2f} | {again:.3f} s | {again / base:.2f} | {alone:.3f} s"
-        )
+        cells = f"{base:.3f} s | {fresh:.3f} s | {fresh / base:.2f} | {more:.3f} s | {more / base:.2f} | {alone:.3f} s"
         print(f"| {stored:,} | {cells} |", flush=True)
 
 
