@@ -7,7 +7,7 @@ what they wrote, and a snapshot refers to these objects and to their coder. An o
 names it, so whatever a crash leaves behind, every row can be read.
 
     store.py     the public face            locks.py     who may change what at one moment
-    writing.py   acknowledge, compute       journal.py   the database
+    writing.py   acknowledge, compute       journal.py   the database, with the tables of tables.py
     replay.py    forget and rebuild         objects.py   tensors by the hash of their bytes
     states.py    the memory at a version    delta.py     updates as a file, and one after another
     pruning.py   which old versions go      sweeping.py  objects that no version refers to
