@@ -74,7 +74,7 @@ def ask(
     memory: Name = "default",
     version: Version = None,
     sources: Annotated[
-        bool, typer.Option("--sources", help="Print which sources the answer drew on, and what is left of each.")
+        bool, typer.Option("--sources", help="Print which sources and sentences the answer drew on.")
     ] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Answer without the memory, too.")] = False,
     max_new_tokens: NewTokens = 128,
@@ -92,7 +92,7 @@ def ask(
         typer.echo("without memory: ", nl=False)
         _print_answer(llm.stream(llm.blank(), question, max_new_tokens=max_new_tokens))
     if sources and answer:
-        printing.show_drawn_on(llm.sources_of(now, question, answer), store.stats(memory, version=version))
+        printing.show_drawn_on(llm.drawn_on(now, question, answer), store.stats(memory, version=version))
 
 
 @app.command(rich_help_panel=PANEL)

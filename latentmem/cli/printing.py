@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from latentmem.core.memory import Memory
     from latentmem.longterm import Archive
     from latentmem.model.model import MemoryModel
+    from latentmem.model.provenance import DrawnOn
     from latentmem.model.writing import Progress
     from latentmem.store import Overview, SourceStats
 
@@ -212,20 +213,23 @@ def show_layers(memory: Memory) -> None:
         show(lines)
 
 
-def show_drawn_on(shares: dict[str, float], stats: list[SourceStats]) -> None:
-    """Which sources an answer drew on, the largest share first."""
-    if not shares:
+def show_drawn_on(drawn: DrawnOn, stats: list[SourceStats]) -> None:
+    """Which sources an answer drew on, the largest share first, and sentences of them."""
+    if not drawn.sources:
         typer.echo("(the memory is empty)")
         return
     known = {source.source: source for source in stats}
     longterm = any(source.stored for source in stats)
     columns = ("share", "left", *(["long-term"] if longterm else []), *_ahead(stats))
     lines = table("drew on", *columns, right=columns)
-    for name, share in sorted(shares.items(), key=lambda item: -item[1]):
+    for name, share in sorted(drawn.sources.items(), key=lambda item: -item[1]):
         numbers = _shares(known[name], longterm) if name in known else []
         lines.add_row(text(name or "(older)"), f"{share:.0%}", *numbers)
     show(lines)
-    typer.echo("(share: of the attention to the memory, over all layers and tokens of the answer;")
+    for passage in drawn.passages:
+        quoted = f'"{passage.text}"' if passage.text else "(the memory holds no longer all that was written here)"
+        typer.echo(f"{passage.source or '(older)'}: {quoted}")
+    typer.echo("(share: of what was attended to more than a neutral question does; a hint, no proof;")
     typer.echo(" left: now, and as expected after so many more updates)")
 
 

@@ -81,3 +81,9 @@ def sources_of(memory: Memory, places: Tensor) -> Tensor:
     """The source of archived slots that a question takes, [L, R] indices into the memory's sources."""
     archive = of(memory)
     return archive.origins.gather(1, places) if isinstance(archive, LongTerm) else updates.sources_of(memory, places)
+
+
+def births_of(memory: Memory, places: Tensor) -> Tensor:
+    """The update that wrote archived slots that a question takes, [L, R] int32."""
+    archive = of(memory)
+    return archive.births.gather(1, places) if isinstance(archive, LongTerm) else (places >> 32).int()

@@ -125,6 +125,8 @@ class Backbone:
         self.prompts = Prompts(tokenizer, style) if tokenizer is not None else None
         self.tokenizer_identity = self.prompts.identity if self.prompts else ""
         self.prefixes = Prefixes()
+        self.usual_shares: weakref.WeakKeyDictionary[Prefix, list[tuple[Retrieval | None, Tensor]]]
+        self.usual_shares = weakref.WeakKeyDictionary()  # of attention, by what is read; see `Tracer.drawn_on`
         self._first_token = first_token
         self._first: Tensor | None = None
         self._stamp = self._state()

@@ -17,7 +17,7 @@ from latentmem.model.backbone import Ids
 from latentmem.model.context import Context
 from latentmem.model.generating import Options
 from latentmem.model.prompts import Message
-from latentmem.model.reader import Reader
+from latentmem.model.provenance import Tracer
 from latentmem.model.writing import Progress, Updates
 
 Texts = str | Sequence[str]
@@ -26,7 +26,7 @@ AnyMemory = TypeVar("AnyMemory", Memory, list[Memory], Sequence[Memory])  # one 
 AnyText = TypeVar("AnyText", str, list[str], Sequence[str])
 
 
-class MemoryModel(Reader):
+class MemoryModel(Tracer):
     """A transformers decoder that reads and writes memories; made by `latentmem.load`.
 
     The model is fixed and holds no memory: memories are values that go in and come out. What is derived from a memory

@@ -1,4 +1,4 @@
-"""What is read behind memories and texts: contexts of many rows, probabilities, and where an answer came from."""
+"""What is read behind memories and texts: contexts of many rows, and probabilities."""
 
 from __future__ import annotations
 
@@ -8,20 +8,15 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache
 
-from latentmem import longterm
-from latentmem.coding.decoding import ids_of
 from latentmem.core.memory import Memory
 from latentmem.decoder.adapters import READ
-from latentmem.decoder.attention import watching
 from latentmem.decoder.cache import KVPrefix, MemoryCache, attention_mask, memory_cache
 from latentmem.longterm.search import Retrieval, RetrievedPrefix
 from latentmem.model.backbone import Backbone, Ids
 from latentmem.model.context import Context, placed
-from latentmem.model.prompts import Message
 
 
 @dataclass(frozen=True)
@@ -240,80 +235,3 @@ class Reader(Backbone):
             likeliest = answer.argmax(-1)
             scores.append(Score(logprobs, likeliest == target, likeliest))
         return scores
-
-    # --- where an answer came from ----------------------------------------------------------------------------------
-
-    def attended(self, memory: Memory, ids: Ids, answer: Ids) -> Tensor:
-        """Which slots an answer was drawn from: the share of attention that each gets while the answer is said.
-
-        Args:
-            ids: what was asked.
-            answer: what was said.
-
-        Returns:
-            [L, R + M] float32 on the CPU, the R long-term slots first that the question takes; the mean over heads and
-            over the answer's tokens. What is missing to 1 in a layer went to the first position and to the text itself.
-
-        Raises:
-            ValueError: no ids, a memory of another model, or an attention that shows no weights.
-        """
-        return self._attended(memory, ids, answer)[0]
-
-    @torch.no_grad()
-    def _attended(self, memory: Memory, ids: Ids, answer: Ids) -> tuple[Tensor, Retrieval | None]:
-        """`attended`, and the long-term slots that `ids` have chosen."""
-        asked, said = self.ids(ids), self.ids(answer)
-        chosen = self.retrieve(memory, asked)
-        with watching(self.base) as layers:
-            self._logits(memory, torch.cat([asked, said]), chosen)
-        if len(layers) != self.decoder.L:
-            raise ValueError(f"the attention of {self.name} gave weights in {len(layers)} of {self.decoder.L} layers.")
-        start = self.first.shape[1]
-        P = start + (chosen.length if chosen else memory.M)
-        mass = torch.stack([layer[-len(said) - 1 : -1, start:P].mean(0) for layer in layers]).cpu()
-        if chosen is None:
-            return mass, None
-        return torch.zeros(memory.L, memory.R + memory.M).scatter(1, torch.stack(chosen.order), mass), chosen
-
-    def sources_of(self, memory: Memory, question: str | list[Message], answer: str) -> dict[str, float]:
-        """Which sources an answer drew on: the share of the attention to the memory that went to each.
-
-        Args:
-            question: as `ask` puts it; or the messages of a chat, of which the last was answered.
-            answer: what was said.
-
-        Returns:
-            Name of each source -> share, the mean over layers; "" is what is older than the memory. They add up to 1,
-            and an empty memory has none.
-
-        Raises:
-            ValueError: as `attended`.
-        """
-        if memory.is_empty:
-            return {}
-        prompts = self.prompts_or_raise()
-        if isinstance(question, str):
-            asked, said = prompts.question(question, bare=True), prompts.answer(question, answer)
-        else:
-            asked, said = prompts.chat(question, bare=True), prompts.text(answer if prompts.chats else f" {answer}")
-        mass, chosen = self._attended(memory, asked, said)
-        mass = mass / mass.sum(1, keepdim=True)
-        origins = memory.origins
-        if memory.longterm is not None and chosen:
-            origins = torch.cat([longterm.sources_of(memory, torch.stack(chosen.places)), origins], dim=1)
-        names = {i: source.name for i, source in enumerate(memory.sources)}
-        older = {-1: ""} if (origins < 0).any() else {}
-        return {name: (mass * (origins == i)).sum(1).mean().item() for i, name in {**older, **names}.items()}
-
-    @torch.no_grad()
-    def text_of(self, memory: Memory) -> Tensor:
-        """The tokens that layer 0 still holds, [M] ids, oldest first; -1 for a slot that is no embedding.
-
-        A slot of layer 0 in the preset "exact" is the embedding of its token, or its id: a memory gives its text away.
-        """
-        self.check(memory)
-        if memory.settings.by_update:
-            return ids_of(memory, memory.slots[0, :, 0])
-        table = normalize(self.base.get_input_embeddings().weight.float(), dim=1)
-        nearest = [(part @ table.T).max(dim=1) for part in normalize(memory.slots[0].to(table), dim=1).split(256)]
-        return torch.cat([ids.where(likeness > 0.99, -1) for likeness, ids in nearest])

@@ -306,6 +306,7 @@ def test_ask_says_what_an_answer_drew_on(run):
     assert code == 0 and out.startswith(bare)
     shares = re.findall(r"^(text|standard input) +(\d+)% +100% +100% +\d+% +\d+% *$", out[len(bare) :], re.M)
     assert {name for name, _ in shares} == {"text", "standard input"} and 98 < sum(int(n) for _, n in shares) < 102
+    assert re.search('^(text|standard input): "the (door is blue|gate is red)"$', out, re.M)
     _, old, _ = run("ask", "which colour?", "-m", "work", "--max-new-tokens", 8, "--version", 1, "--sources")
     assert "standard input" not in old and "100%" in old
 

@@ -178,6 +178,7 @@ def test_from_nothing_to_an_answer_and_its_source(trained, opened, tmp_path):
         shares = page.locator(".shares li")
         shares.first.wait_for()
         assert "secret" in shares.first.inner_text()
+        assert "4711" in page.locator(".passage p").first.inner_text()
         before = picture(page)
         shares.first.hover()
         wait(lambda: picture(page) != before)  # the others are dimmed

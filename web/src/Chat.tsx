@@ -197,6 +197,7 @@ function Said(props: {
 }) {
   const { answer } = props;
   const [shares, setShares] = useState<[string, number][] | null>(null);
+  const [passages, setPassages] = useState<api.Passage[]>([]);
   const [open, setOpen] = useState(false);
   const [error, setError] = useState("");
   const ended = answer.state === "done" || answer.state === "stopped";
@@ -207,7 +208,8 @@ function Said(props: {
     if (open || shares) return;
     try {
       const asked = answer.asked ?? [{ role: "user", content: props.question }];
-      const { sources } = await api.drawn(props.id, asked, answer.text.trim(), answer.version ?? null);
+      const { sources, passages } = await api.drawn(props.id, asked, answer.text.trim(), answer.version ?? null);
+      setPassages(passages.filter((passage) => passage.text));
       setShares(Object.entries(sources).filter(([, share]) => share >= 0.005).sort((a, b) => b[1] - a[1]));
       setError("");
     } catch (failed) {
@@ -238,7 +240,7 @@ function Said(props: {
         <div aria-live="polite">
           <Problem text={error} />
           {!shares && !error && <p class="quiet">Looking …</p>}
-          {shares && shares.length > 0 && <p class="quiet">Of its attention to the memory went to</p>}
+          {shares && shares.length > 0 && <p class="quiet">More than another question would, it attended to</p>}
           {shares?.length === 0 && <p class="quiet">There was nothing in the memory.</p>}
           <ul class="plain shares">
             {shares?.map(([name, share]) => (
@@ -256,6 +258,12 @@ function Said(props: {
               </li>
             ))}
           </ul>
+          {passages.map(({ source, text }) => (
+            <blockquote key={source + text} class="passage" dir="auto">
+              <p>{text}</p>
+              <cite>{named(source)}</cite>
+            </blockquote>
+          ))}
         </div>
       )}
     </div>

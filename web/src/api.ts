@@ -65,6 +65,17 @@ export interface Written {
   state: "applied" | "pending";
 }
 
+export interface Passage {
+  source: string;
+  text: string; // "" where the memory does not hold all that was written
+  share: number;
+}
+
+export interface DrawnOn {
+  sources: Record<string, number>;
+  passages: Passage[];
+}
+
 export interface Message {
   role: "user" | "assistant";
   content: string;
@@ -175,7 +186,7 @@ export const history = (id: string, after: number | null, limit = 20, text = fal
     at(id, `/history?order=desc&limit=${limit}&text=${text}${after === null ? "" : `&after=${after}`}`),
   );
 export const drawn = (id: string, messages: Message[], answer: string, version: number | null) =>
-  json<{ sources: Record<string, number> }>("POST", at(id, "/sources"), { messages, answer, version });
+  json<DrawnOn>("POST", at(id, "/sources"), { messages, answer, version });
 export const rollback = (id: string, version: number) => json<unknown>("POST", at(id, "/rollback"), { version });
 export const fork = (id: string, name: string, version: number | null) =>
   json<MemoryInfo>("POST", at(id, "/fork"), { id: name, version });

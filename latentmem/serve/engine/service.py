@@ -24,6 +24,7 @@ from latentmem.core.memory import Memory
 from latentmem.core.settings import MemorySettings
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Message, Prompts
+from latentmem.model.provenance import DrawnOn
 from latentmem.serve.engine.answer import Answer, Sampling
 from latentmem.serve.engine.engine import Engine, EngineModel, release_threads
 from latentmem.serve.settings import Sizes
@@ -203,8 +204,8 @@ class Service:
         self.llm.check(memory)
         return memory
 
-    def sources_of(self, memory: Memory, question: str | list[Message], answer: str) -> dict[str, float]:
-        """Which sources of a memory an answer drew on, as `MemoryModel.sources_of`.
+    def drawn_on(self, memory: Memory, question: str | list[Message], answer: str) -> DrawnOn:
+        """What an answer drew on, as `MemoryModel.drawn_on`.
 
         Raises:
             BusyError: too many wait.
@@ -212,7 +213,7 @@ class Service:
         self._accept()
         try:
             release_threads()
-            return self._engine.call(lambda: self.llm.sources_of(memory, question, answer))
+            return self._engine.call(lambda: self.llm.drawn_on(memory, question, answer))
         finally:
             self._changed()
 

@@ -17,6 +17,7 @@ from starlette.datastructures import FormData, UploadFile
 
 from latentmem import documents
 from latentmem.errors import InUseError, NotFoundError, UnreadableError
+from latentmem.model.provenance import DrawnOn
 from latentmem.serve.http import schema
 from latentmem.serve.http.errors import Json, Refused
 from latentmem.serve.http.openai import collected, usage
@@ -216,10 +217,10 @@ async def ask(request: Request, id: str, body: schema.Ask) -> schema.Asked:
         facts: dict[str, Any] = {}
         if body.sources:
 
-            def drawn_on(store: Store) -> dict[str, float]:
-                return service.sources_of(store.open(id, version), body.question, text)
+            def drawn_on(store: Store) -> DrawnOn:
+                return service.drawn_on(store.open(id, version), body.question, text)
 
-            facts["sources"] = await read_store(request, drawn_on) if text else {}
+            facts = asdict(await read_store(request, drawn_on) if text else DrawnOn({}))
         return schema.Asked(id=id, answer=text, version=version, finish_reason=finish, usage=usage(answer), **facts)
 
     return await with_timeout(request, answered())

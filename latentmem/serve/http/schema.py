@@ -298,6 +298,14 @@ class Ask(Strict, SamplingFields):
     sources: bool = False
 
 
+class Passage(BaseModel):
+    """Sentences of one update that an answer drew on; no text where the memory does not hold all of it."""
+
+    source: str
+    text: str
+    share: float
+
+
 class Asked(BaseModel):
     id: str
     answer: str
@@ -305,6 +313,7 @@ class Asked(BaseModel):
     finish_reason: str
     usage: Usage
     sources: dict[str, float] | None = None
+    passages: list[Passage] | None = None
 
 
 class VersionOf(BaseModel):
@@ -394,6 +403,7 @@ class Drawn(Strict):
 
 class DrawnOn(VersionOf):
     sources: dict[str, float]
+    passages: list[Passage]
 
 
 class Rollback(Strict):

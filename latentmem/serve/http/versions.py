@@ -127,7 +127,7 @@ def _runs(origins: Tensor, births: Tensor) -> list[int]:
 
 @router.post("/{id}/sources")
 async def sources(request: Request, id: str, body: schema.Drawn) -> schema.DrawnOn:
-    """Which sources an answer drew on: the share of its attention to the memory that went to each."""
+    """Which sources and passages an answer drew on: what it attended to more than a neutral question does."""
     authorize(request, id)
     if (body.question is None) == (body.messages is None):
         raise Refused(400, "give either question or messages.", "invalid_value", "question")
@@ -137,8 +137,8 @@ async def sources(request: Request, id: str, body: schema.Drawn) -> schema.Drawn
 
     def read(store: Store) -> schema.DrawnOn:
         version, memory = _opened(store, id, body.version)
-        shares = service.sources_of(memory, asked, body.answer)
-        return schema.DrawnOn(id=id, version=version, sources=shares)
+        drawn = service.drawn_on(memory, asked, body.answer)
+        return schema.DrawnOn(id=id, version=version, **asdict(drawn))
 
     return await read_store(request, read)
 
