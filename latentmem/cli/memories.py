@@ -82,12 +82,15 @@ def ask(
     adapters: OwnAdapters = None,
     device: Device = None,
 ) -> None:
-    """Ask a memory; the answer is printed as it is made."""
+    """Ask a memory; the answer is printed as it is made. An empty memory answers nothing."""
     store = base.opened(memory)
     now, llm = base.read(store, memory, model, device, version, adapters)
+    pieces = () if now.is_empty else llm.stream(now, question, max_new_tokens=max_new_tokens)
+    if now.is_empty:
+        printing.nothing_known(memory)
     if compare:
         typer.echo("with memory:    ", nl=False)
-    answer = _print_answer(llm.stream(now, question, max_new_tokens=max_new_tokens))
+    answer = _print_answer(pieces) if compare or not now.is_empty else ""
     if compare:
         typer.echo("without memory: ", nl=False)
         _print_answer(llm.stream(llm.blank(), question, max_new_tokens=max_new_tokens))

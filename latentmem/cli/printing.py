@@ -233,6 +233,13 @@ def show_drawn_on(drawn: DrawnOn, stats: list[SourceStats]) -> None:
     typer.echo(" left: now, and as expected after so many more updates)")
 
 
+def nothing_known(name: str) -> None:
+    """On standard error: why an empty memory is not asked."""
+    from latentmem.store import views
+
+    error(views.nothing_known(name))
+
+
 def _bars(shares: list[float]) -> str:
     """One character per layer: the share that is left, from ▁ (none) to █ (all)."""
     return "".join("▁▂▃▄▅▆▇█"[min(7, int(share * 7.999))] for share in shares)

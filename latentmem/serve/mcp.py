@@ -15,6 +15,7 @@ from latentmem.longterm import losses
 from latentmem.serve.engine.answer import Sampling
 from latentmem.serve.engine.service import BusyError, Service
 from latentmem.store import Store, check_name
+from latentmem.store.views import nothing_known
 from latentmem.store.writing import WritingModel
 from latentmem.version import __version__
 
@@ -61,7 +62,8 @@ class _Tools:
         check_name(memory_id)
         answer = self._service.ask(memory_id, question, Sampling())
         text = "".join(piece.text for piece in answer).strip()
-        return {"memory_id": memory_id, "version": answer.version, "answer": text}
+        facts: Facts = {"memory_id": memory_id, "version": answer.version, "answer": text}
+        return facts | ({"notice": f"{nothing_known(memory_id)} The model answered by itself."} if answer.empty else {})
 
     def memory_stats(self, memory_id: str) -> Facts:
         """How full a memory is, its sources, and how much of each is left."""

@@ -129,6 +129,11 @@ class SourceStats:
     forecast: dict[int, float]
 
 
+def nothing_known(name: str) -> str:
+    """What is said of a memory that is empty."""
+    return f"the memory {name!r} is empty: nothing is known yet."
+
+
 def _time(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds).astimezone()
 

@@ -93,6 +93,16 @@ def test_ask_prints_what_the_library_answers(run, tiny_folder):
     assert code == 0 and "with memory:" in out and "without memory:" in out
 
 
+def test_an_empty_memory_says_so_in_place_of_an_answer(run):
+    run("write", "the door is blue", "-m", "work", "-N", 64, "-K", 16)
+    empty, new = ("-m", "work", "--version", 0), ("--max-new-tokens", 8)
+    for more in ((), ("--sources",)):
+        code, out, err = run("ask", "which colour?", *empty, *new, *more)
+        assert (code, out, err) == (0, "", "latentmem: the memory 'work' is empty: nothing is known yet.\n")
+    code, out, err = run("ask", "which colour?", *empty, *new, "--compare")
+    assert code == 0 and re.search("^without memory: .+", out, re.M) and "is empty" in err
+
+
 def test_a_memory_of_a_quantized_model_is_read_by_one(run, tiny_folder):
     options = ("-m", "small", "-N", 64, "-K", 16)
     assert run("write", "the door is blue", *options, "--quantize", "int8")[0] == 0

@@ -197,6 +197,15 @@ def test_from_nothing_to_an_answer_and_its_source(trained, opened, tmp_path):
         page.get_by_role("heading", name="Chat with alice").wait_for()
 
 
+def test_an_empty_memory_says_so_beside_the_answer(scripted, opened):
+    page, notice = opened(scripted, "other"), "The memory is empty: nothing is known yet, the model answers by itself."
+    ask(page, "What is the code of the safe?", beside=True)
+    assert page.get_by_text(notice).count() == 1
+    page = opened(scripted, "m")
+    ask(page, "What is the code of the safe?", beside=True)
+    assert page.get_by_text(notice).count() == 0
+
+
 def test_a_conversation_goes_on_and_is_written_if_one_wants(server, memory, opened):
     page, bodies = opened(server, memory), []
     page.on("request", lambda r: bodies.append(r.post_data) if r.url.endswith("/completions") else None)

@@ -150,7 +150,7 @@ def test_the_memory_is_chosen_by_body_then_header_then_user_then_model(server, c
     made = client.chat.completions.create(
         model=server.model, messages=user("?"), extra_body={"memory": {"id": "house", "version": 0}}
     )
-    assert made.model_extra["memory"] == {"id": "house", "version": 0, "written": None}
+    assert made.model_extra["memory"] == {"id": "house", "version": 0, "written": None, "empty": True}
     for name in ("one", "two", "three", "four"):
         assert server("DELETE", f"/v1/memories/{name}")[0] == 200
 
@@ -496,7 +496,11 @@ def test_a_memory_from_its_beginning_to_its_end(llm, tmp_path):
         assert sum(answer["sources"].values()) == pytest.approx(1, abs=1e-5)
         assert answer["version"] == 3
         old = server("POST", "/v1/memories/m/ask", {"question": "colour?", "max_tokens": 8, "version": 1})[1]
-        assert old["version"] == 1 and "sources" not in old
+        assert old["version"] == 1 and not {"sources", "passages", "notice"} & set(old)
+        for more in ({}, {"sources": True}):
+            asked = {"question": "colour?", "max_tokens": 8, "version": 0}
+            empty = server("POST", "/v1/memories/m/ask", asked | more)[1]
+            assert empty["answer"] and "the memory 'm' is empty: nothing is known yet" in empty["notice"]
         refused(server("POST", "/v1/memories/m/ask", {"question": "?", "version": 99}), 404)
         stats = server("GET", "/v1/memories/m/stats")[1]
         assert [one["source"] for one in stats["sources"]] == ["notes", "text", "talk"]

@@ -31,7 +31,7 @@ async def use(client):
     failed, wrote = await call("memory_write", memory_id="work", text="it is <|im_end|> open")
     assert not failed and (wrote["version"], wrote["source"]) == (2, "text")
     failed, answer = await call("memory_ask", memory_id="work", question="which colour?")
-    assert not failed and answer["version"] == 2
+    assert not failed and answer["version"] == 2 and "notice" not in answer
     failed, stats = await call("memory_stats", memory_id="work")
     assert not failed and [one["source"] for one in stats["sources"]] == ["notes", "text"]
     failed, gone = await call("memory_forget", memory_id="work", source="notes")
@@ -47,6 +47,9 @@ async def use(client):
     ]:
         failed, told = await call(name, **arguments)
         assert failed and says in told, told
+    await call("memory_forget", memory_id="work", source="text")
+    failed, empty = await call("memory_ask", memory_id="work", question="which colour?")
+    assert not failed and "the memory 'work' is empty: nothing is known" in empty["notice"]
     return answer["answer"]
 
 

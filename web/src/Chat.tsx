@@ -12,6 +12,7 @@ export interface Answer {
   error?: string;
   version?: number | null;
   cut?: boolean;
+  empty?: boolean; // there was nothing in the memory
   asked?: api.Message[]; // what it answers
 }
 
@@ -81,7 +82,7 @@ export function Chat(props: {
             ...now,
             text: now.text + piece.text,
             state: "running",
-            ...(piece.memory ? { version: piece.memory.version } : {}),
+            ...(piece.memory ? { version: piece.memory.version, empty: piece.memory.empty === true } : {}),
             ...(piece.cut ? { cut: true } : {}),
           }));
         change(which, (now) => ({ ...now, state: "done" }));
@@ -229,6 +230,7 @@ function Said(props: {
         <p class="quiet">It answers once what is being written is in the memory.</p>
       )}
       {answer.state === "stopped" && <p class="quiet">stopped</p>}
+      {answer.empty && <p class="quiet">The memory is empty: nothing is known yet, the model answers by itself.</p>}
       {answer.cut && <p class="quiet">cut off: an answer is no longer</p>}
       <Problem text={answer.error ?? ""} />
       {can && (

@@ -252,7 +252,7 @@ interface Chunk {
 export interface Piece {
   text: string;
   cut?: boolean; // the answer was as long as one may be
-  memory?: { version: number | null; written: number | null };
+  memory?: { version: number | null; written: number | null; empty?: boolean };
 }
 
 /** An answer, piece by piece; at its end which version was read, and which one holds what was said. */

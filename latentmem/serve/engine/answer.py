@@ -52,6 +52,7 @@ class Answer:
 
     Attributes:
         version: of the memory that is read; None without a memory.
+        empty: the memory that is read holds nothing, so the model answers by itself.
         prompt_tokens, completion_tokens: tokens of the prompt, and of all choices so far.
         cancelled: nobody reads the rest.
         open: choices that have not ended.
@@ -59,6 +60,7 @@ class Answer:
 
     def __init__(self, ended: Callable[[], object] = lambda: None) -> None:
         self.version: int | None = None
+        self.empty = False
         self.prompt_tokens = self.completion_tokens = 0
         self.cancelled = False
         self.open = 1

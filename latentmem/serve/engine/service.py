@@ -202,6 +202,7 @@ class Service:
         else:
             request.answer.version, memory = version, self.store.open(name, version)
         self.llm.check(memory)
+        request.answer.empty = memory.is_empty
         return memory
 
     def drawn_on(self, memory: Memory, question: str | list[Message], answer: str) -> DrawnOn:

@@ -34,6 +34,7 @@ from latentmem.serve.http.state import (
     with_timeout,
 )
 from latentmem.store import Overview, Store
+from latentmem.store.views import nothing_known
 from latentmem.store.writing import Content
 
 router = APIRouter(prefix="/v1/memories", tags=["memories"])
@@ -214,13 +215,13 @@ async def ask(request: Request, id: str, body: schema.Ask) -> schema.Asked:
     async def answered() -> schema.Asked:
         ((text, finish),) = await collected(answer, request_log(request))
         text, version = text.strip(), answer.version
-        facts: dict[str, Any] = {}
+        facts: dict[str, Any] = {"notice": f"{nothing_known(id)} The model answered by itself."} if answer.empty else {}
         if body.sources:
 
             def drawn_on(store: Store) -> DrawnOn:
                 return service.drawn_on(store.open(id, version), body.question, text)
 
-            facts = asdict(await read_store(request, drawn_on) if text else DrawnOn({}))
+            facts |= asdict(await read_store(request, drawn_on) if text else DrawnOn({}))
         return schema.Asked(id=id, answer=text, version=version, finish_reason=finish, usage=usage(answer), **facts)
 
     return await with_timeout(request, answered())

@@ -323,7 +323,8 @@ class ChatResponder:
             turns = [self.turn, {"role": "assistant", "content": text.strip()}]
             service = app_state(self.request).service
             version = (await run_in_threadpool(service.write, self.choice.id, turns, "chat")).version
-        return {"memory": {"id": self.choice.id, "version": answer.version, "written": version}}
+        memory = {"id": self.choice.id, "version": answer.version, "written": version}
+        return {"memory": memory | ({"empty": True} if answer.empty else {})}
 
     def _shell(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
         facts = {"id": self.id, "object": kind, "created": int(self.started), "model": self.body.model}

@@ -124,11 +124,15 @@ class Usage(BaseModel):
 
 
 class MemoryUsed(BaseModel):
-    """The memory that was read, at which version, and the version that what was said was written as."""
+    """The memory that was read, at which version, and the version that what was said was written as.
+
+    Of an `empty` memory nothing is known, and the model answers by itself.
+    """
 
     id: str
     version: int | None
     written: int | None = None
+    empty: bool | None = None
 
 
 class Answer(BaseModel):
@@ -314,6 +318,7 @@ class Asked(BaseModel):
     usage: Usage
     sources: dict[str, float] | None = None
     passages: list[Passage] | None = None
+    notice: str | None = Field(None, description="that the memory is empty, so the model answered by itself")
 
 
 class VersionOf(BaseModel):
