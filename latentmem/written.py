@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,22 @@ class Written:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def place(names: Sequence[str], name: str) -> int:
+    """The place of a source among a memory's sources; a ValueError if there is none of this name."""
+    if name not in names:
+        raise ValueError(f"this memory has no source {name!r} (it has: {', '.join(names) or 'none'}).")
+    return names.index(name)
+
+
+def check_quota(held: int, N: int, quota: float) -> None:
+    """A ValueError if pinned sources hold more slots of a layer than their share of N."""
+    if held > quota * N:
+        raise ValueError(
+            f"pinned sources would take {held} of N={N} slots, and the quota is {quota:g} of them, {int(quota * N)}. "
+            f"Unpin a source, or use a larger memory."
+        )
 
 
 def numbered(births: Tensor, places: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from latentmem import container
-from latentmem.container import DTYPES, Disk, read, replace_bytes, replace_folder, replacing, to_bytes, write
+from latentmem import disk
+from latentmem.container import DTYPES, read, to_bytes, write
+from latentmem.disk import Disk, replace_bytes, replace_folder, replacing
 from latentmem.errors import DamagedError
 
 TENSORS = {
@@ -126,7 +127,7 @@ def test_a_folder_is_flushed_whole_and_takes_the_place_of_the_old_one(tmp_path, 
             synced.append(path.name)
             super().sync(path)
 
-    monkeypatch.setattr(container, "DISK", Watched())
+    monkeypatch.setattr(disk, "DISK", Watched())
     (tmp_path / "new" / "inner").mkdir(parents=True)
     (tmp_path / "new" / "inner" / "file").write_text("new")
     (tmp_path / "old").mkdir()

@@ -11,7 +11,7 @@ import latentmem
 
 ROOT = Path(latentmem.__file__).parent
 USING_MODELS = set(
-    "version errors fields data container decoder core longterm files model loading".split()  # noqa: SIM905
+    "version errors fields data disk container decoder core longterm files model loading".split()  # noqa: SIM905
 )
 ROOMS = {  # room -> the rooms below that it may import, next to its own; the order is from the bottom up
     "version": set(),
@@ -20,21 +20,23 @@ ROOMS = {  # room -> the rooms below that it may import, next to its own; the or
     "fields": set(),
     "splitmix": set(),
     "data": set(),
-    "container": {"errors"},
+    "disk": set(),
+    "container": {"disk", "errors"},
     "written": set(),
     "decoder": {"errors"},
     "core": {"errors", "fields", "splitmix", "written", "decoder"},
-    "coding": {"errors", "container", "written", "decoder", "core"},
+    "coding": {"disk", "errors", "container", "written", "decoder", "core"},
     "longterm": {"errors", "written", "decoder", "core", "coding"},
-    "files": {"errors", "container", "written", "core", "coding", "longterm"},
+    "files": {"disk", "errors", "container", "written", "core", "coding", "longterm"},
     "testing": {"core"},
     "model": {"errors", "written", "decoder", "core", "coding", "longterm", "files"},
-    "loading": {"errors", "container", "decoder", "core", "coding", "longterm", "files", "model"},
-    "store": {"version", "errors", "container", "written", "core", "coding", "longterm", "files", "model"},
+    "loading": {"disk", "errors", "container", "decoder", "core", "coding", "longterm", "files", "model"},
+    "store": {"version", "disk", "errors", "container", "written", "core", "coding", "longterm", "files", "model"},
     "train": {*USING_MODELS, "coding"},
     "evaluate": {*USING_MODELS, "store"},
     "serve": {
         "version",
+        "disk",
         "errors",
         "documents",
         "fields",

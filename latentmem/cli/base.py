@@ -12,7 +12,7 @@ from latentmem.cli import printing
 if TYPE_CHECKING:
     from latentmem.core.memory import Memory
     from latentmem.model.model import MemoryModel
-    from latentmem.store import Store
+    from latentmem.store import Account, Store
 
 app = typer.Typer(
     help="A memory for language models: write text into it, ask for it later.",
@@ -85,7 +85,7 @@ def settled(name: str, model: str | None = None) -> Store:
     """The store, in which nothing waits for a model: a write that was cut off is finished first."""
     store = opened(name)
     if store.pending_count(name):
-        finish(store, name, load(store.latest(name)[1], model, None))
+        finish(store, name, load(store.applied(name)[1], model, None))
     return store
 
 
@@ -96,9 +96,9 @@ def finish(store: Store, name: str, llm: MemoryModel) -> None:
             store.apply(llm, name, printing.tokens(bar, "finishing what was cut off"))
 
 
-def applied(store: Store, name: str) -> Memory | None:
-    """The memory without what waits for a model; None if there is none of this name."""
-    return store.latest(name)[1] if name in store else None
+def applied(store: Store, name: str) -> Account | None:
+    """What the memory holds without what waits for a model; None if there is none of this name."""
+    return store.applied(name)[1] if name in store else None
 
 
 def read(
@@ -110,16 +110,15 @@ def read(
     adapters: str | None = None,
 ) -> tuple[Memory, MemoryModel]:
     """A version of a memory and the model that reads it."""
-    memory = store.latest(name)[1] if version is None else store.open(name, version)
-    llm = load(memory, model, device, adapters=adapters)
-    if version is not None:
-        return memory, llm
-    finish(store, name, llm)
-    return store.open(name), llm
+    account = store.applied(name)[1] if version is None else store.account(name, version)
+    llm = load(account, model, device, adapters=adapters)
+    if version is None:
+        finish(store, name, llm)
+    return store.open(name, version), llm
 
 
 def load(
-    memory: Memory | None,
+    memory: Account | None,
     model: str | None,
     device: str | None,
     quantize: str | None = None,
@@ -132,6 +131,7 @@ def load(
     import latentmem
 
     name = model or (memory.model_name if memory is not None else "") or PACKAGED
+    check_model(name, chosen(adapters))
     if memory is None:
         return latentmem.load(name, device=device, quantize=quantize, adapters=pair(chosen(adapters)))
     own = quantized_as(memory)
@@ -143,9 +143,18 @@ def load(
     return latentmem.load(name, device=device, dtype=memory.dtype, quantize=own, adapters=adapters_of(memory, adapters))
 
 
-def adapters_of(memory: Memory, adapters: str | None) -> str | None:
+def adapters_of(memory: Account, adapters: str | None) -> str | None:
     """The adapters of the model that wrote a memory, or those that are asked for, as `latentmem.load` takes them."""
     return pair("none" if adapters is None and not memory.adapters else chosen(adapters))
+
+
+def check_model(name: str, adapters: str = "auto") -> None:
+    """Refuse a model or adapters that are not there, before torch is imported."""
+    from latentmem.loading import names
+
+    names.check_model(name)
+    if adapters not in ("auto", "none"):
+        names.check_adapters(names.path_of(adapters))
 
 
 def chosen(adapters: str | None) -> str:
@@ -153,7 +162,7 @@ def chosen(adapters: str | None) -> str:
     return adapters or os.environ.get("LATENTMEM_ADAPTERS") or "auto"
 
 
-def quantized_as(memory: Memory) -> str | None:
+def quantized_as(memory: Account) -> str | None:
     """How the model was quantized that wrote a memory, as `latentmem.load` takes it."""
     return memory.model.rpartition("-")[0] or None
 

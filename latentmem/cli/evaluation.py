@@ -57,6 +57,7 @@ class Loading:
 
     @cached_property
     def llm(self) -> MemoryModel:
+        base.check_model(self.model, self.adapters)
         import latentmem
 
         return latentmem.load(**self.arguments)
@@ -178,11 +179,11 @@ def compare(
     stream: Annotated[bool, typer.Option("--stream", help="Compare what was asked in streams.")] = False,
 ) -> None:
     """Retention runs side by side: untrained and trained, other presets, other compressions."""
-    from latentmem.evaluate.tables import compare as tables
-
     pairs = [run.partition("=") for run in runs]
     if not all(name and folder for name, _, folder in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
         raise ValueError(f"runs are given as name=folder with different names, got {' '.join(runs)}.")
+    from latentmem.evaluate.tables import compare as tables
+
     folders = {name: Path(folder) for name, _, folder in pairs}
     lines = tables.write(folders, capacity, out, _command(), stream=stream)
     typer.echo(tables.markdown([line for line in lines if line.metric == "accuracy"]))
@@ -348,14 +349,14 @@ def everything(
     adapters: Adapters = "auto",
 ) -> None:
     """Every protocol with its own defaults, one after the other, and one page of all tables: hours on two cores."""
-    from latentmem.evaluate.protocol import one_page
-
     shared: dict[str, Any] = {"workers": workers, "model": model, "device": device, "adapters": adapters}
     commands = _commands()
     chosen = only.split(",") if only else list(commands)
     unknown = [name for name in chosen if name not in commands]
     if unknown:
         raise ValueError(f"--only takes some of {', '.join(commands)}; got {', '.join(unknown)}.")
+    from latentmem.evaluate.protocol import one_page
+
     failed = _run_all({name: commands[name] for name in chosen}, out, shared)
     page = one_page(out, chosen)
     if page is not None:

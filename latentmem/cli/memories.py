@@ -18,7 +18,7 @@ from latentmem.cli.base import Device, Json, ModelName, Name, NewTokens, OwnAdap
 if TYPE_CHECKING:
     from latentmem.core.memory import Memory
     from latentmem.model.model import MemoryModel
-    from latentmem.store import Turns
+    from latentmem.store import Account, Store, Turns
 
 PANEL = "Memories"
 LIKE_A_PATH = re.compile(r"^(/|~|\.\.?/)|\.[A-Za-z]\w{0,4}$")
@@ -44,13 +44,10 @@ def write(
     device: Device = None,
 ) -> None:
     """Write texts into a memory; it is made if it does not exist."""
-    sources = _texts_of(texts, encoding)
-    store = base.opened(memory)
-    before = base.applied(store, memory)
-    if before is not None:
-        options.require_same(memory, before.settings, chosen)
+    sources, store = _texts_of(texts, encoding), base.opened(memory)
+    before = _checked(store, memory, role, chosen)
     llm = base.load(before, model, device, quantize, adapters)
-    start = before if before is not None else llm.empty(settings=options.settings_from(chosen))
+    start = store.latest(memory)[1] if before is not None else llm.empty(settings=options.settings_from(chosen))
     llm.check(start)
     counts = [len(llm.tokens(text, role)) for _, text in sources]
     if before is None:
@@ -65,7 +62,21 @@ def write(
             version = store.write(llm, memory, text, name, role=role, key=own_key, progress=show)
     for (name, _), count in zip(sources, counts, strict=True):
         typer.echo(f"{name}: {count} tokens")
-    printing.written(memory, version, start, store.open(memory))
+    now = store.account(memory)
+    typer.echo(f"{memory}, version {version}: {printing.state(now)}{printing.forgetting(now)}")
+    printing.losses(memory, start, store.open(memory))
+
+
+def _checked(store: Store, memory: str, role: str | None, chosen: options.Values) -> Account | None:
+    """What the memory holds already, if there is one; refuses what can be refused before a model is loaded."""
+    from latentmem.model.prompts import check_role
+
+    check_role(role)
+    options.settings_from(chosen)
+    before = base.applied(store, memory)
+    if before is not None:
+        options.require_same(memory, before.settings, chosen)
+    return before
 
 
 @app.command(rich_help_panel=PANEL)
@@ -83,6 +94,9 @@ def ask(
     device: Device = None,
 ) -> None:
     """Ask a memory; the answer is printed as it is made. An empty memory answers nothing."""
+    from latentmem.model.prompts import check_question
+
+    check_question(question)
     store = base.opened(memory)
     now, llm = base.read(store, memory, model, device, version, adapters)
     pieces = () if now.is_empty else llm.stream(now, question, max_new_tokens=max_new_tokens)
@@ -186,7 +200,8 @@ def show(
 ) -> None:
     """Show how full a memory is, its half-life, and how much of each source is left and will be."""
     store = base.settled(memory, model)
-    now = store.open(memory, version)
+    now = store.account(memory, version)
+    store.check_objects(memory, version)
     stats = store.stats_of(memory, now)
     number = store.history(memory)[-1].version if version is None else version
     (disk,) = store.overview([memory])
@@ -194,7 +209,7 @@ def show(
         about = {"memory": memory, "version": number, "bytes": disk.bytes, "prunable": disk.prunable}
         typer.echo(json.dumps(about | printing.facts_of(now, stats)))
     elif text:
-        printing.show_text(now, base.load(now, model, "cpu"))
+        printing.show_text(store.open(memory, version), base.load(now, model, "cpu"))
     else:
         printing.show_facts(f"{memory}, version {number}", now, disk)
         if layers:
@@ -232,8 +247,6 @@ def doctor(
     device: Device = None,
 ) -> None:
     """Is memory alive? Print answers with the real memory, a zeroed one and another's; exit code 1 if it is dead."""
-    from latentmem.evaluate.protocols import doctor as examination
-
     if (memory is None) != (question is None):
         raise ValueError("--memory and --question go together: name the memory and what to ask it.")
     opened = None
@@ -241,6 +254,8 @@ def doctor(
         llm = base.load(None, model, device)
     else:
         opened, llm = base.read(base.opened(memory), memory, model, device)
+    from latentmem.evaluate.protocols import doctor as examination
+
     typer.echo(f"model: {llm.name}, {str(llm.decoder.dtype)[6:]} on {llm.decoder.device.type}, {_versions()}")
     difference = examination.law(llm)
     if difference is not None:

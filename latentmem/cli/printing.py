@@ -11,11 +11,10 @@ import typer
 
 if TYPE_CHECKING:
     from latentmem.core.memory import Memory
-    from latentmem.longterm import Archive
     from latentmem.model.model import MemoryModel
     from latentmem.model.provenance import DrawnOn
     from latentmem.model.writing import Progress
-    from latentmem.store import Overview, SourceStats
+    from latentmem.store import Account, Overview, SourceStats
 
 
 def progress(unit: str = "tokens", seconds: float = 30) -> Any:
@@ -69,7 +68,7 @@ def size(count: int) -> str:
     return f"{count / 2**20:.1f} MiB" if count >= 1 << 20 else f"{count / 2**10:.1f} KiB"
 
 
-def state(memory: Memory) -> str:
+def state(memory: Account | Memory) -> str:
     """How full a memory is, in words."""
     return f"{memory.M} of {memory.N} slots per layer, {memory.updates} update{'s' * (memory.updates != 1)}"
 
@@ -77,57 +76,33 @@ def state(memory: Memory) -> str:
 # --- a memory ---------------------------------------------------------------------------------------------------------
 
 
-def _longterm(memory: Memory) -> Archive | None:
-    from latentmem import longterm
-
-    return longterm.of(memory)
-
-
-def _stored(memory: Memory) -> int:
-    """Slots of each layer that were dropped and can be found again."""
-    from latentmem import longterm
-
-    return longterm.stored_most(memory)
-
-
-def _bytes(memory: Memory) -> int:
-    """Bytes of a memory's slots, and of the coded updates that they stand in."""
-    return memory.slots.nbytes + sum(one.nbytes for one in memory.written.values())
-
-
-def facts_of(memory: Memory, stats: list[SourceStats]) -> dict[str, Any]:
+def facts_of(memory: Account, stats: list[SourceStats]) -> dict[str, Any]:
     """Everything that `show` knows of a memory, for JSON."""
     settings = {name: value for name, value in asdict(memory.settings).items() if name != "longterm"}
     names = ("M", "L", "d", "updates", "tokens", "half_life", "model_name", "model", "adapters")
-    facts = settings | {name: getattr(memory, name) for name in names} | {"order": memory.reading_order}
-    facts |= {"form": memory.settings.form or "exact", "size": _bytes(memory)}
-    if (longterm := _longterm(memory)) is not None:
-        facts["longterm"] = asdict(longterm.settings) | {"S": _stored(memory), "bytes": longterm.nbytes}
+    facts = settings | {name: getattr(memory, name) for name in names} | {"order": memory.settings.reading_order}
+    facts |= {"form": memory.settings.form or "exact", "size": memory.nbytes}
+    if (longterm := memory.settings.longterm) is not None:
+        facts["longterm"] = asdict(longterm) | {"S": memory.stored, "bytes": memory.archive}
     facts["sources"] = [
         {
             **{name: getattr(source, name) for name in ("tokens", "slots", "stored", "pinned", "forecast")},
             "name": source.source,
-            "left": slots.tolist(),
+            "left": list(own.slots_left),
             "expires": source.expires.isoformat() if source.expires else None,
         }
-        for source, slots in zip(stats, memory.slots_left(), strict=True)
+        for source, own in zip(stats, memory.sources, strict=True)
     ]
     return facts
 
 
-def forgetting(memory: Memory) -> str:
+def forgetting(memory: Account) -> str:
     """What a memory forgets next, as the end of a sentence."""
-    if slots := _stored(memory):
-        return f", and {slots} that were dropped in its long-term part"
+    if memory.stored:
+        return f", and {memory.stored} that were dropped in its long-term part"
     if memory.M < memory.N:
         return f", forgets nothing until {memory.N - memory.M} more slots are filled"
     return f", full: half of what is in it is left after {memory.half_life:.1f} more updates"
-
-
-def written(name: str, version: int, before: Memory, now: Memory) -> None:
-    """How full a memory is after writes, what it forgets next, and what the writes have lost for good."""
-    typer.echo(f"{name}, version {version}: {state(now)}{forgetting(now)}")
-    losses(name, before, now)
 
 
 def losses(name: str, before: Memory, now: Memory) -> None:
@@ -138,7 +113,7 @@ def losses(name: str, before: Memory, now: Memory) -> None:
         typer.echo(said)
 
 
-def show_facts(title: str, memory: Memory, disk: Overview) -> None:
+def show_facts(title: str, memory: Account, disk: Overview) -> None:
     """Size, fill and kind of a memory, and what all its versions take on disk."""
     from rich.table import Table
 
@@ -149,30 +124,25 @@ def show_facts(title: str, memory: Memory, disk: Overview) -> None:
     facts.add_row(
         "half-life", f"{memory.half_life:.1f} updates of {memory.K} slots once it is full" if memory.half_life else "0"
     )
-    if (longterm := _longterm(memory)) is not None:
-        facts.add_row("long-term", _longterm_fact(memory, longterm))
-    facts.add_row("read", memory.reading_order)
-    per_slot = f"{memory.compression} token(s) per slot" + f" ({memory.choice})" * (memory.compression > 1)
-    facts.add_row("kind", f"{memory.preset}, {per_slot}, seed {memory.seed}")
+    own = memory.settings
+    if own.longterm is not None:
+        stored = f"{memory.stored} slots in each layer, {size(memory.archive)} of" if memory.stored else "empty,"
+        limit = f"at most {size(memory.limit)}; a question takes {own.longterm.R} of them at most"
+        facts.add_row("long-term", f"{stored} {limit}")
+    facts.add_row("read", own.reading_order)
+    per_slot = f"{own.compression} token(s) per slot" + f" ({own.choice})" * ((own.compression or 1) > 1)
+    facts.add_row("kind", f"{own.preset}, {per_slot}, seed {own.seed}")
     facts.add_row("model", text(f"{memory.model_name} {memory.model[:12]}"))
-    form = memory.settings.form or "exact"
-    facts.add_row("bytes", f"{size(_bytes(memory))}, {form}, written in {memory.dtype}")
+    facts.add_row("bytes", f"{size(memory.nbytes)}, {own.form or 'exact'}, written in {memory.dtype}")
     prunable = f", about {size(disk.prunable)} prunable" if disk.prunable else ""
     facts.add_row("on disk", f"{size(disk.bytes)} in {disk.versions} version{'s' * (disk.versions != 1)}{prunable}")
     show(facts)
 
 
-def _longterm_fact(memory: Memory, longterm: Archive) -> str:
-    slots = _stored(memory)
-    stored = f"{slots} slots in each layer, {size(longterm.nbytes)} of" if slots else "empty,"
-    most, R = size(longterm.limit), longterm.settings.R
-    return f"{stored} at most {most}; a question takes {R} of them at most"
-
-
-def show_sources(stats: list[SourceStats], memory: Memory) -> None:
+def show_sources(stats: list[SourceStats], memory: Account) -> None:
     """Of each source what is left, and what is expected to be left."""
     ahead = _ahead(stats)
-    longterm = memory.longterm is not None
+    longterm = memory.settings.longterm is not None
     numbers = ("tokens", "slots", "left", *(["long-term"] if longterm else []), *ahead)
     lines = table("source", *numbers, "", right=numbers)
     for source in stats:
@@ -180,9 +150,8 @@ def show_sources(stats: list[SourceStats], memory: Memory) -> None:
         kept = ", ".join(filter(None, ["pinned" if source.pinned else "", until]))
         shares = _shares(source, longterm)
         lines.add_row(text(source.source), str(source.tokens), str(source.slots), *shares, kept)
-    older = (memory.origins < 0).sum(1)
-    if older.any():
-        lines.add_row("(older)", "", f"{older.float().mean():.0f}")
+    if any(memory.older):
+        lines.add_row("(older)", "", f"{sum(memory.older) / memory.L:.0f}")
     if lines.rows:
         show(lines)
     if stats:
@@ -199,16 +168,16 @@ def _shares(source: SourceStats, longterm: bool) -> list[str]:
     return [f"{share:.0%}" for share in (source.share_left, *stored, *source.forecast.values())]
 
 
-def show_layers(memory: Memory) -> None:
+def show_layers(memory: Account) -> None:
     """Of each source what is left in each layer."""
     lines = table("source", "slots", "left", "each layer, first to last", right=("slots", "left"))
-    for source, slots in zip(memory.sources, memory.slots_left(), strict=True):
-        share, low, high = slots.float() / source.slots, int(slots.min()), int(slots.max())
-        amount = f"{share.mean():.0%} ({low})" if low == high else f"{share.mean():.0%} ({low} to {high})"
-        lines.add_row(text(source.name), str(source.slots), amount, _bars(share.tolist()))
-    older = (memory.origins < 0).sum(1)
-    if int(older.sum()):
-        lines.add_row("(older)", "", f"({int(older.min())} to {int(older.max())})", "")
+    for source in memory.sources:
+        shares = [slots / source.slots for slots in source.slots_left]
+        low, high, mean = min(source.slots_left), max(source.slots_left), sum(shares) / len(shares)
+        amount = f"{mean:.0%} ({low})" if low == high else f"{mean:.0%} ({low} to {high})"
+        lines.add_row(text(source.name), str(source.slots), amount, _bars(shares))
+    if any(memory.older):
+        lines.add_row("(older)", "", f"({min(memory.older)} to {max(memory.older)})", "")
     if lines.rows:
         show(lines)
 

@@ -79,10 +79,9 @@ def serve(
 ) -> None:
     """Serve memories over HTTP, with OpenAI's interface and their own; SIGTERM or Ctrl-C ends the server."""
     _require("serve", "fastapi", "uvicorn", "prometheus_client", "python_multipart")
-    from latentmem.serve.http.app import create_app
-    from latentmem.serve.http.run import bound, is_loopback
-    from latentmem.serve.http.run import serve as run
+    from latentmem.serve.http.address import bound, is_loopback
 
+    base.check_model(model, loading.adapters)
     known = _keys(required=not is_loopback(host))
     if not is_loopback(host) and not known.all():
         raise ValueError(
@@ -90,6 +89,9 @@ def serve(
             f"Make one first: `latentmem keys add NAME --memories 'NAME'`, or leave --host out."
         )
     at = bound(host, port)
+    from latentmem.serve.http.app import create_app
+    from latentmem.serve.http.run import serve as run
+
     url = f"http://{f'[{host}]' if ':' in host else host}:{at.getsockname()[1]}"
 
     def make() -> tuple[FastAPI, Service]:
@@ -112,6 +114,7 @@ def _print_address(model: str, url: str, with_key: bool) -> None:
 def mcp(model: Model = base.PACKAGED, *, loading: Loading) -> None:
     """Serve memories as tools of the Model Context Protocol, over standard input and output."""
     _require("mcp", "mcp")
+    base.check_model(model, loading.adapters)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the protocol alone
         from latentmem.serve.mcp import create_server
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentmem.cli import printing
-from latentmem.cli.base import MODELS, PACKAGED, Device, OwnAdapters, app, chosen, pair
+from latentmem.cli.base import MODELS, PACKAGED, Device, OwnAdapters, app, check_model, chosen, pair
 
 if TYPE_CHECKING:
     from latentmem.train.calibrate import Result
@@ -23,14 +23,15 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print counts, time and memory; write nothing.")] = False,
 ) -> None:
     """Teach a model to write and read its memory. The same command continues a run that was stopped or killed."""
+    from latentmem.train import config as configs
+
+    settings = configs.load(config, changes or ())
     try:
-        from latentmem.train import config as configs
         from latentmem.train import loop
     except ImportError as error:
         if (error.name or "latentmem").partition(".")[0] == "latentmem":
             raise
         raise ValueError(f"training needs {error.name}: run `pip install 'latentmem[train]'`.") from None
-    settings = configs.load(config, changes or ())
     if dry_run:
         printing.show(_rehearsed(loop.rehearse(settings)))
         return
@@ -88,6 +89,10 @@ def calibrate(
 
     A coder belongs to one model with one pair of adapters. The same command continues a run that was stopped.
     """
+    from latentmem.train import pieces
+
+    pieces.check(texts)
+    check_model(model, chosen(adapters))
     import latentmem
     from latentmem.train import calibrate as calibrating
 

@@ -90,7 +90,7 @@ def rollback(version: Annotated[int, typer.Argument(help="The version.")], memor
 
 def _print_version(store: Store, memory: str, new: int) -> None:
     to = store.history(memory)[new].base
-    now = store.open(memory)
+    now = store.account(memory)
     typer.echo(f"{memory}: back at version {to[1] if to else 0} ({printing.state(now)})")
     typer.echo(f"This is version {new}; `latentmem rollback {new - 1} -m {memory}` takes it back.")
 
@@ -104,7 +104,7 @@ def fork(
     """Make a memory that goes on from another; nothing is copied."""
     store = base.settled(memory)
     store.fork(memory, new, version)
-    typer.echo(f"{new}: goes on from {memory}, {printing.state(store.open(new))}")
+    typer.echo(f"{new}: goes on from {memory}, {printing.state(store.account(new))}")
 
 
 @app.command(rich_help_panel=VERSIONS)
@@ -162,12 +162,13 @@ def forget(
     store = base.settled(memory, model)
     if not exact:
         version = store.forget(memory, source)
-        state = printing.state(store.open(memory))
+        state = printing.state(store.account(memory))
         typer.echo(f"{memory}, version {version}: the slots of {source!r} are gone, {state}")
         typer.echo("Still there: its text in the history, older versions and forks, and what later")
         typer.echo("texts took up from it while they were written. `--exact` removes that too.")
         return
-    now = store.open(memory)
+    store.check_written(memory, source)
+    now = store.account(memory)
     if not yes:
         what = f"This makes every version of {memory!r} and of all memories that forks connect with it anew"
         if not sys.stdin.isatty():
@@ -190,11 +191,11 @@ def pin(
     """Keep all slots that a source has left, however much is written later."""
     store = base.settled(memory)
     version = store.pin(memory, source, not off)
-    now = store.open(memory)
-    pinned = int(now.pinned().sum(1).max()) if now.M else 0
+    now = store.account(memory)
     what = "is no longer pinned" if off else "is pinned"
     typer.echo(
-        f"{memory}, version {version}: {source!r} {what}; {pinned} of at most {int(now.quota * now.N)} slots are"
+        f"{memory}, version {version}: {source!r} {what}; {max(now.pinned(), default=0)} of at most "
+        f"{int(now.settings.quota * now.N)} slots are"
     )
 
 
@@ -264,16 +265,18 @@ def rebuild(
     device: Device = None,
 ) -> None:
     """Write all texts of a memory again, into a new one, with another model, other adapters or other settings."""
-    import latentmem
-
     store = base.settled(memory)
-    now = store.open(memory)
+    store.check_free(new)
+    now = store.account(memory)
     dtype = None if model else now.dtype
     quantize = None if model else base.quantized_as(now)
     name = model or now.model_name or base.PACKAGED
     asked = base.pair(base.chosen(adapters)) if model else base.adapters_of(now, adapters)
+    base.check_model(name, asked or "none")
+    settings = options.settings_over(now.settings, chosen)
+    import latentmem
+
     llm = latentmem.load(name, device=device, dtype=dtype, quantize=quantize, adapters=asked)
     with printing.progress() as bar:
-        settings = options.settings_over(now.settings, chosen)
         store.rebuild(llm, memory, new, printing.tokens(bar, "writing"), settings)
-    typer.echo(f"{new}: {memory} again, by {llm.name}, {printing.state(store.open(new))}")
+    typer.echo(f"{new}: {memory} again, by {llm.name}, {printing.state(store.account(new))}")

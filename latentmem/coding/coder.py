@@ -30,6 +30,7 @@ from latentmem.coding import rans
 from latentmem.coding.blocks import in_blocks
 from latentmem.coding.sketch import NAMES, Sketch
 from latentmem.decoder.attention import KV
+from latentmem.disk import replace_bytes
 from latentmem.errors import DamagedError
 
 FORMAT = "latentmem coder 1"
@@ -240,7 +241,7 @@ class Coder:
 
     def save(self, path: Path) -> None:
         """Write the coder to a file, atomically."""
-        container.replace_bytes(path, self.to_bytes())
+        replace_bytes(path, self.to_bytes())
 
     @staticmethod
     def from_bytes(data: container.Buffer, name: str) -> Coder:

@@ -19,7 +19,7 @@ from torch import Tensor
 from latentmem import splitmix
 from latentmem.core.presets import PRESETS, Preset
 from latentmem.core.settings import LongTermSettings, MemorySettings
-from latentmem.written import Source, Written, needed, numbered
+from latentmem.written import Source, Written, check_quota, needed, numbered
 
 T = TypeVar("T")
 
@@ -348,12 +348,7 @@ def gathered(slots: Tensor, stays: Tensor, new_slots: Tensor) -> Tensor:
 
 def within_quota(memory: Memory) -> Memory:
     """A memory, if its pinned sources take no more than the share `quota` of N; else a ValueError."""
-    held = int(memory.pinned().sum(1).max()) if memory.M else 0
-    if held > memory.quota * memory.N:
-        raise ValueError(
-            f"pinned sources would take {held} of N={memory.N} slots, and the quota is {memory.quota:g} of them, "
-            f"{int(memory.quota * memory.N)}. Unpin a source, or use a larger memory."
-        )
+    check_quota(int(memory.pinned().sum(1).max()) if memory.M else 0, memory.N, memory.quota)
     return memory
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from latentmem.core.memory import Memory, gathered, kept, lowest, within_quota
+from latentmem.written import place
 
 
 def pin(memory: Memory, name: str, pinned: bool = True) -> Memory:
@@ -51,7 +52,4 @@ def forget(memory: Memory, name: str) -> Memory:
 
 
 def _index(memory: Memory, name: str) -> int:
-    names = [source.name for source in memory.sources]
-    if name not in names:
-        raise ValueError(f"this memory has no source {name!r} (it has: {', '.join(names) or 'none'}).")
-    return names.index(name)
+    return place([source.name for source in memory.sources], name)

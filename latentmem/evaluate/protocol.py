@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Protocol, TypedDict, TypeVar, Unpack
 
 import torch
 
-from latentmem.container import replace_bytes
 from latentmem.core.memory import Memory
 from latentmem.core.settings import LongTermSettings, MemorySettings
+from latentmem.disk import replace_bytes
 from latentmem.evaluate import runner
 from latentmem.evaluate.asking import written
 from latentmem.evaluate.settings import Settings

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from latentmem.container import DISK, replace_bytes
+from latentmem.disk import DISK, replace_bytes
 
 Record = dict[str, Any]
 Unit = tuple[Any, ...]

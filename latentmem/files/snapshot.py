@@ -23,6 +23,7 @@ from latentmem.coding.codec import EIGHT_BITS, form_of
 from latentmem.container import Buffer
 from latentmem.core.memory import Memory, Source
 from latentmem.core.settings import LongTermSettings, MemorySettings, settings_of
+from latentmem.disk import check_folder
 from latentmem.errors import DamagedError
 from latentmem.files import updates
 from latentmem.longterm.blocks import NO_SLOT, Block, BlockRange, StoredSlots, packed
@@ -69,7 +70,7 @@ def save(memory: Memory, path: str | Path) -> Memory:
         ValueError: the folder does not exist.
         OSError: the disk is full or not writable; what stood at `path` before is untouched.
     """
-    container.check_folder(Path(path))  # before the work
+    check_folder(Path(path))  # before the work
     tensors, header = _parts(memory)
     container.write(Path(path), tensors, header, private=True)
     return replace(memory, version=header["checksum"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from latentmem.loading.names import PACKAGED
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Style
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-PACKAGED = "smollm2-135m"
 
 # How texts and questions are put to a model by default, where it was measured: docs/results/prompts.md.
 STYLES = {PACKAGED: Style(wrap="user", system="", question="{question} Answer briefly.")}
@@ -32,11 +30,6 @@ SUPPORTED = tuple(
     mistral mixtral olmo olmo2 olmo3 phi phi3 qwen2 qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2
     """.split()  # noqa: SIM905 - shorter to read than quoted words
 )
-
-
-def path_of(name: str) -> Path:
-    """A model's name as a path, with ~ for the home folder."""
-    return Path(os.path.expanduser(name))  # noqa: PTH111 - Path's raises for an unknown user
 
 
 def check_supported(config: PretrainedConfig) -> None:

@@ -8,7 +8,8 @@ import torch
 
 from latentmem.decoder import linear
 from latentmem.loading import released
-from latentmem.loading.hub import PACKAGED, config_of, from_transformers, path_of
+from latentmem.loading.hub import config_of, from_transformers
+from latentmem.loading.names import PACKAGED, check_model, path_of
 from latentmem.loading.packaged import load_packaged
 from latentmem.loading.trained import adapters_of, remembering, with_adapters
 from latentmem.model.model import MemoryModel
@@ -72,21 +73,9 @@ def _plain(name: str, kind: torch.dtype, where: torch.device, adapters: str | No
     """A model by name, without adapters of ours."""
     if name == PACKAGED:
         return load_packaged(kind, where)
-    path = path_of(name)
-    if path.exists():
-        path = path.resolve()  # a memory keeps this name, and has to find the model from any folder
+    path = check_model(name)
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file.")
         return from_transformers(path.parent, str(path), kind, where, gguf_file=path.name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{path} holds no config.json: a folder with a transformers model was expected.")
-    elif path.is_file() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(
-            f"unknown model {name!r}: expected {PACKAGED!r} (packaged), a folder with config.json, a .gguf file, "
-            f"or a hub id of the form owner/name."
-        )
     source = str(path) if path.is_dir() else name
     config = config_of(source)
     if released.is_released(config):

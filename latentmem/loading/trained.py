@@ -18,12 +18,12 @@ from latentmem.core.settings import LongTermSettings, MemorySettings
 from latentmem.decoder import adapters, linear
 from latentmem.decoder.decoder import Decoder
 from latentmem.files import adapters as files
-from latentmem.loading.hub import PACKAGED, path_of
+from latentmem.loading.names import ADAPTERS, PACKAGED, check_adapters, path_of
 from latentmem.longterm.search import Projectors
 from latentmem.model.backbone import Trained
 from latentmem.model.model import MemoryModel
 
-TRAINED, ADAPTERS, CODER = Path(__file__).parent.parent / "trained", "adapters.safetensors", "coder.safetensors"
+TRAINED, CODER = Path(__file__).parent.parent / "trained", "coder.safetensors"
 DEFAULTS = MemorySettings(N=1536, longterm=LongTermSettings(R=512), form="int8")  # of new memories
 
 
@@ -78,9 +78,7 @@ def with_adapters(llm: MemoryModel, path: Path) -> MemoryModel:
     Raises:
         ValueError: they can not be read, belong to another model, or the model has adapters already.
     """
-    file = path / ADAPTERS if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"adapters must be 'auto', None or a file that `latentmem train` made; there is no {file}.")
+    file = check_adapters(path)
     if llm.adapters is not None:
         raise ValueError(f"{llm.name} has adapters of its own: leave the others out.")
     tensors, facts = files.load(file)

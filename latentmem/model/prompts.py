@@ -91,8 +91,7 @@ class Prompts:
         Raises:
             ValueError: an empty question.
         """
-        if not question.strip():
-            raise ValueError("the question is empty.")
+        check_question(question)
         if not self.chats:
             return self._bos(bare) + self.text(BASE_QUESTION.format(question=question))
         return self.chat([{"role": "user", "content": self.style.question.format(question=question)}], bare=bare)
@@ -196,6 +195,7 @@ class Prompts:
             raise ValueError(
                 f"the role {role!r} needs a model with a chat template; this one has none, write raw text."
             )
+        check_role(role)
         user, assistant = {"role": "user", "content": _mark(0)}, {"role": "assistant", "content": _mark(1)}
         two = self._render([user, assistant])
         second = self._render([user, assistant, {"role": "user", "content": _mark(2)}]).removeprefix(two)
@@ -203,13 +203,23 @@ class Prompts:
             turn = second
         elif role == "assistant":
             turn = two.removeprefix(self._render([user]))
-        elif role == "system":
+        else:
             first = second.replace(_mark(2), _mark(0))
             turn = self._render([{"role": "system", "content": _mark(3)}, user]).removesuffix(first)
-        else:
-            raise ValueError(f"role must be system, user, assistant or raw, got {role!r}.")
         before, _, after = re.split(_MARK, turn)
         return before, after
+
+
+def check_question(question: str) -> None:
+    """A ValueError if there is nothing asked."""
+    if not question.strip():
+        raise ValueError("the question is empty.")
+
+
+def check_role(role: str | None) -> None:
+    """A ValueError if a text can not be written under this role."""
+    if role not in (None, "raw", "system", "user", "assistant"):
+        raise ValueError(f"role must be system, user, assistant or raw, got {role!r}.")
 
 
 _MARK = r"\x02content(\d+)\x03"  # stands for the content of a message while the template is rendered

@@ -70,7 +70,8 @@ class _Tools:
 
         def read(store: Store, llm: WritingModel) -> Facts:
             version = store.apply(llm, memory_id)
-            memory, stats = store.open(memory_id, version), store.stats(memory_id, version=version)
+            memory = store.account(memory_id, version)
+            stats = store.stats_of(memory_id, memory)
             sources = [asdict(one) | {"expires": one.expires and one.expires.isoformat()} for one in stats]
             sizes = {"slots": memory.M, "capacity": memory.N}
             return {"memory_id": memory_id, "version": version, **sizes, "sources": sources}

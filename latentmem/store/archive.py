@@ -9,13 +9,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from latentmem.container import Buffer, check_folder, replacing
+from latentmem.container import Buffer
 from latentmem.core.settings import MemorySettings
+from latentmem.disk import check_folder, replacing
 from latentmem.files import snapshot
+from latentmem.store.contents import CONTENTS
 from latentmem.store.journal import BEGINNINGS, EVENTS, KINDS, STATES, Journal, Row
 from latentmem.store.objects import HASH, Objects
 from latentmem.store.states import States
-from latentmem.store.writing import CONTENTS
 
 FORMAT = "latentmem export 3"  # 2, and versions that were pruned
 UNPRUNED = "latentmem export 2"
@@ -122,13 +123,11 @@ class Reader:
         objects: hash -> size.
 
     Raises:
-        ValueError: no such file, damaged, or not made by `export`.
+        ValueError: damaged, or not made by `export`.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file.")
         try:
             self._file = zipfile.ZipFile(path)
         except zipfile.BadZipFile as error:

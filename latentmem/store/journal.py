@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from latentmem.errors import DamagedError, InUseError, NameTakenError, NotFoundError
-from latentmem.store.tables import SCHEMA
+from latentmem.store.schema import ACCOUNTS, SCHEMA
 
 FORMAT = 3  # 2, and versions that were pruned, which a reader of 2 would pass over without a word
 UNPRUNED = 2  # as a store begins
 OLDER = "4f1b448"  # the last commit that reads format 1
+KEPT = 64  # accounts of a memory
 EVENTS = ("create", "import", "write", "rollback", "fork", "pin", "unpin", "forget", "expire")
 BEGINNINGS = ("create", "import")  # events that have no base
 STATES = ("pending", "applied", "failed")
@@ -105,14 +106,15 @@ class Journal:
         with self.transaction():
             (number,) = self._one("PRAGMA user_version")
             if number == 0:
-                for statement in SCHEMA.split(";\n"):
+                for statement in (*SCHEMA.split(";\n"), f"PRAGMA user_version={UNPRUNED}"):
                     self._connection.execute(statement)
-                self._connection.execute(f"PRAGMA user_version={UNPRUNED}")
             elif number not in (UNPRUNED, FORMAT):
                 remedy = f"Commit {OLDER} of latentmem reads it." if number < UNPRUNED else "Update latentmem."
                 raise ValueError(
                     f"{path} has the format {number}, this version reads {UNPRUNED} and {FORMAT}. {remedy}"
                 )
+            for statement in ACCOUNTS:
+                self._connection.execute(statement)
 
     def close(self) -> None:
         with self._lock:
@@ -244,11 +246,14 @@ class Journal:
         return self._all(sql, *(names or ()))
 
     def add(self, name: str, first: Row) -> Row:
-        """A new memory with its first version; a NameTakenError if the name is taken."""
+        """A new memory with its first version; a NameTakenError if there is one of this name."""
         with self.transaction():
-            if self.find(name) is not None:
-                raise NameTakenError(f"there is a memory {name!r} already; choose another name, or delete it.")
+            self.require_free(name)
             return self.append(replace(first, memory=self._do("INSERT INTO memories (name) VALUES (?)", name)))
+
+    def require_free(self, name: str) -> None:
+        if self.find(name) is not None:
+            raise NameTakenError(f"there is a memory {name!r} already; choose another name, or delete it.")
 
     def forks(self, memory: int) -> list[str]:
         """Names of the memories that were forked from this one."""
@@ -397,6 +402,17 @@ class Journal:
             named = dict(zip(COLUMNS, line, strict=True))
             rows.append(Row(**named | {name: json.loads(named[name]) for name in ("payload", "facts")}))
         return rows
+
+    def account(self, version: int) -> str | None:
+        """What a version holds, if that is kept."""
+        return (self._one("SELECT account FROM accounts WHERE version = ?", version) or (None,))[0]
+
+    def keep_account(self, row: Row, account: str) -> None:
+        """Keep what a version holds, beside the newest ones of its memory."""
+        oldest = f"SELECT version FROM accounts WHERE memory = ? ORDER BY version DESC LIMIT -1 OFFSET {KEPT}"
+        with self.transaction():
+            self._do("INSERT OR REPLACE INTO accounts VALUES (?, ?, ?)", row.id, row.memory, account)
+            self._do(f"DELETE FROM accounts WHERE version IN ({oldest})", row.memory)
 
     # --- expiries ---------------------------------------------------------------------------------------------------
 

@@ -8,12 +8,13 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from fsspec.core import url_to_fs
-
-from latentmem.container import Buffer, Disk, replace_bytes
+from latentmem.disk import Disk, replace_bytes
 from latentmem.errors import DamagedError
+
+if TYPE_CHECKING:
+    from latentmem.container import Buffer
 
 HASH = re.compile(r"[0-9a-f]{64}")
 SUFFIX = ".safetensors"
@@ -48,10 +49,14 @@ class Objects(ABC):
         try:
             data = self._read(name)
         except FileNotFoundError:
-            raise DamagedError(f"the object {name} of the store is missing. Restore it from a copy.") from None
+            raise _missing(name) from None
         if hashlib.sha256(data).hexdigest() != name:
-            raise DamagedError(f"the object {name} of the store is damaged. Restore it from a copy.")
+            raise _damaged(name)
         return data
+
+    def check(self, name: str) -> None:
+        """Verify an object; a DamagedError if it is missing or damaged."""
+        self.get(name)
 
     @abstractmethod
     def __contains__(self, name: str) -> bool:
@@ -101,12 +106,23 @@ class Local(Objects):
             size = os.fstat(file.fileno()).st_size
             if size <= SMALL or os.name != "posix":  # elsewhere a file that is mapped can not be removed
                 return bytearray(file.read())
+        import torch
+
         try:  # mapped so that no handle stays open: a memory may consist of thousands of files
             return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy().data
         except RuntimeError as error:
             if not path.exists():  # removed meanwhile
                 raise FileNotFoundError(path) from error
             raise OSError(f"{path} can not be mapped ({error}).") from error
+
+    def check(self, name: str) -> None:
+        try:
+            with self._path(name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise _missing(name) from None
+        if digest != name:
+            raise _damaged(name)
 
     def __contains__(self, name: str) -> bool:
         return self._path(name).exists()
@@ -142,6 +158,8 @@ class Remote(Objects):
     """
 
     def __init__(self, url: str) -> None:
+        from fsspec.core import url_to_fs
+
         self.files, self.folder = url_to_fs(url)
 
     def _write(self, name: str, data: bytes) -> None:
@@ -170,10 +188,20 @@ class Remote(Objects):
         return f"{self.folder}/{name[:2]}/{name}{SUFFIX}"
 
 
+def _missing(name: str) -> DamagedError:
+    return DamagedError(f"the object {name} of the store is missing. Restore it from a copy.")
+
+
+def _damaged(name: str) -> DamagedError:
+    return DamagedError(f"the object {name} of the store is damaged. Restore it from a copy.")
+
+
 def objects_at(place: Path | str, disk: Disk) -> Objects:
     """Objects in a folder of this machine, or at an fsspec URL."""
     if isinstance(place, Path) or "://" not in place:
         return Local(Path(place), disk)
     if place.startswith(("file://", "local://")):
+        from fsspec.core import url_to_fs
+
         return Local(Path(url_to_fs(place)[1]), disk)
     return Remote(place)

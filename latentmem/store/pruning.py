@@ -13,14 +13,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from latentmem.store.cache import Cache
 from latentmem.store.journal import Journal, Row
 from latentmem.store.locks import Locks
-from latentmem.store.states import States
 from latentmem.store.sweeping import Sweeper
+
+if TYPE_CHECKING:
+    from latentmem.store.states import States
 
 Rows = dict[int, Row]  # id -> version of one memory, oldest first
 _known: WeakKeyDictionary[Journal, dict[int, tuple[tuple[int, int], int]]] = WeakKeyDictionary()  # see `prunable`
@@ -57,10 +61,16 @@ class Plan:
 
 
 class Pruner:
-    """Prunes the memories of one store."""
+    """Prunes the memories of one store.
 
-    def __init__(self, journal: Journal, states: States, locks: Locks, sweeper: Sweeper) -> None:
-        self._journal, self._states, self._locks, self._sweeper = journal, states, locks, sweeper
+    Args:
+        states: opens memories, where one becomes a snapshot.
+    """
+
+    def __init__(
+        self, journal: Journal, states: Callable[[], States], cache: Cache, locks: Locks, sweeper: Sweeper
+    ) -> None:
+        self._journal, self._states, self._cache, self._locks, self._sweeper = journal, states, cache, locks, sweeper
 
     def prune(self, name: str, keep: int | None, older_than: float | None, dry_run: bool) -> Pruned:
         """`Store.prune`."""
@@ -93,14 +103,14 @@ class Pruner:
             self._journal.built(memory)
             self._journal.needs_sweep()
             freed = before - self._journal.bytes()
-        self._states.cache.discard(todo.pruned)
+        self._cache.discard(todo.pruned)
         return freed
 
     def _put_snapshot(self, row: Row) -> Row:
         """The row of a delta with a snapshot in its place, which is on disk and which no sweep takes."""
-        content = self._states.memory(row)
+        content = self._states().memory(row)
         with self._locks.objects():
-            return self._states.build(replace(row, kind="none", object=None, bytes=0), content)
+            return self._states().build(replace(row, kind="none", object=None, bytes=0), content)
 
 
 def outline(journal: Journal, memory: int) -> Rows:

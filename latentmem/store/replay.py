@@ -20,10 +20,12 @@ from typing import Any
 
 from latentmem.core.memory import Memory, Update
 from latentmem.model.writing import Progress
+from latentmem.store.books import Books, of_source
+from latentmem.store.contents import content_of, payload
 from latentmem.store.journal import BEGINNINGS, Journal, Row
 from latentmem.store.locks import Locks
 from latentmem.store.states import State, States, after_event, facts, plain
-from latentmem.store.writing import Tokens, Writer, WritingModel, content_of, in_all, payload, tokenised
+from latentmem.store.writing import Tokens, Writer, WritingModel, in_all, tokenised
 
 GONE = sys.maxsize  # the deltas of a state that no object holds: a snapshot comes next
 New = dict[int, Row | None]  # id of an old row -> what takes its place, its base still the old one; None: nothing
@@ -32,8 +34,9 @@ New = dict[int, Row | None]  # id of an old row -> what takes its place, its bas
 class Replay:
     """Writes the versions of one store again."""
 
-    def __init__(self, journal: Journal, states: States, locks: Locks, writer: Writer) -> None:
-        self._journal, self._states, self._locks, self._writer = journal, states, locks, writer
+    def __init__(self, journal: Journal, books: Books, states: States, locks: Locks, writer: Writer) -> None:
+        self._journal, self._books, self._states = journal, books, states
+        self._locks, self._writer = locks, writer
 
     # --- forgetting -------------------------------------------------------------------------------------------------
 
@@ -54,10 +57,7 @@ class Replay:
                     f"the source {source!r} was in the memory before its journal began, so it can not be replayed "
                     f"without it; `forget` drops its slots."
                 )
-        removed = [row for row in rows if row.payload.get("source") == source]
-        if not any(row.event == "write" for row in removed):
-            raise ValueError(f"the journal has no write of the source {source!r}.")
-        return {row.id for row in removed}
+        return of_source(rows, source)
 
     def _compute(
         self, llm: WritingModel, rows: list[Row], removed: set[int], progress: Progress | None
@@ -222,7 +222,7 @@ class Replay:
             ValueError: a version waits, the memory held something before its journal began, or a version was written
                 as token ids of another tokenizer than the model's.
         """
-        path = list(self._journal.lineage(self._states.ready(self._journal.head(self._journal.id(name)))))
+        path = list(self._journal.lineage(self._books.ready(self._journal.head(self._journal.id(name)))))
         first = path[-1]
         if first.event != "create" or any(row.event in BEGINNINGS for row in path[:-1]):
             raise ValueError(

@@ -7,33 +7,39 @@ state     of 3: the snapshot of 0, the updates of 1, the pin of 2, the updates o
 from __future__ import annotations
 
 import platform
-import threading
 import weakref
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from importlib import metadata
 from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 
 from latentmem import longterm as longterms
 from latentmem.coding.codec import coder_of, is_known, register
 from latentmem.coding.coder import Coder
 from latentmem.core import sources
 from latentmem.core.memory import Memory, Update
-from latentmem.errors import DamagedError, NotFoundError
+from latentmem.errors import DamagedError
 from latentmem.files import snapshot
 from latentmem.longterm.blocks import BLOCK, Block
 from latentmem.longterm.longterm import LongTerm
 from latentmem.longterm.updates import UpdateArchive
 from latentmem.store import delta
+from latentmem.store.account import Account, SourceAccount
+from latentmem.store.books import Books
+from latentmem.store.cache import Cache
 from latentmem.store.delta import Chain
 from latentmem.store.journal import KINDS, Journal, Row
 from latentmem.store.objects import Objects
 from latentmem.version import __version__
 from latentmem.written import Written
+
+SAME = (  # of a memory and its account
+    *("settings", "L", "M", "d", "updates", "tokens", "half_life"),
+    *("model", "model_name", "adapters", "tokenizer", "dtype"),
+)
 
 
 class State(NamedTuple):
@@ -47,13 +53,13 @@ class States:
     """The states of all versions of a store.
 
     Args:
+        cache: keeps states that were read.
         snapshot_every: deltas after which a snapshot is due.
-        cache_bytes: states that were read are kept up to this size, with their coded updates.
     """
 
-    def __init__(self, journal: Journal, objects: Objects, snapshot_every: int, cache_bytes: int) -> None:
-        self._journal, self._objects, self.snapshot_every = journal, objects, snapshot_every
-        self.cache = Cache(cache_bytes)
+    def __init__(self, journal: Journal, objects: Objects, books: Books, cache: Cache, snapshot_every: int) -> None:
+        self._journal, self._objects, self._books = journal, objects, books
+        self.cache, self.snapshot_every = cache, snapshot_every
         self._block_names: weakref.WeakKeyDictionary[Block, str] = weakref.WeakKeyDictionary()
         self._blocks: weakref.WeakValueDictionary[str, Block] = weakref.WeakValueDictionary()
         self._places: weakref.WeakKeyDictionary[Written, tuple[str, int]] = weakref.WeakKeyDictionary()
@@ -75,8 +81,12 @@ class States:
                 if not self._changed(path):
                     raise
         if path and cached:
-            self.cache.put(row.id, memory)
+            self.keep(row.id, memory)
         return memory
+
+    def keep(self, version: int, memory: Memory) -> None:
+        """Keep the memory at a version in the cache."""
+        self.cache.put(version, memory, size(memory))
 
     def _path(self, row: Row, cached: bool) -> tuple[list[Row], Memory | None]:
         """The rows from a version back to a snapshot, or to one that is in the cache; and that."""
@@ -87,7 +97,7 @@ class States:
                 if memory is not None:
                     return path, memory
                 if here.kind == "pruned":
-                    raise self._was_pruned(here)
+                    raise self._books.was_pruned(here)
                 path.append(here)
                 if here.kind == "snapshot":
                     return path, None
@@ -244,36 +254,6 @@ class States:
         """
         return max(self.snapshot_every, len(memory.written) // 16)
 
-    # --- what waits -------------------------------------------------------------------------------------------------
-
-    def waits(self, row: Row) -> bool:
-        """Whether a version is pending, or made from one that is."""
-        if row.state != "pending" and not self._journal.pending(row.memory):
-            return False
-        for here in self._journal.lineage(row):
-            if here.state == "pending" or here.kind == "snapshot":
-                return here.state == "pending"
-        return False
-
-    def ready(self, row: Row) -> Row:
-        """The row of a version; a ValueError if it waits, a NotFoundError if it was pruned."""
-        if row.pruned:
-            raise self._was_pruned(row)
-        if self.waits(row):
-            name = self._journal.name(row.memory)
-            raise ValueError(
-                f"version {row.seq} of {name!r} waits for writes that are acknowledged and not applied yet; `apply` "
-                f"does it, or give the model to `open`."
-            )
-        return row
-
-    def _was_pruned(self, row: Row) -> NotFoundError:
-        name = self._journal.name(row.memory)
-        return NotFoundError(
-            f"version {row.seq} of {name!r} was pruned: its text is in the history, its slots are gone. The history "
-            f"says which versions are left."
-        )
-
 
 class _Parts:
     """A `snapshot.Writer` that notes which objects a snapshot refers to."""
@@ -290,56 +270,6 @@ class _Parts:
         places = self._states.put_updates(updates)
         self.names.update(name for name, _ in places)
         return places
-
-
-class Cache:
-    """The memories that were used last, up to a number of bytes; memories are immutable, so they can be shared.
-
-    A coded update that several of them hold counts once.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self.bytes, self._lock = limit, 0, threading.Lock()
-        self._memories: OrderedDict[int, Memory] = OrderedDict()
-        self._holders: Counter[Written] = Counter()  # how many of these memories hold a coded update
-
-    def get(self, version: int) -> Memory | None:
-        with self._lock:
-            if version in self._memories:
-                self._memories.move_to_end(version)
-            return self._memories.get(version)
-
-    def put(self, version: int, memory: Memory) -> None:
-        with self._lock:
-            if version not in self._memories:
-                self._memories[version] = memory
-                self.bytes += size(memory)
-                for one in memory.written.values():
-                    self.bytes += 0 if self._holders[one] else one.nbytes
-                    self._holders[one] += 1
-            while self.bytes > self._limit:
-                self._remove(next(iter(self._memories)))
-
-    def _remove(self, version: int) -> None:
-        memory = self._memories.pop(version)
-        self.bytes -= size(memory)
-        for one in memory.written.values():
-            self._holders[one] -= 1
-            if not self._holders[one]:
-                self.bytes -= one.nbytes
-                del self._holders[one]
-
-    def discard(self, versions: Iterable[int]) -> None:
-        with self._lock:
-            for version in versions:
-                if version in self._memories:
-                    self._remove(version)
-
-    def clear(self) -> None:
-        with self._lock:
-            self._memories.clear()
-            self._holders.clear()
-            self.bytes = 0
 
 
 def size(memory: Memory) -> int:
@@ -403,6 +333,30 @@ def facts(memory: Memory) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": metadata.version("transformers"),
         "latentmem": __version__,
     }
+
+
+def account_of(memory: Memory) -> Account:
+    """A memory in numbers."""
+    archive = longterms.of(memory)
+    stored = longterms.stored(memory).double()
+    sources = tuple(
+        SourceAccount(
+            *(one.name, one.tokens, one.slots, one.pinned),
+            tuple(slots),
+            archived.mean().item() if memory.L else 0.0,
+        )
+        for one, slots, archived in zip(memory.sources, memory.slots_left().tolist(), stored, strict=True)
+    )
+    same = {name: getattr(memory, name) for name in SAME}
+    return Account(
+        **same,
+        sources=sources,
+        older=tuple((memory.origins < 0).sum(1).tolist()),
+        stored=longterms.stored_most(memory),
+        archive=archive.nbytes if archive is not None else 0,
+        limit=archive.limit if archive is not None else 0,
+        nbytes=memory.slots.nbytes + sum(one.nbytes for one in memory.written.values()),
+    )

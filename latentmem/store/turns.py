@@ -7,11 +7,14 @@ import signal
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from latentmem.core.memory import Memory
-from latentmem.model.model import MemoryModel
-from latentmem.model.prompts import Message
 from latentmem.store.store import Store
+
+if TYPE_CHECKING:
+    from latentmem.core.memory import Memory
+    from latentmem.model.model import MemoryModel
+    from latentmem.model.prompts import Message
 
 
 class Turns:

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-import torch
-
-from latentmem import longterm as longterms
-from latentmem.core.memory import Memory
 from latentmem.core.settings import LongTermSettings
+from latentmem.store.account import Account
+from latentmem.store.contents import Content, content_of
 from latentmem.store.journal import Journal, Row
 from latentmem.store.pruning import prunable
-from latentmem.store.writing import Content, content_of
 
 
 @dataclass(frozen=True)
@@ -162,22 +159,22 @@ def overview(journal: Journal, names: Collection[str] | None) -> list[Overview]:
     return lines
 
 
-def changes(one: Memory, other: Memory) -> list[Change]:
+def changes(one: Account, other: Account) -> list[Change]:
     """The sources that differ between two memories, by name."""
     sides: dict[str, list[tuple[int, float]]] = {}
-    for i, memory in enumerate((one, other)):
-        for source, slots in zip(memory.sources, memory.slots_left(), strict=True):
+    for i, account in enumerate((one, other)):
+        for source in account.sources:
             of_source = sides.setdefault(source.name, [(0, 0.0), (0, 0.0)])
-            of_source[i] = (source.tokens, slots.double().mean().item())
+            of_source[i] = (source.tokens, _mean(source.slots_left))
     return [Change(name, (a[0], b[0]), (a[1], b[1])) for name, (a, b) in sorted(sides.items()) if a != b]
 
 
-def stats(memory: Memory, expiries: Mapping[str, float], ahead: Sequence[int]) -> list[SourceStats]:
+def stats(account: Account, expiries: Mapping[str, float], ahead: Sequence[int]) -> list[SourceStats]:
     """How much is left of each source of a memory, and the forecast for numbers of updates ahead."""
-    survives = {t: forecast(memory, t) for t in ahead}
+    survives = {t: forecast(account, t) for t in ahead}
     lines = []
-    for source, own, dropped in zip(memory.sources, memory.slots_left(), longterms.stored(memory), strict=True):
-        share, archived = (slots.double().mean().item() / source.slots for slots in (own, dropped))
+    for source in account.sources:
+        share, archived = _mean(source.slots_left) / source.slots, source.stored / source.slots
         at = None if source.name not in expiries else _time(expiries[source.name])
         later = {t: share if source.pinned else share * survival for t, survival in survives.items()}
         about = source.name, source.tokens, source.slots
@@ -185,15 +182,26 @@ def stats(memory: Memory, expiries: Mapping[str, float], ahead: Sequence[int]) -
     return lines
 
 
-def forecast(memory: Memory, t: int) -> float:
+def forecast(account: Account, t: int) -> float:
     """The share of the unpinned slots of a memory that is expected to be left after t further updates of K slots.
 
     Exactly 1 as long as the memory will not be full; then `survival` among the slots that are not pinned.
     """
-    pinned = memory.pinned().sum(1).double()  # [L]
-    share, M = torch.ones(memory.L, dtype=torch.float64), memory.M
-    while t > 0 and memory.N > M:
-        drop = max(0, M + memory.K - memory.N)
-        share = share * (1 - drop / (M - pinned).clamp(min=1)).clamp(min=0)
-        M, t = min(M + memory.K, memory.N), t - 1
-    return float((share * (1 - memory.K / (memory.N - pinned).clamp(min=1)).clamp(min=0) ** t).mean())
+    M, N, K = account.M, account.N, account.K
+    drops = []  # slots of a layer that go, and of how many, pinned ones among them
+    while t > 0 and N > M:
+        drops.append((max(0, M + K - N), M))
+        M, t = min(M + K, N), t - 1
+    shares = []
+    for pinned in account.pinned():
+        share = (1.0 - K / max(1, N - pinned)) if N - pinned > K else 0.0
+        later = share**t
+        for drop, of in drops:
+            later *= max(0.0, 1 - drop / max(1, of - pinned))
+        shares.append(later)
+    return _mean(shares)
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    """The mean over layers."""
+    return sum(numbers) / len(numbers) if numbers else 0.0

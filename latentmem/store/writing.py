@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -24,15 +24,14 @@ from latentmem.longterm.losses import lost_between
 from latentmem.model.prompts import Message, Prompts
 from latentmem.model.writing import Progress, Updates
 from latentmem.store import delta
+from latentmem.store.books import Books
+from latentmem.store.contents import Payload
 from latentmem.store.journal import Journal, Row
 from latentmem.store.locks import Locks
-from latentmem.store.states import State, States, after_event, facts, largest, plain, size
+from latentmem.store.states import State, States, account_of, after_event, facts, largest, plain, size
 
 ATTEMPTS = 3  # broken-off attempts to apply a write before it is given up
 WAITING = 1024  # writes that wait whose tokens are kept
-CONTENTS = ("text", "turns", "ids")  # what a write can hold
-Content = str | Sequence[Message] | Sequence[int]
-Payload = dict[str, Any]
 
 
 class WritingModel(Protocol):
@@ -67,14 +66,15 @@ class Tokens:
 class Writer:
     """Changes the memories of one store; whoever calls holds the memory, except for `append`."""
 
-    def __init__(self, journal: Journal, states: States, locks: Locks) -> None:
-        self._journal, self._states, self._locks = journal, states, locks
+    def __init__(self, journal: Journal, books: Books, states: States, locks: Locks) -> None:
+        self._journal, self._books, self._states, self._locks = journal, books, states, locks
         self._tokens: OrderedDict[int, Tokens] = OrderedDict()  # of rows that wait
 
     # --- acknowledging ----------------------------------------------------------------------------------------------
 
-    def append(self, name: str, payload: Payload, key: str | None, tokens: Tokens | None = None) -> Row:
+    def append(self, name: str, payload: Payload, key: str | None, llm: WritingModel | None) -> Row:
         """The row of a write, pending, or the row that has this key already."""
+        tokens = None if llm is None else tokenised(llm, payload)
         with self._journal.transaction():
             memory = self._journal.id(name)
             return self._keyed(memory, payload, key) or self._acknowledge(memory, payload, key, tokens)
@@ -148,7 +148,7 @@ class Writer:
         """Apply the writes that wait, then forget the sources that have expired."""
         if llm is not None:
             self.settle(llm, memory, progress)
-        for source in self.expired(memory):
+        for source in self._books.expired(memory):
             self.event(memory, "expire", source)
 
     def settle(self, llm: WritingModel, memory: int, progress: Progress | None = None, last: int | None = None) -> None:
@@ -181,8 +181,11 @@ class Writer:
     def _commit(self, row: Row, content: Sequence[Update] | Memory, after: Memory) -> None:
         """Put the object of a write on disk, then its row."""
         with self._locks.objects():
-            self._journal.change(self._states.put(row, content))
-        self._states.cache.put(row.id, after)
+            put = self._states.put(row, content)
+            with self._journal.transaction():
+                self._journal.change(put)
+                self._journal.keep_account(put, account_of(after).to_json())
+        self._states.keep(row.id, after)
 
     @contextlib.contextmanager
     def _not_counted(self, row: Row, *errors: type[BaseException]) -> Iterator[None]:
@@ -223,32 +226,15 @@ class Writer:
     # --- without a text ---------------------------------------------------------------------------------------------
 
     def event(self, memory: int, event: str, source: str) -> Row:
-        """Add a version that needs no model, on top of the newest."""
-        head = self._states.ready(self._journal.head(memory))
+        """Add a version that drops slots, or is computed from them, on top of the newest."""
+        head = self._books.ready(self._journal.head(memory))
         row = Row(memory, event, head.id, {"source": source})
         after = plain(after_event(row, self._states.memory(head)))
         with self._journal.transaction():
-            if self._journal.head(memory).id != head.id:
-                name = self._journal.name(memory)
-                raise ValueError(f"a write into {name!r} was acknowledged meanwhile; `apply` it and try again.")
-            row = self._journal.append(replace(row, facts=facts(after)))
-        self._states.cache.put(row.id, after)
+            row = self._books.append(row, facts(after))
+            self._journal.keep_account(row, account_of(after).to_json())
+        self._states.keep(row.id, after)
         return row
-
-    def expired(self, memory: int) -> list[str]:
-        """Sources of the newest version whose time is over; while that waits, all sources whose time is over."""
-        while over := [source for source, at in self._journal.expiries(memory).items() if at <= time.time()]:
-            head = self._journal.head(memory)
-            if self._states.waits(head):
-                return over
-            try:
-                held = {source.name for source in self._states.memory(head).sources}
-            except ValueError:  # somebody may have written a newer one and pruned this one
-                if self._journal.is_head(head):
-                    raise
-            else:
-                return [source for source in over if source in held]
-        return []
 
 
 def _succeeded(row: Row) -> Row:
@@ -256,43 +242,6 @@ def _succeeded(row: Row) -> Row:
     if row.state == "failed":
         raise ValueError(row.error)
     return row
-
-
-def payload(content: Content, source: str, role: str | None) -> Payload:
-    """What the journal keeps of a write, before it is applied.
-
-    Raises:
-        ValueError: nothing to write, or what can not be written.
-    """
-    body: dict[str, Any]
-    if isinstance(content, str):
-        body, empty = {"text": content}, not content.strip()
-    elif isinstance(content, Sequence) and content and isinstance(content[0], dict):
-        if role:
-            raise ValueError(f"turns of a conversation have roles of their own: got {role!r} besides.")
-        turns: Any = content
-        body, empty = {"turns": [{"role": turn["role"], "content": turn["content"]} for turn in turns]}, False
-    else:
-        ids = torch.as_tensor(content)
-        empty = not ids.numel()
-        if not empty and (ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool or role):
-            raise ValueError(
-                f"token ids must be one list of integers, without a role: got {list(ids.shape)}, {role!r}."
-            )
-        body = {"ids": ids.tolist()}
-    if empty:
-        raise ValueError("the text to be written is empty; give at least one character.")
-    body |= {"source": source, "role": role}
-    try:
-        json.dumps(body, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("the text is not valid Unicode; write UTF-8.") from None
-    return body | {"sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
-
-
-def content_of(row: Row) -> Content | None:
-    """What was written; None: the event is no write."""
-    return next((row.payload[kind] for kind in CONTENTS if kind in row.payload), None)
 
 
 def tokenised(llm: WritingModel, payload: Payload) -> Tokens:

@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from latentmem import container
 from latentmem.coding.coder import FORMAT, Coder
 from latentmem.coding.sketch import BITS
+from latentmem.disk import check_folder
 from latentmem.errors import OtherModelError
 from latentmem.model.model import MemoryModel
 from latentmem.train import pieces
@@ -100,7 +100,7 @@ def sums_path(out: Path) -> Path:
 def check_files(files: Sequence[Path], out: Path) -> None:
     """Refuse what is no file of texts, and a place of a coder where something else lies; a ValueError."""
     pieces.check(files)
-    container.check_folder(out)
+    check_folder(out)
     if out.exists() and not _is_coder(out):
         raise ValueError(f"{out} exists and is no coder of this version. Choose another file, or remove {out}.")
 

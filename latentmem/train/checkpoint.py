@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from latentmem import container
 from latentmem.core.memory import Memory
+from latentmem.disk import replace_bytes, replace_folder
 from latentmem.errors import DamagedError
 from latentmem.train.config import Config
 
@@ -43,7 +44,7 @@ def claim(out: Path, config: Config) -> None:
         if any(path.name != ".lock" and not path.name.startswith(f".{file.name}.") for path in out.iterdir()):
             raise ValueError(f"{out} is not empty and holds no run; choose another folder.")
         versions = {name: version(name) for name in PACKAGES}
-        container.replace_bytes(file, json.dumps({"config": mine, "versions": versions}, indent=1))
+        replace_bytes(file, json.dumps({"config": mine, "versions": versions}, indent=1))
         return
     theirs = _completed(json.loads(file.read_text(encoding="utf-8"))["config"], config)
     different = [key for key in mine if key != "watch" and mine[key] != theirs.get(key)]  # watching teaches nothing
@@ -101,7 +102,7 @@ def save(out: Path, counts: Mapping[str, Any], state: State, pool: Memory, rank:
         pool.save(temporary / f"pool-{rank}.safetensors")
         wait()
         if rank == 0:
-            container.replace_folder(temporary, folder)
+            replace_folder(temporary, folder)
             for old in out.glob("checkpoint-*"):
                 if old != folder:
                     shutil.rmtree(old)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentmem import container
+from latentmem.disk import replace_bytes, replacing
 
 SMOOTH = 0.9  # of the running mean that is drawn over the single steps
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of Okabe and Ito
@@ -19,7 +19,7 @@ class Log:
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         path = folder / "log.jsonl"
         kept = [line for line in lines(path) if line["step"] <= step and (step or "curve" not in line)]
-        container.replace_bytes(path, "".join(json.dumps(line) + "\n" for line in kept))
+        replace_bytes(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
@@ -94,7 +94,7 @@ def draw(runs: Mapping[str, Path], path: Path) -> None:
     axes[2].set_xlabel("texts written since")
     axes[0].set_ylim(bottom=0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
-    with container.replacing(path) as temporary:
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     pyplot.close(figure)
 

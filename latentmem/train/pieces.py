@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from latentmem import data
-from latentmem.model.model import MemoryModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latentmem.model.model import MemoryModel
 
 PIECE = 256  # tokens of a piece
 SHORT = 8  # tokens; what is shorter is left out
@@ -64,7 +67,7 @@ def pieces(llm: MemoryModel, file: Path) -> Iterator[Tensor]:
             yield from (piece for piece in llm.ids(llm.tokens(text)).split(PIECE) if len(piece) >= SHORT)
 
 
-Filling = tuple[list[Tensor], Tensor]  # pieces that fill one memory, and the one after them
+Filling = tuple[list["Tensor"], "Tensor"]  # pieces that fill one memory, and the one after them
 
 
 def fillings(llm: MemoryModel, files: Sequence[Path], slots: int, note: Callable[[str], object]) -> Iterator[Filling]:

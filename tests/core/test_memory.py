@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from latentmem.core.memory import Memory, Source, draw, empty, half_life, kept, survival
 from latentmem.core.settings import MemorySettings
 from latentmem.core.sources import forget, pin
+from latentmem.store.states import account_of
 from latentmem.store.views import forecast
 from latentmem.testing import labelled_memory, updated
 
@@ -408,9 +409,9 @@ def test_an_account_without_slots_is_forgotten_too():
 
 def test_the_forecast_is_one_until_the_memory_is_full_and_then_the_survival_law():
     memory = stream_of("a", "a", "a", N=13, K=4)
-    assert [forecast(memory, t) for t in (0, 1)] == [1.0, 1.0]
-    assert forecast(memory, 2) == pytest.approx(1 - 1 / 10)  # 10 slots, 4 more come, 13 fit
-    assert forecast(memory, 5) == pytest.approx(0.9 * survival(13, 4, 3))
+    assert [forecast(account_of(memory), t) for t in (0, 1)] == [1.0, 1.0]
+    assert forecast(account_of(memory), 2) == pytest.approx(1 - 1 / 10)  # 10 slots, 4 more come, 13 fit
+    assert forecast(account_of(memory), 5) == pytest.approx(0.9 * survival(13, 4, 3))
 
 
 def test_the_forecast_is_what_is_left_on_average_also_beside_pins():
@@ -422,10 +423,10 @@ def test_the_forecast_is_what_is_left_on_average_also_beside_pins():
             memory = pin(memory, "b") if pinned else memory
             later = stream_of(*"x" * t, k=4, memory=memory)
             left.append(later.slots_left()[0].double().mean() / memory.slots_left()[0].double().mean())
-        expected = forecast(memory, t)
+        expected = forecast(account_of(memory), t)
         assert abs(torch.stack(left).mean().item() - expected) < 0.025, pinned
         assert expected == pytest.approx((1 - K / (N - 4 * pinned)) ** (t - 2))
-    assert forecast(pin(memory.with_settings(quota=1.0), "a"), 1000) < 1e-9
+    assert forecast(account_of(pin(memory.with_settings(quota=1.0), "a")), 1000) < 1e-9
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

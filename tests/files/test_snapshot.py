@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from latentmem import container
+from latentmem import container, disk
 from latentmem.core.memory import Memory, empty
 from latentmem.core.settings import MemorySettings
 from latentmem.core.sources import pin
@@ -376,14 +376,14 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(file, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = file.read_bytes()
-    monkeypatch.setattr(container.DISK, "sync", full)
+    monkeypatch.setattr(disk.DISK, "sync", full)
     with pytest.raises(OSError, match="No space left"):
         written().with_settings(seed=9).save(file)
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]
 
 
-@pytest.mark.parametrize(("of", "call"), [(container.os, "fsync"), (container.Path, "replace")])
+@pytest.mark.parametrize(("of", "call"), [(disk.os, "fsync"), (disk.Path, "replace")])
 def test_a_save_that_is_interrupted_before_the_rename_leaves_the_old_file_and_nothing_else(file, monkeypatch, of, call):
     def interrupted(*_):
         raise KeyboardInterrupt

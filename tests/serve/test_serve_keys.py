@@ -21,10 +21,11 @@ from serving import HANG, Scripted, running, wait
 import latentmem
 from latentmem import cli
 from latentmem.serve.engine.service import Service
+from latentmem.serve.http.address import bound, is_loopback
 from latentmem.serve.http.app import create_app
 from latentmem.serve.http.gate import Log
 from latentmem.serve.http.keys import Keys
-from latentmem.serve.http.run import _Door, bound, is_loopback, serve
+from latentmem.serve.http.run import _Door, serve
 from latentmem.serve.settings import Limits
 from latentmem.testing import byte_tokenizer, tiny_model
 

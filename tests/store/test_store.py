@@ -25,7 +25,7 @@ from latentmem.model.model import MemoryModel
 from latentmem.store import Store, Turns, archive
 from latentmem.store.delta import Chain, Update
 from latentmem.store.objects import Disk
-from latentmem.store.states import States
+from latentmem.store.states import States, account_of
 from latentmem.store.views import forecast
 from latentmem.store.writing import Writer
 from latentmem.testing import byte_tokenizer, tiny_model, updated
@@ -922,7 +922,7 @@ def test_stats_and_diff_count_slots(llm, store):
         and b.share_left == left[1].item() / 11
         and c.share_left == left[2].item() / 11
     )
-    assert a.forecast == {0: a.share_left, 2: pytest.approx(a.share_left * forecast(memory, 2))}
+    assert a.forecast == {0: a.share_left, 2: pytest.approx(a.share_left * forecast(account_of(memory), 2))}
     assert c.forecast == {0: c.share_left, 2: c.share_left} and b.expires is None
     assert timedelta(0) < a.expires - datetime.now(UTC) <= timedelta(hours=1)
     changes = {change.source: change for change in store.diff("m", 1)}

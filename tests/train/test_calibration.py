@@ -184,7 +184,7 @@ def test_a_killed_run_keeps_the_sums_before(llm, files, tmp_path, monkeypatch):
     def killed(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("latentmem.container.DISK.rename", killed)
+    monkeypatch.setattr("latentmem.disk.DISK.rename", killed)
     with pytest.raises(OSError, match="no space"):
         calibrating.calibrate(llm, files, tmp_path / "c", 300)
     assert (tmp_path / "c.sums").read_bytes() == before and len(list(tmp_path.iterdir())) == 5

@@ -15,8 +15,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from latentmem.container import replace_bytes
 from latentmem.core.memory import Memory
+from latentmem.disk import replace_bytes
 from latentmem.evaluate.asking import in_context, seed_of, written
 from latentmem.evaluate.baselines.passages import indexed, nearest, searcher
 from latentmem.evaluate.data.edits import Edit, EditSet, Probe

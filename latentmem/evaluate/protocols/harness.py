@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from latentmem.container import replace_bytes
 from latentmem.core.memory import Memory
 from latentmem.core.presets import PAPER_PIECE
 from latentmem.core.settings import MemorySettings, settings_of
+from latentmem.disk import replace_bytes
 from latentmem.evaluate.protocols.longbench import cut
 from latentmem.model.context import Context
 from latentmem.model.model import MemoryModel

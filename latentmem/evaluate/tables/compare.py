@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentmem.container import replace_bytes
+from latentmem.disk import replace_bytes
 from latentmem.evaluate.runner import Folder, Record
 from latentmem.evaluate.stats import Estimate, difference, mean_of, quotient
 from latentmem.evaluate.tables import plots

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 
-from latentmem.container import replace_bytes
+from latentmem.disk import replace_bytes
 from latentmem.evaluate.data.sets import QuestionSet
 from latentmem.evaluate.runner import Folder, Record
 from latentmem.evaluate.stats import Estimate

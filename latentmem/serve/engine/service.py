@@ -29,7 +29,8 @@ from latentmem.serve.engine.answer import Answer, Sampling
 from latentmem.serve.engine.engine import Engine, EngineModel, release_threads
 from latentmem.serve.settings import Sizes
 from latentmem.store import Store, Version
-from latentmem.store.writing import Content, WritingModel
+from latentmem.store.contents import Content
+from latentmem.store.writing import WritingModel
 
 Result = TypeVar("Result")
 OWN_KEY = "request "  # begins the idempotency keys that the service makes itself

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from latentmem.container import replace_bytes
+from latentmem.disk import replace_bytes
 
 FILE = "keys.json"
 FORMAT = "latentmem keys 1"

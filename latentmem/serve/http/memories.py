@@ -34,8 +34,8 @@ from latentmem.serve.http.state import (
     with_timeout,
 )
 from latentmem.store import Overview, Store
+from latentmem.store.contents import Content
 from latentmem.store.views import nothing_known
-from latentmem.store.writing import Content
 
 router = APIRouter(prefix="/v1/memories", tags=["memories"])
 WORD = {"type": "string"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import signal
 import socket
 import threading
@@ -18,19 +17,6 @@ from starlette.types import Receive, Scope, Send
 from latentmem.serve.engine.service import Service
 from latentmem.serve.http import static
 from latentmem.serve.http.errors import Json, not_ready
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only programs of this machine can reach a server at this address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def bound(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address; an OSError says why not."""
-    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
 
 
 def serve(

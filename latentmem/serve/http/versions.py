@@ -79,10 +79,10 @@ async def stats(request: Request, id: str, version: VersionQuery = None) -> sche
         await change_store(request, id, lambda store, llm: None)
 
     def read(store: Store) -> schema.Stats:
-        number, memory = _opened(store, id, version)
-        half_life = memory.half_life if memory.half_life < float("inf") else None
-        sources = [schema.SourceLeft(**asdict(source)) for source in store.stats_of(id, memory)]
-        facts = {what: getattr(memory, what) for what in ("M", "N", "K")}
+        number, account = store.applied(id) if version is None else (version, store.account(id, version))
+        half_life = account.half_life if account.half_life < float("inf") else None
+        sources = [schema.SourceLeft(**asdict(source)) for source in store.stats_of(id, account)]
+        facts = {what: getattr(account, what) for what in ("M", "N", "K")}
         for overview in store.overview([id]):
             facts |= {what: getattr(overview, what) for what in ("bytes", "prunable")}
         return schema.Stats(id=id, version=number, half_life=half_life, sources=sources, **facts)

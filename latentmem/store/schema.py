@@ -1,4 +1,4 @@
-"""The tables of a store's database; `journal` reads and writes them."""
+"""The tables of a store's database."""
 
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -31,3 +31,7 @@ CREATE TABLE expiries (
 CREATE TABLE building (object TEXT NOT NULL, memory INTEGER NOT NULL);
 CREATE TABLE turns (memory INTEGER PRIMARY KEY REFERENCES memories, kept TEXT NOT NULL);
 """
+ACCOUNTS = (
+    "CREATE TABLE IF NOT EXISTS accounts (version INTEGER PRIMARY KEY, memory INTEGER NOT NULL, account TEXT NOT NULL)",
+    "CREATE TRIGGER IF NOT EXISTS gone AFTER DELETE ON versions BEGIN DELETE FROM accounts WHERE version = OLD.id; END",
+)
