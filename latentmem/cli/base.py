@@ -101,6 +101,17 @@ def applied(store: Store, name: str) -> Account | None:
     return store.applied(name)[1] if name in store else None
 
 
+def begin(store: Store, name: str, memory: Memory) -> Account | None:
+    """Make a memory, or go on with one that somebody else has made meanwhile; gives what that holds."""
+    from latentmem.errors import NameTakenError
+
+    try:
+        store.create(name, memory)
+    except NameTakenError:
+        return store.applied(name)[1]
+    return None
+
+
 def read(
     store: Store,
     name: str,

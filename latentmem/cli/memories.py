@@ -50,8 +50,8 @@ def write(
     start = store.latest(memory)[1] if before is not None else llm.empty(settings=options.settings_from(chosen))
     llm.check(start)
     counts = [len(llm.tokens(text, role)) for _, text in sources]
-    if before is None:
-        store.create(memory, start)
+    if before is None and (there := base.begin(store, memory, start)) is not None:
+        options.require_same(memory, there.settings, chosen)
     base.finish(store, memory, llm)
     start = store.open(memory)
     with printing.progress() as bar:
@@ -133,7 +133,7 @@ def chat(
             typer.echo("(nothing to write)", err=True)
             return
         lines = itertools.chain([first], lines)
-        store.create(memory, llm.empty())
+        base.begin(store, memory, llm.empty())
     with Turns(store, memory) as turns:
         base.finish(store, memory, llm)
         start = store.open(memory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import asdict
@@ -10,7 +9,7 @@ from dataclasses import asdict
 from mcp.server import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 
-from latentmem.errors import NameTakenError, NotFoundError
+from latentmem.errors import NotFoundError
 from latentmem.longterm import losses
 from latentmem.serve.engine.answer import Sampling
 from latentmem.serve.engine.service import BusyError, Service
@@ -48,8 +47,7 @@ class _Tools:
         """
         check_name(memory_id)
         if memory_id not in self._service.store:
-            with contextlib.suppress(NameTakenError):  # by somebody else meanwhile
-                self._service.create(memory_id).result()
+            self._service.create(memory_id, exist_ok=True).result()
         version = self._service.write(memory_id, text, source).done.result()
         facts: Facts = {"version": version.version, "source": source, "tokens": version.tokens}
         facts |= {"slots": version.facts.get("M"), "capacity": version.facts.get("N")}

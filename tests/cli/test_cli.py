@@ -598,6 +598,43 @@ def test_two_writers_do_not_meet(run, home, monkeypatch):
     assert code == 2 and "is changing a conversation with 'work'" in err
 
 
+@pytest.fixture
+def meanwhile(home, tiny_folder, monkeypatch):
+    """Somebody else begins the memory `both` and writes into it, while this process loads its model."""
+    load = cli.base.load
+
+    def slowly(*args, **more):
+        llm = load(*args, **more)
+        store = Store(home / "store")
+        if "both" not in store:
+            store.create("both", llm.empty(N=64, K=16, form="exact"))
+            store.write(llm, "both", "the gate is red", "other")
+        store.close()
+        return llm
+
+    monkeypatch.setattr(cli.base, "load", slowly)
+
+
+@pytest.mark.parametrize("settings", [(), ("-N", 64)])
+def test_the_second_of_two_first_writers_goes_on_with_what_is_there(run, meanwhile, settings):
+    code, out, err = run("write", "the door is blue", "-m", "both", *settings)
+    assert code == 0 and "both, version 2" in out, err
+    assert [(one.name, one.tokens) for one in stored("both").sources] == [("other", 15), ("text", 16)]
+
+
+def test_the_second_of_two_first_writers_is_told_of_other_settings(run, meanwhile):
+    code, _, err = run("write", "the door is blue", "-m", "both", "-N", 32)
+    assert code == 2 and "the memory 'both' was made with N=64, not 32" in err
+    assert [source.name for source in stored("both").sources] == ["other"]
+
+
+def test_a_chat_goes_on_with_a_memory_that_was_made_meanwhile(run, meanwhile):
+    code, _, err = run("chat", "-m", "both", "--max-new-tokens", 2, stdin="hello\n")
+    assert code == 0 and "wrote 2 turns into the memory 'both'" in err
+    first, second = stored("both").sources
+    assert first.name == "other" and second.tokens > 5
+
+
 VERBS = (
     *("write", "ask", "chat", "list", "show", "rm", "doctor", "history", "diff", "undo", "rollback", "fork"),
     *("prune", "forget", "pin", "expire", "export", "import", "rebuild", "train", "eval"),

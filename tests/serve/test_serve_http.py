@@ -482,6 +482,8 @@ def test_a_memory_from_its_beginning_to_its_end(llm, tmp_path):
         assert (made[1]["form"], made[1]["order"], made[1]["longterm"]["R"]) == ("int8", "best-last", 21)
         assert made[0] == 201 and (made[1]["id"], made[1]["N"], made[1]["M"], made[1]["versions"]) == ("m", 64, 0, 1)
         refused(server("POST", "/v1/memories", {"id": "m"}), 409, "taken")
+        there = server("POST", "/v1/memories", {"id": "m", "N": 32, "exist_ok": True})
+        assert there[0] == 201 and (there[1]["N"], there[1]["versions"]) == (64, 1)
         status, wrote = server("POST", "/v1/memories/m/write", {"text": "the door is blue", "source": "notes"})
         sizes = {"M": 16, "N": 64, "lost": 0}
         assert status == 200 and wrote == {"id": "m", "version": 1, "tokens": 16, "state": "applied"} | sizes

@@ -22,6 +22,7 @@ import torch
 
 from latentmem.core.memory import Memory
 from latentmem.core.settings import MemorySettings
+from latentmem.errors import NameTakenError
 from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Message, Prompts
 from latentmem.model.provenance import DrawnOn
@@ -242,15 +243,22 @@ class Service:
         done.add_done_callback(self._changed)
         return Writing(version, count, done)
 
-    def create(self, name: str, settings: MemorySettings | None = None) -> Future[Version]:
+    def create(self, name: str, settings: MemorySettings | None = None, *, exist_ok: bool = False) -> Future[Version]:
         """Begin a memory, by default with the settings with which the adapters were trained, or of the model.
+
+        Args:
+            exist_ok: go on with a memory of this name, whatever its settings.
 
         Raises:
             BusyError: too many wait. The result may be a `NameTakenError`.
         """
 
         def act(store: Store, llm: WritingModel) -> Version:
-            store.create(name, self.llm.empty(settings=settings))
+            try:
+                store.create(name, self.llm.empty(settings=settings))
+            except NameTakenError:
+                if not exist_ok:
+                    raise
             return store.version(name)
 
         return self.change(act)

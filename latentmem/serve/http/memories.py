@@ -46,9 +46,10 @@ LATER = (TimeoutError, OSError, InUseError, RuntimeError, MemoryError)  # errors
 
 @router.post("", status_code=201)
 async def create(request: Request, body: schema.Create) -> schema.MemoryInfo:
-    """Make a memory."""
+    """Make a memory; with `exist_ok` go on with one of this name, which keeps its settings."""
     authorize(request, body.id, write=True, new=True)
-    await with_timeout(request, carried_out(app_state(request).service.create(body.id, body.settings())))
+    made = app_state(request).service.create(body.id, body.settings(), exist_ok=body.exist_ok)
+    await with_timeout(request, carried_out(made))
     return await info(request, body.id)
 
 

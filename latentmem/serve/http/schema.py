@@ -193,6 +193,10 @@ class _Named(Strict):
     id: Name
 
 
+class _New(_Named):
+    exist_ok: bool = False
+
+
 def _type(one: Setting) -> Any:
     return Literal.__getitem__(one.choices) if one.choices else one.type
 
@@ -214,14 +218,14 @@ def _fields(kind: Any) -> dict[str, Any]:
 
 
 LongTerm = create_model("LongTerm", __base__=Strict, **_fields(LongTermSettings))
-_Create: Any = create_model("Create", __base__=_Named, **_fields(MemorySettings))
+_Create: Any = create_model("Create", __base__=_New, **_fields(MemorySettings))
 
 
 class Create(_Create):
     """A new memory: its name and its settings; what is left out is as the adapters were trained, or by the model."""
 
     def settings(self) -> MemorySettings:
-        return MemorySettings.of(self.model_dump(exclude={"id"}, exclude_none=True))
+        return MemorySettings.of(self.model_dump(exclude={"id", "exist_ok"}, exclude_none=True))
 
 
 class _Info(BaseModel):
