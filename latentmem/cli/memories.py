@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from latentmem.store import Account, Store, Turns
 
 PANEL = "Memories"
-LIKE_A_PATH = re.compile(r"^(/|~|\.\.?/)|\.[A-Za-z]\w{0,4}$")
+LIKE_A_PATH = re.compile(r"^(/|~|\.\.?/|\w+://)|\.[A-Za-z]\w{0,4}$")
+SENTENCE = re.compile(r"\w[.!?]+[\"')\]]*$")  # the end of one
+FILE_NAME = re.compile(r"[\w./\\~*@+%#()\[\]-]+")  # with what a shell leaves of a pattern that fits no file
 
 
 @app.command(rich_help_panel=PANEL)
@@ -321,12 +323,20 @@ def _read(argument: str) -> tuple[str, str]:
     """An argument of `write` that names no file -> (source, text), if it is a sentence."""
     if not argument.strip():
         raise ValueError("the text to be written is empty; give a file, a text in quotes, or - for standard input.")
-    if len(argument.split()) == 1 or LIKE_A_PATH.search(argument):
+    if not _is_text(argument):
         raise ValueError(
-            f"there is no file {argument!r}. (A text in quotes has at least two words and does not look like a path; "
-            f"any text can be piped: give - for standard input.)"
+            f"there is no file {argument!r}. (One word is taken for a text if it ends like a sentence, or can be no "
+            f"file's name; any text can be piped: give - for standard input.)"
         )
     return "text", argument
+
+
+def _is_text(argument: str) -> bool:
+    """Whether an argument that names no file is meant as a text: not every language puts spaces between words."""
+    if LIKE_A_PATH.search(argument):
+        return False
+    several = len(argument.split()) > 1
+    return several or not argument.isascii() or bool(SENTENCE.search(argument)) or not FILE_NAME.fullmatch(argument)
 
 
 def _typed_lines() -> Iterator[str]:

@@ -598,6 +598,28 @@ def test_two_writers_do_not_meet(run, home, monkeypatch):
     assert code == 2 and "is changing a conversation with 'work'" in err
 
 
+TEXTS = [
+    *("私は水曜日に京都へ行きます。", "我下周三去京都。", "我下周三去京都", "ฉันชอบกาแฟ", "👩‍👩‍👧‍👦", "Größe", "Да"),
+    *("Stop!", "Why?", "Done.", '"Done."', "(really?)", "red,green", "colour=red", '{"a":1}', "it's", "a:b", "x<y"),
+]
+NAMES = [
+    *("Donaudampfschifffahrtsgesellschaft", "notes", "README", "notes.txt", "笔记.txt", "./メモ", "~/notes", "../x"),
+    *("/tmp/ü", "*.zzz", "notes/*", "notes[12]", "a/b", "report-2", "v1.2", "-x.md"),
+]
+
+
+def test_a_text_without_spaces_is_written(run):
+    assert run("write", *TEXTS, "-m", "work", "-N", 512, "-K", 16)[0] == 0
+    assert stored().tokens == sum(len(text.encode()) for text in TEXTS)  # one token per byte
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_word_that_may_be_a_file_is_refused_where_there_is_none(run, home, name):
+    code, _, err = run("write", "-m", "work", "--", name)
+    assert code == 2 and f"there is no file {name!r}" in err
+    assert "work" not in Store(home / "store")
+
+
 @pytest.fixture
 def meanwhile(home, tiny_folder, monkeypatch):
     """Somebody else begins the memory `both` and writes into it, while this process loads its model."""
