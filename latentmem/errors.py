@@ -25,7 +25,7 @@ class NotFoundError(LatentmemError):
     def memory(cls, name: str, known: Iterable[str] = ()) -> NotFoundError:
         """There is no memory `name`; `known` are the memories that there are."""
         there = f" (there are: {', '.join(known) or 'none yet'})"
-        remedy = "`create` or `latentmem write` makes one."
+        remedy = "`latentmem write` makes one."
         return cls(f"there is no memory {name!r}{there}. {remedy}", f"there is no memory {name!r}.")
 
 

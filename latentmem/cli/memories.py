@@ -207,8 +207,9 @@ def show(
     stats = store.stats_of(memory, now)
     number = store.history(memory)[-1].version if version is None else version
     (disk,) = store.overview([memory])
+    turns = base.waiting_turns(store, memory)
     if json_:
-        about = {"memory": memory, "version": number, "bytes": disk.bytes, "prunable": disk.prunable}
+        about = {"memory": memory, "version": number, "bytes": disk.bytes, "prunable": disk.prunable, "turns": turns}
         typer.echo(json.dumps(about | printing.facts_of(now, stats)))
     elif text:
         printing.show_text(store.open(memory, version), base.load(now, model, "cpu"))
@@ -218,6 +219,7 @@ def show(
             printing.show_layers(now)
         else:
             printing.show_sources(stats, now)
+        printing.turns(turns, memory)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -308,15 +310,15 @@ def _versions() -> str:
 
 def _texts_of(arguments: list[str], encoding: str | None = None) -> list[tuple[str, str]]:
     """The arguments of `write` -> (source, text) each; files of one name in different folders keep their paths."""
-    texts: list[tuple[str, str, str]] = []
+    pairs: list[tuple[str, str, str]] = []
     for one in arguments:
         from_files = inputs.from_files(one, encoding)
-        texts += [(one, *_read(one))] if from_files is None else from_files
+        pairs += [(one, *_read(one))] if from_files is None else from_files
     paths: dict[str, set[str]] = {}
-    for argument, name, _ in texts:
+    for argument, name, _ in pairs:
         paths.setdefault(name, set()).add(argument)
     keep_names = {name for name in paths if len(paths[name]) == 1} | {"text", "standard input"}
-    return [(name if name in keep_names else argument, text) for argument, name, text in texts]
+    return [(name if name in keep_names else argument, text) for argument, name, text in pairs]
 
 
 def _read(argument: str) -> tuple[str, str]:

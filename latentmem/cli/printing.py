@@ -73,6 +73,15 @@ def state(memory: Account | Memory) -> str:
     return f"{memory.M} of {memory.N} slots per layer, {memory.updates} update{'s' * (memory.updates != 1)}"
 
 
+def turns(count: int, name: str) -> None:
+    """The turns of a chat that are not in the memory yet, if there are some."""
+    if count:
+        typer.echo(
+            f"{count} turns of a chat are not in the memory yet: `latentmem chat -m {name}` goes on with them, and"
+        )
+        typer.echo("where the chat was cut off, the next `latentmem ask` writes them.")
+
+
 # --- a memory ---------------------------------------------------------------------------------------------------------
 
 

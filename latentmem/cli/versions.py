@@ -28,7 +28,8 @@ SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 @app.command(rich_help_panel=VERSIONS)
 def history(memory: Name = "default", json_: Json = False) -> None:
     """Show every version: its time, its event, and the version it was made from."""
-    versions = base.opened(memory).history(memory)
+    store = base.opened(memory)
+    versions = store.history(memory)
     if json_:
         typer.echo(json.dumps([asdict(version) | {"time": version.time.isoformat()} for version in versions]))
         return
@@ -52,6 +53,7 @@ def history(memory: Name = "default", json_: Json = False) -> None:
     for version in versions:
         if version.error:
             typer.echo(f"version {version.version} failed: {version.error}")
+    printing.turns(base.waiting_turns(store, memory), memory)
 
 
 @app.command(rich_help_panel=VERSIONS)

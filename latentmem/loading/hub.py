@@ -17,7 +17,7 @@ from latentmem.model.model import MemoryModel
 from latentmem.model.prompts import Style
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 # How texts and questions are put to a model by default, where it was measured: docs/results/prompts.md.
 STYLES = {PACKAGED: Style(wrap="user", system="", question="{question} Answer briefly.")}
@@ -54,7 +54,7 @@ def from_transformers(
     source: str | Path, name: str, dtype: torch.dtype, device: torch.device, **gguf: str
 ) -> MemoryModel:
     """A plain transformers decoder from a folder or a hub id; `gguf_file` names a GGUF file inside the folder."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     with readable(name), quiet():
         config = AutoConfig.from_pretrained(source, **gguf)
@@ -67,12 +67,24 @@ def from_transformers(
             f"the model {name!r} lacks {len(lacking)} weights, or has them in another shape: "
             f"{', '.join(lacking[:8])}{' ...' if len(lacking) > 8 else ''}. Fetch it again."
         )
+    return MemoryModel(base.to(device), tokenizer_of(source, name, **gguf), name=name, style=STYLES.get(name))
+
+
+def tokenizer_of(source: str | Path, name: str, **gguf: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer; for some families transformers makes one without a vocabulary where there is none."""
+    from transformers import AutoTokenizer
+
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
+        if set(tokenizer.encode("a text", add_special_tokens=False)) <= set(tokenizer.all_special_ids):
+            raise ValueError("it has no vocabulary.")
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the model {name!r} holds no tokenizer that can be read.") from error
-    return MemoryModel(base.to(device), tokenizer, name=name, style=STYLES.get(name))
+        raise ValueError(
+            f"the model {name!r} holds no tokenizer that can be read. Put the tokenizer's files beside config.json, "
+            f"as `tokenizer.save_pretrained` makes them."
+        ) from error
+    return tokenizer
 
 
 def dequantised() -> dict[str, Any]:

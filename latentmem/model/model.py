@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from torch import Tensor
 from transformers import Cache
 
+from latentmem import texts
 from latentmem.core.memory import Memory
 from latentmem.core.settings import LongTermSettings, MemorySettings
 from latentmem.files import snapshot as _snapshot  # noqa: F401 - gives `Memory` its `save` and `load`
@@ -21,6 +23,7 @@ from latentmem.model.provenance import Tracer
 from latentmem.model.writing import Progress, Updates
 
 Texts = str | Sequence[str]
+Writable = str | Path | Sequence[str | Path]
 Memories = Memory | Sequence[Memory]
 AnyMemory = TypeVar("AnyMemory", Memory, list[Memory], Sequence[Memory])  # one of them gives one, many give many
 AnyText = TypeVar("AnyText", str, list[str], Sequence[str])
@@ -114,16 +117,16 @@ class MemoryModel(Tracer):
     def write(
         self,
         memory: AnyMemory,
-        text: Texts,
-        source: str = "text",
+        text: Writable,
+        source: str | None = None,
         role: str | None = None,
         progress: Progress | None = None,
     ) -> AnyMemory:
         """Write a text into a memory, or each of several texts into a memory of its own, at once (see `write_ids`).
 
         Args:
-            text: not empty; special tokens in it stay plain text.
-            source: the name under which it is accounted, for example a file name.
+            text: not empty, or the path of a file of UTF-8 text; special tokens in it stay plain text.
+            source: the name under which it is accounted; by default that of the file, else "text".
             role: "raw", or "system", "user", "assistant" for a turn of the chat template; by default the model's style.
             progress: called after each piece with (tokens done, tokens in all).
 
@@ -131,10 +134,14 @@ class MemoryModel(Tracer):
             The next memory, or a list of them; the given ones stay valid.
 
         Raises:
-            ValueError: an empty text, an unknown role, lists of different lengths, or a memory of another model.
+            ValueError: what is no text and no file of text, an empty one, an unknown role, lists of different lengths,
+                or a memory of another model.
         """
-        ids = [self.tokens(one, role) for _, one in _pairs(memory, text)]
-        return self.write_ids(memory, ids[0] if isinstance(memory, Memory) else ids, source, progress)
+        name = source or (text.name if isinstance(text, Path) else "text")
+        several = isinstance(text, Sequence) and not isinstance(text, str | bytes)
+        read = [texts.text_of(one) for one in text] if several else texts.text_of(text)  # type: ignore[union-attr]
+        ids = [self.tokens(one, role) for _, one in _pairs(memory, read)]
+        return self.write_ids(memory, ids[0] if isinstance(memory, Memory) else ids, name, progress)
 
     def ask(self, memory: Memories, question: AnyText, **generate_kwargs: Any) -> AnyText:
         """Answer a question with a memory, or each of several with its own, at once.
@@ -296,10 +303,22 @@ def _pairs(memory: Memories, text: Texts) -> list[tuple[Memory, str]]:
     """Each memory with its text, of one of both or of as many of both.
 
     Raises:
-        ValueError: one of one and several of the other, or lists of different lengths.
+        ValueError: no memory, no text, one of one and several of the other, or lists of different lengths.
     """
-    if isinstance(memory, Memory) and isinstance(text, str):
-        return [(memory, text)]
-    if isinstance(memory, Memory) or isinstance(text, str) or len(memory) != len(text):
-        raise ValueError("give one memory and one text, or lists of the same length.")
-    return list(zip(memory, text, strict=True))
+    memories, questions = _several(memory, Memory), _several(text, str)
+    for one in memories:
+        if not isinstance(one, Memory):
+            raise ValueError(f"a memory comes from `empty`, `write` or `Memory.load`: got {type(one).__name__}.")
+    for one in questions:
+        if not isinstance(one, str):
+            raise ValueError(f"a question must be a str, got {type(one).__name__}.")
+    if isinstance(memory, Memory) != isinstance(text, str) or len(memories) != len(questions):
+        sizes = [
+            "one" if isinstance(argument, Memory | str) else f"a list of {len(argument)}" for argument in (memory, text)
+        ]
+        raise ValueError(f"give one memory and one text, or lists of the same length: got {' and '.join(sizes)}.")
+    return list(zip(memories, questions, strict=True))
+
+
+def _several(argument: Any, kind: type) -> Sequence[Any]:
+    return argument if isinstance(argument, Sequence) and not isinstance(argument, kind | bytes) else [argument]

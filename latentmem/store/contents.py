@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from latentmem import texts
 from latentmem.model.prompts import Message
 from latentmem.store.journal import Row
 
-Content = str | Sequence[Message] | Sequence[int]
+Content = str | Path | Sequence[Message] | Sequence[int]
 CONTENTS = ("text", "turns", "ids")  # what a write can hold
 Payload = dict[str, Any]
 
@@ -22,6 +24,8 @@ def payload(content: Content, source: str, role: str | None) -> Payload:
         ValueError: nothing to write, or what can not be written.
     """
     body: dict[str, Any]
+    if not hasattr(content, "__len__") or isinstance(content, bytes | bytearray):  # neither turns nor token ids
+        content = texts.text_of(content)
     if isinstance(content, str):
         body, empty = {"text": content}, not content.strip()
     elif isinstance(content, Sequence) and content and isinstance(content[0], dict):
@@ -47,6 +51,11 @@ def payload(content: Content, source: str, role: str | None) -> Payload:
     except UnicodeEncodeError:
         raise ValueError("the text is not valid Unicode; write UTF-8.") from None
     return body | {"sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
+
+
+def source_of(content: Content, source: str | None) -> str:
+    """The name under which something is written: the one that is given, a file's own, else "text"."""
+    return source or (content.name if isinstance(content, Path) else "text")
 
 
 def content_of(row: Row) -> Content | None:

@@ -30,7 +30,7 @@ from latentmem.disk import check_folder
 from latentmem.errors import InUseError
 from latentmem.store.account import Account
 from latentmem.store.catalog import TRIES, Catalog
-from latentmem.store.contents import Content, payload
+from latentmem.store.contents import Content, payload, source_of
 from latentmem.store.journal import Row
 from latentmem.store.locks import check_name
 from latentmem.written import place
@@ -130,7 +130,7 @@ class Store(Catalog):
         llm: WritingModel,
         name: str,
         text: Content,
-        source: str = "text",
+        source: str | None = None,
         *,
         role: str | None = None,
         key: str | None = None,
@@ -139,6 +139,7 @@ class Store(Catalog):
         """Write a text, turns of a conversation or token ids into a memory; when this returns, no crash loses it.
 
         Args:
+            text: or the path of a file of UTF-8 text.
             source: the name under which the text is accounted; as in `MemoryModel.write`.
             role: as in `MemoryModel.write`.
             key: idempotency key: a second write with the same key and text changes nothing.
@@ -151,7 +152,7 @@ class Store(Catalog):
                 has changed.
             OSError: the disk is full; the old version is kept.
         """
-        body = payload(text, source, role)
+        body = payload(text, source_of(text, source), role)
         with self._locks.memory(name) as memory:
             return self._writer.write(llm, memory, body, key, progress).seq
 
@@ -159,7 +160,7 @@ class Store(Catalog):
         self,
         name: str,
         text: Content,
-        source: str = "text",
+        source: str | None = None,
         *,
         role: str | None = None,
         key: str | None = None,
@@ -176,7 +177,7 @@ class Store(Catalog):
         Raises:
             ValueError: an empty text, a source that has expired, a key of another text, or what `llm` refuses.
         """
-        body = payload(text, source, role)
+        body = payload(text, source_of(text, source), role)
         return self._writer.append(name, body, key, llm).seq
 
     def apply(self, llm: WritingModel, name: str, progress: Progress | None = None) -> int:

@@ -7,14 +7,15 @@ import signal
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from latentmem.store.journal import Row
 from latentmem.store.store import Store
 
 if TYPE_CHECKING:
     from latentmem.core.memory import Memory
-    from latentmem.model.model import MemoryModel
     from latentmem.model.prompts import Message
+    from latentmem.store.writing import WritingModel
 
 
 class Turns:
@@ -51,20 +52,47 @@ class Turns:
         Raises:
             ValueError: they wait in the journal; `Store.apply` comes first.
         """
-        kept = self._journal.turns(self._memory)
-        if kept is None:
-            return []
-        row = self._journal.keyed(self._memory, kept["key"]) if kept["leaving"] else None
+        kept, row = self._kept()
         if row is not None and row.state == "pending":
             raise ValueError(f"version {row.seq} of {self._name!r} waits to be applied; `apply` does it.")
-        written = row is not None and row.state == "applied"
-        return kept["messages"][kept["leaving"] :] if written else kept["messages"]
+        return self._not_written(kept, row)
+
+    def count(self) -> int:
+        """How many turns are in no version yet."""
+        return len(self._not_written(*self._kept()))
+
+    def settle(self, llm: WritingModel) -> int:
+        """Write the turns of a conversation that was cut off; gives how many. One that goes on keeps its turns.
+
+        Raises:
+            ValueError, OSError: as `Store.write`; all turns are kept.
+        """
+        if not self.count():
+            return 0
+        with self._store._locks.if_free(f"{self._memory}-turns") as free:
+            kept, _ = self._kept()
+            messages = self.pending() if free else []
+            if kept is not None and messages:
+                self.write(llm, messages, len(messages), kept["source"])
+            return len(messages)
+
+    def _kept(self) -> tuple[dict[str, Any] | None, Row | None]:
+        """What was kept, and the version into which some of the turns were on their way, if there is one."""
+        kept = self._journal.turns(self._memory)
+        on_their_way = kept is not None and kept["leaving"]
+        return kept, self._journal.keyed(self._memory, kept["key"]) if kept and on_their_way else None
+
+    def _not_written(self, kept: dict[str, Any] | None, row: Row | None) -> list[Message]:
+        if kept is None:
+            return []
+        there = row is not None and row.state in ("applied", "pending")
+        return kept["messages"][kept["leaving"] :] if there else kept["messages"]
 
     def keep_turns(self, messages: Sequence[Message], source: str) -> None:
         """Keep turns that are not in the memory, so that a crash loses none."""
         self._keep(messages, source)
 
-    def write(self, llm: MemoryModel, messages: Sequence[Message], count: int, source: str) -> Memory:
+    def write(self, llm: WritingModel, messages: Sequence[Message], count: int, source: str) -> Memory:
         """Write the first `count` of these turns and keep the others; returns the memory with them.
 
         Raises:

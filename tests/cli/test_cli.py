@@ -1,5 +1,6 @@
 """The command line as a person uses it, on a tiny model in a folder."""
 
+import ast
 import io
 import json
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -596,6 +598,35 @@ def test_two_writers_do_not_meet(run, home, monkeypatch):
     with Turns(store, "work"):
         code, _, err = run("chat", "-m", "work", stdin="hello")
     assert code == 2 and "is changing a conversation with 'work'" in err
+
+
+def test_turns_that_wait_are_shown_and_answered_from(run, home):
+    run("write", "the door is blue", "-m", "work", "-N", 256, "-K", 16)
+    said = [{"role": "user", "content": "my cat is Pip"}, {"role": "assistant", "content": "noted"}]
+    turns = Turns(Store(home / "store"), "work")
+    turns.keep_turns(said, "chat")
+    for command in (["show"], ["history"]):
+        assert "2 turns of a chat are not in the memory yet" in run(*command, "-m", "work")[1]
+    assert json.loads(run("show", "-m", "work", "--json")[1])["turns"] == 2
+    with turns:  # somebody is talking: the turns are theirs
+        assert "turns" not in run("ask", "which cat?", "-m", "work", "--max-new-tokens", 2)[2]
+        assert turns.count() == 2
+    code, _, err = run("ask", "which cat?", "-m", "work", "--max-new-tokens", 2)
+    assert code == 0 and "wrote 2 turns of a chat that was cut off" in err
+    assert [source.name for source in stored().sources] == ["text", "chat"]
+    assert "my cat is Pip" in run("show", "-m", "work", "--text")[1]
+    for command in (["show"], ["history"]):
+        assert "turns of a chat" not in run(*command, "-m", "work")[1]
+
+
+def test_errors_name_commands_that_there_are(run, home):
+    there = {command.name or command.callback.__name__.strip("_") for command in cli.app.registered_commands}
+    there |= {group.name for group in cli.app.registered_groups}
+    for path in Path(latentmem.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert set(re.findall(r"`latentmem ([a-z]+)", node.value)) <= there, (path, node.value)
+    assert "`latentmem write` makes one" in run("ask", "hi")[2] and "create" not in run("ask", "hi")[2]
 
 
 TEXTS = [

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import latentmem
 from latentmem.coding.codec import coder_of
 from latentmem.coding.coder import Coder
-from latentmem.loading import packaged
+from latentmem.loading import hub, packaged
+from latentmem.testing import byte_tokenizer, tiny_model
 
 
 def test_a_local_folder_is_a_model(tiny_folder):
@@ -77,3 +79,20 @@ def test_a_coder_that_sketches_another_layer_is_not_taken(tiny_folder, tiny_code
         assert own.empty().settings.form == ("coded" if layer == known.sketch.layer else "int8")
     with pytest.raises(ValueError, match=rf"sketches layer {layer}, and this version of latentmem searches layer"):
         latentmem.load(str(tiny_folder), coder=str(folder / "coder.safetensors"))
+
+
+@pytest.mark.parametrize("family", hub.SUPPORTED)
+def test_a_folder_without_a_tokenizer_is_refused_for_every_family(family, tmp_path):
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"'here' holds no tokenizer that can be read\. Put the tokenizer's files beside"
+    ):
+        hub.tokenizer_of(tmp_path, "here")
+
+
+def test_a_model_without_a_tokenizer_is_refused_when_it_is_loaded(tmp_path):
+    tiny_model("qwen3", head_dim=8).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds no tokenizer that can be read"):
+        latentmem.load(str(tmp_path))
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert latentmem.load(str(tmp_path)).tokens("hello", "raw") == byte_tokenizer().encode("hello")

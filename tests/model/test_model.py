@@ -1,9 +1,12 @@
 """What the model's verbs accept, refuse and keep, beyond the mathematics of test_reference.py."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import GenerationConfig
 
+import latentmem
 from latentmem.core import memory as memories
 from latentmem.model.model import MemoryModel
 from latentmem.testing import byte_tokenizer, tiny_model
@@ -186,3 +189,48 @@ def test_keys_and_values_of_a_coded_memory_take_two_tensors_a_slot(trained):
     assert prefix.nbytes == prefix.P * 2 * 30 * 3 * 64 * 4  # so a slot takes 23,040 bytes in bfloat16
     trained.prefixes.clear()
     assert trained.ask(memory, "Which door is blue?", max_new_tokens=4) == answer
+
+
+# --- what a caller may give ------------------------------------------------------------------------------------------
+
+
+def test_a_path_is_read_and_names_its_source(llm, tmp_path):
+    (tmp_path / "notes.txt").write_bytes("\ufeffthe gate is red — ü".encode())
+    memory = llm.write(llm.empty(N=64, K=16), tmp_path / "notes.txt")
+    plain = llm.write(llm.empty(N=64, K=16), "the gate is red — ü", "notes.txt")
+    assert torch.equal(memory.slots, plain.slots) and memory.sources == plain.sources
+    assert llm.write(llm.empty(N=64, K=16), tmp_path / "notes.txt", "mine").sources[0].name == "mine"
+    both = llm.write([llm.empty(N=64, K=16)] * 2, [tmp_path / "notes.txt", "a text"])
+    assert torch.equal(both[0].slots, memory.slots) and both[0].sources[0].name == "text"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (123, r"a text must be a str, or the pathlib.Path of a file of text; got int 123\."),
+        (None, "got NoneType None"),
+        (b"bytes", "got bytes b'bytes'"),
+        ({"a": 1}, r"got dict \{'a': 1\}"),
+        (["a", 1], "got int 1"),
+        (Path("/no/such.txt"), "/no/such.txt: no such file"),
+        (Path(__file__).parent, "is a folder; give one of its files"),
+        (["a", "b"], "or lists of the same length: got one and a list of 2"),
+    ],
+)
+def test_what_is_no_text_is_named(llm, memory, text, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        llm.write(memory, text)
+    if not isinstance(text, list | dict):
+        store = latentmem.Store(tmp_path)
+        store.create("m", memory)
+        with pytest.raises(ValueError, match=says):
+            store.write(llm, "m", text)
+        assert len(store.history("m")) == 1
+        store.close()
+
+
+def test_what_is_no_memory_or_no_question_is_named(llm, memory):
+    with pytest.raises(ValueError, match=r"a memory comes from `empty`, `write` or `Memory.load`: got str"):
+        llm.write("notes", "text")
+    with pytest.raises(ValueError, match="a question must be a str, got int"):
+        llm.ask(memory, 5)

@@ -29,7 +29,7 @@ from latentmem.model.provenance import DrawnOn
 from latentmem.serve.engine.answer import Answer, Sampling
 from latentmem.serve.engine.engine import Engine, EngineModel, release_threads
 from latentmem.serve.settings import Sizes
-from latentmem.store import Store, Version
+from latentmem.store import Store, Turns, Version
 from latentmem.store.contents import Content
 from latentmem.store.writing import WritingModel
 
@@ -180,7 +180,7 @@ class Service:
 
     def _comes_behind_writes(self, name: str, version: int | None) -> bool:
         newer = version is None or version > self.store.applied_version(name)
-        return newer and self.store.has_pending(name)
+        return newer and (self.store.has_pending(name) or Turns(self.store, name).count() > 0)
 
     def _open_later(self, name: str, request: _Request) -> None:
         """Open a request once all that waits for its memory is applied."""
@@ -192,7 +192,7 @@ class Service:
             else:
                 request.answer.give(error if isinstance(error, Exception) else RuntimeError(str(error)))
 
-        self._change(lambda: self._settle(name)).add_done_callback(go_on)
+        self._change(lambda: self._settle_with_turns(name)).add_done_callback(go_on)
 
     def _memory(self, request: _Request) -> Memory:
         """The memory of a request, which this model can read."""
@@ -287,6 +287,11 @@ class Service:
                 self._underway = Underway(name, self._model.newest, done, total)
 
         return self.store.apply(self._model, name, progress)
+
+    def _settle_with_turns(self, name: str) -> int:
+        """The same, with the turns of a conversation that was cut off."""
+        version = self._settle(name)
+        return self.store.version(name).version if Turns(self.store, name).settle(self._model) else version
 
     def _apply(self, name: str, key: str) -> Version:
         self._settle(name)

@@ -48,8 +48,8 @@ LATER = (TimeoutError, OSError, InUseError, RuntimeError, MemoryError)  # errors
 async def create(request: Request, body: schema.Create) -> schema.MemoryInfo:
     """Make a memory; with `exist_ok` go on with one of this name, which keeps its settings."""
     authorize(request, body.id, write=True, new=True)
-    made = app_state(request).service.create(body.id, body.settings(), exist_ok=body.exist_ok)
-    await with_timeout(request, carried_out(made))
+    service = app_state(request).service
+    await with_timeout(request, carried_out(service.create(body.id, body.settings(), exist_ok=body.exist_ok)))
     return await info(request, body.id)
 
 
