@@ -21,20 +21,21 @@ class Cache:
 
     def __init__(self, limit: int) -> None:
         self._limit, self.bytes, self._lock = limit, 0, threading.Lock()
-        self._memories: OrderedDict[int, tuple[Memory, int]] = OrderedDict()  # with their bytes
+        self._memories: OrderedDict[int, Memory] = OrderedDict()
+        self._sizes: dict[int, int] = {}  # of these memories, without their coded updates
         self._holders: Counter[Written] = Counter()  # how many of these memories hold a coded update
 
     def get(self, version: int) -> Memory | None:
         with self._lock:
             if version in self._memories:
                 self._memories.move_to_end(version)
-            return self._memories.get(version, (None, 0))[0]
+            return self._memories.get(version)
 
     def put(self, version: int, memory: Memory, size: int) -> None:
         """Keep a memory, `size` bytes without its coded updates."""
         with self._lock:
             if version not in self._memories:
-                self._memories[version] = memory, size
+                self._memories[version], self._sizes[version] = memory, size
                 self.bytes += size
                 for one in memory.written.values():
                     self.bytes += 0 if self._holders[one] else one.nbytes
@@ -43,8 +44,8 @@ class Cache:
                 self._remove(next(iter(self._memories)))
 
     def _remove(self, version: int) -> None:
-        memory, size = self._memories.pop(version)
-        self.bytes -= size
+        memory = self._memories.pop(version)
+        self.bytes -= self._sizes.pop(version)
         for one in memory.written.values():
             self._holders[one] -= 1
             if not self._holders[one]:
@@ -60,5 +61,6 @@ class Cache:
     def clear(self) -> None:
         with self._lock:
             self._memories.clear()
+            self._sizes.clear()
             self._holders.clear()
             self.bytes = 0

@@ -15,6 +15,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from latentmem import longterm as longterms
 from latentmem.coding.codec import coder_of, is_known, register
@@ -352,7 +353,7 @@ def facts(memory: Memory) -> dict[str, Any]:
 def account_of(memory: Memory) -> Account:
     """A memory in numbers."""
     archive = longterms.of(memory)
-    stored = longterms.stored(memory).double()
+    stored = _stored(memory).double()
     sources = tuple(
         SourceAccount(
             *(one.name, one.tokens, one.slots, one.pinned),
@@ -366,8 +367,24 @@ def account_of(memory: Memory) -> Account:
         **same,
         sources=sources,
         older=tuple((memory.origins < 0).sum(1).tolist()),
-        stored=longterms.stored_most(memory),
+        stored=int(stored.sum(0).max()) if stored.numel() else 0,
         archive=archive.nbytes if archive is not None else 0,
         limit=archive.limit if archive is not None else 0,
-        nbytes=memory.slots.nbytes + sum(one.nbytes for one in memory.written.values()),
+        nbytes=memory.slots.nbytes + _bytes_written(memory),
     )
+
+
+def _stored(memory: Memory) -> Tensor:
+    """`longterm.stored`; while an archive of coded updates keeps all of them, their number does not matter."""
+    archive = longterms.of(memory)
+    if not isinstance(archive, UpdateArchive) or archive.first > 1:
+        return longterms.stored(memory)
+    slots = torch.tensor([source.slots for source in memory.sources], dtype=torch.long)
+    return slots[:, None] - memory.slots_left()
+
+
+def _bytes_written(memory: Memory) -> int:
+    """Bytes of all coded updates of a memory; those that its archive keeps are counted there."""
+    archive = longterms.of(memory)
+    counted, first = (archive.nbytes, archive.first) if isinstance(archive, UpdateArchive) else (0, memory.updates + 1)
+    return counted + sum(one.nbytes for _, one in takewhile(lambda item: item[0] < first, memory.written.items()))
