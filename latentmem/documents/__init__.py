@@ -11,7 +11,7 @@ from latentmem.documents.folders import Listing, matching, under
 from latentmem.documents.process import LIMITS, Limits
 from latentmem.errors import UnreadableError
 
-__all__ = ["LIMITS", "Document", "Limits", "Listing", "from_bytes", "from_file", "matching", "read", "under"]
+__all__ = ["LIMITS", "Document", "Limits", "Listing", "from_bytes", "from_file", "matching", "read", "text_of", "under"]
 
 
 class Document(NamedTuple):
@@ -34,6 +34,30 @@ def read(path: str | Path, encoding: str | None = None) -> str:
         OSError: there is no such file, or it can not be opened.
     """
     return from_file(path, encoding).text
+
+
+def text_of(text: object) -> str:
+    """A text as a caller gives it, or that of a file, where the caller gives a path.
+
+    Raises:
+        ValueError: it is neither, or the file can not be read.
+    """
+    if isinstance(text, str):
+        return text
+    if isinstance(text, Path):
+        if text.is_dir():
+            raise ValueError(f"{text} is a folder; give one of its files.")
+        try:
+            return read(text)
+        except FileNotFoundError:
+            raise ValueError(f"{text}: no such file.") from None
+        except OSError as error:
+            raise ValueError(f"{text} can not be read: {error.strerror}.") from None
+    what = repr(text)
+    raise ValueError(
+        f"a text must be a str, or the pathlib.Path of a file; got {type(text).__name__} "
+        f"{what if len(what) < 60 else what[:60] + '...'}."
+    )
 
 
 def from_file(path: str | Path, encoding: str | None = None, limits: Limits = LIMITS) -> Document:

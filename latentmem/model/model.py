@@ -10,7 +10,7 @@ from typing import Any, TypeVar, overload
 from torch import Tensor
 from transformers import Cache
 
-from latentmem import texts
+from latentmem import documents
 from latentmem.core.memory import Memory
 from latentmem.core.settings import LongTermSettings, MemorySettings
 from latentmem.files import snapshot as _snapshot  # noqa: F401 - gives `Memory` its `save` and `load`
@@ -125,7 +125,7 @@ class MemoryModel(Tracer):
         """Write a text into a memory, or each of several texts into a memory of its own, at once (see `write_ids`).
 
         Args:
-            text: not empty, or the path of a file of UTF-8 text; special tokens in it stay plain text.
+            text: not empty, or the path of a file that `documents` reads; special tokens in it stay plain text.
             source: the name under which it is accounted; by default that of the file, else "text".
             role: "raw", or "system", "user", "assistant" for a turn of the chat template; by default the model's style.
             progress: called after each piece with (tokens done, tokens in all).
@@ -139,7 +139,7 @@ class MemoryModel(Tracer):
         """
         name = source or (text.name if isinstance(text, Path) else "text")
         several = isinstance(text, Sequence) and not isinstance(text, str | bytes)
-        read = [texts.text_of(one) for one in text] if several else texts.text_of(text)  # type: ignore[union-attr]
+        read = [documents.text_of(one) for one in text] if several else documents.text_of(text)  # type: ignore[union-attr]
         ids = [self.tokens(one, role) for _, one in _pairs(memory, read)]
         return self.write_ids(memory, ids[0] if isinstance(memory, Memory) else ids, name, progress)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from latentmem import texts
+from latentmem import documents
 from latentmem.model.prompts import Message
 from latentmem.store.journal import Row
 
@@ -25,7 +25,7 @@ def payload(content: Content, source: str, role: str | None, replace: bool = Fal
     """
     body: dict[str, Any]
     if not hasattr(content, "__len__") or isinstance(content, bytes | bytearray):  # neither turns nor token ids
-        content = texts.text_of(content)
+        content = documents.text_of(content)
     if isinstance(content, str):
         body, empty = {"text": content}, not content.strip()
     elif isinstance(content, Sequence) and content and isinstance(content[0], dict):

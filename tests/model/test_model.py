@@ -207,7 +207,7 @@ def test_a_path_is_read_and_names_its_source(llm, tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (123, r"a text must be a str, or the pathlib.Path of a file of text; got int 123\."),
+        (123, r"a text must be a str, or the pathlib.Path of a file; got int 123\."),
         (None, "got NoneType None"),
         (b"bytes", "got bytes b'bytes'"),
         ({"a": 1}, r"got dict \{'a': 1\}"),
