@@ -78,34 +78,19 @@ def _write_all(
     role: str | None,
     key: str | None,
 ) -> None:
-    """Write each text, and say what became of the memory; where it ends early, which texts are in and which are not."""
+    """Write each text, and say what became of the memory."""
     start, version = store.open(memory), 0
     with printing.progress() as bar:
         task = bar.add_task("writing", total=sum(counts))
         for i, (name, text, replaces) in enumerate(sources):
             show = printing.tokens(bar, "writing", sum(counts), sum(counts[:i]), task)
             own_key = key if key is None or len(sources) == 1 else f"{key} {i + 1}"
-            try:
-                version = store.write(llm, memory, text, name, role=role, key=own_key, replace=replaces, progress=show)
-            except (KeyboardInterrupt, ValueError, OSError) as reason:
-                bar.stop()
-                _ended_early([one.source for one in sources], i, reason)
-                raise
+            version = store.write(llm, memory, text, name, role=role, key=own_key, replace=replaces, progress=show)
     for one, count in zip(sources, counts, strict=True):
         typer.echo(f"{one.source}: {count} tokens{', in place of what was there' if one.replaces else ''}")
     now = store.account(memory)
     typer.echo(f"{memory}, version {version}: {printing.state(now)}{printing.forgetting(now)}")
     printing.losses(memory, start, store.open(memory))
-
-
-def _ended_early(names: Sequence[str], count: int, reason: BaseException) -> None:
-    """Say what was written before a text that was not; a text is in the memory whole or not at all."""
-    if count:
-        printing.error(f"written: {', '.join(names[:count])}.")
-    printing.error(f"not written: {', '.join(names[count:])}.")
-    if isinstance(reason, KeyboardInterrupt):
-        printing.error("stopped; the same command goes on from there, for what is in the memory is not written again.")
-        raise typer.Exit(130) from None
 
 
 def _checked(store: Store, memory: str, role: str | None, chosen: options.Values) -> Account | None:

@@ -660,36 +660,6 @@ def test_a_file_that_has_changed_takes_the_place_of_what_it_was(run, tmp_path):
     assert run("undo", "-m", "work")[0] == 0 and "900" in run("show", "-m", "work", "--text")[1]
 
 
-@pytest.mark.parametrize(
-    ("reason", "code", "says"),
-    [
-        (KeyboardInterrupt, 130, "stopped; the same command goes on from there"),
-        (OSError(28, "No space left on device"), 1, "No space left on device"),
-        (ValueError("16 new slots do not fit."), 2, "16 new slots do not fit."),
-    ],
-)
-def test_what_was_written_is_said_where_a_text_is_not(run, tmp_path, monkeypatch, reason, code, says):
-    for name in ("a", "b", "c"):
-        (tmp_path / f"{name}.txt").write_text(f"this is the text {name}")
-    files = [tmp_path / f"{name}.txt" for name in ("a", "b", "c")]
-    write = Store.write
-
-    def second_fails(self, llm, memory, text, source, **more):
-        if source == "b.txt":
-            raise reason
-        return write(self, llm, memory, text, source, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Store, "write", second_fails)
-        got, _, err = run("write", *files, "-m", "work", "-N", 256, "-K", 16)
-    lines = err.splitlines()
-    assert got == code and any(says in line for line in lines)
-    assert "latentmem: written: a.txt." in lines and "latentmem: not written: b.txt, c.txt." in lines
-    code, out, _ = run("write", *files, "-m", "work")  # the same command goes on
-    assert code == 0 and "a.txt: unchanged since version 1" in out
-    assert [(source.name, source.tokens) for source in stored().sources] == [(f"{n}.txt", 18) for n in "abc"]
-
-
 TEXTS = [
     *("私は水曜日に京都へ行きます。", "我下周三去京都。", "我下周三去京都", "ฉันชอบกาแฟ", "👩‍👩‍👧‍👦", "Größe", "Да"),
     *("Stop!", "Why?", "Done.", '"Done."', "(really?)", "red,green", "colour=red", '{"a":1}', "it's", "a:b", "x<y"),
