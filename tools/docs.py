@@ -23,7 +23,6 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "reference"
 SITE = ROOT / "build" / "site"
-WITH_CATALOG = "    options:\n      inherited_members: true\n"  # half of the store's methods are its base's
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -48,7 +47,7 @@ def python_page() -> str:
 
     names = [name for name in latentmem.__all__ if not name.startswith("__")]
     names.sort(key=lambda name: (not name[0].islower(), name != "MemoryModel", name))  # `load` first, then the model
-    blocks = [f"::: latentmem.{name}\n{WITH_CATALOG if name == 'Store' else ''}" for name in names]
+    blocks = [f"::: latentmem.{name}\n" for name in names]
     blocks.append("::: latentmem.documents.read\n")
     if importlib.util.find_spec("latentmem.errors"):
         blocks.append("::: latentmem.errors\n")

@@ -1,9 +1,10 @@
-"""Asking and looking: ask, chat, list, show, rm; and `doctor`, which says whether memory is alive."""
+"""Writing and asking: write, ask, chat, list, show, rm; and `doctor`, which says whether memory is alive."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -11,15 +12,73 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentmem.cli import base, printing
+from latentmem.cli import base, inputs, options, printing
 from latentmem.cli.base import Device, Json, ModelName, Name, NewTokens, OwnAdapters, Quantize, Version, app
 
 if TYPE_CHECKING:
     from latentmem.core.memory import Memory
     from latentmem.model.model import MemoryModel
-    from latentmem.store import Turns
+    from latentmem.store import Account, Store, Turns
 
 PANEL = "Memories"
+LIKE_A_PATH = re.compile(r"^(/|~|\.\.?/|\w+://)|\.[A-Za-z]\w{0,4}$")
+SENTENCE = re.compile(r"\w[.!?]+[\"')\]]*$")  # the end of one
+FILE_NAME = re.compile(r"[\w./\\~*@+%#()\[\]-]+")  # with what a shell leaves of a pattern that fits no file
+
+
+@app.command(rich_help_panel=PANEL)
+@options.of_a_new_memory
+def write(
+    texts: inputs.Texts,
+    memory: Name = "default",
+    role: Annotated[
+        str | None, typer.Option(help="raw, system, user or assistant; by default what the model was measured with.")
+    ] = None,
+    *,
+    chosen: options.Values,
+    key: Annotated[
+        str | None, typer.Option(help="Idempotency key: the same command with the same key writes once.")
+    ] = None,
+    encoding: inputs.Encoding = None,
+    quantize: Quantize = None,
+    model: ModelName = None,
+    adapters: OwnAdapters = None,
+    device: Device = None,
+) -> None:
+    """Write texts into a memory; it is made if it does not exist."""
+    sources, store = _texts_of(texts, encoding), base.opened(memory)
+    before = _checked(store, memory, role, chosen)
+    llm = base.load(before, model, device, quantize, adapters)
+    start = store.latest(memory)[1] if before is not None else llm.empty(settings=options.settings_from(chosen))
+    llm.check(start)
+    counts = [len(llm.tokens(text, role)) for _, text in sources]
+    if before is None and (there := base.begin(store, memory, start)) is not None:
+        options.require_same(memory, there.settings, chosen)
+    base.finish(store, memory, llm)
+    start = store.open(memory)
+    with printing.progress() as bar:
+        task = bar.add_task("writing", total=sum(counts))
+        for i, (name, text) in enumerate(sources):
+            show = printing.tokens(bar, "writing", sum(counts), sum(counts[:i]), task)
+            own_key = key if key is None or len(sources) == 1 else f"{key} {i + 1}"
+            version = store.write(llm, memory, text, name, role=role, key=own_key, progress=show)
+    for (name, _), count in zip(sources, counts, strict=True):
+        typer.echo(f"{name}: {count} tokens")
+    now = store.account(memory)
+    typer.echo(f"{memory}, version {version}: {printing.state(now)}{printing.forgetting(now)}")
+    printing.losses(memory, start, store.open(memory))
+
+
+def _checked(store: Store, memory: str, role: str | None, chosen: options.Values) -> Account | None:
+    """What the memory holds already, if there is one; refuses what can be refused before a model is loaded."""
+    from latentmem.model.prompts import check_role
+
+    check_role(role)
+    options.settings_from(chosen)
+    before = base.applied(store, memory)
+    if before is not None:
+        options.require_same(memory, before.settings, chosen)
+    return before
 
 
 @app.command(rich_help_panel=PANEL)
@@ -247,6 +306,39 @@ def _versions() -> str:
 
 
 # --- what commands take in --------------------------------------------------------------------------------------------
+
+
+def _texts_of(arguments: list[str], encoding: str | None = None) -> list[tuple[str, str]]:
+    """The arguments of `write` -> (source, text) each; files of one name in different folders keep their paths."""
+    pairs: list[tuple[str, str, str]] = []
+    for one in arguments:
+        from_files = inputs.from_files(one, encoding)
+        pairs += [(one, *_read(one))] if from_files is None else from_files
+    paths: dict[str, set[str]] = {}
+    for argument, name, _ in pairs:
+        paths.setdefault(name, set()).add(argument)
+    keep_names = {name for name in paths if len(paths[name]) == 1} | {"text", "standard input"}
+    return [(name if name in keep_names else argument, text) for argument, name, text in pairs]
+
+
+def _read(argument: str) -> tuple[str, str]:
+    """An argument of `write` that names no file -> (source, text), if it is a sentence."""
+    if not argument.strip():
+        raise ValueError("the text to be written is empty; give a file, a text in quotes, or - for standard input.")
+    if not _is_text(argument):
+        raise ValueError(
+            f"there is no file {argument!r}. (One word is taken for a text if it ends like a sentence, or can be no "
+            f"file's name; any text can be piped: give - for standard input.)"
+        )
+    return "text", argument
+
+
+def _is_text(argument: str) -> bool:
+    """Whether an argument that names no file is meant as a text: not every language puts spaces between words."""
+    if LIKE_A_PATH.search(argument):
+        return False
+    several = len(argument.split()) > 1
+    return several or not argument.isascii() or bool(SENTENCE.search(argument)) or not FILE_NAME.fullmatch(argument)
 
 
 def _typed_lines() -> Iterator[str]:

@@ -29,8 +29,7 @@ def create_server(service: Service) -> MCPServer:
     """The tools; `run()` serves them. Whoever makes the service starts and closes it."""
     server = MCPServer("latentmem", instructions=INSTRUCTIONS, version=__version__, log_level="WARNING")
     tools = _Tools(service)
-    changing = (tools.memory_write, tools.memory_replace, tools.memory_forget)
-    for tool in (*changing, tools.memory_ask, tools.memory_stats):
+    for tool in (tools.memory_write, tools.memory_ask, tools.memory_stats, tools.memory_forget):
         server.tool()(_errors_to_client(tool))
     return server
 
@@ -44,25 +43,12 @@ class _Tools:
     def memory_write(self, memory_id: str, text: str, source: str = "text") -> Facts:
         """Write a text into a memory; the memory is made if it is not there.
 
-        `source` is a name under which the text can be replaced or forgotten later. `lost` says what the write dropped
-        for good. What was written under this name before, to the letter, is `unchanged` and not written again.
+        `source` is a name under which the text can be forgotten later. `lost` says what the write dropped for good.
         """
         check_name(memory_id)
         if memory_id not in self._service.store:
             self._service.create(memory_id, exist_ok=True).result()
-        elif (there := self._service.store.unchanged(memory_id, text, source)) is not None:
-            return {"memory_id": memory_id, "version": there, "source": source, "unchanged": True}
-        return self._write(memory_id, text, source)
-
-    def memory_replace(self, memory_id: str, source: str, text: str) -> Facts:
-        """Give a source another text, in one step: what was written under that name is dropped from the memory."""
-        check_name(memory_id)
-        if self._service.store.unchanged(memory_id, text, source, alone=True) is not None:
-            return self.memory_write(memory_id, text, source)
-        return self._write(memory_id, text, source, replace=True)
-
-    def _write(self, memory_id: str, text: str, source: str, replace: bool = False) -> Facts:
-        version = self._service.write(memory_id, text, source, replace=replace).done.result()
+        version = self._service.write(memory_id, text, source).done.result()
         facts: Facts = {"version": version.version, "source": source, "tokens": version.tokens}
         facts |= {"slots": version.facts.get("M"), "capacity": version.facts.get("N")}
         if slots := version.facts.get("lost"):

@@ -31,7 +31,6 @@ PAYLOAD: dict[str, tuple[type, ...]] = {
     "text": (str,),
     "turns": (list,),
     "ids": (list,),
-    "replace": (bool,),
     "tokens": (int,),
 }
 FACTS: dict[str, tuple[type, ...]] = {  # of others any word or number is taken

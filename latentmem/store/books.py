@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from latentmem.errors import NotFoundError
 from latentmem.store.account import Account
-from latentmem.store.contents import Payload
 from latentmem.store.journal import Journal, Row
 
 OF_A_TEXT = ("ids", "lost", "blocks", "coder", "pruned")  # facts that a version without a text does not take over
@@ -113,26 +112,6 @@ class Books:
                 elif here.event not in SAME and here.state != "failed":
                     return None
         return None
-
-    def holds(self, head: Row, payload: Payload, alone: bool) -> int | None:
-        """The version behind which a text is in the memory, unless its source was forgotten or replaced since."""
-        writes = self.writes(head, payload["source"])
-        same = [row.seq for row in writes if row.payload["sha256"] == payload["sha256"]]
-        return same[0] if same and not (alone and len(writes) > 1) else None
-
-    def writes(self, head: Row, source: str) -> list[Row]:
-        """The writes of a source that a version holds or waits for, the newest first."""
-        rows = []
-        for row in self._journal.lineage(head):
-            if row.payload.get("source") != source or row.state == "failed":
-                continue
-            if row.event in ("forget", "expire"):
-                break
-            if row.event == "write":
-                rows.append(row)
-                if row.payload.get("replace"):
-                    break
-        return rows
 
     # --- changes ----------------------------------------------------------------------------------------------------
 

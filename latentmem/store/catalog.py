@@ -16,7 +16,6 @@ from latentmem.store import views
 from latentmem.store.account import Account
 from latentmem.store.books import Books, of_source
 from latentmem.store.cache import Cache
-from latentmem.store.contents import Content, payload
 from latentmem.store.journal import Journal, Row
 from latentmem.store.locks import Locks, check_name
 from latentmem.store.objects import objects_at
@@ -133,21 +132,6 @@ class Catalog(ABC):
         return sorted(map(self._journal.name, self._journal.family(self._journal.id(name))))
 
     # --- versions -----------------------------------------------------------------------------------------------------
-
-    def unchanged(
-        self, name: str, text: Content, source: str, role: str | None = None, *, alone: bool = False
-    ) -> int | None:
-        """The version that wrote these very bytes under this name, if nothing has taken them back since.
-
-        Args:
-            alone: only where they are all that the source has written.
-        """
-        return self._books.holds(self._journal.head(self._journal.id(name)), payload(text, source, role), alone)
-
-    def was_written(self, name: str, source: str) -> bool:
-        """Whether a source is in the memory, or in a write that waits for it."""
-        held = source in self.applied(name)[1].names
-        return held or bool(self._books.writes(self._journal.head(self._journal.id(name)), source))
 
     def check_written(self, name: str, source: str) -> None:
         """A ValueError if no version of a memory or of those that forks connect with it wrote a source."""

@@ -17,8 +17,8 @@ CONTENTS = ("text", "turns", "ids")  # what a write can hold
 Payload = dict[str, Any]
 
 
-def payload(content: Content, source: str, role: str | None, replace: bool = False) -> Payload:
-    """What the journal keeps of a write, before it is applied; `replace`: in place of all that the source has written.
+def payload(content: Content, source: str, role: str | None) -> Payload:
+    """What the journal keeps of a write, before it is applied.
 
     Raises:
         ValueError: nothing to write, or what can not be written.
@@ -50,8 +50,7 @@ def payload(content: Content, source: str, role: str | None, replace: bool = Fal
         json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("the text is not valid Unicode; write UTF-8.") from None
-    digest = {"sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
-    return body | digest | ({"replace": True} if replace else {})
+    return body | {"sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
 
 
 def source_of(content: Content, source: str | None) -> str:

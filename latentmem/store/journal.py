@@ -17,8 +17,8 @@ from typing import Any
 from latentmem.errors import DamagedError, InUseError, NameTakenError, NotFoundError
 from latentmem.store.schema import ACCOUNTS, SCHEMA
 
-BEGUN, PRUNED, FORMAT = 2, 3, 4  # as a store begins; with versions that were pruned; with writes that replace a source,
-# which a reader of 3 would take for writes
+FORMAT = 3  # 2, and versions that were pruned, which a reader of 2 would pass over without a word
+UNPRUNED = 2  # as a store begins
 OLDER = "4f1b448"  # the last commit that reads format 1
 KEPT = 64  # accounts of a memory
 EVENTS = ("create", "import", "write", "rollback", "fork", "pin", "unpin", "forget", "expire")
@@ -35,8 +35,7 @@ class Row:
     Args:
         memory: id of the memory.
         base: id of the version that it was made from, in this memory or, for a fork, in another; None for the first.
-        payload: what the event says: source, text or ids, role, sha256 and tokens of a write, and whether it is
-            to replace the source; the source of others.
+        payload: what the event says: source, text or ids, role, sha256 and tokens of a write; the source of others.
         attempts: how often applying it was begun.
         kind: what `object` is: a "snapshot", a "delta" to the base, "none" where the event says all, or "pruned":
             it is gone.
@@ -107,11 +106,13 @@ class Journal:
         with self.transaction():
             (number,) = self._one("PRAGMA user_version")
             if number == 0:
-                for statement in (*SCHEMA.split(";\n"), f"PRAGMA user_version={BEGUN}"):
+                for statement in (*SCHEMA.split(";\n"), f"PRAGMA user_version={UNPRUNED}"):
                     self._connection.execute(statement)
-            elif not BEGUN <= number <= FORMAT:
-                remedy = f"Commit {OLDER} of latentmem reads it." if number < BEGUN else "Update latentmem."
-                raise ValueError(f"{path} has the format {number}, this version reads {BEGUN} to {FORMAT}. {remedy}")
+            elif number not in (UNPRUNED, FORMAT):
+                remedy = f"Commit {OLDER} of latentmem reads it." if number < UNPRUNED else "Update latentmem."
+                raise ValueError(
+                    f"{path} has the format {number}, this version reads {UNPRUNED} and {FORMAT}. {remedy}"
+                )
             for statement in ACCOUNTS:
                 self._connection.execute(statement)
 
@@ -292,12 +293,9 @@ class Journal:
         columns = COLUMNS[:-1]
         sql = f"INSERT INTO versions ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
         with self.transaction():
-            self._needs(FORMAT if row.payload.get("replace") else PRUNED if row.pruned else BEGUN)
+            if row.pruned:
+                self._do(f"PRAGMA user_version={FORMAT}")
             return replace(row, id=self._do(sql, *_values(row)[:-1]))
-
-    def _needs(self, number: int) -> None:
-        if self._one("PRAGMA user_version")[0] < number:
-            self._do(f"PRAGMA user_version={number}")
 
     def change(self, row: Row) -> None:
         """Replace what is stored of a version."""
@@ -307,7 +305,7 @@ class Journal:
         """Mark versions as pruned, and take the objects of those from which no other is read."""
         nothing = "kind = 'pruned', object = NULL, bytes = 0, facts = json_remove(facts, '$.blocks')"
         with self.transaction():
-            self._needs(PRUNED)
+            self._do(f"PRAGMA user_version={FORMAT}")
             for version in versions:
                 self._do("UPDATE versions SET facts = json_set(facts, '$.pruned', json('true')) WHERE id = ?", version)
             for version in empty:

@@ -236,9 +236,7 @@ class Replay:
     def repeat(self, llm: WritingModel, path: Sequence[Row], name: str, progress: Progress | None) -> None:
         """Write into a memory what a path holds, and repeat the events between."""
         texts = {
-            row.id: payload(
-                content_of(row) or "", row.payload["source"], row.payload["role"], bool(row.payload.get("replace"))
-            )
+            row.id: payload(content_of(row) or "", row.payload["source"], row.payload["role"])
             for row in path
             if row.event == "write" and row.state != "failed"
         }

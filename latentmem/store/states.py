@@ -35,7 +35,7 @@ from latentmem.store.delta import Chain
 from latentmem.store.journal import KINDS, Journal, Row
 from latentmem.store.objects import Objects
 from latentmem.version import __version__
-from latentmem.written import Source, Written
+from latentmem.written import Written
 
 SAME = (  # of a memory and its account
     *("settings", "L", "M", "d", "updates", "tokens", "half_life"),
@@ -138,7 +138,6 @@ class States:
             name = row.object or ""
             data = self._objects.get(name)
             self._sizes[name] = len(data)
-            chain.change(lambda memory: before_write(row, memory))
             for i, update in enumerate(delta.from_bytes(data, f"the object {name}")):
                 if update.written is not None:
                     update = replace(update, written=self._named(update.written, name, i))
@@ -292,16 +291,6 @@ def largest(memory: Memory) -> int:
 def plain(memory: Memory) -> Memory:
     """A memory as the store keeps it: its lineage is in the journal, not in the value."""
     return replace(memory, version="", parent="") if memory.version or memory.parent else memory
-
-
-def before_write(row: Row, memory: Memory) -> Memory:
-    """The memory into which a text is written: without the source that the text is to replace, which stays pinned."""
-    name = row.payload["source"]
-    old = next((source for source in memory.sources if source.name == name), None)
-    if old is None or not row.payload.get("replace"):
-        return memory
-    without = sources.forget(memory, name)
-    return replace(without, sources=(*without.sources, Source(name, 0, 0, pinned=True))) if old.pinned else without
 
 
 def after_event(row: Row, memory: Memory) -> Memory:

@@ -20,8 +20,8 @@ Looking at memories and the changes that need the journal alone import no torch,
 
 from __future__ import annotations
 
-import dataclasses
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +134,6 @@ class Store(Catalog):
         *,
         role: str | None = None,
         key: str | None = None,
-        replace: bool = False,
         progress: Progress | None = None,
     ) -> int:
         """Write a text, turns of a conversation or token ids into a memory; when this returns, no crash loses it.
@@ -144,8 +143,6 @@ class Store(Catalog):
             source: the name under which the text is accounted; as in `MemoryModel.write`.
             role: as in `MemoryModel.write`.
             key: idempotency key: a second write with the same key and text changes nothing.
-            replace: in one version, drop the slots that the source has, as `forget` does, and write the text. A source
-                that is pinned stays pinned.
 
         Returns:
             The version that holds it.
@@ -155,7 +152,7 @@ class Store(Catalog):
                 has changed.
             OSError: the disk is full; the old version is kept.
         """
-        body = payload(text, source_of(text, source), role, replace)
+        body = payload(text, source_of(text, source), role)
         with self._locks.memory(name) as memory:
             return self._writer.write(llm, memory, body, key, progress).seq
 
@@ -167,7 +164,6 @@ class Store(Catalog):
         *,
         role: str | None = None,
         key: str | None = None,
-        replace: bool = False,
         llm: WritingModel | None = None,
     ) -> int:
         """Acknowledge a write: the journal has it, and the next `write`, `ask` or `apply` applies it.
@@ -181,7 +177,7 @@ class Store(Catalog):
         Raises:
             ValueError: an empty text, a source that has expired, a key of another text, or what `llm` refuses.
         """
-        body = payload(text, source_of(text, source), role, replace)
+        body = payload(text, source_of(text, source), role)
         return self._writer.append(name, body, key, llm).seq
 
     def apply(self, llm: WritingModel, name: str, progress: Progress | None = None) -> int:
@@ -298,7 +294,7 @@ class Store(Catalog):
         self.check_free(new)
         path = self._replay.path(llm, name)
         asked = settings or self._states.memory(path[0]).settings
-        asked = dataclasses.replace(asked, form=asked.form or "exact", longterm=asked.longterm or LongTermSettings(0))
+        asked = replace(asked, form=asked.form or "exact", longterm=asked.longterm or LongTermSettings(0))
         self.create(new, llm.empty(settings=asked))
         try:
             self._replay.repeat(llm, path, new, progress)

@@ -20,7 +20,7 @@ class Version:
 
     Args:
         version: its number, from 0.
-        event: "create", "import", "write", "replace", "rollback", "fork", "pin", "unpin", "forget" or "expire".
+        event: "create", "import", "write", "rollback", "fork", "pin", "unpin", "forget" or "expire".
         source: the source that was written, pinned or forgotten, if any.
         tokens: tokens that were written.
         text: what was written: a text, turns of a conversation, or token ids.
@@ -144,8 +144,6 @@ def version(journal: Journal, row: Row) -> Version:
     same: dict[str, Any] = {name: getattr(row, name) for name in ("event", "state", "error", "key", "bytes", "facts")}
     if row.pruned and row.state == "applied":
         same["state"] = "pruned"
-    if row.payload.get("replace"):
-        same["event"] = "replace"
     source, tokens = row.payload.get("source"), row.payload.get("tokens", 0)
     return Version(row.seq, source=source, tokens=tokens, text=content_of(row), base=base, time=_time(row.time), **same)
 

@@ -28,7 +28,7 @@ from latentmem.store.books import Books
 from latentmem.store.contents import Payload
 from latentmem.store.journal import Journal, Row
 from latentmem.store.locks import Locks
-from latentmem.store.states import State, States, account_of, after_event, before_write, facts, largest, plain, size
+from latentmem.store.states import State, States, account_of, after_event, facts, largest, plain, size
 
 ATTEMPTS = 3  # broken-off attempts to apply a write before it is given up
 WAITING = 1024  # writes that wait whose tokens are kept
@@ -207,7 +207,7 @@ class Writer:
             the memory with the write.
         """
         ids, limit = list(tokens.checked().ids), largest(before.memory)
-        memory, updates, nbytes = before_write(row, before.memory), list[Update](), 0
+        updates, nbytes = list[Update](), 0
 
         def keep(update: Update) -> None:  # a delta that is larger than the memory gives way to a snapshot
             nonlocal nbytes
@@ -215,11 +215,11 @@ class Writer:
                 updates.append(delta.kept(update))
                 nbytes += delta.size(update)
 
-        after = llm.write_ids(memory, ids, row.payload["source"], progress, keep)
+        after = llm.write_ids(before.memory, ids, row.payload["source"], progress, keep)
         small = before.deltas + 1 < self._states.due(after)
         small &= after.settings.by_update or nbytes < size(after)
         payload = row.payload | {"tokens": len(ids), "resolved": tokens.role}
-        own = {"ids": _digest(ids), "lost": lost_between(memory, after)}
+        own = {"ids": _digest(ids), "lost": lost_between(before.memory, after)}
         row = replace(row, payload=payload, state="applied", facts=facts(after) | own)
         return row, updates if small else after, after
 

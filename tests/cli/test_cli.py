@@ -629,37 +629,6 @@ def test_errors_name_commands_that_there_are(run, home):
     assert "`latentmem write` makes one" in run("ask", "hi")[2] and "create" not in run("ask", "hi")[2]
 
 
-def test_what_is_in_the_memory_already_is_not_written_again(run, home, tmp_path):
-    (tmp_path / "a.txt").write_text("The key of the boat house is under the blue pot.")
-    (tmp_path / "b.txt").write_text("The mill opens at seven.")
-    run("write", tmp_path / "b.txt", "-m", "dup", "-N", 256, "-K", 64)
-    assert run("write", *[tmp_path / "a.txt"] * 3, "-m", "dup")[0] == 0
-    once = stored("dup")
-    for _ in range(48):
-        code, out, _ = run("write", tmp_path / "a.txt", "-m", "dup")
-        assert code == 0 and "a.txt: unchanged since version 2" in out
-    assert stored("dup").updates == once.updates == 2 and len(books(home)[0]["dup"]) == 3
-    assert run("write", "a text in quotes", "a text in quotes", "-m", "dup")[0] == 0
-    assert "text: unchanged since version 3" in run("write", "a text in quotes", "-m", "dup")[1]
-    (tmp_path / "b.txt").write_text("The mill opens at eight.")
-    code, out, _ = run("write", tmp_path / "a.txt", tmp_path / "b.txt", "-m", "dup")
-    assert code == 0 and "a.txt: unchanged" in out and "b.txt: changed; what it was before stays" in out
-    assert {source.name: source.tokens for source in stored("dup").sources}["b.txt"] == 48
-    assert run("write", tmp_path / "a.txt", "-m", "dup", "--again")[0] == 0 and stored("dup").updates == 5
-
-
-def test_a_file_that_has_changed_takes_the_place_of_what_it_was(run, tmp_path):
-    (tmp_path / "rent.txt").write_text("The rent is 900 euros.")
-    run("write", tmp_path / "rent.txt", "another text", "-m", "work", "-N", 256, "-K", 64)
-    assert "unchanged since version 1" in run("write", tmp_path / "rent.txt", "-m", "work", "--replace")[1]
-    (tmp_path / "rent.txt").write_text("The rent is 950 euros.")
-    code, out, _ = run("write", tmp_path / "rent.txt", "-m", "work", "--replace")
-    assert code == 0 and "rent.txt: 22 tokens, in place of what was there" in out and "work, version 3" in out
-    text = run("show", "-m", "work", "--text")[1]
-    assert "950" in text and "900" not in text and "replace" in run("history", "-m", "work")[1]
-    assert run("undo", "-m", "work")[0] == 0 and "900" in run("show", "-m", "work", "--text")[1]
-
-
 TEXTS = [
     *("私は水曜日に京都へ行きます。", "我下周三去京都。", "我下周三去京都", "ฉันชอบกาแฟ", "👩‍👩‍👧‍👦", "Größe", "Да"),
     *("Stop!", "Why?", "Done.", '"Done."', "(really?)", "red,green", "colour=red", '{"a":1}', "it's", "a:b", "x<y"),

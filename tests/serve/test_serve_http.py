@@ -987,23 +987,6 @@ def test_without_keys_only_programs_of_this_machine_are_let_in(server):
     assert server("OPTIONS", "/v1/chat/completions", headers={"origin": "https://evil.example"})[0] == 403
 
 
-def test_a_source_gets_another_text_in_one_version(llm, tmp_path):
-    with running(llm, tmp_path, scripted=False) as server:
-        server("POST", "/v1/memories", {"id": "house", "N": 64, "K": 16})
-        at = "/v1/memories/house/sources/notes%2Frent.txt"
-        for text, version in (("the rent is 900", 1), ("the rent is 950 now", 2)):
-            status, wrote = server("PUT", at, {"text": text})
-            assert status == 200 and (wrote["version"], wrote["M"], wrote["state"]) == (version, len(text), "applied")
-        status, wrote = server("PUT", at, {"text": "it is 1000", "wait": False}, headers={"idempotency-key": "a"})
-        assert status == 202
-        lines = server("GET", "/v1/memories/house/history")[1]["data"]
-        assert [(line["event"], line["source"]) for line in lines[1:3]] == [("replace", "notes/rent.txt")] * 2
-        sources = server("GET", "/v1/memories/house/stats")[1]["sources"]
-        assert [(one["source"], one["tokens"]) for one in sources] == [("notes/rent.txt", 10)]
-        refused(server("PUT", at, {"text": ""}), 400)
-        refused(server("PUT", "/v1/memories/nobody/sources/x", {"text": "x"}), 404)
-
-
 # --- the OpenAPI document ---------------------------------------------------------------------------------------------
 
 

@@ -1024,7 +1024,7 @@ def test_a_file_that_is_no_database_is_refused(tmp_path):
         Store(tmp_path)
 
 
-@pytest.mark.parametrize(("number", "words"), [(1, "format 1, .* 4f1b448 .* reads it"), (5, "format 5, .* Update")])
+@pytest.mark.parametrize(("number", "words"), [(1, "format 1, .* 4f1b448 .* reads it"), (4, "format 4, .* Update")])
 def test_a_store_of_another_format_is_refused_with_what_reads_it(store, number, words):
     store._journal._all(f"PRAGMA user_version = {number}")
     with pytest.raises(ValueError, match=words):

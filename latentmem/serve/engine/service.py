@@ -223,14 +223,7 @@ class Service:
     # --- changes ----------------------------------------------------------------------------------------------------
 
     def write(
-        self,
-        name: str,
-        content: Content,
-        source: str = "text",
-        *,
-        role: str | None = None,
-        key: str | None = None,
-        replace: bool = False,
+        self, name: str, content: Content, source: str = "text", *, role: str | None = None, key: str | None = None
     ) -> Writing:
         """Accept a write and have it applied; arguments as in `Store.write`.
 
@@ -241,7 +234,7 @@ class Service:
         self._accept()
         try:
             key = key or f"{OWN_KEY}{uuid.uuid4().hex}"  # versions can be numbered anew before it is applied
-            version = self.store.append(name, content, source, role=role, key=key, replace=replace, llm=self.llm)
+            version = self.store.append(name, content, source, role=role, key=key, llm=self.llm)
             count = self.store.version(name, key=key).tokens
             done = self._change(lambda: self._apply(name, key))
         except BaseException:

@@ -42,7 +42,6 @@ KINDS = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completion",
     "/v1/memories/{id}/write": "write",
-    "/v1/memories/{id}/sources/{source:path}": "write",
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -121,30 +120,8 @@ async def write(
     """
     authorize(request, id, write=True)
     body = await _read_body(request)
-    return await _accepted(request, id, body, _content(request, body), idempotency_key)
-
-
-@router.put("/{id}/sources/{source:path}", response_model=schema.Written, responses={202: {"model": schema.Written}})
-async def replace(
-    request: Request,
-    id: str,
-    source: schema.SourceName,
-    body: schema.Replace,
-    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
-) -> Response:
-    """Give a source another text, in one version: its slots are dropped, and the text is written."""
-    authorize(request, id, write=True)
-    check_length(request, body.text)
-    write = schema.Write(text=body.text, source=source, role=body.role, wait=body.wait)
-    return await _accepted(request, id, write, body.text, idempotency_key, replace=True)
-
-
-async def _accepted(
-    request: Request, id: str, body: schema.Write, content: Content, key: str | None, replace: bool = False
-) -> Response:
-    """The response to a write that is in the journal."""
-    service, more = app_state(request).service, {"role": body.role, "key": key, "replace": replace}
-    writing = await run_in_threadpool(partial(service.write, id, content, body.source, **more))  # type: ignore[arg-type]
+    content, service = _content(request, body), app_state(request).service
+    writing = await run_in_threadpool(service.write, id, content, body.source, role=body.role, key=idempotency_key)
     request_log(request).written_tokens = writing.tokens
     if body.wait:
         with contextlib.suppress(*LATER):  # the write is in the journal: who reads or writes the memory next applies it

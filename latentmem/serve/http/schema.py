@@ -285,14 +285,6 @@ class Write(Strict):
     wait: bool = True
 
 
-class Replace(Strict):
-    """The text that a source is to have."""
-
-    text: Text
-    role: Role | None = None
-    wait: bool = True
-
-
 class Written(BaseModel):
     """A write that no crash loses; its version and sizes once they are known.
 
