@@ -127,8 +127,11 @@ def read(
     llm = load(account, model, device, adapters=adapters)
     if version is None:
         finish(store, name, llm)
-        if count := Turns(store, name).settle(llm):
-            typer.echo(f"(wrote {count} turns of a chat that was cut off)", err=True)
+        try:
+            if count := Turns(store, name).settle(llm):
+                typer.echo(f"(wrote {count} turns of a chat that was cut off)", err=True)
+        except ValueError as problem:
+            typer.echo(f"(turns of a chat that was cut off are kept, but not written: {problem})", err=True)
     return store.open(name, version), llm
 
 

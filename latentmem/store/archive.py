@@ -14,14 +14,13 @@ from latentmem.core.settings import MemorySettings
 from latentmem.disk import check_folder, replacing
 from latentmem.files import snapshot
 from latentmem.store.contents import CONTENTS
-from latentmem.store.journal import BEGINNINGS, EVENTS, KINDS, STATES, Journal, Row
+from latentmem.store.journal import BEGINNINGS, EVENTS, KINDS, LATEST, STATES, Journal, Row
 from latentmem.store.objects import HASH, Objects
 from latentmem.store.states import States
 
 FORMAT = "latentmem export 3"  # 2, and versions that were pruned
 UNPRUNED = "latentmem export 2"
 OLDER = {"latentmem export 1": "4f1b448"}  # format -> the last commit that reads it
-LATEST = 1e11  # seconds since 1970: the year 5138
 FIELDS = {field.name for field in fields(Row)} - {"id", "memory"}  # of a line of the journal
 PAYLOAD: dict[str, tuple[type, ...]] = {
     "source": (str,),

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentmem.disk import Disk
-from latentmem.errors import InUseError, NotFoundError
+from latentmem.errors import DamagedError, InUseError, NotFoundError
 from latentmem.store import views
 from latentmem.store.account import Account
 from latentmem.store.books import Books, of_source
 from latentmem.store.cache import Cache
-from latentmem.store.journal import Journal, Row
+from latentmem.store.journal import LATEST, Journal, Row
 from latentmem.store.locks import Locks, check_name
 from latentmem.store.objects import objects_at
 from latentmem.store.pruning import Pruned, Pruner
@@ -139,14 +139,24 @@ class Catalog(ABC):
 
     def check_objects(self, name: str, version: int | None = None) -> None:
         """Verify all that a version of a memory is read from; a DamagedError names what is missing or damaged."""
+        names = self._needed(name, version)
+        for object in names:
+            try:
+                self._objects.check(object)
+            except DamagedError:
+                if names == self._needed(name, version):
+                    raise
+                return self.check_objects(name, version)  # others have changed the version meanwhile
+
+    def _needed(self, name: str, version: int | None) -> list[str]:
+        """The objects that a version of a memory is read from."""
+        names: list[str] = []
         with self._journal.one_look():
-            names: list[str] = []
             for row in self._journal.lineage(self._journal.version(name, version)):
                 names += filter(None, (row.object, *row.facts.get("blocks", ())))
                 if row.kind == "snapshot":
                     break
-        for object in names:
-            self._objects.check(object)
+        return names
 
     def rollback(self, name: str, version: int) -> int:
         """Go to any version, older or newer; gives the new version, which can be undone too."""
@@ -301,14 +311,16 @@ class Catalog(ABC):
             after: seconds from now, a time, or None: never.
 
         Raises:
-            ValueError: no such source, or a time without a time zone.
+            ValueError: no such source, a time without a time zone, or one that is too far away.
         """
         if isinstance(after, datetime) and after.tzinfo is None:
             raise ValueError(f"{after} has no time zone; give one, for example datetime.now().astimezone().")
         at = after.timestamp() if isinstance(after, datetime) else None if after is None else time.time() + after
+        if at is not None and not 0 <= at < LATEST:
+            raise ValueError("a source expires between 1970 and the year 5138; give a nearer time, or None for never.")
         with self._locks.memory(name) as memory:
             names = self._books.account(self._books.ready(self._journal.head(memory))).names
-            if source not in names:
+            if source not in names and source not in self._journal.expiries(memory):
                 raise NotFoundError(f"{name!r} has no source {source!r} (it has: {', '.join(names) or 'none'}).")
             self._journal.set_expiry(memory, source, at)
 

@@ -21,6 +21,7 @@ FORMAT = 3  # 2, and versions that were pruned, which a reader of 2 would pass o
 UNPRUNED = 2  # as a store begins
 OLDER = "4f1b448"  # the last commit that reads format 1
 KEPT = 64  # accounts of a memory
+LATEST = 1e11  # seconds since 1970: the year 5138
 EVENTS = ("create", "import", "write", "rollback", "fork", "pin", "unpin", "forget", "expire")
 BEGINNINGS = ("create", "import")  # events that have no base
 STATES = ("pending", "applied", "failed")
@@ -356,7 +357,7 @@ class Journal:
         memory = self.id(name)
         if seq is None:
             return self.head(memory)
-        for row in self._rows("WHERE memory = ? AND seq = ?", memory, seq):
+        for row in self._rows("WHERE memory = ? AND seq = ?", memory, min(max(seq, -1), 1 << 62)):  # SQLite has 64 bits
             return row
         raise NotFoundError(f"{name!r} has no version {seq}; it has 0 to {self.head(memory).seq}.")
 
@@ -411,7 +412,8 @@ class Journal:
         """Keep what a version holds, beside the newest ones of its memory."""
         oldest = f"SELECT version FROM accounts WHERE memory = ? ORDER BY version DESC LIMIT -1 OFFSET {KEPT}"
         with self.transaction():
-            self._do("INSERT OR REPLACE INTO accounts VALUES (?, ?, ?)", row.id, row.memory, account)
+            there = "SELECT ?, ?, ? WHERE EXISTS (SELECT 1 FROM versions WHERE id = ?)"  # it may have gone meanwhile
+            self._do(f"INSERT OR REPLACE INTO accounts {there}", row.id, row.memory, account, row.id)
             self._do(f"DELETE FROM accounts WHERE version IN ({oldest})", row.memory)
 
     # --- expiries ---------------------------------------------------------------------------------------------------

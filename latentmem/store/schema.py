@@ -33,5 +33,6 @@ CREATE TABLE turns (memory INTEGER PRIMARY KEY REFERENCES memories, kept TEXT NO
 """
 ACCOUNTS = (
     "CREATE TABLE IF NOT EXISTS accounts (version INTEGER PRIMARY KEY, memory INTEGER NOT NULL, account TEXT NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS accounts_of ON accounts (memory, version)",
     "CREATE TRIGGER IF NOT EXISTS gone AFTER DELETE ON versions BEGIN DELETE FROM accounts WHERE version = OLD.id; END",
 )

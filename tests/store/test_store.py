@@ -1463,3 +1463,35 @@ def test_the_example_of_the_guide_runs(llm, tmp_path, monkeypatch, capsys):
     exec(code, seen)
     assert [s.name for s in seen["memory"].sources] == ["notes.txt"] and "secret.txt" in capsys.readouterr().out
     assert [s.name for s in seen["store"].open("trial").sources] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("after", [1e18, float("inf"), float("nan"), -1e12])
+def test_a_time_that_no_calendar_has_is_refused(llm, store, after):
+    filled(llm, store)
+    with pytest.raises(ValueError, match="year 5138"):
+        store.expire("m", "a", after)
+    assert all(one.expires is None for one in store.stats("m"))
+
+
+def test_a_source_that_has_expired_can_be_given_another_time(llm, store):
+    filled(llm, store)
+    store.expire("m", "a", 0)
+    store.open("m")
+    store.expire("m", "a", None)
+    store.write(llm, "m", "it is there again", "a")
+    assert "a" in [one.source for one in store.stats("m")]
+
+
+def test_a_version_beyond_all_numbers_is_not_there(llm, store):
+    filled(llm, store)
+    for version in (1 << 80, -(1 << 80)):
+        with pytest.raises(NotFoundError, match="has no version"):
+            store.version("m", version)
+
+
+def test_no_account_is_kept_of_a_version_that_has_gone(llm, store):
+    filled(llm, store)
+    row = store._journal.version("m")
+    store.delete("m")
+    store._journal.keep_account(row, "{}")
+    assert store._journal.account(row.id) is None

@@ -289,9 +289,12 @@ class Service:
         return self.store.apply(self._model, name, progress)
 
     def _settle_with_turns(self, name: str) -> int:
-        """The same, with the turns of a conversation that was cut off."""
+        """The same, with the turns of a conversation that was cut off; turns that can not be written stay kept."""
         version = self._settle(name)
-        return self.store.version(name).version if Turns(self.store, name).settle(self._model) else version
+        with contextlib.suppress(ValueError):
+            if Turns(self.store, name).settle(self._model):
+                return self.store.version(name).version
+        return version
 
     def _apply(self, name: str, key: str) -> Version:
         self._settle(name)
