@@ -20,7 +20,7 @@ MAGIC = (  # the first bytes of files that are no text
 )
 FIELD = re.compile(rb"[A-Za-z][A-Za-z0-9-]*:")
 OF_MAIL = re.compile(rb"^(Received|Return-Path|Message-ID|MIME-Version|Delivered-To):", re.I | re.M)
-HTML = re.compile(r"\s*(<\?xml[^>]*>\s*)?(<!--.{0,2000}?-->\s*)*<(!doctype\s+html|html|head|body)\b", re.I | re.S)
+HTML = re.compile(r"\s*(<\?xml[^>]*>\s*)?(<!--(?:(?!-->).)*-->\s*)*<(!doctype\s+html|html|head|body)\b", re.I | re.S)
 DECLARED = re.compile(
     rb"""<meta[^>]{0,200}\bcharset\s*=\s*["']?\s*([\w.:-]{2,40})|<\?xml[^>]{0,200}\bencoding\s*=\s*["']([\w.:-]{2,40})""",
     re.I,
