@@ -20,6 +20,9 @@ CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x84\x86-\x9f\ufffe\uff
 # An encoding, and the one with more characters that is meant by its name, as browsers take it.
 WIDER = {"iso8859-1": "cp1252", "shift_jis": "cp932", "euc_kr": "cp949", "gb2312": "gb18030", "gbk": "gb18030"}
 
+# Codecs of names and of program text: no text is kept in them, and the first takes time that grows with the square.
+NO_TEXT = {"punycode", "idna", "unicode-escape", "raw-unicode-escape", "utf-7", "undefined"}
+
 
 def decoded(data: bytes, encoding: str, errors: str = "strict") -> str:
     """Text in an encoding, or in the wider one that is meant by its name.
@@ -28,8 +31,11 @@ def decoded(data: bytes, encoding: str, errors: str = "strict") -> str:
         LookupError: there is no such encoding of texts.
         UnicodeError: the bytes are no text in it.
     """
+    name = codecs.lookup(encoding).name
+    if name in NO_TEXT:
+        raise LookupError(f"{encoding} is no encoding of texts; name another.")
     try:
-        return data.decode(WIDER[codecs.lookup(encoding).name])
+        return data.decode(WIDER[name])
     except (KeyError, UnicodeError):
         return data.decode(encoding, errors)
 
