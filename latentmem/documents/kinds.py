@@ -19,7 +19,14 @@ MAGIC = (  # the first bytes of files that are no text
     (b"{\\rtf", "rtf"),
 )
 FIELD = re.compile(rb"[A-Za-z][A-Za-z0-9-]*:")
-OF_MAIL = re.compile(rb"^(Received|Return-Path|Message-ID|MIME-Version|Delivered-To):", re.I | re.M)
+HEAD_LINE = re.compile(rb"[A-Za-z][A-Za-z0-9-]*:|[ \t]")  # a field, or more of the field before
+POSTMARK = re.compile(rb"From \S+ [^\n]*\d\d:\d\d[^\n]*\n")  # begins each message of a mailbox
+OF_PEOPLE = re.compile(rb"^(From|To|Subject|Date):", re.I | re.M)
+OF_PROGRAMS = re.compile(  # fields as only a mail program writes them
+    rb"^(Message-ID:\s*<[^>\s]+>|MIME-Version:\s*1\.0|Return-Path:\s*<|Delivered-To:\s*\S+@"
+    rb"|Received:\s*(from|by)\s+\[?[\w-]+\.[\w.-]+)",
+    re.I | re.M,
+)
 HTML = re.compile(r"\s*(<\?xml[^>]*>\s*)?(<!--(?:(?!-->).)*-->\s*)*<(!doctype\s+html|html|head|body)\b", re.I | re.S)
 DECLARED = re.compile(
     rb"""<meta[^>]{0,200}\bcharset\s*=\s*["']?\s*([\w.:-]{2,40})|<\?xml[^>]{0,200}\bencoding\s*=\s*["']([\w.:-]{2,40})""",
@@ -35,9 +42,18 @@ def of_bytes(data: bytes, name: str) -> str | None:
     for magic, kind in MAGIC:
         if head.startswith(magic):
             return kind
-    fields = re.split(rb"\r?\n\r?\n", data[:65536], maxsplit=1)[0]
-    begins = FIELD.match(fields) or fields.startswith(b"From ")
-    return "mail" if begins and (suffix in MAIL or OF_MAIL.search(fields)) else None
+    return "mail" if _is_mail(re.split(rb"\r?\n\r?\n", data[:65536], maxsplit=1)[0], suffix) else None
+
+
+def _is_mail(head: bytes, suffix: str) -> bool:
+    """Whether the lines before the first empty one are a mail's; many texts and lists begin with a word and a colon."""
+    if suffix in MAIL and (FIELD.match(head) or head.startswith(b"From ")):
+        return True
+    fields = POSTMARK.sub(b"", head, count=1)
+    if not all(map(HEAD_LINE.match, fields.splitlines())):
+        return False
+    names = {match[1].lower() for match in OF_PEOPLE.finditer(fields)}
+    return len(names) > 1 and (len(fields) < len(head) or OF_PROGRAMS.search(fields) is not None)
 
 
 def of_text(text: str, name: str) -> str:

@@ -30,3 +30,27 @@ def test_a_codec_that_is_no_encoding_of_texts_is_refused(codec):
     with pytest.raises(ValueError, match=f"there is no text encoding '{codec}'"):
         documents.from_bytes(data, "a.txt", codec)
     assert documents.from_bytes(data, "a.txt").guess == "cp1252" and time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "txt", "md", "log", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "order: 17\nreceived: 2026-05-03\ncustomer: Ada Brix\n\nThe lease is paid.",
+        "Received: 3 boxes from Ada Brix.\nPaid: 40 crowns.",
+        "Date: 2026-05-03\nTo: Ada Brix\nReceived: from Bo, 3 boxes\n\nPaid.",
+        "From: Ada\nSubject: rent\nMessage-ID: 17\nPlace: Oslo\n\nPaid.",
+        "From Oslo at 9:00 by train.\nReceived: 3 boxes\n\nPaid.",
+        "From: Ada\nTo: Bo\nMIME-Version: 1.0\nis what a mail says.\n\nPaid.",
+    ],
+)
+def test_a_list_with_colons_is_no_mail(text, suffix):
+    assert text_of(text.encode(), f"note.{suffix}") == text
+
+
+def test_a_mail_needs_no_suffix():
+    head = b"Return-Path: <ada@example.org>\r\nSubject: rent\r\nFrom: Ada\r\n <ada@example.org>\r\nX-Place: no\r\n\r\n"
+    for name in ("mail", "mail.txt", "mail.eml"):
+        assert text_of(head + b"Paid.", name) == "Subject: rent\nFrom: Ada <ada@example.org>\n\nPaid."
+    box = b"From ada@example.org Tue Dec  1 09:00:00 2026\nFrom: Ada\nTo: Bo\n\n"
+    assert text_of(box + b"Paid.", "Inbox") == "From: Ada\nTo: Bo\n\nPaid."
