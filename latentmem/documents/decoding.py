@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from itertools import islice
 
 from latentmem.documents import guessing
 from latentmem.errors import UnreadableError
@@ -77,4 +78,5 @@ def _tried(data: bytes, encoding: str) -> str | None:
         text = decoded(data, encoding)
     except (LookupError, UnicodeError):
         return None
-    return None if "\0" in text or len(CONTROLS.findall(text)) * 100 > len(text) else text
+    most = len(text) // 100
+    return None if "\0" in text or sum(1 for _ in islice(CONTROLS.finditer(text), most + 1)) > most else text
