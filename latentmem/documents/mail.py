@@ -12,6 +12,8 @@ from latentmem.documents import decoding, markup
 from latentmem.errors import UnreadableError
 
 BETWEEN = re.compile(rb"\r?\n(?=From \S+ [^\n]*\d\d:\d\d[^\n]*\n)")  # messages of a mailbox
+ONE_OF = ("multipart/alternative", "multipart/related")
+SHOWN = ("text/plain", "text/html")
 FIELDS = ("Subject", "From", "To", "Cc", "Date")
 
 
@@ -28,18 +30,35 @@ def _lines(message: EmailMessage, encoding: str | None) -> Iterable[str]:
         if value:
             yield f"{name}: {value}"
     yield ""
-    body = message.get_body(("plain", "html"))
-    if body is not None:
-        yield _body(body, encoding)
-    for part in message.walk():
-        if part is body or part is message:
-            continue
-        if part.get_content_type() == "message/rfc822":
-            yield ""
-            yield from _lines(part.get_payload(0), encoding)  # type: ignore[arg-type]
-            return
-        if part.get_filename():
-            yield f"Attached: {part.get_filename()}"
+    yield from _parts(message, encoding)
+
+
+def _parts(part: MIMEPart, encoding: str | None) -> Iterable[str]:
+    """The texts of a part and of the parts in it, one of alternatives; and the names of what is attached."""
+    kind, name = part.get_content_type(), part.get_filename()
+    if kind in ("message/rfc822", "message/global") and part.is_multipart():
+        yield ""
+        yield from _lines(part.get_payload(0), encoding)  # type: ignore[arg-type]
+    elif kind in ONE_OF and (body := _best(part, encoding)):
+        yield body[1]
+        for each in part.walk():
+            if each is not body[0] and each.get_filename():
+                yield from _parts(each, encoding)  # type: ignore[arg-type]
+    elif part.is_multipart():
+        for each in part.iter_parts():
+            yield from _parts(each, encoding)  # type: ignore[arg-type]
+    else:
+        if kind in SHOWN and not part.is_attachment():
+            yield _body(part, encoding)
+        if name:
+            yield f"Attached: {' '.join(name.split())}"
+
+
+def _best(part: MIMEPart, encoding: str | None) -> tuple[MIMEPart, str] | None:
+    """Of alternatives, or of a page and what belongs to it, the part to read and its text."""
+    bodies = [body for kind in ("plain", "html") if (body := part.get_body((kind,))) is not None]
+    texts = ((body, _body(body, encoding)) for body in bodies)
+    return next(((body, text) for body, text in texts if text.strip()), None)
 
 
 def _field(message: EmailMessage, name: str, encoding: str | None) -> str:
