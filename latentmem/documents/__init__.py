@@ -112,4 +112,4 @@ def _too_large(size: int, limits: Limits) -> str:
 
 
 def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB" if size >= 1e6 else f"{size:,} bytes"
+    return f"{size / 1e6:,.1f}".removesuffix(".0") + " MB" if size >= 1e6 else f"{size:,} bytes"
