@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
+import signal
 import sys
 
 from latentmem.documents import books, library, mail, markdown, markup, office, tables
@@ -42,6 +44,13 @@ def limit(seconds: float, memory: int) -> None:
     for what, most_ in most.items():
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(what, (most_, most_))
+    signal.alarm(int(seconds) + 1)  # ends this process even where nobody waits for its answer
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that waits for its answer ends, where the system can tell (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 def convert(data: bytes, kind: str, encoding: str | None) -> str:
@@ -80,6 +89,7 @@ def main() -> None:
     kind, encoding, characters, seconds, memory = json.loads(sys.argv[1])
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
+    end_with_parent()
     limit(seconds, memory)
     try:
         text = convert(sys.stdin.buffer.read(), kind, encoding)

@@ -1,10 +1,16 @@
 """Texts that look like another kind, name a strange encoding, or have a broken byte are read as they are, and soon."""
 
+import subprocess
+import sys
 import time
+import tracemalloc
+from email.message import EmailMessage
 
 import pytest
 
 from latentmem import documents
+from latentmem.documents import decoding
+from latentmem.errors import UnreadableError
 
 
 def text_of(data, name="a.txt"):
@@ -54,3 +60,54 @@ def test_a_mail_needs_no_suffix():
         assert text_of(head + b"Paid.", name) == "Subject: rent\nFrom: Ada <ada@example.org>\n\nPaid."
     box = b"From ada@example.org Tue Dec  1 09:00:00 2026\nFrom: Ada\nTo: Bo\n\n"
     assert text_of(box + b"Paid.", "Inbox") == "From: Ada\nTo: Bo\n\nPaid."
+
+
+def test_control_characters_are_not_gathered():
+    data = "\ufffe".encode() * 3_000_000
+    tracemalloc.start()
+    assert decoding._tried(data, "utf-8") is None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * len(data)
+
+
+def test_every_text_and_every_name_in_a_mail_is_read():
+    inner = [EmailMessage() for _ in range(2)]
+    for number, one in enumerate(inner):
+        one["Subject"] = f"inner {number}"
+        one.set_content(f"forwarded {number}")
+        one.add_attachment(b"x", maintype="image", subtype="png", filename=f"in{number}.png")
+    mail = EmailMessage()
+    mail["Subject"] = "outer"
+    mail.set_content("first")
+    mail.add_alternative("<p>no</p>", subtype="html")
+    mail.make_mixed()
+    for one in inner:
+        mail.add_attachment(one)
+    mail.add_attachment("second", disposition="inline")
+    mail.add_attachment("<p>third</p>", subtype="html", disposition="inline")
+    mail.add_attachment("in a file", filename="a.txt")
+    mail.add_attachment(b"x", maintype="application", subtype="pdf", filename="plan.pdf")
+    assert [line for line in text_of(bytes(mail), "a.eml").split("\n") if line] == [
+        *("Subject: outer", "first", "Subject: inner 0", "forwarded 0", "Attached: in0.png"),
+        *("Subject: inner 1", "forwarded 1", "Attached: in1.png", "second", "third", "Attached: a.txt"),
+        "Attached: plan.pdf",
+    ]
+
+
+def test_a_size_that_is_just_too_large_is_told_apart():
+    with pytest.raises(UnreadableError, match=r"has 1\.1 MB, and 1 MB are the most"):
+        documents.from_bytes(b"x" * 1_100_000, "a", limits=documents.Limits(bytes=1_000_000))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's end")
+def test_a_reader_ends_with_the_process_that_waits_for_it():
+    reader = (
+        "import sys, time; from latentmem.documents import worker; worker.end_with_parent(); print(1, flush=True); "
+    )
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {reader + 'time.sleep(60)'!r}])"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"1\n"
+        process.terminate()
+        start = time.monotonic()
+        assert process.stdout.read() == b"" and time.monotonic() - start < 30  # the pipe ends with its last holder
