@@ -26,6 +26,8 @@ ALONE = {"br": "\n", "cr": "\n", "tab": "\t", "noBreakHyphen": "-"}
 OPEN = {"tab": "\t", "line-break": "\n"}  # of OpenDocument
 OPEN_UNSEEN = {"annotation", "tracked-changes", "note-citation", "forms", "desc", "title"}
 MOST_ALIKE = 100  # cells that are kept of those that a sheet says are alike
+MOST_COLUMNS = 16384  # of a sheet
+CELLS = ("tc", "table-cell", "covered-table-cell")
 UNSEEN = {"Fallback", "del", "moveFrom", "delText", "instrText", "rt", "fld"}  # doubles, deleted text, codes, ruby
 
 
@@ -135,10 +137,7 @@ def _open_pieces(element: Element | None) -> Iterable[str]:
     elif name == "s":
         yield " "
     elif name == "table":
-        rows = [
-            [text for cell in _below(row, "table-cell") for text in _cells(cell)]
-            for row in _below(element, "table-row")
-        ]
+        rows = ([text for cell in _below(row, *CELLS) for text in _cells(cell)] for row in _below(element, "table-row"))
         yield "\n".join(["", *tables.lines(rows), ""])
     else:
         holds_text = name in ("p", "h", "span", "a", "ruby-base", "meta")
@@ -155,9 +154,26 @@ def _flowing(text: str | None) -> Iterable[str]:
 
 
 def _cells(cell: Element) -> list[str]:
-    count = next((value for key, value in cell.items() if key.endswith("}number-columns-repeated")), "1")
-    text = "".join(_open_pieces(cell)).strip()
-    return [text] * (min(int(count), MOST_ALIKE) if text else 1)
+    """The texts of the columns that a cell of OpenDocument stands for; a covered cell is empty."""
+    repeated = next((value for key, value in cell.items() if key.endswith("}number-columns-repeated")), "1")
+    count = min(int(repeated), MOST_COLUMNS)
+    text = "" if _name(cell) == "covered-table-cell" else "".join(_open_pieces(cell)).strip()
+    alike = min(count, MOST_ALIKE)
+    return [text] * alike + [""] * (count - alike)
+
+
+def _row(row: Element) -> list[str]:
+    """The texts of the columns of a row of Word or PowerPoint, also of those that a wider cell covers."""
+    texts = [""] * _number(row, "{*}trPr/{*}gridBefore")
+    for cell in _below(row, *CELLS):
+        texts += [_content(cell), *[""] * (_number(cell, "{*}tcPr/{*}gridSpan") - 1)]
+    return texts
+
+
+def _number(element: Element, path: str) -> int:
+    setting = element.find(path)
+    value = "0" if setting is None else next((value for key, value in setting.items() if key.endswith("val")), "0")
+    return min(int(value), MOST_COLUMNS)
 
 
 def _name(element: Element) -> str:
@@ -178,7 +194,7 @@ def _pieces(element: Element) -> Iterable[str]:
     elif name in ALONE:
         yield ALONE[name]
     elif name == "tbl":
-        rows = [[_content(cell) for cell in _below(row, "tc")] for row in _below(element, "tr")]
+        rows = (_row(row) for row in _below(element, "tr"))
         yield "\n".join([*tables.lines(rows), ""])
     else:
         for child in element:
@@ -187,10 +203,10 @@ def _pieces(element: Element) -> Iterable[str]:
             yield "\n"
 
 
-def _below(element: Element, name: str) -> Iterable[Element]:
+def _below(element: Element, *names: str) -> Iterable[Element]:
     """The rows of a table, or the cells of a row, also those in a control; not those of a table in a cell."""
     for child in element:
-        if _name(child) == name:
+        if _name(child) in names:
             yield child
-        elif _name(child) not in ("tc", "table-cell", *UNSEEN):
-            yield from _below(child, name)
+        elif _name(child) not in (*CELLS, *UNSEEN):
+            yield from _below(child, *names)

@@ -35,12 +35,19 @@ def _evenness(sample: str, delimiter: str) -> tuple[int, int]:
 
 def lines(rows: Iterable[Sequence[str]], head: bool | None = None) -> list[str]:
     """A line for each row that holds something; `head`: whether the first row names the columns, None: looked for."""
-    table = [[" ".join(cell.split()) for cell in row] for row in rows]
-    table = [row for row in table if any(row)]
+    table = [row for row in map(_trimmed, rows) if row]
     if not (_has_head(table) if head is None else head and len(table) > 1):
         return [_joined(filter(None, row)) for row in table]
     names = table[0]
     return [_joined(_named(names, row)) for row in table[1:]]
+
+
+def _trimmed(row: Sequence[str]) -> list[str]:
+    """The cells of a row up to its last one that holds something."""
+    cells = [" ".join(cell.split()) for cell in row]
+    while cells and not cells[-1]:
+        cells.pop()
+    return cells
 
 
 def _joined(cells: Iterable[str]) -> str:
