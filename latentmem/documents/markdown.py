@@ -7,24 +7,27 @@ import re
 
 from latentmem.documents import tables
 
-FENCE = re.compile(r"\s*(```+|~~~+)")
+FENCE = re.compile(r"\s*(```+(?=[^`]*$)|~~~+)(.*)")  # and what kind of code it is
 RULE = re.compile(
     r"\s*([-*_=])([ \t]*\1){2,}[ \t]*$|=+[ \t]*$|-+[ \t]*$"
 )  # a line of signs: a rule, or under a heading
-BORDER = re.compile(r"\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$")  # under the head of a table
+BORDER = re.compile(r"\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?$")  # under the head of a table
 START = re.compile(r"\s*#{1,6}\s+(.*?)[ \t#]*$")
 QUOTE = re.compile(r"(\s{0,3}>[ \t]?)+")
 ITEM = re.compile(r"(\s*)[*+-]\s+(\[[ xX]\]\s+)?(?=\S)")
-DEFINITION = re.compile(r"\s{0,3}\[[^\]\n]+\]:\s*\S+.*$")
+DEFINITION = re.compile(r"""\s{0,3}\[([^^\[\]\n][^\[\]\n]*)\]:\s*(\S+)(\s+("[^"\n]*"|'[^'\n]*'|\([^()\n]*\)))?\s*$""")
+TARGET = re.compile(r"<|#(?!\d)|\.{0,2}/|[A-Za-z][\w+.-]*://|mailto:|[^\s@]*\w\.[A-Za-z]\w")  # no word of a sentence
 TAGS = (
     "a abbr b blockquote br center code dd del details div dl dt em font h1 h2 h3 h4 h5 h6 hr i img ins kbd li ol p"
     " picture pre s small source span strong sub summary sup table tbody td th thead tr u ul"
 ).replace(" ", "|")
-UNSEEN = re.compile(r"<!--.*?-->|<(script|style)\b.*?</\1\s*>", re.S | re.I)
-INLINE = (  # in this order
+MARK = re.compile(r"^[ \t]*(```+(?=[^`\n]*$)|~~~+)|(`+)|<!--|<(script|style)\b", re.M | re.I)
+REFERENCE = re.compile(r"!?\[([^\[\]]+)\]\[([^\[\]\n]*)\]")
+LINKS = (
     (re.compile(r"!\[([^\[\]]*)\]\([^()\n]*\)"), r"\1"),
     (re.compile(r"\[([^\[\]]*)\]\((?:[^()\n]|\([^()\n]*\))*\)"), r"\1"),
-    (re.compile(r"\[([^\[\]]+)\]\[[^\[\]\n]*\]"), r"\1"),
+)
+INLINE = (  # in this order
     (re.compile(r"<(https?://[^<>\s]+|[\w.+-]+@[\w.-]+)>"), r"\1"),
     (re.compile(rf"</?({TAGS})(\s[^<>]*)?/?>", re.I), ""),
     (re.compile(r"(?<![\\*])\*\*(?=\S)([^*\n]+|[^\n]{1,400}?)(?<=\S)\*\*"), r"\1"),
@@ -38,26 +41,60 @@ INLINE = (  # in this order
 
 def text(markdown: str) -> str:
     """The words of a text in Markdown."""
-    lines = UNSEEN.sub("", _without_front(markdown.replace("\r\n", "\n"))).split("\n")
+    lines = _visible(_without_front(markdown.replace("\r\n", "\n"))).split("\n")
+    labels = {_label(match[1]) for line in lines if (match := _definition(line))}
     plain: list[str] = []
     i, fence = 0, ""
     while i < len(lines):
         line = lines[i]
         mark = FENCE.match(line)
-        if mark and (not fence or mark[1].startswith(fence)):
+        if mark and (not fence or (mark[1].startswith(fence) and not mark[2].strip())):
             fence = "" if fence else mark[1]
         elif fence or (line.startswith("    ") and not (plain and plain[-1])):  # code
             plain.append(line)
-        elif "|" in line and i + 1 < len(lines) and "|" in lines[i + 1] and BORDER.match(lines[i + 1]):
+        elif "|" in line and i + 1 < len(lines) and "|" in lines[i + 1] and BORDER.match(lines[i + 1].strip()):
             end = next((j for j in range(i + 2, len(lines)) if "|" not in lines[j]), len(lines))
-            rows = [_cells(lines[j]) for j in range(i, end) if j != i + 1]
+            rows = [_cells(lines[j], labels) for j in range(i, end) if j != i + 1]
             plain += tables.lines(rows, head=True)
             i = end
             continue
-        elif not RULE.match(line) and not DEFINITION.match(line):
-            plain.append(_line(line))
+        elif not RULE.match(line) and not _definition(line):
+            plain.append(_line(line, labels))
         i += 1
     return "\n".join(plain)
+
+
+def _visible(markdown: str) -> str:
+    """The text without comments, scripts and styles, but with those that stand in code."""
+    parts, missing, start, i = [], set[str](), 0, 0
+    while match := MARK.search(markdown, i):
+        fence, ticks, tag = match.groups()
+        if fence:
+            ending = rf"^[ \t]*{fence}{fence[0]}*[ \t]*$"
+        elif ticks:
+            ending = rf"(?<!`){ticks}(?!`)|\n"
+        else:
+            ending = rf"</{tag.lower()}\s*>" if tag else "-->"
+        last = None if ending in missing else re.compile(ending, re.M | re.I).search(markdown, match.end())
+        if last is None:
+            missing.add(ending)
+            i = len(markdown) if fence else match.end()
+        elif fence or ticks:
+            i = match.end() if last[0] == "\n" else last.end()
+        else:
+            parts.append(markdown[start : match.start()])
+            start = i = last.end()
+    return "".join([*parts, markdown[start:]])
+
+
+def _definition(line: str) -> re.Match[str] | None:
+    """The label and the target of a link that stand on a line of their own."""
+    match = DEFINITION.match(line)
+    return match if match and TARGET.match(match[2]) else None
+
+
+def _label(label: str) -> str:
+    return " ".join(label.casefold().split())
 
 
 def _without_front(markdown: str) -> str:
@@ -66,20 +103,32 @@ def _without_front(markdown: str) -> str:
     return f"{match[1]}\n\n{markdown[match.end() :]}" if match else markdown
 
 
-def _cells(row: str) -> list[str]:
-    return [_words(cell).strip() for cell in re.split(r"(?<!\\)\|", row.strip().strip("|"))]
+def _cells(row: str, labels: set[str]) -> list[str]:
+    inner = re.sub(r"(?<!\\)\|$", "", row.strip().removeprefix("|"))
+    return [_words(cell, labels).strip() for cell in re.split(r"(?<!\\)\|", inner)]
 
 
-def _line(line: str) -> str:
+def _line(line: str, labels: set[str]) -> str:
     line = QUOTE.sub("", line, count=1) if QUOTE.match(line) else line
     heading = START.match(line)
-    return _words(heading[1] if heading else ITEM.sub(r"\1- ", line, count=1) if ITEM.match(line) else line)
+    line = heading[1] if heading else ITEM.sub(r"\1- ", line, count=1) if ITEM.match(line) else line
+    return _words(line, labels)
 
 
-def _words(line: str) -> str:
-    """A line without the signs of emphasis, links and tags; what stands in ` ` is code."""
+def _words(line: str, labels: set[str]) -> str:
+    """A line without the signs of emphasis, links and tags; what stands in ` ` is code.
+
+    A link by its label counts where the text says to what the label leads.
+    """
+
+    def linked(match: re.Match[str]) -> str:
+        return match[1] if _label(match[2] or match[1]) in labels else match[0]
+
     parts = re.split(r"(`+)(.+?)\1(?!`)", line) if "`" in line else [line]
     for i in range(0, len(parts), 3):
+        for pattern, words in LINKS:
+            parts[i] = pattern.sub(words, parts[i])
+        parts[i] = REFERENCE.sub(linked, parts[i])
         for pattern, words in INLINE:
             parts[i] = pattern.sub(words, parts[i])
         parts[i] = html.unescape(parts[i])

@@ -71,3 +71,32 @@ def test_wide_cells_of_a_word_table_keep_their_columns():
     table = "".join(f"<w:tr>{row}</w:tr>" for row in rows)
     data = office.docx(body=f"<w:tbl>{table}</w:tbl>")
     assert lines(data, "a.docx") == ["name: Ada, floor: 4", "rent: 9, floor: 5"]
+
+
+# --- markdown ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("markdown", "words"),
+    [
+        ("```pip install latentmem```\n\nThe *lease*.", ["pip install latentmem", "The lease."]),
+        ("```md\n```python\n*a*\n```\n*b*", ["```python", "*a*", "b"]),
+        ("[^1]: It was signed by Ada Brix in Oslo.", ["[^1]: It was signed by Ada Brix in Oslo."]),
+        ("[Ada]: I have paid the rent.", ["[Ada]: I have paid the rent."]),
+        ("[Ada]: Yes.", ["[Ada]: Yes."]),
+        ("[a]: http://x.example/ 'The lease'\n[b]: <notes.md>\n[c]: notes.md\n[//]: # (no)\nYes", ["Yes"]),
+        ("[the house][H] and [this][], a[i][j]\n\n[h]: /h\n[THIS]: #x", ["the house and this, a[i][j]"]),
+        ("`<!-- a -->` b <!-- c\nd --> e", ["<!-- a --> b  e"]),
+        ("```html\n<!-- a -->\n<style>b</style>\n```\n<style>c</style>d", ["<!-- a -->", "<style>b</style>", "d"]),
+        ("it's ` one\n<!-- no -->two ` <!-- three", ["it's ` one", "two ` <!-- three"]),
+        ("| a | b |\n|---|---|\n||5|\n| 6 | 7 \\|", ["b: 5", "a: 6, b: 7 |"]),
+    ],
+)
+def test_markdown_loses_signs_and_no_words(markdown, words):
+    assert lines(markdown, "x.md") == words
+
+
+@pytest.mark.parametrize("signs", ["<!--", "<script ", "`<!--", "``` `"])
+def test_markdown_of_signs_alone_is_read_in_time(signs):
+    text = "a" + signs * (80_000 // len(signs))
+    assert documents.from_bytes(text.encode(), "x.md", limits=documents.Limits(seconds=5)).text.startswith("a")
