@@ -14,6 +14,7 @@ WITHIN_A_LINE = frozenset(
     " time tt u var wbr img input".split()
 )
 EMPTY = frozenset("area base br col embed hr img input link meta param source track wbr".split())  # noqa: SIM905
+IN_HEAD = frozenset("title meta link style script base noscript template".split())  # noqa: SIM905
 CELLS = ("td", "th")
 CLOSES = {  # a start tag -> the open tags that it ends, where their end tags are left out
     **{tag: (tag,) for tag in ("li", "tr", "p", "option")},
@@ -53,8 +54,8 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if self._open and self._open[-1][0] in CLOSES.get(tag, ()):
             self._open.pop()
-        if self._open and self._open[-1][0] == "head" and tag == "body":
-            self._open.pop()
+        if tag not in IN_HEAD:
+            self._close_head()
         names = dict(attrs)
         hidden = tag in UNSEEN or "hidden" in names or bool(HIDDEN.search(names.get("style") or ""))
         if tag not in EMPTY:
@@ -83,7 +84,10 @@ class _Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._open and self._open[-1][0] == "title" and not any(tag == "svg" for tag, _ in self._open):
             self.title.append(data)
-        elif not self._unseen:
+            return
+        if data.strip():
+            self._close_head()
+        if not self._unseen:
             if not any(tag == "pre" for tag, _ in self._open[-8:]):
                 data = re.sub(r"\s+", " ", data)
                 if not self.parts or self.parts[-1][-1:].isspace():
@@ -98,6 +102,10 @@ class _Page(HTMLParser):
     @property
     def _unseen(self) -> bool:
         return bool(self._open) and self._open[-1][1]
+
+    def _close_head(self) -> None:
+        if self._open and self._open[-1][0] == "head":
+            self._open.pop()
 
     def _part_lines(self, tag: str) -> None:
         if tag in WITHIN_A_LINE or not self.parts:

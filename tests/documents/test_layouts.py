@@ -100,3 +100,19 @@ def test_markdown_loses_signs_and_no_words(markdown, words):
 def test_markdown_of_signs_alone_is_read_in_time(signs):
     text = "a" + signs * (80_000 // len(signs))
     assert documents.from_bytes(text.encode(), "x.md", limits=documents.Limits(seconds=5)).text.startswith("a")
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<head><title>Lease</title><h1>Lease</h1><p>Ada Brix signed.</p></html>",
+        "<head><title>Lease</title><meta charset=utf-8><style>no</style><div>Ada Brix signed.</div>",
+        "<head><title>Lease</title><script>no</script>Ada Brix signed.</html>",
+        "<head><title>Lease</title><body><p>Ada Brix signed.",
+    ],
+)
+def test_a_head_that_is_left_open_ends_where_the_page_begins(page):
+    assert lines(f"<!DOCTYPE html><html>{page}", "x.html") == ["Lease", "Ada Brix signed."]
