@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +24,15 @@ class Listing(NamedTuple):
 
 
 def under(folder: str | Path) -> Listing:
-    """All files under a folder, at any depth, in the order of their names, but hidden ones and links to folders."""
-    folder, listing = Path(folder), Listing([], [])
+    """All files under a folder, at any depth, in the order of their names, but hidden ones and links that leave it.
+
+    A link to a folder is skipped, too.
+    """
+    return _listed(Path(folder), Path(folder).resolve(), hidden=False)
+
+
+def _listed(folder: Path, home: Path, hidden: bool) -> Listing:
+    listing = Listing([], [])
 
     def unreadable(error: OSError) -> None:
         listing.skipped.append((_name(Path(error.filename), folder) + "/", f"can not be read: {error.strerror}"))
@@ -31,15 +40,14 @@ def under(folder: str | Path) -> Listing:
     for place, folders, files in os.walk(folder, onerror=unreadable):
         for name in sorted(folders):
             path = Path(place, name)
-            if name.startswith(".") or path.is_symlink():
+            is_hidden = name[0] == "." and not hidden
+            if is_hidden or path.is_symlink():
                 folders.remove(name)
-                listing.skipped.append(
-                    (_name(path, folder) + "/", "hidden" if name[0] == "." else "a link to a folder")
-                )
+                listing.skipped.append((_name(path, folder) + "/", "hidden" if is_hidden else "a link to a folder"))
         folders.sort()
         for name in sorted(files):
             path = Path(place, name)
-            reason = "hidden" if name.startswith(".") else "" if path.is_file() else "no regular file"
+            reason = "hidden" if name[0] == "." and not hidden else _no_file(path, home)
             if reason:
                 listing.skipped.append((_name(path, folder), reason))
             else:
@@ -55,15 +63,50 @@ def matching(pattern: str) -> Listing:
     """
     fixed = re.match(r"[^*?\[]*/", pattern)
     folder, listing = Path(fixed[0] if fixed else "."), Listing([], [])
-    matches = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207 - the pattern may be absolute
-    for path in matches:
-        if path.is_file():
+    parts = Path(pattern).parts
+    depth = parts.index("**") if "**" in parts else len(parts)
+    below = parts[depth:]
+    for path in sorted(map(Path, glob.glob(str(Path(*parts[:depth]))))):  # noqa: PTH207 - the pattern may be absolute
+        if any(place.is_symlink() for place in (path, *path.parents) if place.is_dir() and _inside(place, folder)):
+            listing.skipped.append((_name(path, folder), "in a link to a folder, or one"))
+        elif path.is_dir():
+            inside = _listed(path, folder.resolve(), hidden=any(part[0] == "." for part in below))
+            prefix = "" if path == folder else f"{_name(path, folder)}/"
+            listing.files.extend((prefix + name, file) for name, file in inside.files if _fits(name, below))
+            listing.skipped.extend(
+                (prefix + name, reason) for name, reason in inside.skipped if not below or reason != "hidden"
+            )
+        elif not below and (reason := _no_file(path, folder.resolve())):
+            listing.skipped.append((_name(path, folder), reason))
+        elif not below:
             listing.files.append((_name(path, folder), path))
-        elif path.is_dir() and "**" not in pattern:
-            inside = under(path)
-            listing.files.extend((_name(file, folder), file) for _, file in inside.files)
-            listing.skipped.extend((f"{_name(path, folder)}/{name}", reason) for name, reason in inside.skipped)
     return listing
+
+
+def _fits(name: str, pattern: Sequence[str]) -> bool:
+    """Whether a name fits the parts of a pattern, of which `**` is any number of folders; without parts all do."""
+    ends = {0}  # the parts of the pattern that the parts of the name so far can fill
+    for part in name.split("/"):
+        ends |= {end + 1 for end in ends if pattern[end : end + 1] == ("**",)}
+        ends = {
+            end if pattern[end] == "**" else end + 1
+            for end in ends
+            if end < len(pattern)
+            and (part[0] != "." or pattern[end][0] == ".")
+            and (pattern[end] == "**" or fnmatch.fnmatch(part, pattern[end]))
+        }
+    return not pattern or any(all(part == "**" for part in pattern[end:]) for end in ends)
+
+
+def _no_file(path: Path, home: Path) -> str:
+    """Why a path is no file to be read; "" where it is one."""
+    if not path.is_file():
+        return "no regular file"
+    return "" if not path.is_symlink() or path.resolve().is_relative_to(home) else "a link to a file elsewhere"
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    return path != folder and path.is_relative_to(folder)
 
 
 def _name(path: Path, folder: Path) -> str:

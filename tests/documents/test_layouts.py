@@ -116,3 +116,29 @@ def test_markdown_of_signs_alone_is_read_in_time(signs):
 )
 def test_a_head_that_is_left_open_ends_where_the_page_begins(page):
     assert lines(f"<!DOCTYPE html><html>{page}", "x.html") == ["Lease", "Ada Brix signed."]
+
+
+# --- links ------------------------------------------------------------------------------------------------------------
+
+
+def test_links_give_no_file_twice_and_none_of_elsewhere(tmp_path):
+    notes = tmp_path / "notes"
+    for path in ("notes/a.md", "notes/s/b.md", "notes/s/.h/c.md", "secret.md"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("x")
+    (notes / "loop").symlink_to(".")
+    (notes / "s" / "up").symlink_to("..")
+    (notes / "s" / "out.md").symlink_to(tmp_path / "secret.md")
+    (notes / "s" / "in.md").symlink_to(notes / "a.md")
+
+    def names(pattern):
+        return [name for name, _ in documents.matching(f"{tmp_path}/{pattern}").files]
+
+    below = ["s/b.md", "s/in.md"]
+    assert names("notes/**/*.md") == names("notes/**") == ["a.md", *below]
+    assert names("notes/*") == ["a.md", *below] and names("notes/*/*.md") == names("notes/**/s/*.md") == below
+    assert names("notes/**/.h/*") == ["s/.h/c.md"]
+    assert [name for name, _ in documents.under(notes).files] == ["a.md", *below]
+    for listing in (documents.matching(f"{notes}/**/*.md"), documents.under(notes)):
+        skipped = dict(listing.skipped)
+        assert skipped["s/out.md"] == "a link to a file elsewhere" and skipped["loop/"] == "a link to a folder"
