@@ -81,7 +81,6 @@ def serve(
     _require("serve", "fastapi", "uvicorn", "prometheus_client", "python_multipart")
     from latentmem.serve.http.address import bound, is_loopback
 
-    base.check_model(model, loading.adapters)
     known = _keys(required=not is_loopback(host))
     if not is_loopback(host) and not known.all():
         raise ValueError(
@@ -89,6 +88,7 @@ def serve(
             f"Make one first: `latentmem keys add NAME --memories 'NAME'`, or leave --host out."
         )
     at = bound(host, port)
+    base.check_model(model, loading.adapters)
     from latentmem.serve.http.app import create_app
     from latentmem.serve.http.run import serve as run
 

@@ -235,7 +235,7 @@ def test_an_answer_is_stopped(scripted, opened):
     def endless():
         while not scripted.engine.answers[-1].cancelled:
             yield "word "
-            time.sleep(0.01)
+            time.sleep(0.2)
 
     scripted.engine.words = endless()
     page = opened(scripted, "m")

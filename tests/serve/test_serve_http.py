@@ -347,7 +347,7 @@ def test_every_setting_of_a_memory_is_a_field(server):
     body = {"id": "chosen", "N": 64, "K": 16, "preset": "exact", "quota": 0.25, "longterm": part}
     assert server("POST", "/v1/memories", body)[0] == 201
     chosen = server.service.store.open("chosen").settings
-    assert (chosen.N, chosen.quota, chosen.longterm) == (64, 0.25, LongTermSettings(**part))
+    assert (chosen.N, chosen.quota, chosen.longterm) == (64, 0.25, LongTermSettings(**part, limit=1 << 30))
     server("DELETE", "/v1/memories/chosen")
     for wrong in ({"N": 0}, {"choice": "best"}, {"quota": 2}, {"longterm": -1}, {"longterm": {"every": 3}}, {"n": 64}):
         refused(server("POST", "/v1/memories", {"id": "chosen"} | wrong), 400)

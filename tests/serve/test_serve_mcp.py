@@ -87,7 +87,7 @@ def test_over_standard_input_and_output(home, tiny_folder):
 
     asyncio.run(asyncio.wait_for(main(), 300))  # only what hangs takes longer
     store = latentmem.Store(home / "store")
-    assert store.names() == ["work"] and store.version("work").version == 3
+    assert store.names() == ["work"] and store.version("work").version == 4
     store.close()
 
 
