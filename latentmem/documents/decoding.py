@@ -56,7 +56,21 @@ def decode(data: bytes, encoding: str | None = None, declared: str | None = None
     for each in ("iso2022_jp" if b"\x1b$" in data else "utf-8", "utf-8", declared):
         if each and (text := _tried(data, each)) is not None:
             return text, ""
-    return guessing.guess(data)
+    text = _repaired(data)
+    return (text, "utf-8") if text is not None else guessing.guess(data)
+
+
+def _repaired(data: bytes) -> str | None:
+    """UTF-8 with U+FFFD for a few broken bytes, or for a character that the end cuts off; None for other bytes."""
+    if b"\0" in data:
+        return None
+    text = data.decode("utf-8", "replace")
+    broken = text.count("\ufffd")
+    ascii_ = len(data.translate(None, bytes(range(128, 256))))
+    whole = len(text) - ascii_ - broken
+    latin = ascii_ > len(text) / 2  # two letters of another encoding stand together by chance in other scripts
+    least = 10 if not latin else 1 if text.rstrip().endswith("\ufffd") else 3
+    return text if whole >= least and broken <= max(1, whole // 1000) and not CONTROLS.search(text) else None
 
 
 def _named(data: bytes, encoding: str) -> str:

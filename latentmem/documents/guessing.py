@@ -12,6 +12,7 @@ from latentmem.errors import UnreadableError
 
 SIZE = 20_000  # bytes that are looked at
 CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ue000-\uf8ff\ufdd0-\ufdef\ufffd-\uffff]")
+NOT_ASCII = re.compile(rb"(?:[\x80-\xff]+[\x00-\x09\x0b-\x7f]{0,80})+")
 ALPHABETS = tuple(  # letters outside ASCII that stand together in a language, small
     map(
         frozenset,
@@ -58,7 +59,7 @@ def guess(data: bytes) -> tuple[str, str]:
     Raises:
         UnreadableError: it is a text of no usual encoding, or no text.
     """
-    head = data[:SIZE]
+    head = _sample(data)
     scores = {name: _score(text, name) for name in ENCODINGS if (text := _decoded(head, name)) is not None}
     for name in sorted(scores, key=lambda one: -scores[one]):
         if scores[name] < (LEAST_WIDE if name.startswith("utf") else LEAST):
@@ -70,6 +71,21 @@ def guess(data: bytes) -> tuple[str, str]:
         if not CONTROLS.search(text):
             return text, name
     raise UnreadableError("is not text that can be read; if it is text, name its encoding.")
+
+
+def _sample(data: bytes) -> bytes:
+    """The bytes to look at: the first, or where those are nearly all ASCII, the ones around others."""
+    head = data[:SIZE]
+    if len(data) <= SIZE or b"\0" in head or b"\x1b" in head or len(head.translate(None, bytes(range(128)))) > 99:
+        return head
+    parts, last, size = [], 0, 0
+    for match in NOT_ASCII.finditer(data):
+        before = data[max(last, match.start() - 80) : match.start()].rpartition(b"\n")[2]
+        parts.append(before + match[0])
+        last, size = match.end(), size + len(parts[-1]) + 1
+        if size > SIZE:
+            break
+    return b"\n".join(parts)[:SIZE]
 
 
 def _decoded(data: bytes, encoding: str) -> str | None:

@@ -43,10 +43,10 @@ def _parts(part: MIMEPart, encoding: str | None) -> Iterable[str]:
         yield body[1]
         for each in part.walk():
             if each is not body[0] and each.get_filename():
-                yield from _parts(each, encoding)  # type: ignore[arg-type]
+                yield from _parts(each, encoding)
     elif part.is_multipart():
         for each in part.iter_parts():
-            yield from _parts(each, encoding)  # type: ignore[arg-type]
+            yield from _parts(each, encoding)
     else:
         if kind in SHOWN and not part.is_attachment():
             yield _body(part, encoding)

@@ -111,3 +111,24 @@ def test_a_reader_ends_with_the_process_that_waits_for_it():
         process.terminate()
         start = time.monotonic()
         assert process.stdout.read() == b"" and time.monotonic() - start < 30  # the pipe ends with its last holder
+
+
+LOG = b"INFO the boiler is warm\n" * 1000
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "Die Straße führt über die Brücke. ".encode() * 40 + b"\xe2\x82",
+        LOG + "Müller zahlt für März.".encode() + b"\xe2\n",
+        "Die Straße führt über die Brücke. ".encode() * 40 + b"\xff" + "Größe".encode(),
+    ],
+)
+def test_a_broken_byte_does_not_spoil_a_text(data):
+    assert documents.from_bytes(data, "a.txt") == (data.decode("utf-8", "replace"), "utf-8")
+
+
+@pytest.mark.parametrize("encoding", ["koi8_r", "cp1251"])
+def test_a_line_after_many_of_ascii_is_guessed_by_its_own_letters(encoding):
+    text = LOG.decode() + "Договор аренды красного дома подписала Ада."
+    assert documents.from_bytes(text.encode(encoding), "a.txt") == (text, encoding)
