@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -13,6 +14,7 @@ WITHIN_A_LINE = frozenset(
     "a abbr b bdi bdo big cite code data del dfn em font i ins kbd label mark q s samp small span strike strong sub sup"  # noqa: SIM905
     " time tt u var wbr img input".split()
 )
+BLOCKS = frozenset("p para div section title head li item list table tr row br lb".split())  # noqa: SIM905 - of XML
 EMPTY = frozenset("area base br col embed hr img input link meta param source track wbr".split())  # noqa: SIM905
 IN_HEAD = frozenset("title meta link style script base noscript template".split())  # noqa: SIM905
 CELLS = ("td", "th")
@@ -36,12 +38,49 @@ def text(markup: str, title: bool = True) -> str:
 
 
 def xml_text(markup: str) -> str:
-    """The texts between the tags of XML, a line for each; HTML in them is read, too. Broken XML is read as HTML."""
+    """The texts of XML, a line for each element with text of its own; HTML in them is read, too.
+
+    Broken XML is read as HTML.
+    """
     try:
-        pieces = [piece.strip() for piece in ElementTree.fromstring(markup).itertext()]
+        root = ElementTree.fromstring(markup)
     except ElementTree.ParseError:
         return text(markup)
-    return "\n".join(text(piece) if TAG.search(piece) else piece for piece in pieces if piece)
+    return "\n".join(text(piece) if TAG.search(piece) else piece for piece in _xml_lines(root) if piece)
+
+
+def _xml_lines(root: ElementTree.Element) -> Iterator[str]:
+    is_drawing, waiting = _local(root) in ("svg", "html"), [root]
+    while waiting:
+        element = waiting.pop()
+        if is_drawing and _local(element) in ("script", "style"):
+            continue
+        if _local(element) == "outline":
+            yield element.get("text", "").strip()
+        if len(element) and any(piece and piece.strip() for piece in (element.text, *(one.tail for one in element))):
+            yield from (" ".join(line.split()) for line in _mixed(element).split("\n"))
+        else:
+            yield (element.text or "").strip()
+            waiting.extend(reversed(element))
+
+
+def _mixed(element: ElementTree.Element) -> str:
+    """The text of an element and of those in it; blocks in it stand on lines of their own."""
+    line = re.sub(r"\s+", " ", element.text or "")
+    for child in element:
+        inner, tail, name = _mixed(child), re.sub(r"\s+", " ", child.tail or ""), _local(child)
+        if name in BLOCKS or "\n" in inner:
+            line += f"\n{inner}\n{tail}"
+        elif name in WITHIN_A_LINE:
+            line += inner + tail
+        else:  # words of elements that nobody knows are not joined
+            for piece in (inner or " ", tail):
+                line += (" " if line[-1:].isalnum() and piece[:1].isalnum() else "") + piece
+    return line
+
+
+def _local(element: ElementTree.Element) -> str:
+    return element.tag.rpartition("}")[2].lower()
 
 
 class _Page(HTMLParser):

@@ -142,3 +142,27 @@ def test_links_give_no_file_twice_and_none_of_elsewhere(tmp_path):
     for listing in (documents.matching(f"{notes}/**/*.md"), documents.under(notes)):
         skipped = dict(listing.skipped)
         assert skipped["s/out.md"] == "a link to a file elsewhere" and skipped["loop/"] == "a link to a folder"
+
+
+# --- XML --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("markup", "words"),
+    [
+        ("<doc><p>Ada <b>Brix</b> sign<i>ed</i> it.</p><p>Yes.</p></doc>", ["Ada Brix signed it.", "Yes."]),
+        ("<doc>Buy:<one>milk</one><one>eggs</one><p>Now</p></doc>", ["Buy:milk eggs", "Now"]),
+        (
+            "<svg xmlns='http://www.w3.org/2000/svg'><style>no</style><script>no</script>"
+            "<text>Ada <tspan>Brix</tspan></text></svg>",
+            ["Ada Brix"],
+        ),
+        (
+            "<opml><head><title>t</title></head><body><outline text='a'><outline text='b'/></outline></body></opml>",
+            ["t", "a", "b"],
+        ),
+        ("<beers><beer><style>Lager</style></beer></beers>", ["Lager"]),
+    ],
+)
+def test_xml_is_its_lines(markup, words):
+    assert lines(f"<?xml version='1.0'?>{markup}", "x.xml") == words
