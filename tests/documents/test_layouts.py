@@ -97,9 +97,9 @@ def test_markdown_loses_signs_and_no_words(markdown, words):
 
 
 @pytest.mark.parametrize("signs", ["<!--", "<script ", "`<!--", "``` `"])
-def test_markdown_of_signs_alone_is_read_in_time(signs):
-    text = "a" + signs * (80_000 // len(signs))
-    assert documents.from_bytes(text.encode(), "x.md", limits=documents.Limits(seconds=5)).text.startswith("a")
+def test_markdown_of_signs_alone_is_read(signs):
+    text = "a" + signs * (800_000 // len(signs))
+    assert documents.from_bytes(text.encode(), "x.md").text.startswith("a")
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------
