@@ -202,8 +202,8 @@ class Memory:
 
     def slots_left(self) -> Tensor:
         """Slots that are left of each source in each layer, [number of sources, L] int64."""
-        counts = [(self.origins == i).sum(1) for i in range(len(self.sources))]
-        return torch.stack(counts) if counts else torch.zeros(0, self.L, dtype=torch.long)
+        counts = torch.zeros(self.L, len(self.sources) + 1, dtype=torch.long)  # the first for -1, no source
+        return counts.scatter_add_(1, self.origins.long() + 1, torch.ones_like(self.births, dtype=torch.long))[:, 1:].T
 
     def pinned(self) -> Tensor:
         """Which slots belong to pinned sources, [L, M] bool."""

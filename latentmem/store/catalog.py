@@ -261,9 +261,13 @@ class Catalog(ABC):
             row = self._journal.version(name, version)
             try:
                 return self._books.account(self._books.ready(row))
-            except ValueError:  # a replay may have put another in its place, or pruning may have taken it
-                if self._journal.is_head(row) if version is None else self._journal.exists(row.id):
+            except ValueError:
+                if self._stays(row, version):
                     raise
+
+    def _stays(self, row: Row, version: int | None) -> bool:
+        """Whether a row that was read is still there: a replay puts another in its place, and pruning takes it."""
+        return self._journal.is_head(row) if version is None else self._journal.exists(row.id)
 
     def applied(self, name: str) -> tuple[int, Account]:
         """`applied_version` and its account, also while `forget_by_replay` numbers versions anew; errors as `open`."""

@@ -210,8 +210,8 @@ class Store(Catalog):
                     return self._states.memory(self._books.ready(self._journal.head(memory)))
             try:
                 return self._states.memory(self._books.ready(row))
-            except ValueError:  # a replay may have put another in its place, or pruning may have taken it
-                if self._journal.is_head(row) if version is None else self._journal.exists(row.id):
+            except ValueError:
+                if self._stays(row, version):
                     raise
 
     def latest(self, name: str) -> tuple[int, Memory]:
