@@ -87,6 +87,7 @@ class States:
 
     def keep(self, version: int, memory: Memory) -> None:
         """Keep the memory at a version in the cache."""
+        memory = plain(memory)
         self.cache.put(version, memory, size(memory))
 
     def _path(self, row: Row, cached: bool) -> tuple[list[Row], Memory | None]:
@@ -278,7 +279,8 @@ def size(memory: Memory) -> int:
     longterm = longterms.of(memory)
     ranges = longterm.ranges[-1:] if isinstance(longterm, LongTerm) else ()
     tail = sum(part.stored.slots.nbytes for part in ranges if not part.sealed)
-    return tail + sum(t.numel() * t.element_size() for t in (memory.slots, memory.births, memory.origins))
+    tables = (memory.slots, memory.births, memory.origins)
+    return tail + sum(table.nbytes if table.stride(0) else table[:1].nbytes for table in tables)
 
 
 def largest(memory: Memory) -> int:
@@ -289,8 +291,22 @@ def largest(memory: Memory) -> int:
 
 
 def plain(memory: Memory) -> Memory:
-    """A memory as the store keeps it: its lineage is in the journal, not in the value."""
-    return replace(memory, version="", parent="") if memory.version or memory.parent else memory
+    """A memory as the store keeps it: its lineage is in the journal, and tables of equal layers are kept once."""
+    if memory.version or memory.parent:
+        memory = replace(memory, version="", parent="")
+    if not memory.settings.by_update:
+        return memory
+    tables = [memory.slots, memory.births, memory.origins]
+    slots, births, origins = once = [_once(table) for table in tables]
+    same = all(a is b for a, b in zip(once, tables, strict=True))
+    return memory if same else replace(memory, slots=slots, births=births, origins=origins)
+
+
+def _once(table: Tensor) -> Tensor:
+    """A table [L, ...] of equal layers as views of one layer; before the first drop all layers are equal."""
+    if not table.numel() or not table.stride(0) or not bool((table == table[:1]).all()):
+        return table
+    return table[:1].clone().expand_as(table)
 
 
 def after_event(row: Row, memory: Memory) -> Memory:

@@ -363,6 +363,21 @@ def test_a_snapshot_neither_copies_its_updates_nor_reads_itself(llm, tmp_path, f
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_what_all_layers_have_in_common_is_in_ram_once(llm, tmp_path, form):
+    Store(tmp_path).create("a", start(llm, form))
+    live = start(llm, form)
+    for text, in_common in (("the first text", True), ("and a second one that makes the memory drop slots", False)):
+        Store(tmp_path).write(llm, "a", text)
+        live = llm.write(live, text)
+        store = Store(tmp_path)
+        opened = store.open("a")
+        same(opened, live)
+        codes = sum(one.nbytes for one in opened.written.values())
+        tables = store.nbytes()[0] - codes  # numbers in 8 bytes, births and origins in 4 each
+        assert tables == 16 * opened.M if in_common else tables >= 8 * opened.M * opened.L
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_the_updates_of_opened_memories_count_once_for_the_bound(llm, tmp_path, form):
     store = Store(tmp_path / "s", snapshot_every=3)
     for i in range(4):
@@ -373,7 +388,8 @@ def test_the_updates_of_opened_memories_count_once_for_the_bound(llm, tmp_path, 
 
     def held(memories):
         updates = {id(one): one.nbytes for memory in memories for one in memory.written.values()}
-        numbers = sum(t.nbytes for memory in memories for t in (memory.slots, memory.births, memory.origins))
+        tables = [t for memory in memories for t in (memory.slots, memory.births, memory.origins)]
+        numbers = sum(table.untyped_storage().nbytes() for table in tables)
         return numbers + sum(updates.values())
 
     whole = held([store.open("m0", version) for version in range(5)])
