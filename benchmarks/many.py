@@ -122,7 +122,8 @@ def many_memories(llm: MemoryModel, options: argparse.Namespace) -> None:
             first_token(llm, store.open(f"m{i}"), question)
 
         ask(hot[0])
-        one = llm.prefix(store.open(f"m{hot[0]}")).nbytes
+        one, warm = llm.prefix(store.open(f"m{hot[0]}")).nbytes, store.nbytes()[0]
+        print(f"a slot in RAM: {one / options.slots:,.0f} bytes hot, {warm / options.slots:,.0f} warm")
         llm.prefixes.limit = (options.hot + 1) * one
         warming = [seconds(partial(ask, i)) for i in hot[1:]]
         in_use = [seconds(lambda: ask(draw.choice(hot[-options.hot // 2 :]))) for _ in range(options.asks // 3)]
