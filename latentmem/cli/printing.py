@@ -207,6 +207,8 @@ def show_drawn_on(drawn: DrawnOn, stats: list[SourceStats]) -> None:
     for passage in drawn.passages:
         quoted = f'"{passage.text}"' if passage.text else "(the memory holds no longer all that was written here)"
         typer.echo(f"{passage.source or '(older)'}: {quoted}")
+    if drawn.known is not None:
+        typer.echo(f"known: {drawn.known:.0%} (an estimate that what was asked stands in the memory)")
     typer.echo("(share: of what was attended to more than a neutral question does; a hint, no proof;")
     typer.echo(" left: now, and as expected after so many more updates)")
 

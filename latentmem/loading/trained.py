@@ -21,9 +21,10 @@ from latentmem.files import adapters as files
 from latentmem.loading.names import ADAPTERS, PACKAGED, check_adapters, path_of
 from latentmem.longterm.search import Projectors
 from latentmem.model.backbone import Trained
+from latentmem.model.known import Evidence
 from latentmem.model.model import MemoryModel
 
-TRAINED, CODER = Path(__file__).parent.parent / "trained", "coder.safetensors"
+TRAINED, CODER, EVIDENCE = Path(__file__).parent.parent / "trained", "coder.safetensors", "known.json"
 DEFAULTS = MemorySettings(N=1536, longterm=LongTermSettings(R=512), form="int8")  # of new memories
 
 
@@ -39,7 +40,7 @@ def _beside(name: str, file: str) -> Path | None:
 
 
 def remembering(llm: MemoryModel, name: str, coder: str | None) -> MemoryModel:
-    """The model with the defaults of new memories, and with its coder.
+    """The model with the defaults of new memories, with its coder, and with what tells whether an answer is known.
 
     Args:
         name: by which it was loaded.
@@ -49,13 +50,17 @@ def remembering(llm: MemoryModel, name: str, coder: str | None) -> MemoryModel:
         ValueError: the coder can not be read, or was made for another model, other adapters or another search.
     """
     llm.defaults = DEFAULTS
+    if (evidence := _beside(name, EVIDENCE)) is not None:
+        theirs = Evidence.load(evidence)
+        same = (theirs.model, theirs.adapters) == (llm.identities["model"], llm.identities["adapters"])
+        llm.evidence = theirs if same else None
     path = _beside(name, CODER) if coder == "auto" else None if coder is None else path_of(coder)
     if path is None:
         return llm
     known = Coder.load(path)
-    theirs, mine = known.about, {key: llm.identities[key] for key in ("model", "adapters")}
+    about, mine = known.about, {key: llm.identities[key] for key in ("model", "adapters")}
     layers = known.sketch.layer, llm.retriever.layer_sketched
-    if all(theirs.get(key) == value for key, value in mine.items()):
+    if all(about.get(key) == value for key, value in mine.items()):
         if layers[0] == layers[1]:
             llm.coder, llm.defaults = register(known), replace(DEFAULTS, form="coded")
         elif coder != "auto":
@@ -65,8 +70,8 @@ def remembering(llm: MemoryModel, name: str, coder: str | None) -> MemoryModel:
             )
     elif coder != "auto":
         raise ValueError(
-            f"the coder {path} was made for the model {theirs.get('model', '')[:12]} with the adapters "
-            f"{theirs.get('adapters', '')[:12] or 'none'}, and this is {mine['model'][:12]} with "
+            f"the coder {path} was made for the model {about.get('model', '')[:12]} with the adapters "
+            f"{about.get('adapters', '')[:12] or 'none'}, and this is {mine['model'][:12]} with "
             f"{mine['adapters'][:12] or 'none'}. Make one with `latentmem calibrate`, or leave it out."
         )
     return llm

@@ -50,10 +50,12 @@ class Retrieval:
     Args:
         places: of each layer the R stored slots, oldest first.
         order: of each layer which of [retrieved ; slots] stands where, [R + M] indices; fewer if some are not read.
+        marks: how well each update that is left fits the question, [U]; none where slots are retrieved one by one.
     """
 
     places: list[Tensor]
     order: list[Tensor]
+    marks: Tensor | None = None
 
     @property
     def R(self) -> int:
@@ -212,7 +214,7 @@ class Retriever:
         seen = numbers[self.layers_searched[0]]
         sizes = seen[seen >= 0].bincount(minlength=U)[best_first]
         arrangement = arranged(memory.reading_order, torch.stack(orders), torch.stack(ranks), sizes, archive.settings.R)
-        return Retrieval(places, arrangement)
+        return Retrieval(places, arrangement, mark)
 
     def _by_number(self, memory: Memory, hidden: Tensor) -> Retrieval:
         """`_by_update` for coded updates: found by their sketches, in one layer; a slot is a number.
@@ -231,7 +233,7 @@ class Retriever:
         both = torch.cat([places, memory.slots[:, :, 0]], dim=1)
         ranks = best_first.argsort()[torch.searchsorted(births, both >> 32)]
         arrangement = arranged(memory.reading_order, ordered(both), ranks, sizes[best_first], archive.settings.R)
-        return Retrieval(list(places), arrangement)
+        return Retrieval(list(places), arrangement, mark)
 
     def _marks(self, memory: Memory, archive: LongTerm, asked: list[Tensor], numbers: Tensor, U: int) -> Tensor:
         """The mark of each update, by the slots that were dropped and those that the memory still holds, [U]."""

@@ -27,6 +27,7 @@ from latentmem.decoder.cache import KVPrefix, Prefix, functional_cache
 from latentmem.decoder.decoder import Decoder
 from latentmem.errors import OtherModelError, TooLongError
 from latentmem.longterm.search import Projectors, Retrieval, Retriever
+from latentmem.model.known import Evidence
 from latentmem.model.prompts import Prompts, Style
 
 Ids = Tensor | Sequence[int]
@@ -121,6 +122,7 @@ class Backbone:
         self.decoder = Decoder(base)
         self.adapters, self.trained, self.shape, self.coder = adapters, trained, shape, coder
         self.defaults: MemorySettings | None = None  # of new memories: `loading.trained.DEFAULTS`
+        self.evidence: Evidence | None = None  # of `Tracer.drawn_on`, where it was calibrated
         self.retriever = Retriever(self.decoder, projectors)
         self.prompts = Prompts(tokenizer, style) if tokenizer is not None else None
         self.tokenizer_identity = self.prompts.identity if self.prompts else ""

@@ -2,10 +2,10 @@
 
     share   of the attention to the memory that each slot of a layer gets while the answer is said              [L, P]
     usual   the share that the slot gets, at the same place, while a neutral question is not answered           [L, P]
-    drawn   share * log(share / (2 * usual)), 0 where that is below 0; divided by the sum of all                [L, P]
+    drawn   share * log(share / (2 * usual)), 0 where that is below 0                                           [L, P]
 
-The first slots get most of the attention whatever is asked, so shares alone name the first text. What is drawn adds up:
-over the slots of a source, of an update, or of a sentence.
+The first slots get most of the attention whatever is asked, so shares alone name the first text. What is drawn, divided
+by the sum of all, adds up: over the slots of a source, of an update, or of a sentence.
 """
 
 from __future__ import annotations
@@ -61,10 +61,13 @@ class DrawnOn:
     Args:
         sources: name of each source -> share; "" is what is older than the memory. They add up to 1.
         passages: of the updates that the answer drew on most, the largest share first.
+        known: estimate from 0 to 1 that what was asked stands in the memory (`latentmem.model.known`); None where no
+            weights are there for this model and adapters, or the memory is not searched by update.
     """
 
     sources: dict[str, float]
     passages: tuple[Passage, ...] = ()
+    known: float | None = None
 
 
 class Tracer(Reader):
@@ -84,22 +87,23 @@ class Tracer(Reader):
         Raises:
             ValueError: no ids, a memory of another model, or an attention that shows no weights.
         """
-        return self._attended(memory, ids, answer, self.retrieve(memory, self.ids(ids)))
+        return self._attended(memory, ids, answer, self.retrieve(memory, self.ids(ids)))[0]
 
     @torch.no_grad()
-    def _attended(self, memory: Memory, ids: Ids, answer: Ids, chosen: Retrieval | None) -> Tensor:
-        """`attended` behind the long-term slots `chosen`."""
+    def _attended(self, memory: Memory, ids: Ids, answer: Ids, chosen: Retrieval | None) -> tuple[Tensor, Tensor]:
+        """`attended` behind the long-term slots `chosen`, and the log probability of each token of the answer, [n]."""
         asked, said = self.ids(ids), self.ids(answer)
         start = self.first.shape[1]  # made by a pass of its own, which is not watched
         with watching(self.base) as layers:
-            self._logits(memory, torch.cat([asked, said]), chosen)
+            logits = self._logits(memory, torch.cat([asked, said]), chosen)[-len(said) - 1 : -1]
+        likely = logits.float().log_softmax(-1).gather(1, said[:, None].to(logits.device))[:, 0].cpu()
         if len(layers) != self.decoder.L:
             raise ValueError(f"the attention of {self.name} gave weights in {len(layers)} of {self.decoder.L} layers.")
         P = start + (chosen.length if chosen else memory.M)
         mass = torch.stack([layer[-len(said) - 1 : -1, start:P].mean(0) for layer in layers]).cpu()
-        if chosen is None:
-            return mass
-        return torch.zeros(memory.L, memory.R + memory.M).scatter(1, torch.stack(chosen.order), mass)
+        if chosen is not None:
+            mass = torch.zeros(memory.L, memory.R + memory.M).scatter(1, torch.stack(chosen.order), mass)
+        return mass, likely
 
     def sources_of(self, memory: Memory, question: str | list[Message], answer: str) -> dict[str, float]:
         """Which sources an answer drew on, as in `drawn_on`: name -> share; an empty memory has none."""
@@ -128,7 +132,8 @@ class Tracer(Reader):
         else:
             asked, said = prompts.chat(question, bare=True), prompts.text(answer if prompts.chats else f" {answer}")
         chosen = self.retrieve(memory, self.ids(asked))
-        drawn = _beyond(self._attended(memory, asked, said, chosen), self._usual(memory, chosen))
+        mass, likely = self._attended(memory, asked, said, chosen)
+        drawn, amount = _beyond(mass, self._usual(memory, chosen))
         origins, births = memory.origins, memory.births
         if memory.longterm is not None and chosen:
             places = torch.stack(chosen.places)
@@ -137,7 +142,10 @@ class Tracer(Reader):
         names = {i: source.name for i, source in enumerate(memory.sources)}
         older = {-1: ""} if (origins < 0).any() else {}
         shares = {name: drawn[origins == i].sum().item() for i, name in {**older, **names}.items()}
-        return DrawnOn(shares, tuple(self._passages(memory, drawn, births, chosen)))
+        known = None
+        if self.evidence and chosen is not None and chosen.marks is not None:
+            known = self.evidence.known(amount, likely, chosen.marks, memory.M + memory.R)
+        return DrawnOn(shares, tuple(self._passages(memory, drawn, births, chosen)), known)
 
     def _usual(self, memory: Memory, chosen: Retrieval | None) -> Tensor:
         """`attended` of the neutral question behind the same slots at the same places."""
@@ -147,7 +155,7 @@ class Tracer(Reader):
                 return mass
         (question, answer), prompts = NEUTRAL, self.prompts_or_raise()
         asked, said = prompts.question(question, bare=True), prompts.answer(question, answer)
-        kept.append((chosen, self._attended(memory, asked, said, chosen)))
+        kept.append((chosen, self._attended(memory, asked, said, chosen)[0]))
         del kept[:-KEPT]
         return kept[-1][1]
 
@@ -212,13 +220,14 @@ class Tracer(Reader):
         return torch.cat([ids.where(likeness > 0.99, -1) for likeness, ids in nearest])
 
 
-def _beyond(mass: Tensor, usual: Tensor) -> Tensor:
-    """What slots are attended to beyond what is usual, or else how much of it, [L, P] each; it adds up to 1."""
+def _beyond(mass: Tensor, usual: Tensor) -> tuple[Tensor, float]:
+    """What slots are attended to beyond what is usual, or else how much of it: shares of 1, [L, P], and the sum."""
     shares, usual = (part / part.sum(1, keepdim=True).clamp(min=LEAST) for part in (mass, usual))
     ratio = shares.clamp(min=LEAST) / usual.clamp(min=LEAST)
     drawn = shares * (ratio / TIMES).log().clamp(min=0)
+    amount = drawn.sum().item() / len(drawn)
     drawn = drawn if drawn.any() else ratio
-    return drawn / drawn.sum()
+    return drawn / drawn.sum(), amount
 
 
 def _source(memory: Memory, number: int) -> str:

@@ -89,6 +89,16 @@ def test_the_packaged_adapters_are_what_the_packaged_configs_make(trained):
     assert (memory.N, memory.K, memory.compression, memory.choice) == (2048, 256, 1, "surprise")
 
 
+def test_weights_of_what_is_known_belong_to_the_packaged_adapters(packaged, trained):
+    assert trained.evidence is not None and packaged.evidence is None
+    memory = trained.write(trained.empty(), "The code of the safe is 4711.")
+    known, unknown = (
+        trained.drawn_on(memory, question, trained.ask(memory, question, max_new_tokens=12)).known
+        for question in ("What is the code of the safe?", "How tall is the tower of the cathedral?")
+    )
+    assert known > 0.5 > unknown
+
+
 def test_a_memory_remembers_by_default(packaged, trained):
     for llm in (packaged, trained):
         memory, paper = llm.empty(), llm.empty(form="exact")

@@ -199,6 +199,7 @@ function Said(props: {
   const { answer } = props;
   const [shares, setShares] = useState<[string, number][] | null>(null);
   const [passages, setPassages] = useState<api.Passage[]>([]);
+  const [known, setKnown] = useState<number | null>(null);
   const [open, setOpen] = useState(false);
   const [error, setError] = useState("");
   const ended = answer.state === "done" || answer.state === "stopped";
@@ -209,7 +210,9 @@ function Said(props: {
     if (open || shares) return;
     try {
       const asked = answer.asked ?? [{ role: "user", content: props.question }];
-      const { sources, passages } = await api.drawn(props.id, asked, answer.text.trim(), answer.version ?? null);
+      const drawn = await api.drawn(props.id, asked, answer.text.trim(), answer.version ?? null);
+      const { sources, passages } = drawn;
+      setKnown(drawn.known ?? null);
       setPassages(passages.filter((passage) => passage.text));
       setShares(Object.entries(sources).filter(([, share]) => share >= 0.005).sort((a, b) => b[1] - a[1]));
       setError("");
@@ -243,6 +246,9 @@ function Said(props: {
           <Problem text={error} />
           {!shares && !error && <p class="quiet">Looking …</p>}
           {shares && shares.length > 0 && <p class="quiet">More than another question would, it attended to</p>}
+          {known !== null && known < 0.5 && (
+            <p class="quiet">This is probably not in the memory ({percent(known)} that it is).</p>
+          )}
           {shares?.length === 0 && <p class="quiet">There was nothing in the memory.</p>}
           <ul class="plain shares">
             {shares?.map(([name, share]) => (

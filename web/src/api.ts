@@ -74,6 +74,7 @@ export interface Passage {
 export interface DrawnOn {
   sources: Record<string, number>;
   passages: Passage[];
+  known?: number | null;
 }
 
 export interface Message {

@@ -322,6 +322,7 @@ class Asked(BaseModel):
     usage: Usage
     sources: dict[str, float] | None = None
     passages: list[Passage] | None = None
+    known: float | None = Field(None, description="estimate from 0 to 1 that what was asked stands in the memory")
     notice: str | None = Field(None, description="that the memory is empty, so the model answered by itself")
 
 
@@ -413,6 +414,7 @@ class Drawn(Strict):
 class DrawnOn(VersionOf):
     sources: dict[str, float]
     passages: list[Passage]
+    known: float | None = Field(None, description="estimate from 0 to 1 that what was asked stands in the memory")
 
 
 class Rollback(Strict):
