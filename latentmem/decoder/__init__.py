@@ -9,6 +9,7 @@ with transformers 5.16.1 and 5.23.0, torch 2.13.0, PEFT 0.21.2.
 | `model.get_decoder()` with `layers`, `rotary_emb`; a layer's `self_attn` | decoder | the model is refused |
 | `apply_rotary_pos_emb` in the module of the attention's class | decoder | layers that rotate keys are refused |
 | `self_attn(x, position_embeddings=, position_ids=, attention_mask=, past_key_values=)` | decoder | refused |
+| `past_key_values=`, which is `cache=` from 5.24 on, with a warning that is silenced here | model | gone in 5.40 |
 | `input_layernorm`, `k_proj`, `v_proj`, `k_norm`, `head_dim` of a layer | decoder | keys are taken from a whole pass |
 | config: `layer_types`, `sliding_window` | decoder | windows go unnoticed |
 | config: `logits_scaling`, `logit_scale`, `final_logit_softcapping` | decoder | other logits of long texts |
@@ -30,3 +31,7 @@ with transformers 5.16.1 and 5.23.0, torch 2.13.0, PEFT 0.21.2.
 | `lora.Linear`: `lora_A`, `lora_B`, `scaling`, `lora_dropout`, `base_layer` | adapters | an error |
 | `lora.Linear`: `lora_variant`, `merged` | adapters | an error |
 """
+
+import warnings
+
+warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
