@@ -14,8 +14,8 @@ FAST := $(addprefix tests/,core files decoder/test_attention.py decoder/test_lin
 
 .PHONY: demo test test-fast test-newest test-lowest lint docs page page-check page-built clean
 
-demo: $(READY)  ## set up, write docs/concepts/paper.md into a memory, ask three questions with and without it
-	$(BIN)/python examples/demo.py
+demo: $(READY)  ## set up, write a page of invented facts into a memory, ask three questions with and without it
+	$(BIN)/latentmem demo
 
 test: $(READY) lint docs page-check $(OLD)/.ready  ## style, types, docs, tests, and all that runs models with the lowest transformers too
 	$(MAKE) --no-print-directory -j2 test-newest test-lowest

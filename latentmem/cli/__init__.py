@@ -6,7 +6,7 @@ import sys
 
 # The panels of --help are listed in this order:
 # isort: off
-from latentmem.cli import memories, versions, serving, training, evaluation  # noqa: F401
+from latentmem.cli import memories, demo, versions, serving, training, evaluation  # noqa: F401
 
 # isort: on
 from latentmem.cli.base import app

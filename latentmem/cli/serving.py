@@ -169,7 +169,4 @@ def _require(extra: str, *modules: str) -> None:
     """Refuse a command whose packages are missing, and say how to install them."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        raise ValueError(
-            f"`latentmem {extra}` needs {', '.join(missing)}: "
-            f"pip install -c constraints.txt '.[{extra}]' in latentmem's folder."
-        )
+        raise ValueError(f"`latentmem {extra}` needs {', '.join(missing)}: run `pip install 'latentmem[{extra}]'`.")

