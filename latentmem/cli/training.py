@@ -59,10 +59,8 @@ def _rehearsed(facts: dict[str, Any]) -> Any:
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for path, kind, documents, questions in facts["sources"]:
-        table.add_row(
-            path,
-            f"{documents:,} documents, {questions:,} questions" if kind == "questions" else f"{documents:,} documents",
-        )
+        counts = f"{documents:,} documents" + (f", {questions:,} questions" if kind == "questions" else "")
+        table.add_row(path, counts if documents >= 0 else "on the hub, not counted: invented texts stand in")
     table.add_row("trained weights", f"{facts['trained']:,} beside {facts['frozen']:,} that stay as they are")
     table.add_row("steps", f"{facts['steps']:,}, about {facts['tokens']:,} tokens")
     table.add_row("time", f"about {facts['seconds'] / 60:,.0f} minutes here, without the points of the curve")

@@ -81,7 +81,7 @@ class Documents:
 
 def _read(source: Source) -> list[Document]:
     place = next((place for place in data.places(source.path) if place.exists()), None)
-    if place is None and (source.hub or _like_a_hub_name(source.path)):
+    if place is None and (source.hub or like_a_hub_name(source.path)):
         return list(_documents(_hub(source), source.hub or source.path, source.kind))
     if place is None:
         raise ValueError(
@@ -98,7 +98,7 @@ def _read(source: Source) -> list[Document]:
     return list(_documents(data.rows_of_lines(place), source.path, source.kind))
 
 
-def _like_a_hub_name(path: str) -> bool:
+def like_a_hub_name(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix
 
 

@@ -13,6 +13,7 @@ A folder holds one run:
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -28,7 +29,7 @@ from torch import nn
 
 from latentmem.decoder import adapters as pairs
 from latentmem.errors import InUseError
-from latentmem.train import build, checkpoint
+from latentmem.train import build, checkpoint, standins
 from latentmem.train.config import OBJECTIVES, UNASKED, Config
 from latentmem.train.data import Apart, Documents
 from latentmem.train.episode import Episode
@@ -275,13 +276,18 @@ class Run:
 def rehearse(config: Config) -> dict[str, Any]:
     """What a run would be, by counting and by doing a few episodes behind a full pool; nothing is learned or written.
 
+    Nothing is fetched: invented texts stand in for sets of the hub, which are not counted.
+
     Returns:
-        documents and questions of each source, trained weights, steps, tokens, seconds and bytes, by expectation.
+        documents and questions of each source (-1: not counted), trained weights, steps, tokens, seconds and bytes, by
+        expectation.
 
     Raises:
         ValueError: as `Run`; the live curve has nothing to ask.
     """
-    run, s = Run(config, Path()), config.steps
+    with tempfile.TemporaryDirectory(prefix="latentmem-") as folder:
+        config, sets = standins.local(config, Path(folder))
+        run, s = Run(config, Path()), config.steps
     first = [run.episodes[number] for number in range(min(100, s.total * s.episodes * run.world))]
     tokens = sum(episode.written + episode.read for episode in first) / len(first)
     pool, took = run.pool, []
@@ -294,7 +300,7 @@ def rehearse(config: Config) -> dict[str, Any]:
     trained = sum(p.numel() for p in run.parameters.values())
     states = 2 * 4 * trained // (run.world if run.sharded else 1)  # of AdamW, float32, made by the first step
     return {
-        "sources": [(d.source.path, d.source.kind, len(d), sum(len(x.questions) for x in d.all)) for d in run.sources],
+        "sources": [_counts(documents, sets.get(documents.source.path, "")) for documents in run.sources],
         "trained": trained,
         "frozen": sum(p.numel() for p in run.learner.parameters()) - trained,
         "steps": s.total,
@@ -302,6 +308,12 @@ def rehearse(config: Config) -> dict[str, Any]:
         "seconds": min(took) * s.total * s.episodes,  # the first one is slower
         "bytes": _peak() + states,
     }
+
+
+def _counts(documents: Documents, name: str) -> tuple[str, str, int, int]:
+    """Path, kind, documents and questions of a source; `name` is that of the set of the hub that was not fetched."""
+    kind, questions = documents.source.kind, sum(len(one.questions) for one in documents.all)
+    return (name, kind, -1, -1) if name else (documents.source.path, kind, len(documents), questions)
 
 
 def _peak() -> int:

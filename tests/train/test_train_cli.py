@@ -1,6 +1,7 @@
 """`latentmem train` as a person types it: a rehearsal, a run that is stopped and goes on, its picture, and mistakes."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -50,6 +51,23 @@ def test_a_rehearsal_counts_and_writes_nothing(config, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
     for found in ("9 documents, 9 questions", "12 documents", "1,000, about", "minutes here", "GiB"):
         assert found in result.output, found
+
+
+def test_a_rehearsal_fetches_nothing(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("latentmem.data.reading", lambda *_: pytest.fail("a set was fetched"))
+    monkeypatch.delenv("LATENTMEM_DATA", raising=False)
+    sets = (
+        "data.0.path=nobody/asked",
+        "data.1.path=gone.jsonl",
+        "data.1.hub=nobody/texts",
+        "apart=[{path: a/b}]",
+        "watch.probe=0",
+    )
+    result = train(config, "--out", tmp_path / "run", "--dry-run", *(x for one in sets for x in ("--set", one)))
+    assert result.exit_code == 0, result.output
+    assert re.search(r"nobody/asked +on the hub, not counted", result.output) and "nobody/texts" in result.output
+    missing = train(config, "--out", tmp_path / "run", "--dry-run", "--set", "data.0.path=gone.jsonl")
+    assert missing.exit_code and "no such file" in str(missing.exception)
 
 
 def test_a_run_that_is_stopped_goes_on_with_the_same_command(config, tmp_path):
