@@ -23,6 +23,7 @@ from latentmem.longterm.search import RetrievedPrefix
 from latentmem.model.backbone import Ids
 from latentmem.model.context import placed
 from latentmem.model.reader import Reader
+from latentmem.model.repeats import Once
 
 COLDEST = 1e-4  # temperature, below which the most likely token is drawn anyway
 SPARE = 64  # columns that may be padding in all rows before the texts are moved together
@@ -221,13 +222,14 @@ class Detokenizer:
     Args:
         tokenizer: its special tokens are left out.
         stop: strings that end the text; they are not part of it.
+        repeats: the text may say a sentence again; else it ends there.
 
     Attributes:
-        stopped: a stop string came.
+        stopped: a stop string or a repeated sentence came.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), repeats: bool = True) -> None:
+        self._tokenizer, self._stop, self._once = tokenizer, tuple(stop), None if repeats else Once()
         self._ids: list[int] = []
         self._start = self._end = 0  # ids[start:end] were given, and are decoded again with what follows
         self._held = ""
@@ -241,14 +243,22 @@ class Detokenizer:
         if len(text) <= len(before) or text.endswith("\ufffd"):  # the rest of a character comes with the next token
             return ""
         self._start, self._end = self._end, len(self._ids)
-        return self._up_to_stop(text[len(before) :])
+        return self._new(self._up_to_stop(text[len(before) :]))
 
     def rest(self) -> str:
         """The text that was held back, at the end."""
         text = self._decoded(self._start, len(self._ids))[len(self._decoded(self._start, self._end)) :]
-        rest = self._up_to_stop(text) + self._held
+        rest = self._new(self._up_to_stop(text) + self._held)
         self._held = ""
-        return rest
+        return rest + (self._once.rest() if self._once else "")
+
+    def _new(self, text: str) -> str:
+        """As much of the text as says nothing again."""
+        if self._once is None:
+            return text
+        text = self._once.add(text)
+        self.stopped |= self._once.stopped
+        return text
 
     def _decoded(self, start: int, end: int) -> str:
         return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)

@@ -158,6 +158,8 @@ def stream(
 ) -> Iterator[tuple[int, str]]:
     """Pieces of the answers to B prompts as they come: (number of the prompt, text); arguments as in `generate`.
 
+    With the option `repeats=False` an answer ends before the first sentence that it has said already.
+
     Raises:
         ValueError: options that do not give one answer, token by token.
     """
@@ -166,14 +168,17 @@ def stream(
     if not options.stepwise:
         raise ValueError("a stream takes one token after another: leave out num_beams, speculation and streamer.")
     prompts, tokenizer = [llm.ids(i) for i in ids], llm.prompts_or_raise().tokenizer
+    repeats = options.kwargs.pop("repeats", True)
     for numbers, batch, steps in _passes(llm, context, prompts, options, cache):
-        texts = {row: (number, Detokenizer(tokenizer)) for number, row in zip(numbers, batch.rows, strict=True)}
+        texts = {row: Detokenizer(tokenizer, repeats=repeats) for row in batch.rows}
+        number_of = dict(zip(batch.rows, numbers, strict=True))
         for rows in steps:
             for row in rows:
-                number, text = texts[row]
-                piece = text.add(row.token) + (text.rest() if row.ended else "")
+                text, piece = texts[row], texts[row].add(row.token)
+                piece += text.rest() if row.ended else ""
+                row.ended |= text.stopped
                 if piece:
-                    yield number, piece
+                    yield number_of[row], piece
 
 
 Pass = tuple[list[int], Batch, Iterator[list[Row]]]  # numbers of prompts, their rows, and at each step who has a token

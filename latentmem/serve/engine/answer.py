@@ -21,6 +21,7 @@ class Sampling:
     seed: int | None = None  # equal seeds give equal draws; None: every request another
     stop: tuple[str, ...] = ()  # strings that end the answer; they are not part of it
     n: int = 1  # answers
+    repeats: bool = True  # an answer may say a sentence again; else it ends before it
 
     def __post_init__(self) -> None:
         rules = [

@@ -98,7 +98,7 @@ class Engine:
         answer.prompt_tokens, answer.open = len(ids), sampling.n
         limit, tokenizer = min(sampling.max_tokens, room), self.llm.tokenizer
         choices = [
-            _Choice(answer, i, memory, ids, sampling, Detokenizer(tokenizer, sampling.stop), limit)
+            _Choice(answer, i, memory, ids, sampling, Detokenizer(tokenizer, sampling.stop, sampling.repeats), limit)
             for i in range(sampling.n)
         ]
         with self._changed:
@@ -282,7 +282,7 @@ class Engine:
         self._tokens += 1
         text = "" if token in self._ends else choice.words.add(token)
         if token in self._ends or choice.words.stopped:
-            self._end(choice, Piece(choice.number, text or choice.words.rest(), "stop"))
+            self._end(choice, Piece(choice.number, text + choice.words.rest(), "stop"))
             return False
         if choice.count >= choice.limit:
             self._end(choice, Piece(choice.number, text + choice.words.rest(), "length"))
