@@ -120,18 +120,11 @@ def read(
     version: int | None = None,
     adapters: str | None = None,
 ) -> tuple[Memory, MemoryModel]:
-    """A version of a memory and the model that reads it; turns of a chat that was cut off are in the newest."""
-    from latentmem.store import Turns
-
+    """A version of a memory and the model that reads it."""
     account = store.applied(name)[1] if version is None else store.account(name, version)
     llm = load(account, model, device, adapters=adapters)
     if version is None:
         finish(store, name, llm)
-        try:
-            if count := Turns(store, name).settle(llm):
-                typer.echo(f"(wrote {count} turns of a chat that was cut off)", err=True)
-        except ValueError as problem:
-            typer.echo(f"(turns of a chat that was cut off are kept, but not written: {problem})", err=True)
     return store.open(name, version), llm
 
 
@@ -173,13 +166,6 @@ def check_model(name: str, adapters: str = "auto") -> None:
     names.check_model(name)
     if adapters not in ("auto", "none"):
         names.check_adapters(names.path_of(adapters))
-
-
-def waiting_turns(store: Store, name: str) -> int:
-    """Turns of a chat that are not in the memory yet."""
-    from latentmem.store import Turns
-
-    return Turns(store, name).count()
 
 
 def chosen(adapters: str | None) -> str:

@@ -14,11 +14,11 @@ import typer
 
 from latentmem.cli import base, inputs, options, printing
 from latentmem.cli.base import Device, Json, ModelName, Name, NewTokens, OwnAdapters, Quantize, Version, app
+from latentmem.model.prompts import Write
 
 if TYPE_CHECKING:
-    from latentmem.core.memory import Memory
-    from latentmem.model.model import MemoryModel
-    from latentmem.store import Account, Store, Turns
+    from latentmem.model.chat import Conversation
+    from latentmem.store import Account, Store
 
 PANEL = "Memories"
 LIKE_A_PATH = re.compile(r"^(/|~|\.\.?/|\w+://)|\.[A-Za-z]\w{0,4}$")
@@ -117,17 +117,23 @@ def ask(
 @app.command(rich_help_panel=PANEL)
 def chat(
     memory: Name = "default",
-    max_new_tokens: NewTokens = 256,
+    write: Annotated[Write, typer.Option(help="Whose words are written: yours, also the model's, or none.")] = "user",
+    window: Annotated[
+        int | None, typer.Option(min=0, help="Tokens of earlier turns in the context; by default what suits the model.")
+    ] = None,
+    max_new_tokens: NewTokens = 128,
     quantize: Quantize = None,
     model: ModelName = None,
     adapters: OwnAdapters = None,
     device: Device = None,
 ) -> None:
-    """Chat with a memory. Turns that leave the conversation are written into it, all at the end (Ctrl-D, /exit)."""
-    from latentmem.store import Turns
+    """Chat with a memory. What you say is written into it at once, each turn under a name of its own (end: Ctrl-D)."""
+    from latentmem.errors import NotFoundError
 
     store, lines = base.opened(memory), _typed_lines()
     before = base.applied(store, memory)
+    if before is None and write == "none":
+        raise NotFoundError.memory(memory, store.names())
     llm = base.load(before, model, device, quantize, adapters)
     if before is None:  # the memory is made when there is something to remember
         first = next(lines, None)
@@ -136,23 +142,21 @@ def chat(
             return
         lines = itertools.chain([first], lines)
         base.begin(store, memory, llm.empty())
-    with Turns(store, memory) as turns:
-        base.finish(store, memory, llm)
-        start = store.open(memory)
-        count = _converse(start, llm, turns, lines, max_new_tokens)
+    base.finish(store, memory, llm)
+    from latentmem.model.chat import Conversation  # torch, which no refusal waits for
+    from latentmem.store import Turns
+
+    start = store.open(memory)
+    conversation = Conversation(llm, start, write=write, window=window, journal=Turns(store, memory))
+    _converse(conversation, lines, max_new_tokens)
     if sys.stdin.isatty():
         typer.echo()
-    typer.echo(f"(wrote {count} turns into the memory {memory!r})" if count else "(nothing to write)", err=True)
+    printing.said(memory, conversation.sources)
     printing.losses(memory, start, store.open(memory))
 
 
-def _converse(memory: Memory, llm: MemoryModel, turns: Turns, lines: Iterable[str], max_new_tokens: int) -> int:
-    """Answer each line, then write what is left; how many turns that were."""
-    from latentmem.model.chat import Conversation
-
-    conversation = Conversation(llm, memory, turns.pending(), journal=turns)
-    if conversation.messages:
-        typer.echo(f"(going on with {len(conversation.messages)} turns of a chat that was cut off)", err=True)
+def _converse(conversation: Conversation, lines: Iterable[str], max_new_tokens: int) -> None:
+    """Answer each line; all that was said is in the memory afterwards."""
     for line in lines:
         try:
             _print_answer(conversation.stream(line, max_new_tokens=max_new_tokens))
@@ -160,9 +164,7 @@ def _converse(memory: Memory, llm: MemoryModel, turns: Turns, lines: Iterable[st
             printing.error(str(error))
         except KeyboardInterrupt:
             typer.echo(" (stopped)")
-    count = len(conversation.messages)
     conversation.close()
-    return count
 
 
 @app.command("list", rich_help_panel=PANEL)
@@ -207,9 +209,8 @@ def show(
     stats = store.stats_of(memory, now)
     number = store.history(memory)[-1].version if version is None else version
     (disk,) = store.overview([memory])
-    turns = base.waiting_turns(store, memory)
     if json_:
-        about = {"memory": memory, "version": number, "bytes": disk.bytes, "prunable": disk.prunable, "turns": turns}
+        about = {"memory": memory, "version": number, "bytes": disk.bytes, "prunable": disk.prunable}
         typer.echo(json.dumps(about | printing.facts_of(now, stats)))
     elif text:
         printing.show_text(store.open(memory, version), base.load(now, model, "cpu"))
@@ -219,12 +220,11 @@ def show(
             printing.show_layers(now)
         else:
             printing.show_sources(stats, now)
-        printing.turns(turns, memory)
 
 
 @app.command(rich_help_panel=PANEL)
 def rm(memory: Annotated[str, typer.Option("--memory", "-m", help="Name of the memory.")]) -> None:
-    """Delete a memory for good, with all its versions and the turns of its chat."""
+    """Delete a memory for good, with all its versions."""
     base.opened(memory).delete(memory)
     typer.echo(f"{memory}: deleted")
 

@@ -73,13 +73,14 @@ def state(memory: Account | Memory) -> str:
     return f"{memory.M} of {memory.N} slots per layer, {memory.updates} update{'s' * (memory.updates != 1)}"
 
 
-def turns(count: int, name: str) -> None:
-    """The turns of a chat that are not in the memory yet, if there are some."""
-    if count:
-        typer.echo(
-            f"{count} turns of a chat are not in the memory yet: `latentmem chat -m {name}` goes on with them, and"
-        )
-        typer.echo("where the chat was cut off, the next `latentmem ask` writes them.")
+def said(name: str, sources: Sequence[str]) -> None:
+    """What was written in a chat, and how the last of it is taken back."""
+    if not sources:
+        typer.echo("(nothing to write)", err=True)
+        return
+    turns = "1 turn" if len(sources) == 1 else f"{len(sources)} turns"
+    typer.echo(f"(wrote {turns} into the memory {name!r}; the last is taken back by", err=True)
+    typer.echo(f' latentmem forget "{sources[-1]}" -m {name})', err=True)
 
 
 # --- a memory ---------------------------------------------------------------------------------------------------------

@@ -53,7 +53,6 @@ def history(memory: Name = "default", json_: Json = False) -> None:
     for version in versions:
         if version.error:
             typer.echo(f"version {version.version} failed: {version.error}")
-    printing.turns(base.waiting_turns(store, memory), memory)
 
 
 @app.command(rich_help_panel=VERSIONS)

@@ -19,8 +19,9 @@ from latentmem.model.prompts import Style
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-# How texts and questions are put to a model by default, where it was measured: docs/results/prompts.md.
-STYLES = {PACKAGED: Style(wrap="user", system="", question="{question} Answer briefly.")}
+# How texts and questions are put to a model by default, where it was measured: docs/results/prompts.md, and
+# docs/results/conversations.md for the window.
+STYLES = {PACKAGED: Style(wrap="user", system="", question="{question} Answer briefly.", window=0)}
 
 # Decoders, by `model_type`, for which tests/decoder/test_families.py proves the law: a memory of the form "exact" that
 # is not full answers as the text in the context does. Anything else is refused.

@@ -10,14 +10,37 @@ import hashlib
 import re
 import threading
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BASE_QUESTION = "Question: {question} Answer:"  # the paper's prompt, for models without a chat template
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
+Write = Literal["user", "both", "none"]  # whose turns of a conversation are written
+
+
+def content_of(turn: Message) -> tuple[str | list[Message], str | None]:
+    """What is written of a turn, and under which role: a user's words as plain text, an answer as a turn."""
+    return (turn["content"], "raw") if turn["role"] == "user" else ([turn], None)
+
+
+class TurnSource:
+    """Names the source of a turn that is said now, "chat 2026-12-01 12:30 #3", when the number is known; once.
+
+    Args:
+        begins: how the name begins.
+        name: of the turn that is answered, which the answer gets too.
+    """
+
+    def __init__(self, begins: str = "chat", name: str | None = None) -> None:
+        self.begins, self.name = begins, name or ""
+
+    def __call__(self, number: int) -> str:
+        self.name = self.name or f"{self.begins} {datetime.now():%Y-%m-%d %H:%M} #{number}"
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -28,11 +51,13 @@ class Style:
         wrap: a text is written raw (None) or as a turn of this role ("system", "user").
         system: the system message of a question; None: what the chat template puts there itself; "": none.
         question: the user turn of a question, with `{question}`.
+        window: tokens of earlier turns that stand in the context of a conversation; 0: the memory alone has them.
     """
 
     wrap: str | None = None
     system: str | None = None
     question: str = "{question}"
+    window: int = 1024
 
 
 class Prompts:

@@ -16,6 +16,7 @@ from latentmem.store import views
 from latentmem.store.account import Account
 from latentmem.store.books import Books, of_source
 from latentmem.store.cache import Cache
+from latentmem.store.contents import payload
 from latentmem.store.journal import LATEST, Journal, Row
 from latentmem.store.locks import Locks, check_name
 from latentmem.store.objects import objects_at
@@ -58,7 +59,20 @@ class Catalog(ABC):
         self._cache, self._making = Cache(cache_bytes), threading.Lock()  # of what opens memories
         self._sweeper = Sweeper(self._journal, self._objects, self._locks)
         self._pruner = Pruner(self._journal, lambda: self._states, self._cache, self._locks, self._sweeper)
+        self._acknowledge_turns()
         self._sweeper.sweep_if_due()
+
+    def _acknowledge_turns(self) -> None:
+        """Take over what an earlier commit kept of a chat that was cut off: as a write that waits."""
+        if not self._journal.has_turns():
+            return
+        with self._journal.transaction():
+            for memory, kept in self._journal.take_turns():
+                row = self._journal.keyed(memory, kept["key"]) if kept["leaving"] else None
+                there = kept["leaving"] if row is not None and row.state in ("applied", "pending") else 0
+                if turns := kept["messages"][there:]:
+                    body = payload(turns, kept["source"], None)
+                    self._journal.append(Row(memory, "write", self._journal.head(memory).id, body, state="pending"))
 
     @property
     @abstractmethod
@@ -96,13 +110,13 @@ class Catalog(ABC):
         return views.overview(self._journal, names)
 
     def delete(self, name: str) -> None:
-        """Delete a memory, all its versions and the turns of its conversation for good, from the disk too.
+        """Delete a memory and all its versions for good, from the disk too.
 
         Raises:
             NotFoundError: no such memory.
             InUseError: others were forked from it.
         """
-        with self._locks.turns(name), self._locks.memory(name) as memory:
+        with self._locks.memory(name) as memory:
             forks = self._journal.forks(memory)
             if forks:
                 raise InUseError(

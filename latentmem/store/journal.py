@@ -277,7 +277,6 @@ class Journal:
         """Remove a memory and all its versions."""
         with self.transaction():
             self._do("DELETE FROM versions WHERE memory = ?", memory)
-            self._do("DELETE FROM turns WHERE memory = ?", memory)
             self._do("DELETE FROM expiries WHERE memory = ?", memory)
             self._do("DELETE FROM memories WHERE id = ?", memory)
 
@@ -428,18 +427,20 @@ class Journal:
             if at is not None:
                 self._do("INSERT INTO expiries VALUES (?, ?, ?)", memory, source, at)
 
-    # --- conversations ----------------------------------------------------------------------------------------------
+    # --- turns of chats that waited outside of the journal ----------------------------------------------------------
 
-    def turns(self, memory: int) -> dict[str, Any] | None:
-        """What was kept of a conversation whose turns are not in the memory yet."""
-        line = self._one("SELECT kept FROM turns WHERE memory = ?", memory)
-        return json.loads(line[0]) if line else None
+    def has_turns(self) -> bool:
+        """Whether an earlier commit has kept turns of chats."""
+        return bool(self._all("SELECT 1 FROM sqlite_master WHERE name = 'turns'"))
 
-    def keep_turns(self, memory: int, kept: dict[str, Any] | None) -> None:
+    def take_turns(self) -> list[tuple[int, dict[str, Any]]]:
+        """What an earlier commit kept of chats, (memory, its turns) each; once."""
         with self.transaction():
-            self._do("DELETE FROM turns WHERE memory = ?", memory)
-            if kept is not None:
-                self._do("INSERT INTO turns VALUES (?, ?)", memory, json.dumps(kept))
+            if not self.has_turns():
+                return []
+            kept = [(memory, json.loads(turns)) for memory, turns in self._all("SELECT memory, kept FROM turns")]
+            self._do("DROP TABLE turns")
+            return kept
 
     # --- objects ----------------------------------------------------------------------------------------------------
 

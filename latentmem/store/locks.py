@@ -50,17 +50,13 @@ class Locks:
                 raise NotFoundError(f"the memory {name!r} was deleted meanwhile.")
             yield memory
 
-    def turns(self, name: str) -> AbstractContextManager[None]:
-        """Hold the turns of a conversation with a memory alone."""
-        return self._held(f"{self._journal.id(name)}-turns", f"a conversation with {name!r}")
-
     def objects(self) -> AbstractContextManager[None]:
         """Hold the objects alone, from the writing of one to the row that names it."""
         return self._held("objects", "the store")
 
     @contextlib.contextmanager
     def family(self, name: str) -> Iterator[list[int]]:
-        """Hold a memory, all that forks connect with it, and their conversations; gives the ids.
+        """Hold a memory and all that forks connect with it; gives the ids.
 
         A fork takes the lock of its base, so the family can only have grown until it is held; then it is taken anew.
         """
@@ -69,8 +65,6 @@ class Locks:
             while (family := self._journal.family(self._journal.id(name))) != held:
                 stack.close()
                 names = {memory: name for name, memory in self._journal.names().items()}
-                for memory in family:  # conversations first: who talks takes the memory's lock too
-                    stack.enter_context(self._held(f"{memory}-turns", f"a conversation with {names.get(memory)!r}"))
                 for memory in family:
                     stack.enter_context(self._held(memory, f"the memory {names.get(memory)!r}"))
                 held = family

@@ -206,8 +206,6 @@ class Replay:
                     ids[row.id] = journal.insert(replace(following, base=ids[row.base], seq=numbers[row.id])).id
             for memory in family:
                 journal.set_expiry(memory, source, None)
-                if (journal.turns(memory) or {}).get("source") == source:
-                    journal.keep_turns(memory, None)
                 journal.built(memory)
             journal.keep_setting("sweep", "due")
         self._states.cache.clear()

@@ -29,7 +29,6 @@ CREATE TABLE expiries (
     memory INTEGER NOT NULL REFERENCES memories, source TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY (memory, source)
 );
 CREATE TABLE building (object TEXT NOT NULL, memory INTEGER NOT NULL);
-CREATE TABLE turns (memory INTEGER PRIMARY KEY REFERENCES memories, kept TEXT NOT NULL);
 """
 ACCOUNTS = (
     "CREATE TABLE IF NOT EXISTS accounts (version INTEGER PRIMARY KEY, memory INTEGER NOT NULL, account TEXT NOT NULL)",

@@ -21,6 +21,7 @@ Looking at memories and the changes that need the journal alone import no torch,
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,7 +161,7 @@ class Store(Catalog):
         self,
         name: str,
         text: Content,
-        source: str | None = None,
+        source: str | Callable[[int], str] | None = None,
         *,
         role: str | None = None,
         key: str | None = None,
@@ -169,6 +170,7 @@ class Store(Catalog):
         """Acknowledge a write: the journal has it, and the next `write`, `ask` or `apply` applies it.
 
         Args:
+            source: as in `write`, or what makes the name of the version that will hold the text.
             llm: refuses now what it would refuse then, and says how many tokens the write takes. It computes nothing.
 
         Returns:
@@ -177,6 +179,10 @@ class Store(Catalog):
         Raises:
             ValueError: an empty text, a source that has expired, a key of another text, or what `llm` refuses.
         """
+        if callable(source):
+            with self._journal.transaction():  # no other write takes the number
+                named = source(self._journal.head(self._journal.id(name)).seq + 1)
+                return self.append(name, text, named, role=role, key=key, llm=llm)
         body = payload(text, source_of(text, source), role)
         return self._writer.append(name, body, key, llm).seq
 
@@ -253,8 +259,7 @@ class Store(Catalog):
         Every version that holds the source is computed anew without it, by the journal; rows and objects of the old
         ones are deleted from the disk, so no rollback brings it back. Versions are numbered anew. All or nothing: a
         crash before the end changes nothing, one behind it leaves nothing to be done but a sweep, which the next
-        `Store` on this folder does. Turns of a conversation under this source that wait to be written go too. Gives the
-        names of the memories that were rewritten.
+        `Store` on this folder does. Gives the names of the memories that were rewritten.
 
         Raises:
             ValueError: the source was in a memory before its journal began, or `llm` is not the model that wrote it.

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import latentmem
 from latentmem import cli, longterm
-from latentmem.store import Store, Turns
+from latentmem.model.prompts import TurnSource
+from latentmem.store import Store
 from latentmem.store import home as files
 from latentmem.store.objects import Disk
 
@@ -206,20 +207,30 @@ def test_show_text_prints_what_layer_0_holds(run):
 def test_a_chat_is_remembered_between_runs(run):
     run("write", "the door is blue", "-m", "work", "-N", 256, "-K", 16)
     code, _, err = run("chat", "-m", "work", "--max-new-tokens", 4, stdin="hello there\n\n/exit\n")
-    assert code == 0 and "wrote 2 turns" in err
-    memory = stored()
-    assert [s.name for s in memory.sources] == ["text", "chat"]
+    assert code == 0 and "wrote 1 turn into the memory 'work'" in err
+    name = re.search(r'latentmem forget "(chat \d{4}-\d\d-\d\d \d\d:\d\d #2)" -m work', err)[1]
+    assert [s.name for s in stored().sources] == ["text", name]
     assert "hello there" in run("show", "-m", "work", "--text")[1]
-    assert run("undo", "-m", "work")[0] == 0 and [s.name for s in stored().sources] == ["text"]
+    assert run("forget", name, "-m", "work")[0] == 0 and [s.name for s in stored().sources] == ["text"]
+
+
+@pytest.mark.parametrize(("write", "texts"), [("user", 1), ("both", 2), ("none", 0)])
+def test_whose_turns_a_chat_writes_is_chosen(run, home, write, texts):
+    code, _, err = run("chat", "-m", "new", "--write", write, "--max-new-tokens", 9, stdin="hello\n")
+    assert (code, "there is no memory 'new'" in err) == ((0, False) if texts else (2, True))
+    run("write", "the door is blue", "-m", "work", "-N", 256, "-K", 16)
+    code, _, err = run("chat", "-m", "work", "--write", write, "--max-new-tokens", 9, stdin="hello\n")
+    assert code == 0 and ("nothing to write" in err) == (texts == 0)
+    assert [v.event for v in books(home)[0]["work"]][2:] == ["write"] * texts
+    assert len({v.source for v in books(home)[0]["work"][2:]}) == min(texts, 1)
+    assert run("chat", "-m", "work", "--write", "all", stdin="hello\n")[0] == 2
 
 
 def test_a_chat_that_is_killed_loses_no_turn_and_repeats_none(run, home):
     run("write", "the door is blue", "-m", "work", "-N", 256, "-K", 16)
-    said = [{"role": "user", "content": "my cat is Pip"}, {"role": "assistant", "content": "noted"}]
-    Turns(Store(home / "store"), "work").keep_turns(said, "chat")
+    Store(home / "store").append("work", "my cat is Pip", TurnSource())
+    assert "1 to be applied" in run("list")[1]
     assert run("write", "the gate is red", "-m", "work")[0] == 0  # another command in between
-    code, _, err = run("chat", "-m", "work", stdin="")
-    assert code == 0 and "going on with 2 turns" in err and "wrote 2 turns" in err
     text = run("show", "-m", "work", "--text")[1]
     assert text.count("my cat is Pip") == text.count("the gate is red") == 1
     assert "nothing to write" in run("chat", "-m", "work", stdin="")[2]
@@ -356,12 +367,12 @@ def test_forgetting_by_slots_is_said_to_leave_something_and_exactly_leaves_no_by
             assert "standard input" not in [s.name for s in stored(name, version.version).sources]
 
 
-def test_turns_that_wait_go_when_their_source_is_forgotten_exactly(run, home):
-    run("chat", "-m", "work", "--max-new-tokens", 2, stdin="the safe opens with heliotrope\n")
-    turn = {"role": "user", "content": "no, with heliotropes"}
-    Turns(Store(home / "store"), "work").keep_turns([turn], "chat")
+def test_a_turn_that_waits_is_forgotten_exactly(run, home):
+    run("chat", "-m", "work", "--max-new-tokens", 2, stdin="the gate is red\n")
+    source = TurnSource()
+    Store(home / "store").append("work", "the safe opens with heliotropes", source)
     assert b"heliotropes" in raw(home)
-    assert run("forget", "chat", "--exact", "--yes", "-m", "work")[0] == 0
+    assert run("forget", source.name, "--exact", "--yes", "-m", "work")[0] == 0
     assert b"heliotrope" not in raw(home)  # a number could stand there by chance, in the id of a process
 
 
@@ -595,28 +606,12 @@ def test_two_writers_do_not_meet(run, home, monkeypatch):
     with store._locks.memory("work"):
         code, _, err = run("write", "the gate is red", "-m", "work")
     assert code == 2 and "is changing the memory 'work'" in err
-    with Turns(store, "work"):
-        code, _, err = run("chat", "-m", "work", stdin="hello")
-    assert code == 2 and "is changing a conversation with 'work'" in err
-
-
-def test_turns_that_wait_are_shown_and_answered_from(run, home):
-    run("write", "the door is blue", "-m", "work", "-N", 256, "-K", 16)
-    said = [{"role": "user", "content": "my cat is Pip"}, {"role": "assistant", "content": "noted"}]
-    turns = Turns(Store(home / "store"), "work")
-    turns.keep_turns(said, "chat")
-    for command in (["show"], ["history"]):
-        assert "2 turns of a chat are not in the memory yet" in run(*command, "-m", "work")[1]
-    assert json.loads(run("show", "-m", "work", "--json")[1])["turns"] == 2
-    with turns:  # somebody is talking: the turns are theirs
-        assert "turns" not in run("ask", "which cat?", "-m", "work", "--max-new-tokens", 2)[2]
-        assert turns.count() == 2
-    code, _, err = run("ask", "which cat?", "-m", "work", "--max-new-tokens", 2)
-    assert code == 0 and "wrote 2 turns of a chat that was cut off" in err
-    assert [source.name for source in stored().sources] == ["text", "chat"]
-    assert "my cat is Pip" in run("show", "-m", "work", "--text")[1]
-    for command in (["show"], ["history"]):
-        assert "turns of a chat" not in run(*command, "-m", "work")[1]
+    with store._locks.memory("work"):
+        code, _, err = run("chat", "-m", "work", "--max-new-tokens", 2, stdin="hello")
+    assert code == 2 and "is changing the memory 'work'" in err
+    assert [v.state for v in store.history("work")][2:] == ["pending"]  # the turn waits, and is answered from next time
+    assert run("ask", "why?", "-m", "work", "--max-new-tokens", 2)[0] == 0
+    assert "hello" in run("show", "-m", "work", "--text")[1]
 
 
 def test_errors_name_commands_that_there_are(run, home):
@@ -683,9 +678,9 @@ def test_the_second_of_two_first_writers_is_told_of_other_settings(run, meanwhil
 
 def test_a_chat_goes_on_with_a_memory_that_was_made_meanwhile(run, meanwhile):
     code, _, err = run("chat", "-m", "both", "--max-new-tokens", 2, stdin="hello\n")
-    assert code == 0 and "wrote 2 turns into the memory 'both'" in err
+    assert code == 0 and "wrote 1 turn into the memory 'both'" in err
     first, second = stored("both").sources
-    assert first.name == "other" and second.tokens > 5
+    assert first.name == "other" and second.tokens == 5
 
 
 VERBS = (

@@ -175,19 +175,21 @@ def test_a_user_that_is_no_memory_is_ignored_and_other_names_are_not(server, cli
 def test_what_is_said_is_written_before_the_answer_ends(server, client):
     import openai
 
-    chosen = {"memory": {"id": "alice", "write": True}}
-    options = {"model": server.model, "messages": user("I am Ada."), "extra_body": chosen}
-    before = server.service.store.version("alice").version
-    made = client.chat.completions.create(**options)
-    assert made.model_extra["memory"] == {"id": "alice", "version": before, "written": before + 1}
-    chunks = list(client.chat.completions.create(**options, stream=True))
-    assert [c.model_extra["memory"] for c in chunks if c.model_extra] == [
-        {"id": "alice", "version": before + 1, "written": before + 2}
-    ]
-    assert chunks[-1].choices[0].finish_reason == "stop"
-    turns = [{"role": "user", "content": "I am Ada."}, {"role": "assistant", "content": SAID}]
-    written = server.service.store.history("alice")[before + 1 :]
-    assert [(v.source, v.text) for v in written] == [("chat", turns), ("chat", turns)]
+    options = {"model": server.model, "messages": user("I am Ada.")}
+    store = server.service.store
+    for write, texts in ((True, 2), ("both", 2), ("user", 1), ("none", 0), (False, 0)):
+        options["extra_body"] = {"memory": {"id": "alice", "write": write}}
+        for stream in (False, True):
+            before = store.version("alice").version
+            made = client.chat.completions.create(**options, stream=stream)
+            *_, last = [chunk for chunk in made if chunk.model_extra] if stream else [made]
+            written = store.history("alice")[before + 1 :]
+            assert [v.text for v in written] == ["I am Ada.", [{"role": "assistant", "content": SAID}]][:texts]
+            about = {"id": "alice", "version": before, "written": before + texts if texts else None}
+            assert last.model_extra["memory"] == about | ({"source": written[0].source} if texts else {})
+            assert all(re.fullmatch(rf"chat [\d-]+ [\d:]+ #{before + 1}", v.source) for v in written)
+            assert last.choices[0].finish_reason == "stop"
+    options["extra_body"] = {"memory": {"id": "alice", "write": True}}
     with pytest.raises(openai.BadRequestError, match="n=1"):
         client.chat.completions.create(**options, n=2)
     with pytest.raises(openai.BadRequestError, match="end with a user"):
@@ -861,6 +863,20 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_it(llm, tmp_path):
             assert response.status_code == 200 and next(response.iter_lines()).startswith("data: ")
         wait(lambda: server.engine.answers[-1].cancelled)
         wait(lambda: server.service.stats()["reads"] == 0)
+
+
+def test_what_a_client_said_who_left_in_the_middle_of_a_stream_is_written(llm, tmp_path):
+    with running(llm, tmp_path, memories=["m"]) as server:
+        server.engine.finishes = False
+        for write, texts in (("user", 1), ("both", 0)):
+            before = server.service.store.version("m").version
+            chosen = {"id": "m", "write": write}
+            body = {"model": server.model, "messages": user("I am Ada."), "stream": True, "memory": chosen}
+            with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
+                assert next(response.iter_lines()).startswith("data: ")
+            wait(lambda: server.engine.answers[-1].cancelled)
+            written = server.service.store.history("m")[before + 1 :]
+            assert [version.text for version in written] == ["I am Ada."] * texts
 
 
 def test_an_error_in_the_middle_of_a_stream_is_an_event(server, monkeypatch):

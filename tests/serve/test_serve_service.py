@@ -16,7 +16,6 @@ from latentmem.errors import NameTakenError, NotFoundError, TooLongError
 from latentmem.serve.engine.answer import Sampling
 from latentmem.serve.engine.service import BusyError, Service
 from latentmem.serve.settings import Sizes
-from latentmem.store import Turns
 from latentmem.testing import byte_tokenizer, tiny_model
 
 
@@ -236,18 +235,6 @@ def test_closing_finishes_what_was_accepted(llm, store):
     assert writing.done.result().state == "applied"
     assert reply.version == 1
     assert len(list(reply)) > 0
-
-
-def test_turns_of_a_chat_that_was_cut_off_are_answered_from(service, store):
-    service.create("a").result()
-    turns = Turns(store, "a")
-    turns.keep_turns([{"role": "user", "content": "my cat is Pip"}], "chat")
-    with turns:  # that chat goes on
-        answer(service.ask("a", "which cat?", Sampling(max_tokens=2)))
-        assert store.version("a").version == 0
-    reply = service.ask("a", "which cat?", Sampling(max_tokens=2))
-    answer(reply)
-    assert reply.version == 1 and store.version("a").source == "chat" and turns.count() == 0
 
 
 def test_a_memory_that_another_process_has_broken_is_told_to_its_reader_alone(service, store, llm):

@@ -59,13 +59,11 @@ def work(llm: MemoryModel, folder: str, seed: int) -> None:
             store.write(llm, f"fork-{key}", f"text {key}", "x", key=key)
             say("written", f"fork-{key}", key)
         elif what < 0.99:
-            with Turns(store, name) as turns:
-                store.apply(llm, name)
-                said = [*turns.pending(), {"role": "user", "content": f"turn {key}"}]
-                turns.keep_turns(said, "talk")
-                say("said", name, key)
-                if len(said) > 2:
-                    turns.write(llm, said, 2, "talk")
+            turns = Turns(store, name, "talk")
+            turns.keep(llm, {"role": "user", "content": f"turn {key}"})
+            say("said", name, key)
+            if rng.random() < 0.5:
+                turns.memory(llm)
         else:
             store.sweep()
 

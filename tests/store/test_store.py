@@ -6,6 +6,7 @@ import re
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -259,78 +260,71 @@ def test_a_memory_can_begin_with_texts_that_its_journal_does_not_hold(llm, store
 TALK = [{"role": role, "content": text} for role, text in (("user", "my cat is Pip"), ("assistant", "noted"))]
 
 
-def test_turns_are_kept_until_they_are_written(llm, store):
+def test_a_turn_is_acknowledged_under_the_number_of_its_version_and_applied_once(llm, store):
     live = filled(llm, store, sources="a")
-    with Turns(store, "m") as turns:
-        turns.keep_turns(TALK, "chat")
-    with Turns(again(store), "m") as turns:
-        assert turns.pending() == TALK
-        after = turns.write(llm, TALK, 1, "chat")
-        expected = llm.write_ids(live[-1], llm.prompts.turn(TALK[0]), "chat")
-        same(after, expected)
-        assert turns.pending() == TALK[1:]
-        same(turns.write(llm, TALK[1:], 1, "chat"), llm.write_ids(expected, llm.prompts.turn(TALK[1]), "chat"))
-        assert turns.pending() == []
-    assert [v.text for v in store.history("m")][2:] == [TALK[:1], TALK[1:]]
+    turns = Turns(store, "m")
+    first = turns.keep(llm, TALK[0])
+    assert turns.keep(llm, TALK[1], first) == first and first.endswith(" #2")
+    assert [v.state for v in store.history("m")][2:] == ["pending", "pending"]
+    after = Turns(again(store), "m").memory(llm)
+    expected = llm.write_ids(llm.write(live[-1], TALK[0]["content"], first), llm.prompts.turn(TALK[1]), first)
+    same(after, expected)
+    assert turns.memory(llm) is store.open("m") and [v.text for v in store.history("m")][2:] == [
+        "my cat is Pip",
+        TALK[1:],
+    ]
     store.rebuild(llm, "m", "again")
     same(store.open("again"), store.open("m"))
 
 
-def test_turns_of_a_write_that_failed_are_still_there(llm, store, monkeypatch):
+def test_turns_that_others_keep_at_the_same_time_have_names_of_their_own(llm, store):
     filled(llm, store, sources="a")
-
-    def refused(*_):
-        raise ValueError("no")
-
-    with Turns(store, "m") as turns:
-        with monkeypatch.context() as patch:
-            patch.setattr(llm, "write_ids", refused)
-            with pytest.raises(ValueError, match="no"):
-                turns.write(llm, TALK, 2, "chat")
-        assert turns.pending() == TALK and len(store.history("m")) == 2
+    with ThreadPoolExecutor(4) as pool:
+        stores = [again(store) for _ in range(4)]
+        names = list(pool.map(lambda i: Turns(stores[i % 4], "m").keep(llm, TALK[0]), range(16)))
+    assert len(set(names)) == 16
+    assert [source.name for source in store.open("m", llm=llm).sources][1:] == sorted(names, key=number)
 
 
-def test_an_interrupt_behind_the_commit_is_no_reason_to_write_turns_again(llm, store, monkeypatch):
-    filled(llm, store, sources="a")
-
-    def interrupted(self, *written, commit=Writer._commit):
-        commit(self, *written)
-        raise KeyboardInterrupt
-
-    with Turns(store, "m") as turns:
-        with monkeypatch.context() as patch:
-            patch.setattr(Writer, "_commit", interrupted)
-            same(turns.write(llm, TALK, 2, "chat"), store.open("m", 2))
-        assert turns.pending() == [] and len(store.history("m")) == 3
+def number(name):
+    return int(name.rpartition("#")[2])
 
 
-def test_turns_go_with_their_memory_and_when_their_source_is_forgotten(llm, store):
+def test_a_turn_goes_with_its_memory_and_when_its_source_is_forgotten(llm, store):
     filled(llm, store, sources="ab")
-    store.write(llm, "m", "said before", "chat")
-    with Turns(store, "m") as turns:
-        turns.keep_turns(TALK, "chat")
+    turns = Turns(store, "m")
+    first = turns.keep(llm, TALK[0])
     store.forget_by_replay(llm, "m", "b")
-    assert Turns(store, "m").pending() == TALK
-    store.forget_by_replay(llm, "m", "chat")
-    assert Turns(store, "m").pending() == [] and b"Pip" not in raw(store)
-    Turns(store, "m").keep_turns(TALK, "chat")
+    assert [v.source for v in store.history("m")][1:] == ["a", first]
+    store.forget_by_replay(llm, "m", first)
+    assert b"Pip" not in raw(store)
+    turns.keep(llm, TALK[0])
     store.delete("m")
     assert b"Pip" not in raw(store)
 
 
-def test_a_memory_has_one_conversation_at_a_time_and_none_while_it_is_rewritten(llm, store):
-    filled(llm, store, sources="ab")
-    quick = again(store, timeout=0.05)
-    with Turns(store, "m"):
-        for call in (
-            Turns(quick, "m").__enter__,
-            lambda: quick.delete("m"),
-            lambda: quick.forget_by_replay(llm, "m", "a"),
-        ):
-            with pytest.raises(ValueError, match=r"process \d+ on .* is changing a conversation with 'm'"):
-                call()
-        quick.write(llm, "m", "meanwhile", "c")
-    assert quick.forget_by_replay(llm, "m", "a") == ["m"]
+@pytest.mark.parametrize(("leaving", "state"), [(0, ""), (1, "applied"), (1, "failed")])
+def test_turns_that_an_earlier_commit_kept_are_writes_that_wait(llm, store, leaving, state):
+    filled(llm, store, sources="a")
+    if leaving:
+        version = store.write(llm, "m", TALK[:1], "chat", key="turns 1")
+        row = store._journal.version("m", version)
+        store._journal.change(replace(row, state=state))
+    kept = {"source": "chat", "messages": TALK, "leaving": leaving, "key": "turns 1"}
+    store._journal._do("CREATE TABLE turns (memory INTEGER PRIMARY KEY REFERENCES memories, kept TEXT NOT NULL)")
+    store._journal._do("INSERT INTO turns VALUES (?, ?)", store._journal.id("m"), json.dumps(kept))
+    left = TALK[1:] if state == "applied" else TALK
+    assert [v.text for v in again(store).history("m") if v.state == "pending"] == [left]
+    assert again(store).overview()[0].pending == 1
+    again(store).delete("m")
+
+
+def test_what_a_model_refuses_is_no_turn(llm, store):
+    filled(llm, store, sources="a")
+    for text, words in (("", "empty"), ("\ud800", "Unicode")):
+        with pytest.raises(ValueError, match=words):
+            Turns(store, "m").keep(llm, {"role": "user", "content": text})
+    assert len(store.history("m")) == 2
 
 
 def test_progress_counts_the_tokens_of_all_that_is_written(llm, store):

@@ -16,7 +16,7 @@ from test_store_coded import same
 
 from latentmem.core.settings import MemorySettings
 from latentmem.model.model import MemoryModel
-from latentmem.store import Store, Turns
+from latentmem.store import Store
 from latentmem.store.objects import Disk
 from latentmem.testing import byte_tokenizer, tiny_model
 
@@ -98,12 +98,10 @@ def check(llm, folder, written, forgotten, talked):
     for name in store.names():
         store.apply(llm, name)
         store.open(name)
-        waiting = [] if "fork-" in name else Turns(store, name).pending()
-        turns += [(name, turn["content"].split()[1]) for turn in waiting]
         for version in store.history(name):
             assert version.state in ("applied", "pruned"), version
-            if version.source == "talk":
-                turns += [(name, turn["content"].split()[1]) for turn in version.text]
+            if version.event == "write" and version.source.startswith("talk "):
+                turns.append((name, version.text.split()[1]))
             elif version.key:
                 assert (name, version.key) not in found
                 assert version.text.endswith(f" {version.key}")

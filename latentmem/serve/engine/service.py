@@ -29,7 +29,7 @@ from latentmem.model.provenance import DrawnOn
 from latentmem.serve.engine.answer import Answer, Sampling
 from latentmem.serve.engine.engine import Engine, EngineModel, release_threads
 from latentmem.serve.settings import Sizes
-from latentmem.store import Store, Turns, Version
+from latentmem.store import Store, Version
 from latentmem.store.contents import Content
 from latentmem.store.writing import WritingModel
 
@@ -180,7 +180,7 @@ class Service:
 
     def _comes_behind_writes(self, name: str, version: int | None) -> bool:
         newer = version is None or version > self.store.applied_version(name)
-        return newer and (self.store.has_pending(name) or Turns(self.store, name).count() > 0)
+        return newer and self.store.has_pending(name)
 
     def _open_later(self, name: str, request: _Request) -> None:
         """Open a request once all that waits for its memory is applied."""
@@ -192,7 +192,7 @@ class Service:
             else:
                 request.answer.give(error if isinstance(error, Exception) else RuntimeError(str(error)))
 
-        self._change(lambda: self._settle_with_turns(name)).add_done_callback(go_on)
+        self._change(lambda: self._settle(name)).add_done_callback(go_on)
 
     def _memory(self, request: _Request) -> Memory:
         """The memory of a request, which this model can read."""
@@ -223,9 +223,15 @@ class Service:
     # --- changes ----------------------------------------------------------------------------------------------------
 
     def write(
-        self, name: str, content: Content, source: str = "text", *, role: str | None = None, key: str | None = None
+        self,
+        name: str,
+        content: Content,
+        source: str | Callable[[int], str] = "text",
+        *,
+        role: str | None = None,
+        key: str | None = None,
     ) -> Writing:
-        """Accept a write and have it applied; arguments as in `Store.write`.
+        """Accept a write and have it applied; arguments as in `Store.append`.
 
         Raises:
             BusyError: too many wait.
@@ -287,14 +293,6 @@ class Service:
                 self._underway = Underway(name, self._model.newest, done, total)
 
         return self.store.apply(self._model, name, progress)
-
-    def _settle_with_turns(self, name: str) -> int:
-        """The same, with the turns of a conversation that was cut off; turns that can not be written stay kept."""
-        version = self._settle(name)
-        with contextlib.suppress(ValueError):
-            if Turns(self.store, name).settle(self._model):
-                return self.store.version(name).version
-        return version
 
     def _apply(self, name: str, key: str) -> Version:
         self._settle(name)

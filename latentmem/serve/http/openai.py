@@ -15,7 +15,8 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
-from latentmem.model.prompts import Message, Prompts
+from latentmem.model.chat import in_context
+from latentmem.model.prompts import Message, Prompts, TurnSource, content_of
 from latentmem.serve.engine.answer import Answer, Piece, Sampling
 from latentmem.serve.http import schema
 from latentmem.serve.http.errors import Json, Refused, refusal, to_json
@@ -49,14 +50,17 @@ async def chat(request: Request, body: ChatRequest, x_memory_id: str | None = He
     if not messages[-1]["content"].strip():
         raise Refused(400, "the last message is empty.", "invalid_value", "messages")
     choice = await _choose(request, body, x_memory_id)
-    turn = messages[-1] if choice is not None and choice.write else None
+    turn = messages[-1] if choice is not None and choice.written != "none" else None
     if turn is not None and (turn["role"] != "user" or (body.n or 1) > 1):
         what = "to be written, a conversation must end with a user's message and have one answer: n=1."
         raise Refused(400, what, "invalid_value", "memory")
 
     def prompt(prompts: Prompts, bare: bool) -> list[int]:
-        return prompts.chat(messages, bare=bare)
+        said = messages if turn is None or choice is None else in_context(prompts, messages, choice.window)
+        return prompts.chat(said, bare=bare)
 
+    if turn is not None and body.repeats is None:
+        body.repeats = False
     responder = ChatResponder(request, body, choice, "chatcmpl", "chat.completion", turn)
     return await responder.respond(prompt, _sampling(request, body, body.max_completion_tokens or body.max_tokens))
 
@@ -68,7 +72,7 @@ async def complete(request: Request, body: CompletionRequest, x_memory_id: str |
     text = body.prompt if isinstance(body.prompt, str) else body.prompt[0]
     check_length(request, text, param="prompt")
     choice = await _choose(request, body, x_memory_id)
-    if choice is not None and choice.write:
+    if choice is not None and choice.written != "none":
         raise Refused(400, "only chats are written; use /v1/memories/{id}/write.", "unsupported", "memory")
 
     def prompt(prompts: Prompts, bare: bool) -> list[int]:
@@ -166,7 +170,7 @@ async def _choose(request: Request, body: OpenAIRequest, header: str | None) -> 
     if choice is None and in_model is not None:
         choice = _choice(in_model)
     if choice is not None:
-        authorize(request, choice.id, write=choice.write)
+        authorize(request, choice.id, write=choice.written != "none")
     return choice
 
 
@@ -240,8 +244,10 @@ class ChatResponder:
     choice: MemoryChoice | None  # the memory
     prefix: str  # of the id of the response
     kind: str  # its `object`
-    turn: Message | None = None  # the message that is written with its answer, if any
+    turn: Message | None = None  # the message that is written, if any
     started: float = field(default_factory=time.time)
+    source: TurnSource = field(default_factory=TurnSource)  # of the message and its answer
+    written: int | None = None  # the version that holds what was written last
 
     def __post_init__(self) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
@@ -292,6 +298,8 @@ class ChatResponder:
         blank: dict[str, Any] = {"usage": None} if with_usage else {}
         until = asyncio.get_running_loop().time() + app_state(self.request).limits.seconds
         written, begun, ends, piece = [], set(), {}, first
+        if first is not None and self.choice is not None and self.choice.written == "user":
+            await self._keep(self.turn)  # whoever leaves now has said it
         while piece is not None:
             if piece.choice == 0:
                 written.append(piece.text)
@@ -312,19 +320,24 @@ class ChatResponder:
             yield self._shell(kind, []) | {"usage": usage(answer).model_dump()} | memory
 
     async def _written(self, answer: Answer, text: str) -> dict[str, Any]:
-        """What the response says of the memory, once no crash loses what is written into it.
-
-        The last turn and its answer are written as `latentmem.model.chat` does.
-        """
+        """What the response says of the memory, once no crash loses what is written into it."""
         if self.choice is None:
             return {}
-        version = None
-        if self.turn is not None:
-            turns = [self.turn, {"role": "assistant", "content": text.strip()}]
-            service = app_state(self.request).service
-            version = (await run_in_threadpool(service.write, self.choice.id, turns, "chat")).version
-        memory = {"id": self.choice.id, "version": answer.version, "written": version}
+        if self.written is None:
+            await self._keep(self.turn)
+        if self.choice.written == "both" and text.strip():
+            await self._keep({"role": "assistant", "content": text.strip()})
+        memory = {"id": self.choice.id, "version": answer.version, "written": self.written}
+        if self.source.name:
+            memory["source"] = self.source.name
         return {"memory": memory | ({"empty": True} if answer.empty else {})}
+
+    async def _keep(self, turn: Message | None) -> None:
+        """Write a turn, of which the answer that has begun knows nothing."""
+        if self.choice is not None and turn is not None:
+            write, (content, role) = app_state(self.request).service.write, content_of(turn)
+            writing = await run_in_threadpool(write, self.choice.id, content, self.source, role=role)
+            self.written = writing.version
 
     def _shell(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
         facts = {"id": self.id, "object": kind, "created": int(self.started), "model": self.body.model}

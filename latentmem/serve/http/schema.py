@@ -10,6 +10,7 @@ from fastapi import Query
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from latentmem.core.settings import LARGEST, LongTermSettings, MemorySettings, Setting, settings_of
+from latentmem.model.prompts import Write as Whose
 from latentmem.serve.engine.answer import Sampling
 
 SOURCE_LENGTH = 256  # characters of the name of a source
@@ -45,10 +46,15 @@ class SamplingFields(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    repeats: bool | None = Field(
+        default=None, description="may an answer say a sentence again; else the answer ends before it"
+    )
 
     def sampling(self, **more: Any) -> Sampling:
         """The same for the engine; `more` takes precedence."""
-        fields = {what: getattr(self, what) for what in ("max_tokens", "temperature", "top_p", "seed")} | more
+        fields = {
+            what: getattr(self, what) for what in ("max_tokens", "temperature", "top_p", "seed", "repeats")
+        } | more
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return Sampling(**{what: value for what, value in fields.items() if value is not None}, stop=stop)
 
@@ -74,11 +80,17 @@ class ChatMessage(Loose):
 
 
 class MemoryChoice(Strict):
-    """The memory of a request: which one, at which version, and whether what is said is written into it."""
+    """The memory of a request: which one, at which version, and whose turns are written into it."""
 
     id: Name
-    write: bool = False
+    write: bool | Whose = Field(default=False, description="whose turns are written; true: both, false: none")
     version: Count | None = None
+    window: Count | None = Field(default=None, description="tokens of earlier messages that a written chat reads")
+
+    @property
+    def written(self) -> Whose:
+        """Whose turns are written."""
+        return self.write if isinstance(self.write, str) else "both" if self.write else "none"
 
 
 class StreamOptions(Loose):
@@ -124,7 +136,7 @@ class Usage(BaseModel):
 
 
 class MemoryUsed(BaseModel):
-    """The memory that was read, at which version, and the version that what was said was written as.
+    """The memory that was read, at which version, and the version and source that what was said was written as.
 
     Of an `empty` memory nothing is known, and the model answers by itself.
     """
@@ -132,6 +144,7 @@ class MemoryUsed(BaseModel):
     id: str
     version: int | None
     written: int | None = None
+    source: str | None = None
     empty: bool | None = None
 
 
