@@ -213,11 +213,11 @@ def test_a_conversation_goes_on_and_is_written_if_one_wants(server, memory, open
     assert "Kiel" in first
     before = server.service.store.version(memory).version
     page.get_by_label("send earlier messages along").check()
-    page.get_by_label("write what is said into the memory").check()
+    page.get_by_label("write what you say into the memory").check()
     ask(page, "My dog is called Bram.")
     wait(lambda: server.service.store.version(memory).version == before + 1)
-    turns = server.service.store.version(memory).text
-    assert [turn["role"] for turn in turns] == ["user", "assistant"] and turns[0]["content"] == "My dog is called Bram."
+    written = server.service.store.version(memory)
+    assert written.text == "My dog is called Bram." and written.source.startswith("chat ")
     page.locator(".source", has_text="chat").wait_for()
     assert page.locator(".exchange").count() == 2
     sent = [json.loads(body)["messages"] for body in bodies]
@@ -225,7 +225,7 @@ def test_a_conversation_goes_on_and_is_written_if_one_wants(server, memory, open
     assert sent[1] == [
         *sent[0],
         {"role": "assistant", "content": first},
-        {"role": "user", "content": turns[0]["content"]},
+        {"role": "user", "content": written.text},
     ]
     button(page, "New chat").click()
     page.get_by_text("Write something into the memory, then ask about it.").wait_for()

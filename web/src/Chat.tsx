@@ -22,6 +22,7 @@ export interface Exchange {
   plain: Answer | null; // without it
 }
 
+const EVERYTHING = 2 ** 30; // tokens: the server leaves out none of the messages that one wants to send along
 const WAITING: Answer = { text: "", state: "waiting" };
 
 /** Talk to the model behind a memory, and beside it to the model without one. */
@@ -73,7 +74,9 @@ export function Chat(props: {
         if (!said?.text || said.state === "failed") return [];
         return [{ role: "user", content: one.question }, { role: "assistant", content: said.text }];
       });
-      const memory = which === "behind" ? { id, version, write: keep && props.writes && version === null } : null;
+      const writes = keep && props.writes && version === null;
+      const window = earlier ? EVERYTHING : 0;
+      const memory = which === "behind" ? { id, version, write: writes ? ("user" as const) : ("none" as const), window } : null;
       try {
         const messages: api.Message[] = [...before, { role: "user", content: question }];
         change(which, (now) => ({ ...now, asked: messages }));
@@ -179,7 +182,7 @@ export function Chat(props: {
             disabled={version !== null || !props.writes}
             onChange={(event) => setKeep(event.currentTarget.checked)}
           />
-          write what is said into the memory
+          write what you say into the memory
         </label>
       </div>
     </section>

@@ -260,10 +260,10 @@ export interface Piece {
 export async function* chat(
   model: string,
   messages: Message[],
-  memory: { id: string; version: number | null; write: boolean } | null,
+  memory: { id: string; version: number | null; write: "user" | "none"; window: number } | null,
   signal: AbortSignal,
 ): AsyncGenerator<Piece> {
-  const body = { model, messages, stream: true, ...(memory ? { memory } : {}) };
+  const body = { model, messages, stream: true, repeats: false, ...(memory ? { memory } : {}) };
   const response = await request("POST", "/v1/chat/completions", body, { signal });
   if (!response.body) return;
   for await (const data of unbroken(events(response.body), signal)) {
