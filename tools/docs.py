@@ -93,8 +93,9 @@ def command_lines(path: tuple[str, ...], command: Any) -> Iterator[str]:
 
 def option_row(option: Any) -> tuple[str, str, str]:
     annotation = option.type_descriptor.annotation
-    inner = (getattr(annotation, "__args__", None) or (annotation,))[0]
-    value = "" if option.is_flag else f" <{inner.__name__.lower()}>"
+    inner = getattr(annotation, "__args__", None) or (annotation,)
+    kind = "|".join(inner) if isinstance(inner[0], str) else inner[0].__name__.lower()
+    value = "" if option.is_flag else f" <{kind}>"
     names = f"`{', '.join((*option.opts, *option.secondary_opts))}{value}`"
     default = option.show_default if isinstance(option.show_default, str) else option.default
     shown = "" if default in (None, False, "") or callable(default) else f"`{default}`"
