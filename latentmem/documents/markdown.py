@@ -12,7 +12,7 @@ RULE = re.compile(
     r"\s*([-*_=])([ \t]*\1){2,}[ \t]*$|=+[ \t]*$|-+[ \t]*$"
 )  # a line of signs: a rule, or under a heading
 BORDER = re.compile(r"\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?$")  # under the head of a table
-START = re.compile(r"\s*#{1,6}\s+(.*?)[ \t#]*$")
+START = re.compile(r"\s*#{1,6}\s+(.*)")
 QUOTE = re.compile(r"(\s{0,3}>[ \t]?)+")
 ITEM = re.compile(r"(\s*)[*+-]\s+(\[[ xX]\]\s+)?(?=\S)")
 DEFINITION = re.compile(r"""\s{0,3}\[([^^\[\]\n][^\[\]\n]*)\]:\s*(\S+)(\s+("[^"\n]*"|'[^'\n]*'|\([^()\n]*\)))?\s*$""")
@@ -111,8 +111,14 @@ def _cells(row: str, labels: set[str]) -> list[str]:
 def _line(line: str, labels: set[str]) -> str:
     line = QUOTE.sub("", line, count=1) if QUOTE.match(line) else line
     heading = START.match(line)
-    line = heading[1] if heading else ITEM.sub(r"\1- ", line, count=1) if ITEM.match(line) else line
+    line = _title(heading[1].rstrip()) if heading else ITEM.sub(r"\1- ", line, count=1) if ITEM.match(line) else line
     return _words(line, labels)
+
+
+def _title(words: str) -> str:
+    """A heading without the signs at its end: `Title ##`, but not `C#`."""
+    title = words.rstrip("#")
+    return words if title and not title[-1].isspace() else title.rstrip()
 
 
 def _words(line: str, labels: set[str]) -> str:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from latentmem.errors import UnreadableError
 
@@ -23,6 +30,7 @@ class Limits:
 
 
 LIMITS = Limits()
+PREFIX, OLD = "latentmem-document-", 3600  # of folders; seconds after which nobody reads a document in one any more
 ONE_THREAD = {
     "MALLOC_ARENA_MAX": "2",
     "RAYON_NUM_THREADS": "1",
@@ -37,7 +45,8 @@ def convert(data: bytes, kind: str, encoding: str | None, limits: Limits) -> str
         UnreadableError: the document has no text that can be read; the message lacks its subject, the file's name.
     """
     facts = json.dumps([kind, encoding, limits.characters, limits.seconds, limits.memory])
-    with tempfile.TemporaryDirectory(prefix="latentmem-") as folder:
+    _sweep()
+    with _ends_orderly(), tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
         out = _output([sys.executable, "-P", "-m", "latentmem.documents.worker", facts], data, folder, limits)
     try:
         answer = json.loads(out)
@@ -46,6 +55,27 @@ def convert(data: bytes, kind: str, encoding: str | None, limits: Limits) -> str
     if "problem" in answer:
         raise UnreadableError(answer["problem"])
     return answer["text"]
+
+
+def _sweep() -> None:
+    """Remove the folders of readers that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > OLD:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _ends_orderly() -> Iterator[None]:
+    """Let SIGTERM end this program as `sys.exit` does, which leaves no folder, where the program does nothing else."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _output(command: list[str], data: bytes, folder: str, limits: Limits) -> bytes:

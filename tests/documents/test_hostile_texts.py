@@ -1,9 +1,11 @@
 """Texts that look like another kind, name a strange encoding, or have a broken byte are read as they are, and soon."""
 
+import os
 import subprocess
 import sys
 import tracemalloc
 from email.message import EmailMessage
+from pathlib import Path
 
 import pytest
 
@@ -126,3 +128,35 @@ def test_a_broken_byte_does_not_spoil_a_text(data):
 def test_a_line_after_many_of_ascii_is_guessed_by_its_own_letters(encoding):
     text = LOG.decode() + "Договор аренды красного дома подписала Ада."
     assert documents.from_bytes(text.encode(encoding), "a.txt") == (text, encoding)
+
+
+SLOW = """
+import sys; from latentmem.documents import process
+output = process._output
+def slow(command, data, folder, limits):
+    print(folder, flush=True)
+    return output([sys.executable, "-c", "import time; time.sleep(60)"], data, folder, limits)
+process._output = slow
+process.convert(b"x", "pdf", None, process.LIMITS)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without a signal")
+def test_a_program_that_is_ended_while_it_reads_leaves_no_folder():
+    with subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE, text=True) as process:
+        folder = Path(process.stdout.readline().strip())
+        assert folder.is_dir()
+        process.terminate()
+    assert process.returncode == 143 and not folder.exists()
+
+
+def test_folders_of_killed_readers_are_removed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    killed, running, other = (tmp_path / name for name in ("latentmem-document-a", "latentmem-document-b", "other"))
+    for folder in (killed, running, other):
+        folder.mkdir()
+        (folder / "library").write_text("x")
+    for folder in (killed, other):
+        os.utime(folder, (1e9, 1e9))
+    assert documents.from_bytes(b"# Title", "a.md").text == "Title"
+    assert sorted(tmp_path.iterdir()) == [running, other]

@@ -80,6 +80,7 @@ def test_wide_cells_of_a_word_table_keep_their_columns():
     ("markdown", "words"),
     [
         ("```pip install latentmem```\n\nThe *lease*.", ["pip install latentmem", "The lease."]),
+        ("# C#\n## F# ##\nText", ["C#", "F#", "Text"]),
         ("```md\n```python\n*a*\n```\n*b*", ["```python", "*a*", "b"]),
         ("[^1]: It was signed by Ada Brix in Oslo.", ["[^1]: It was signed by Ada Brix in Oslo."]),
         ("[Ada]: I have paid the rent.", ["[Ada]: I have paid the rent."]),
