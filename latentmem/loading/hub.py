@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,10 +39,15 @@ def check_supported(config: PretrainedConfig) -> None:
     """Refuse an architecture for which the law is not proven (`SUPPORTED`).
 
     Raises:
-        ValueError: with the list of what is supported.
+        ValueError: with the list of what is supported, what this one has that none of them has, and the nearest.
     """
     if config.model_type not in SUPPORTED:
-        raise ValueError(f"models of type {config.model_type!r} are not supported; these are: {', '.join(SUPPORTED)}.")
+        reasons, nearest = _other_parts(config), _nearest(config.get_text_config().model_type)
+        raise ValueError(
+            f"models of type {config.model_type!r} are not supported; these are: {', '.join(SUPPORTED)}."
+            + (f" This one has {' and '.join(reasons)}." if reasons else "")
+            + (f" The nearest that is supported is {nearest}." if nearest else "")
+        )
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))]
     for kind in kinds:
@@ -51,6 +58,29 @@ def check_supported(config: PretrainedConfig) -> None:
             )
 
 
+def _other_parts(config: PretrainedConfig) -> list[str]:
+    """What a model has that no supported model has, in words."""
+    text = config.get_text_config()
+    layers = {*(getattr(text, "layer_types", None) or ()), *(getattr(text, "layers_block_type", None) or ())}
+    kinds = sorted(layers - {"attention", "full_attention", "sliding_attention", "chunked_attention"})
+    shared, rank = getattr(text, "num_kv_shared_layers", None), getattr(text, "kv_lora_rank", None)
+    parts = {
+        f"layers of the kind {', '.join(kinds)}": kinds,
+        f"layers that share keys and values ({shared})": shared,
+        f"keys and values of rank {rank} (MLA)": rank,
+        "an encoder": config.is_encoder_decoder,
+        f"a part for text, {text.model_type}, beside other parts": text is not config,
+    }
+    return [words for words, there in parts.items() if there]
+
+
+def _nearest(model_type: str) -> str:
+    """The supported family of a like name with the same first word, or ""."""
+    word = (re.match(r"[a-z]*", model_type) or [""])[0]
+    own = [name for name in SUPPORTED if re.match(rf"{word}(?![a-z])", name)]
+    return next(iter(difflib.get_close_matches(model_type, own, 1)), "")
+
+
 def from_transformers(
     source: str | Path, name: str, dtype: torch.dtype, device: torch.device, **gguf: str
 ) -> MemoryModel:
@@ -58,7 +88,13 @@ def from_transformers(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with readable(name), quiet():
-        config = AutoConfig.from_pretrained(source, **gguf)
+        try:
+            config = AutoConfig.from_pretrained(source, **gguf)
+        except ValueError as error:
+            reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+            raise ValueError(
+                f"the model {name!r} is of no supported family ({reason}): {', '.join(SUPPORTED)}."
+            ) from error
         check_supported(config)
         options = {**gguf, **(dequantised() if gguf else {"use_safetensors": True})}  # never pickle
         base, loading = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)

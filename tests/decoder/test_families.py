@@ -97,6 +97,22 @@ def test_an_unknown_family_is_refused_with_what_is_supported():
         check_supported(AutoConfig.for_model("gpt2"))
 
 
+@pytest.mark.parametrize(
+    ("family", "reasons"),
+    [
+        ("qwen3_next", ("layers of the kind linear_attention.", "nearest that is supported is qwen3_moe.")),
+        ("deepseek_v3", ("keys and values of rank 512 (MLA).",)),
+        ("gemma3n", ("share keys and values (15)", "gemma3n_text, beside", "supported is gemma3_text.")),
+        ("t5", ("an encoder.",)),
+    ],
+)
+def test_a_family_that_is_refused_is_told_why_and_what_is_nearest(family, reasons):
+    with pytest.raises(ValueError, match=f"'{family}' are not supported") as refused:
+        check_supported(AutoConfig.for_model(family))
+    assert all(reason in str(refused.value) for reason in reasons), refused.value
+    assert ("nearest" in str(refused.value)) == (len(reasons) > 1)
+
+
 def test_positions_that_change_with_the_length_are_refused():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     with pytest.raises(ValueError, match="'dynamic' are not supported"):

@@ -53,6 +53,13 @@ def test_an_unsupported_architecture_names_the_supported(tmp_path):
         latentmem.load(str(tmp_path))
 
 
+def test_a_type_that_nobody_knows_is_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
+    with pytest.raises(ValueError, match=r"of no supported family \(.*`nonsense`.*\): cohere, ") as refused:
+        latentmem.load(str(tmp_path))
+    assert "\n" not in str(refused.value)
+
+
 def test_without_the_package_the_default_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("LATENTMEM_CACHE", str(tmp_path))
     monkeypatch.setattr(packaged, "_MODULE", "no_such_module")
