@@ -639,6 +639,26 @@ def test_a_text_without_spaces_is_written(run):
     assert stored().tokens == sum(len(text.encode()) for text in TEXTS)  # one token per byte
 
 
+def test_any_text_is_shown_as_it_was_written_and_what_is_none_changes_nothing(run, home, tmp_path):
+    text = "我下周三去京都。\nשלום, הקוד הוא 7391\ne\u0301 versus é\n👩‍👩‍👧‍👦 🇳🇴 𝄞\n"
+    (tmp_path / "笔记.txt").write_text(text, encoding="utf-8")
+    assert run("write", tmp_path / "笔记.txt", "-m", "work", "-N", 512, "-K", 16)[0] == 0  # a sign lies in two pieces
+    code, out, _ = run("show", "--text", "-m", "work")
+    assert code == 0 and text in out and "笔记.txt" in out and "\ufffd" not in out
+    before = books(home)
+    code, _, err = run("write", "two \udcff words", "-m", "work")
+    assert code == 2 and "not valid Unicode" in err and books(home) == before
+
+
+def test_one_long_line_is_remembered_to_its_end(run, tmp_path):
+    line = json.dumps({f"k{i}": f"v{i * 7919 % 100_003}" for i in range(150)}, separators=(",", ":"))
+    (tmp_path / "line.log").write_bytes(b"\xef\xbb\xbf" + line.encode())
+    assert run("write", tmp_path / "line.log", "-m", "work", "-N", 64, "-K", 16, "--longterm", 0)[0] == 0
+    memory, (_, out, _) = stored(), run("show", "--text", "-m", "work")
+    assert (memory.M, memory.tokens) == (64, len(line))  # without the byte order mark
+    assert out.rstrip().endswith(line[-(len(line) % 16 or 16) :])  # the newest piece
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_one_word_that_may_be_a_file_is_refused_where_there_is_none(run, home, name):
     code, _, err = run("write", "-m", "work", "--", name)

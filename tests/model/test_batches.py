@@ -285,6 +285,20 @@ def test_texts_and_questions_go_together(talking):
     assert answers == [talking.ask(m, q, max_new_tokens=8) for m, q in each]
 
 
+@pytest.mark.parametrize("longterm", [0, 8])
+def test_an_empty_row_and_questions_of_any_length_change_no_other_row(talking, longterm):
+    full = talking.write(talking.empty(N=32, K=16, longterm=longterm), NOTES[0] * 4)
+    half = talking.write(talking.empty(N=64, K=16), "The door is blue.")
+    empty, long = talking.empty(N=32, K=16), "Which? " * 100
+    rows, questions = [full, empty, half, full], ["?", long, QUESTIONS[2], "?"]
+    answers = talking.ask(rows, questions, max_new_tokens=8)
+    assert answers == [talking.ask(m, q, max_new_tokens=8) for m, q in zip(rows, questions, strict=True)]
+    assert answers == talking.ask(rows, questions, max_new_tokens=8) and answers[0] == answers[3]
+    ids = talking.prompts.question(long, bare=False)
+    plain = talking.base.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :]
+    assert answers[1] == talking.tokenizer.decode(plain, skip_special_tokens=True).strip()
+
+
 def test_several_answers_are_streamed_at_once(talking):
     after = talking.write([talking.empty(N=128, K=16) for _ in range(3)], NOTES)
     after, asked = [*after, talking.empty(N=128, K=16)], [*QUESTIONS, "Nothing?"]

@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 
 import latentmem
 from latentmem.core import memory as memories
+from latentmem.errors import TooLongError
 from latentmem.model.model import MemoryModel
 from latentmem.testing import byte_tokenizer, tiny_model
 
@@ -234,3 +235,13 @@ def test_what_is_no_memory_or_no_question_is_named(llm, memory):
         llm.write("notes", "text")
     with pytest.raises(ValueError, match="a question must be a str, got int"):
         llm.ask(memory, 5)
+
+
+def test_memory_text_and_answer_fit_to_the_last_position_and_not_one_beyond(llm):
+    with pytest.raises(ValueError, match=r"N=20000 .* need 20257 positions, and this model has 1024"):
+        llm.empty(N=20_000)
+    memory = llm.write(llm.empty(N=512, K=64, longterm=0), "the door is blue. " * 20)
+    room = 1024 - 1 - memory.M  # with the sink
+    assert llm.generate_ids(memory, [5] * (room - 8), max_new_tokens=8).shape == (1, room)
+    with pytest.raises(TooLongError, match=f"takes {room - 7} tokens and the answer up to 8.* room for {room}"):
+        llm.generate_ids(memory, [5] * (room - 7), max_new_tokens=8)
