@@ -22,7 +22,7 @@ def said(text, model, **options):
 # %% A memory "ada", and a message that is written into it.
 client.post("/memories", body={"id": "ada", "exist_ok": True}, cast_to=object)
 message = "The key of the boat house is under the blue pot."
-answer = said(message, model, extra_body={"memory": {"id": "ada", "write": True}})
+answer = said(message, model, extra_body={"memory": {"id": "ada", "write": "user"}})
 print("you:", message)
 print("assistant:", answer.choices[0].message.content, answer.memory)
 
