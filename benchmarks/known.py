@@ -26,6 +26,7 @@ import latentmem
 from latentmem.core.memory import Memory
 from latentmem.model.known import Evidence, signs
 from latentmem.model.model import MemoryModel
+from latentmem.model.provenance import abstains
 
 KINDS = ("third", "first", "exact", "near", "never")
 NEW_TOKENS = 24
@@ -70,18 +71,16 @@ def records(llm: MemoryModel, n: int, count: int) -> Iterator[Record]:
 
 
 def fitted(some: list[Record]) -> list[float]:
-    """Weights by logistic regression; each kind counts alike."""
+    """Weights by logistic regression."""
     x = torch.tensor([[1.0, *r["signs"]] for r in some], dtype=torch.float64)
     y = torch.tensor([float(r["known"]) for r in some], dtype=torch.float64)
-    sizes = {key: sum((r["kind"], r["known"]) == key for r in some) for key in {(r["kind"], r["known"]) for r in some}}
-    counts = torch.tensor([1 / sizes[r["kind"], r["known"]] for r in some], dtype=torch.float64)
     spread = x.std(0).where(x.std(0) > 0, 1.0)
     w = torch.zeros(5, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([w], max_iter=500)
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        out = torch.nn.functional.binary_cross_entropy_with_logits(x / spread @ w, y, counts, reduction="sum")
+        out = torch.nn.functional.binary_cross_entropy_with_logits(x / spread @ w, y, reduction="sum")
         out = out + 0.01 * w[1:].square().sum()
         out.backward()
         return out
@@ -91,16 +90,17 @@ def fitted(some: list[Record]) -> list[float]:
 
 
 def show(some: list[Record], evidence: Evidence) -> None:
-    """How often the estimate is on the wrong side of one half, by kind."""
-    print("| asked about | written | n | taken as known | as not known | the model abstains |")
+    """How often the estimate is on the wrong side, of the answers to one half that say something, by kind."""
+    print("| asked about | written | n | the model abstains | answers | taken as known |")
     print("| --- | --- | --- | --- | --- | --- |")
     for kind, told in sorted({(r["kind"], r["known"]) for r in some}):
         mine = [r for r in some if (r["kind"], r["known"]) == (kind, told)]
-        groups = [r["number"] for r in mine]
-        yes = [float(sum(w * s for w, s in zip(evidence.weights, (1.0, *r["signs"]), strict=True)) > 0) for r in mine]
-        columns = (yes, [1 - one for one in yes], [float(notes.abstains(r["answer"])) for r in mine])
-        cells = [notes.estimate(column, groups) for column in columns]
-        print(f"| {kind} | {'yes' if told else 'no'} | {len(mine)} | {' | '.join(cells)} |")
+        silent = [float(abstains(r["answer"])) for r in mine]
+        answered = [r for r in mine if r["signs"] and not abstains(r["answer"])]
+        sums = (sum(w * s for w, s in zip(evidence.weights, (1.0, *r["signs"]), strict=True)) for r in answered)
+        known = notes.estimate([float(one > 0) for one in sums], [r["number"] for r in answered])
+        share = notes.estimate(silent, [r["number"] for r in mine])
+        print(f"| {kind} | {'yes' if told else 'no'} | {len(mine)} | {share} | {len(answered)} | {known} |")
 
 
 def main() -> None:
@@ -119,9 +119,11 @@ def main() -> None:
                 print(json.dumps(one), file=file, flush=True)
                 print(f"\r{i + 1} questions", end="", flush=True)
     some = [json.loads(line) for line in (options.records or options.out).read_text().splitlines()]
-    some = [one for one in some if one["signs"]]  # all but empty answers
+    answered = [one for one in some if one["signs"] and not abstains(one["answer"])]
     identities = llm.identities
-    evidence = Evidence(identities["model"], identities["adapters"], tuple(fitted([r for r in some if not r["test"]])))
+    evidence = Evidence(
+        identities["model"], identities["adapters"], tuple(fitted([r for r in answered if not r["test"]]))
+    )
     print(f"\n{date.today()}, {llm!r}: {len(some)} questions; weights {evidence.weights}")
     show([r for r in some if r["test"]], evidence)
     if options.weights:

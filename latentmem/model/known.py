@@ -7,7 +7,8 @@
 
     known = sigmoid(w0 + w1 * log(drawn) + w2 * lowest + w3 * fit + w4 * size)
 
-The weights are fitted to questions of which it is known whether their text was written: `benchmarks/known.py`.
+The weights are fitted to answers of which it is known whether their text was written: `benchmarks/known.py`. An answer
+that says that it does not know is no such answer, and its estimate is 0.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from latentmem.errors import DamagedError
 
-LEAST = 1e-3  # of what is drawn, and of a fit
+LEAST, FEWEST = 1e-3, 32  # of what is drawn, and of slots; below no answer was seen
 Signs = tuple[float, float, float, float]
 
 
@@ -66,4 +67,4 @@ class Evidence:
 def signs(drawn: float, likely: Tensor, marks: Tensor, slots: int) -> Signs:
     """What the estimate is made of: log(drawn), lowest, fit, size."""
     fit = max(0.0, float(marks.max())) * math.log(len(marks))
-    return math.log(max(drawn, LEAST)), float(likely.min()), fit, math.log(slots)
+    return math.log(max(drawn, LEAST)), float(likely.min()), fit, math.log(max(slots, FEWEST))

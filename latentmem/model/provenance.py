@@ -145,6 +145,7 @@ class Tracer(Reader):
         known = None
         if self.evidence and chosen is not None and chosen.marks is not None:
             known = self.evidence.known(amount, likely, chosen.marks, memory.M + memory.R)
+            known = 0.0 if abstains(answer) else known
         return DrawnOn(shares, tuple(self._passages(memory, drawn, births, chosen)), known)
 
     def _usual(self, memory: Memory, chosen: Retrieval | None) -> Tensor:
@@ -218,6 +219,11 @@ class Tracer(Reader):
         table = normalize(self.base.get_input_embeddings().weight.float(), dim=1)
         nearest = [(part @ table.T).max(dim=1) for part in normalize(slots.to(table), dim=1).split(256)]
         return torch.cat([ids.where(likeness > 0.99, -1) for likeness, ids in nearest])
+
+
+def abstains(answer: str) -> bool:
+    """Whether an answer says that it does not know, in the words in which trained memories say so."""
+    return answer.strip().casefold().replace("’", "'").startswith(NEUTRAL[1].casefold().rstrip("."))
 
 
 def _beyond(mass: Tensor, usual: Tensor) -> tuple[Tensor, float]:

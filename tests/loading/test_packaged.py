@@ -96,7 +96,7 @@ def test_weights_of_what_is_known_belong_to_the_packaged_adapters(packaged, trai
         trained.drawn_on(memory, question, trained.ask(memory, question, max_new_tokens=12)).known
         for question in ("What is the code of the safe?", "How tall is the tower of the cathedral?")
     )
-    assert known > 0.5 > unknown
+    assert known > 0.8 > unknown
 
 
 def test_a_memory_remembers_by_default(packaged, trained):
