@@ -528,13 +528,13 @@ def test_a_memory_whose_slots_are_all_forgotten_still_has_its_store(llm):
 
 
 def test_a_conversation_reads_turns_again_where_others_are_retrieved(llm):
-    """The cache that a conversation keeps gives the answers of one that reads everything anew."""
+    """A conversation that goes on gives the answers of one that begins with its turns and its memory."""
     memory = told(llm, llm.empty(N=16, K=8, longterm={"R": 6, "every": 2}), 9)
     from latentmem.model.chat import Conversation
 
     kept, turns = Conversation(llm, memory), ["one", "two words", "and three of them", "one", "two words"]
     for i, turn in enumerate(turns):
-        fresh = Conversation(llm, memory, [dict(m) for m in kept.messages])
+        fresh = Conversation(llm, kept.memory, [dict(m) for m in kept.messages])
         assert kept.say(turn, max_new_tokens=6) == fresh.say(turn, max_new_tokens=6), i
 
 

@@ -453,7 +453,7 @@ def test_history_is_looked_at_gone_back_to_and_forked(server, memory, opened):
     assert page.locator(".write").is_hidden() and button(page, "Pin").count() == 0
     (said,) = ask(page, "What is the code of the safe?")
     assert "4711" in said
-    assert page.get_by_label("write what is said into the memory").is_disabled()
+    assert page.get_by_label("write what you say into the memory").is_disabled()
     button(page, "Back to the newest").click()
     page.get_by_role("img", name="30 layers with 42 of 1,536 slots each; of these 60% boat, 40% secret.").wait_for()
     button(lines.nth(1), "Go back …").click()

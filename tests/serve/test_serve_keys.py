@@ -345,9 +345,9 @@ def test_what_is_not_installed_is_named(home, monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("fastapi", "mcp") else find(name))
     code, _, err = run(monkeypatch, capsys, "serve")
-    assert code == 2 and "needs fastapi" in err and ".[serve]" in err
+    assert code == 2 and "needs fastapi" in err and "'latentmem[serve]'" in err
     code, _, err = run(monkeypatch, capsys, "mcp")
-    assert code == 2 and ".[mcp]" in err
+    assert code == 2 and "'latentmem[mcp]'" in err
 
 
 def test_a_taken_port_is_told_before_the_model_is_loaded(home, monkeypatch, capsys):

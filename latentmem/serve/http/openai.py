@@ -35,7 +35,8 @@ from latentmem.store import check_name
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 STARTED = int(time.time())
-STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}  # a chunk, or [DONE]
+STREAM = {"text/event-stream": {"schema": EVENT}}
 
 
 @router.post("/chat/completions", response_model=schema.ChatCompletion, responses={200: {"content": STREAM}})
