@@ -39,11 +39,11 @@ def local(config: Config, folder: Path) -> tuple[Config, dict[str, str]]:
 
 
 def _rows(config: Config) -> Iterator[dict[str, object]]:
-    """Rows for both kinds of sources: texts of about `texts.longest` tokens; a quarter are a sentence with a title."""
+    """Rows for both kinds of sources: half have about `texts.longest` tokens, half a sentence, some a title."""
     titles = config.watch.titles
     for i in range(COUNT):
         titled = bool(titles) and i % 4 == 0
-        count = 1 if titled else max(1, config.texts.longest // TOKENS)
+        count = 1 if i % 4 < 2 else max(1, config.texts.longest // TOKENS)
         text = " ".join(SENTENCE.format(i + j, 1500 + (7 * i + j) % 400, i + j) for j in range(count))
         title = titles[i // 4 % len(titles)] if titled else ""
         for j in range(min(count, 5)):
